@@ -1,4 +1,5 @@
-"""Every error kd-cache raises on purpose, in one tree.
+"""
+Every error kd-cache raises on purpose, in one tree.
 
     KDCacheError                       exit 1   something went wrong; the message says what to do
     ├── UsageError (ValueError)        exit 2   an option, a setting or a call that makes no sense

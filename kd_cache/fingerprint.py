@@ -1,4 +1,5 @@
-"""What made a number: the fingerprint of a teacher, and the digest of the features it saw.
+"""
+What made a number: the fingerprint of a teacher, and the digest of the features it saw.
 
 A row is only as good as the answer to "which weights, which network, which input made it?". The *fingerprint* is a
 SHA-256 over named parts, kept with the rows, so that a difference can be reported by name. The *input digest* is an
@@ -28,7 +29,8 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Named parts, and one digest over all of them.
+    """
+    Named parts, and one digest over all of them.
 
     ``parts`` maps a part's name (``weights``, ``architecture``, ``precision``, …) to its value as text.
     """
@@ -61,13 +63,12 @@ def _short(value: str | None, most: int = 40) -> str:
 
 def canonical_json(value: Any) -> bytes:
     """The one JSON text of ``value``: sorted keys, no spaces, no NaN, UTF-8."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode("utf-8")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in name order.
+    """
+    SHA-256 over names, dtypes, shapes and bytes of a state dict, in name order.
 
     Counters of seen batches (``num_batches_tracked``) are left out: inference does not use them. The file format,
     the order of the entries and the device do not matter.
@@ -102,7 +103,8 @@ def class_order(names: Iterable[str] | None, num_classes: int) -> str:
 
 
 def input_digest(array: np.ndarray) -> bytes:
-    """16 bytes of xxh3-128 over dtype, shape and C-order contents of a feature array.
+    """
+    16 bytes of xxh3-128 over dtype, shape and C-order contents of a feature array.
 
     The container does not matter: the same array as ``.npy``, in Fortran order or packed elsewhere digests equally.
     """

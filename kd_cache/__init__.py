@@ -1,0 +1,113 @@
+"""
+Run teachers once over a training set, keep their logits on disk, serve them to students.
+
+Never a wrong, stale, corrupt or leaked row. Importing this package does not import torch; what needs it is imported when
+it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
+    from kd_cache.errors import (
+        CheckpointError,
+        CorruptError,
+        DataLeakageError,
+        FeatureError,
+        KDCacheError,
+        ManifestError,
+        MissingLogitsError,
+        StaleError,
+        StoreError,
+        TeacherError,
+        UsageError,
+    )
+    from kd_cache.features import FeatureSource
+    from kd_cache.fingerprint import Fingerprint, weights_digest
+    from kd_cache.loader import CachedDataset, LogitCache
+    from kd_cache.manifest import Manifest, Sample, load_manifest, sample_key
+    from kd_cache.splits import Selection, select
+    from kd_cache.store.view import load_cached_logits_batch
+    from kd_cache.student import student_loader
+    from kd_cache.teacher import Teacher, teacher_fingerprint
+    from kd_cache.verify import Problem, VerifyJob, VerifyReport, verify_cache
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "kd_cache.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
+    "kd_cache.errors": (
+        "CheckpointError",
+        "CorruptError",
+        "DataLeakageError",
+        "FeatureError",
+        "KDCacheError",
+        "ManifestError",
+        "MissingLogitsError",
+        "StaleError",
+        "StoreError",
+        "TeacherError",
+        "UsageError",
+    ),
+    "kd_cache.features": ("FeatureSource",),
+    "kd_cache.fingerprint": ("Fingerprint", "weights_digest"),
+    "kd_cache.loader": ("CachedDataset", "LogitCache"),
+    "kd_cache.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
+    "kd_cache.splits": ("Selection", "select"),
+    "kd_cache.store.view": ("load_cached_logits_batch",),
+    "kd_cache.student": ("student_loader",),
+    "kd_cache.teacher": ("Teacher", "teacher_fingerprint"),
+    "kd_cache.verify": ("Problem", "VerifyJob", "VerifyReport", "verify_cache"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "CachedDataset",
+    "CheckpointError",
+    "CorruptError",
+    "DataLeakageError",
+    "DumpJob",
+    "DumpReport",
+    "FeatureError",
+    "FeatureSource",
+    "Fingerprint",
+    "KDCacheError",
+    "LogitCache",
+    "Manifest",
+    "ManifestError",
+    "MissingLogitsError",
+    "Problem",
+    "Sample",
+    "Selection",
+    "StaleError",
+    "StoreError",
+    "Teacher",
+    "TeacherError",
+    "UsageError",
+    "VerifyJob",
+    "VerifyReport",
+    "dump_logits",
+    "load_cached_logits_batch",
+    "load_manifest",
+    "plan_dump",
+    "sample_key",
+    "select",
+    "student_loader",
+    "teacher_fingerprint",
+    "verify_cache",
+    "weights_digest",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,50 @@
+"""The command line: the only code that prints or exits. Imports of torch happen inside the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import kd_cache
+from kd_cache.cli.dump import dump_command
+from kd_cache.cli.info import info_command
+from kd_cache.cli.sample_data import sample_data_command
+from kd_cache.cli.verify import verify_command
+
+app = typer.Typer(
+    name="kd-cache",
+    help="Run teachers once over a training set, keep their logits, and serve them to students: "
+    "never a wrong, stale, corrupt or leaked row.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Those who come from the older script write --cache_root; it means --cache-root.
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+app.command("dump")(dump_command)
+app.command("verify")(verify_command)
+app.command("info")(info_command)
+app.command("sample-data")(sample_data_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kd-cache {kd_cache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 interrupted."""
+
+
+def main() -> None:
+    """Entry point of ``kd-cache``."""
+    app()

@@ -1,0 +1,159 @@
+"""What a person sees: progress and remarks on standard error, results on standard output, errors without traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from kd_cache.errors import KDCacheError, shown
+from kd_cache.watch import Watcher
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LOG_SECONDS = 5.0
+
+
+def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors into a message and an exit status; ``--debug`` shows the traceback as well."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except KDCacheError as error:
+            _print_error(error.message, error.hint)
+            code = error.exit_code
+            cause: BaseException = error
+        except KeyboardInterrupt as error:
+            _print_error("interrupted; what was committed is kept, and the same command goes on from there", None)
+            code, cause = 130, error
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError as error:
+            code, cause = 1, error
+        except Exception as error:  # noqa: BLE001 (the last line of defence: say it, exit non-zero)
+            _print_error(f"unexpected {type(error).__name__}: {error}", "Run again with --debug to see where.")
+            code, cause = 1, error
+        if kwargs.get("debug"):
+            raise cause
+        raise typer.Exit(code)
+
+    return wrapped
+
+
+def _print_error(message: str, hint: str | None) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    text = Text("error: ", style="bold red")
+    text.append("\n".join(shown(line) for line in message.split("\n")), style="not bold default")
+    console.print(text)
+    if hint:
+        console.print(Text("\n".join(shown(line) for line in hint.split("\n")), style="dim"))
+
+
+class Screen(Watcher):
+    """Shows a run: a progress bar with rate and ETA on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, *, quiet: bool, as_json: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.stderr = Console(stderr=True, soft_wrap=True)
+        self.stdout = Console(soft_wrap=not sys.stdout.isatty())
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._name, self._total, self._done = "", 0, 0
+        self._began = self._logged = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def stage(self, name: str, total: int) -> None:
+        self._close()
+        self._name, self._total, self._done = name, total, 0
+        self._began = self._logged = time.monotonic()
+        if self.quiet or not self.stderr.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(show_speed=True),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.stderr,
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(name, total=total, rate="")
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        if self._progress is not None:
+            self._progress.update(self._task, advance=count, rate=f"{rate:,.0f} samples/s")
+            return
+        if not self.quiet and time.monotonic() - self._logged >= _LOG_SECONDS:
+            self._logged = time.monotonic()
+            left = (self._total - self._done) / max(rate, 1e-9)
+            self.remark(f"{self._name}: {self._done:,}/{self._total:,} · {rate:,.0f} samples/s · ETA {left:,.0f} s")
+
+    def note(self, text: str) -> None:
+        self.remark(f"note: {text}")
+
+    def remark(self, text: str) -> None:
+        """One line on standard error."""
+        if not self.quiet:
+            self.stderr.print(Text(shown(text)))
+
+    def result(self, *tables: Table | str) -> None:
+        """What the command was asked for, for a person."""
+        self._close()
+        if self.quiet or self.as_json:
+            return
+        for table in tables:
+            self.stdout.print(Text(table) if isinstance(table, str) else table)
+
+    def result_json(self, content: Any) -> None:
+        """What the command was asked for, for a program: the only thing on standard output."""
+        self._close()
+        if self.as_json:
+            sys.stdout.write(json.dumps(content, indent=1) + "\n")
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A plain table; every cell is printed as it is, never as markup."""
+    made = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(Text(column), justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*[Text(shown(cell)) for cell in row])
+    return made
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    value = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError

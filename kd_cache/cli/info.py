@@ -1,0 +1,92 @@
+"""``kd-cache info``: what a cache holds, made from what, when, and by which settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kd_cache.cli import options as opt
+from kd_cache.cli.console import Screen, reporting_errors, size, table
+from kd_cache.errors import MissingLogitsError, shown
+from kd_cache.store.folder import CacheFolder, find_caches
+from kd_cache.store.index import Index
+
+
+@reporting_errors
+def info_command(
+    path: Annotated[Path, typer.Argument(help="A cache, or a folder of caches.")] = Path("cache"),
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
+    """Tell what a cache holds, made from what, when, by which settings."""
+    with Screen(quiet=False, as_json=as_json) as screen:
+        folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
+        if CacheFolder(path).index_path.is_file():
+            folders = [CacheFolder(path)]
+        if not folders:
+            raise MissingLogitsError(
+                f"there is no cache at {shown(path)}", hint="Make one with kd-cache dump --target b."
+            )
+        described = []
+        for folder in folders:
+            index = folder.index()
+            if index is None:
+                raise MissingLogitsError(
+                    f"{shown(folder.path)} is unfinished: it has {len(folder.pack_paths())} packs and no index",
+                    hint="Run the same kd-cache dump again; it continues where it stopped.",
+                )
+            described.append(_described(folder, index))
+            screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
+        screen.result_json({"caches": described})
+
+
+def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
+    disk = {path.name: path.stat().st_size for path in folder.pack_paths()}
+    return {"path": str(folder.path), "num_samples": index.num_samples, "packs": disk, **index.record}
+
+
+def _teacher_table(folder: CacheFolder, index: Index) -> Any:
+    rows = []
+    for name, entry in index.record["teachers"].items():
+        source = entry.get("source", {})
+        rows.append(
+            [
+                name,
+                f"{entry['rows']:,}",
+                str(entry["num_classes"]),
+                f"{entry['value_kind']}, {entry['dtype']}",
+                entry["parts"]["architecture"],
+                entry["fingerprint"][:16],
+                str(source.get("checkpoint", "own code" if not source.get("built_in") else "–")),
+            ]
+        )
+    columns = ["Teacher", "Rows", "Classes", "Values", "Architecture", "Fingerprint", "Checkpoint"]
+    return table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", columns, rows)
+
+
+def _lines(folder: CacheFolder, index: Index) -> list[str]:
+    record = index.record
+    per_device = ", ".join(f"{count:,} of {device}" for device, count in record["per_device"].items())
+    on_disk = sum(path.stat().st_size for path in folder.pack_paths())
+    environment = record["environment"]
+    settings = record["settings"]
+    changed = [
+        f"{name}={settings['values'][name]} ({source})"
+        for name, source in settings["sources"].items()
+        if source != "default" and name in settings["values"]
+    ]
+    lines = [
+        f"made      {record['created']} by {record['tool']} on {environment['device']} (torch {environment['torch']})",
+        f"from      {record['manifest']['path']} (sha256 {record['manifest']['sha256'][:16]}…), "
+        f"{record['num_permitted']:,} permitted: {per_device}",
+        f"settings  {', '.join(changed) or 'all defaults'}",
+        f"on disk   {size(on_disk)} in {len(folder.pack_paths())} packs, view: {'yes' if record['files'] else 'no'}",
+    ]
+    if record["missing"]:
+        lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")
+    policy = record["split_policy"]
+    if policy["shared_locations"]:
+        lines.append(f"policy    {policy['shared_locations']:,} train samples share a location with test, as allowed")
+    return lines

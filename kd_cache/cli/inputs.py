@@ -1,0 +1,49 @@
+"""From options to the data they name: manifest, guard, features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd_cache.cli.teachers import SAMPLE
+from kd_cache.features import FeatureSource
+from kd_cache.manifest import Manifest, load_manifest
+from kd_cache.splits import Selection, select
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A guarded selection and where its features are."""
+
+    manifest: Manifest
+    selection: Selection
+    source: FeatureSource
+
+
+def load_inputs(
+    target: str,
+    json_path: Path | None,
+    data_root: Path | None,
+    *,
+    num_scenes: int,
+    num_cities: int,
+    allow_shared_locations: bool,
+    allow_outside: Sequence[Path],
+) -> Inputs:
+    """
+    Read the manifest and pass it through the guard, before anything else is touched.
+
+    Raises what `load_manifest`, `select` and `FeatureSource` raise.
+    """
+    json_path, data_root = data_paths(json_path, data_root)
+    manifest = load_manifest(json_path, num_scenes=num_scenes, num_cities=num_cities)
+    selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=data_root)
+    return Inputs(manifest, selection, FeatureSource(data_root, allow_outside))
+
+
+def data_paths(json_path: Path | None, data_root: Path | None) -> tuple[Path, Path]:
+    """Manifest and data root: the sample's where nothing is given, the manifest's folder where only that is."""
+    if json_path is None:
+        json_path = SAMPLE / "dataset.json"
+    return json_path, json_path.parent if data_root is None else data_root

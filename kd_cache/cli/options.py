@@ -1,0 +1,166 @@
+"""Options that several commands share, each with its environment variable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kd_cache.cli.config import read_config
+
+Target = Literal["b", "c", "s1", "s2", "s3"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+DType = Literal["fp32", "fp16"]
+BadSample = Literal["stop", "skip"]
+
+DATA, TEACHERS, CACHE, RUN, OUTPUT = "Data", "Teachers", "Cache", "Run", "Output"
+
+JsonPathOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-path",
+        help="Dataset JSON (manifest).  [default: data/sample/dataset.json]",
+        envvar="KD_CACHE_JSON_PATH",
+        rich_help_panel=DATA,
+    ),
+]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root",
+        help="Folder that the manifest's files are relative to.  [default: the manifest's folder]",
+        envvar="KD_CACHE_DATA_ROOT",
+        rich_help_panel=DATA,
+    ),
+]
+NumScenesOption = Annotated[
+    int,
+    typer.Option(
+        "--num-scenes",
+        min=1,
+        help="Scene classes; checked against the checkpoints.",
+        envvar="KD_CACHE_NUM_SCENES",
+        rich_help_panel=DATA,
+    ),
+]
+NumCitiesOption = Annotated[
+    int,
+    typer.Option(
+        "--num-cities",
+        min=1,
+        help="City classes; checked against the checkpoints.",
+        envvar="KD_CACHE_NUM_CITIES",
+        rich_help_panel=DATA,
+    ),
+]
+AllowSharedOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-shared-locations",
+        help="Permit a recording location in both train and test (recorded with the cache).",
+        envvar="KD_CACHE_ALLOW_SHARED_LOCATIONS",
+        rich_help_panel=DATA,
+    ),
+]
+AllowOutsideOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--allow-outside",
+        help="Permit features in this folder outside the data root. Repeatable.",
+        envvar="KD_CACHE_ALLOW_OUTSIDE",
+        rich_help_panel=DATA,
+    ),
+]
+City2SceneOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--city2scene-teacher-ckpt",
+        help="City2Scene checkpoint, .safetensors or .pth.  "
+        "[default: the sample's; with your own data outputs/teacher_city2scene/A2<target>/best.*]",
+        envvar="KD_CACHE_CITY2SCENE_TEACHER_CKPT",
+        rich_help_panel=TEACHERS,
+    ),
+]
+SceneOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--scene-teacher-ckpt",
+        help="Scene checkpoint, .safetensors or .pth.  "
+        "[default: the sample's; with your own data outputs/teacher_scene/global/best.*]",
+        envvar="KD_CACHE_SCENE_TEACHER_CKPT",
+        rich_help_panel=TEACHERS,
+    ),
+]
+TeacherOption = Annotated[
+    list[str],
+    typer.Option(
+        "--teacher",
+        metavar="NAME=module:factory[,ckpt=PATH]",
+        help="A further teacher of your own; repeatable. Its code runs, so it is never taken from a cache.",
+        envvar="KD_CACHE_TEACHER",
+        rich_help_panel=TEACHERS,
+    ),
+]
+OnlyOption = Annotated[
+    list[str],
+    typer.Option(
+        "--only",
+        metavar="NAME",
+        help="Just this teacher; repeatable.",
+        envvar="KD_CACHE_ONLY",
+        rich_help_panel=TEACHERS,
+    ),
+]
+CacheRootOption = Annotated[
+    Path,
+    typer.Option(
+        "--cache-root",
+        help="Folder of the caches; one per target, A2<target>.",
+        envvar="KD_CACHE_CACHE_ROOT",
+        rich_help_panel=CACHE,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:i]",
+        help="Where the teachers run.",
+        envvar="KD_CACHE_DEVICE",
+        rich_help_panel=RUN,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with settings.  [default: kd-cache.yaml if present]",
+        envvar="KD_CACHE_CONFIG",
+        callback=read_config,
+        is_eager=True,
+        rich_help_panel=RUN,
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as JSON, and nothing else, on standard output.",
+        envvar="KD_CACHE_JSON",
+        rich_help_panel=OUTPUT,
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", help="Print errors only.", envvar="KD_CACHE_QUIET", rich_help_panel=OUTPUT),
+]
+DebugOption = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="Show the traceback of an error.",
+        envvar="KD_CACHE_DEBUG",
+        rich_help_panel=OUTPUT,
+    ),
+]

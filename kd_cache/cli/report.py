@@ -1,0 +1,50 @@
+"""Tables of what an audit found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kd_cache.cli.console import table
+from kd_cache.errors import shown
+
+if TYPE_CHECKING:
+    from kd_cache.verify import Problem, TeacherResult, VerifyReport
+
+
+def verify_table(report: VerifyReport) -> Any:
+    """One line per teacher."""
+    rows = [
+        [
+            name,
+            _share(result.hits, result.checked),
+            _share(result.intact, result.hits),
+            _share(result.fresh, result.hits),
+            f"{result.rows - result.forbidden:,}/{result.rows:,}",
+            "–" if result.view is None else _share(result.view, result.hits),
+            _recomputed(result),
+        ]
+        for name, result in report.teachers.items()
+    ]
+    what = "all" if report.everything else f"{report.checked:,} of"
+    title = f"{shown(report.cache)}: {what} {report.promised:,} promised samples, seed {report.seed}"
+    return table(title, ["Teacher", "Hits", "Intact", "Fresh", "Permitted rows", "View", "Recomputed"], rows)
+
+
+def problem_table(problems: Sequence[Problem], most: int = 20) -> Any:
+    """The first problems, and how many more there are."""
+    rows = [[problem.kind, problem.teacher, problem.file, problem.reason] for problem in problems[:most]]
+    if len(problems) > most:
+        rows.append(["…", "", f"and {len(problems) - most:,} more", "--json lists them all"])
+    return table(f"{len(problems):,} problems", ["Kind", "Teacher", "File", "Reason"], rows)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,}/{total:,} · {100 * count / total:.1f} %" if total else "0/0"
+
+
+def _recomputed(result: TeacherResult) -> str:
+    if result.recomputed is None:
+        return "–"
+    exact = f"{result.bit_exact:,}/{result.recomputed:,} bit-exact"
+    return exact if result.bit_exact == result.recomputed else f"{exact}, deviation ≤ {result.deviation:.1e}"

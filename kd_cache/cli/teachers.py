@@ -1,0 +1,89 @@
+"""Which teachers a command loads: the two built-in ones and a user's own, all through the same door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_cache.errors import CheckpointError, UsageError, shown
+from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
+
+BUILT_IN = {"city2scene": "teachers:city2scene", "scene": "teachers:scene"}
+SAMPLE = Path("data/sample")
+_SAMPLE_TEACHERS = SAMPLE / "teachers"
+_TRAINED = Path("outputs")
+_FILES = ("best.safetensors", "best.pth")
+
+
+def teacher_specs(
+    target: str,
+    checkpoints: dict[str, Path | None],
+    own: Sequence[str],
+    only: Sequence[str],
+    *,
+    own_data: bool,
+) -> list[TeacherSpec]:
+    """
+    The teachers to load, built-in ones first.
+
+    Args:
+        target: names the folder of the City2Scene checkpoint.
+        checkpoints: of built-in teachers, where given.
+        own: ``--teacher`` texts.
+        only: names to restrict to.
+        own_data: whether the user brought data; then the sample's checkpoints are no default.
+
+    Raises:
+        UsageError: a name given twice, or ``only`` names a teacher that is not there.
+        CheckpointError: a built-in teacher without checkpoint.
+    """
+    further = [parse_teacher(text) for text in own]
+    names = [*BUILT_IN, *(spec.name for spec in further)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two teachers are called {name}; give --teacher another NAME")
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise UsageError(f"--only names {', '.join(map(shown, unknown))}; the teachers are {', '.join(names)}")
+    wanted = set(only) or set(names)
+    built_in = [
+        TeacherSpec(name, factory, checkpoints.get(name) or _default_checkpoint(name, target, own_data))
+        for name, factory in BUILT_IN.items()
+        if name in wanted
+    ]
+    return built_in + [spec for spec in further if spec.name in wanted]
+
+
+def _default_checkpoint(name: str, target: str, own_data: bool) -> Path:
+    folder = {"city2scene": f"teacher_city2scene/A2{target}", "scene": "teacher_scene/global"}[name]
+    root = _TRAINED if own_data else _SAMPLE_TEACHERS
+    candidates = [root / folder / file for file in _FILES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(
+        f"no checkpoint for the {name} teacher: tried {' and '.join(map(str, candidates))}",
+        hint=f"Pass --{name}-teacher-ckpt PATH, or leave it out with --only and the teachers you have.",
+    )
+
+
+def load_teachers(specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int) -> dict[str, Teacher]:
+    """Load them, and check the built-in ones' sizes. Raises `CheckpointError` and what `TeacherSpec.load` raises."""
+    loaded = {}
+    for spec in specs:
+        teacher = spec.load()
+        if spec.name in BUILT_IN:
+            _check_size(spec, "scenes", teacher.num_classes, num_scenes)
+            cities = getattr(teacher, "num_cities", None)
+            if cities is not None:
+                _check_size(spec, "cities", cities, num_cities)
+        loaded[spec.name] = teacher
+    return loaded
+
+
+def _check_size(spec: TeacherSpec, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{shown(spec.checkpoint)} has {found} {what}, expected {expected} as --num-{what} says",
+            hint=f"Pass --num-{what} {found}, or the right checkpoint.",
+        )

@@ -1,0 +1,234 @@
+"""``kd-cache verify``: audit caches against the manifest, the features and the teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import randbits
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kd_cache.cli import options as opt
+from kd_cache.cli.config import given
+from kd_cache.cli.console import Screen, reporting_errors
+from kd_cache.cli.inputs import Inputs, load_inputs
+from kd_cache.cli.report import problem_table, verify_table
+from kd_cache.cli.teachers import BUILT_IN, load_teachers
+from kd_cache.errors import KDCacheError, MissingLogitsError, UsageError, shown, worst_exit_code
+from kd_cache.manifest import SOURCE, TARGETS
+from kd_cache.store.folder import CacheFolder, find_caches
+from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
+
+if TYPE_CHECKING:
+    from kd_cache.verify import VerifyReport
+
+
+@reporting_errors
+def verify_command(
+    ctx: typer.Context,
+    target: Annotated[
+        opt.Target | None,
+        typer.Option(
+            "--target",
+            "--target-name",
+            help="Just the cache of this target.  [default: every cache under the root]",
+            envvar="KD_CACHE_TARGET",
+            rich_help_panel=opt.CACHE,
+        ),
+    ] = None,
+    n: Annotated[
+        int,
+        typer.Option(
+            "--n",
+            "-n",
+            min=1,
+            help="How many random samples of those the manifest promises.",
+            envvar="KD_CACHE_N",
+            rich_help_panel=opt.CACHE,
+        ),
+    ] = 100,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Every sample, and also rows and files that nothing promises.",
+            envvar="KD_CACHE_ALL",
+            rich_help_panel=opt.CACHE,
+        ),
+    ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Score the samples again and compare.",
+            envvar="KD_CACHE_RECOMPUTE",
+            rich_help_panel=opt.CACHE,
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            help="Which samples to draw.  [default: fresh randomness, printed]",
+            envvar="KD_CACHE_VERIFY_SEED",
+            rich_help_panel=opt.CACHE,
+        ),
+    ] = None,
+    cache_root: opt.CacheRootOption = Path("cache"),
+    json_path: opt.JsonPathOption = None,
+    data_root: opt.DataRootOption = None,
+    num_scenes: opt.NumScenesOption = 10,
+    num_cities: opt.NumCitiesOption = 12,
+    allow_shared_locations: opt.AllowSharedOption = False,
+    allow_outside: opt.AllowOutsideOption = [],  # noqa: B006 (typer copies it)
+    city2scene_teacher_ckpt: opt.City2SceneOption = None,
+    scene_teacher_ckpt: opt.SceneOption = None,
+    teacher: opt.TeacherOption = [],  # noqa: B006
+    dtype: Annotated[
+        opt.DType | None,
+        typer.Option("--dtype", help="Storage type to expect.  [default: as dumped]", rich_help_panel=opt.CACHE),
+    ] = None,
+    precision: Annotated[
+        opt.Precision | None,
+        typer.Option("--precision", help="Compute precision to expect.  [default: as dumped]", rich_help_panel=opt.RUN),
+    ] = None,
+    device: opt.DeviceOption = "auto",
+    config: opt.ConfigOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
+    """
+    Check that everything promised is there, intact, fresh and permitted. Changes nothing.
+
+    Data and teacher options that are not given are taken from what the dump saved with the cache.
+    """
+    with Screen(quiet=quiet, as_json=as_json) as screen:
+        folders = _caches(cache_root, target)
+        drawn = randbits(32) if seed is None else seed
+        reports = [_verify_one(ctx, folder, drawn, screen) for folder in folders]
+        for report in reports:
+            for note in report.notes:
+                screen.note(note)
+            screen.result(verify_table(report))
+            if report.problems:
+                screen.result("", problem_table(report.problems))
+            screen.result("")
+        code = worst_exit_code(report.exit_code for report in reports)
+        screen.result_json({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]})
+    if code:
+        raise typer.Exit(code)
+
+
+def _caches(root: Path, target: str | None) -> list[CacheFolder]:
+    if target is not None:
+        return [CacheFolder(root / f"{SOURCE}2{target}")]
+    folders = find_caches(root)
+    if not folders:
+        raise MissingLogitsError(
+            f"there is no finished cache under {shown(root)}", hint="Make one with kd-cache dump --target b."
+        )
+    return folders
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What the dump saved with a cache; everything in it may be overridden by options."""
+
+    values: Mapping[str, Any]
+    paths: Mapping[str, Any]
+    teachers: Sequence[str]
+    built_in: Sequence[str]
+
+
+def _saved(folder: CacheFolder) -> _Saved:
+    """Empty where the index is missing or damaged: the audit reports that itself."""
+    try:
+        index = folder.index()
+        if index is None:
+            return _Saved({}, {}, (), ())
+        settings = index.record["settings"]
+        built_in = [name for name in index.origins if name in BUILT_IN]
+        return _Saved(dict(settings["values"]), dict(settings["paths"]), list(index.origins), built_in)
+    except (KDCacheError, KeyError, TypeError, ValueError):
+        return _Saved({}, {}, (), ())
+
+
+def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
+    from kd_cache.verify import VerifyJob, verify_cache
+
+    saved = _saved(folder)
+    options = ctx.params
+    target = folder.path.name.removeprefix(f"{SOURCE}2")
+    if target not in TARGETS:
+        raise UsageError(f"{shown(folder.path)} is not named after a target ({', '.join(TARGETS)})")
+    inputs = _inputs(ctx, saved, target)
+    device = None
+    if options["recompute"]:
+        from kd_cache.engine import resolve_device
+
+        device = resolve_device(options["device"])
+    teachers, unchecked = _teachers(ctx, saved)
+    return verify_cache(
+        VerifyJob(
+            folder,
+            inputs.manifest,
+            inputs.selection,
+            inputs.source,
+            teachers=teachers,
+            unchecked=unchecked,
+            n=None if options["everything"] else options["n"],
+            seed=seed,
+            precision=options["precision"],
+            dtype=options["dtype"],
+            recompute=options["recompute"],
+            device=device,
+        ),
+        screen,
+    )
+
+
+def _inputs(ctx: typer.Context, saved: _Saved, target: str) -> Inputs:
+    def chosen(name: str, kept: Mapping[str, Any]) -> Any:
+        return ctx.params[name] if given(ctx, name) or name not in kept else kept[name]
+
+    json_path = chosen("json_path", saved.paths)
+    data_root = chosen("data_root", saved.paths)
+    if given(ctx, "json_path") and not given(ctx, "data_root"):
+        data_root = None  # another manifest comes with its own folder
+    return load_inputs(
+        target,
+        None if json_path is None else Path(json_path),
+        None if data_root is None else Path(data_root),
+        num_scenes=chosen("num_scenes", saved.values),
+        num_cities=chosen("num_cities", saved.values),
+        allow_shared_locations=chosen("allow_shared_locations", saved.values),
+        allow_outside=[Path(path) for path in chosen("allow_outside", saved.paths)],
+    )
+
+
+def _teachers(ctx: typer.Context, saved: _Saved) -> tuple[dict[str, Teacher], dict[str, tuple[str, bool]]]:
+    """The cache's teachers that can be loaded, and why others cannot."""
+    own = {spec.name: spec for spec in map(parse_teacher, ctx.params["teacher"])}
+    specs: list[TeacherSpec] = []
+    unchecked: dict[str, tuple[str, bool]] = {}
+    for name in saved.teachers:
+        if name in own:
+            specs.append(own[name])
+        elif name in BUILT_IN:
+            option = f"{name}_teacher_ckpt"
+            path = ctx.params[option] if given(ctx, option) else saved.paths.get("checkpoints", {}).get(name)
+            if path is None or not Path(path).is_file():
+                where = "its checkpoint was not saved with the cache" if path is None else f"{path} does not exist"
+                unchecked[name] = (f"{where}; pass --{option.replace('_', '-')}", True)
+            else:
+                specs.append(TeacherSpec(name, BUILT_IN[name], Path(path)))
+        else:
+            unchecked[name] = ("it is your own; pass it with --teacher", False)
+    scenes, cities = (
+        ctx.params[name] if given(ctx, name) else saved.values.get(name, ctx.params[name])
+        for name in ("num_scenes", "num_cities")
+    )
+    return load_teachers(specs, scenes, cities), unchecked

@@ -1,0 +1,539 @@
+"""
+The dump: read every permitted feature once, score what is not fresh with every teacher that needs it, commit, publish.
+
+A row is *fresh* if a pack holds it under the teacher's present fingerprint and the feature's present digest. Scored rows
+are committed as small packs (a *shard*) every few seconds; that is all an interruption can lose. A rerun finds them fresh.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd_cache.errors import (
+    CorruptError,
+    FeatureError,
+    KDCacheError,
+    StaleError,
+    StoreError,
+    TeacherError,
+    shown,
+)
+from kd_cache.features import Feature, FeatureSource
+from kd_cache.manifest import SOURCE, Manifest
+from kd_cache.plan import BatchPlan, Shape, count_shapes, load_plan
+from kd_cache.publish import Promise, Published, drop_forbidden, publish
+from kd_cache.splits import Selection
+from kd_cache.storage_cost import StorageCost
+from kd_cache.store.atomic import make_directory
+from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
+from kd_cache.store.index import Index, is_teacher_name
+from kd_cache.store.keys import keys_of
+from kd_cache.store.pack import Origin, write_pack
+from kd_cache.store.union import Union
+from kd_cache.teacher import Teacher, teacher_origin
+from kd_cache.watch import Watcher
+
+if TYPE_CHECKING:
+    import torch
+
+    from kd_cache.engine import Scored
+
+FRESH = "fresh"
+NEW = "new"
+FEATURE_CHANGED = "its feature changed"
+ASKED = "asked for"
+DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
+
+
+@dataclass(frozen=True)
+class DumpJob:
+    """
+    Everything a dump needs to know.
+
+    Attributes:
+        cache_root: as the user wrote it; the cache is ``<cache_root>/A2<target>``.
+        teachers: by name, in the order of the index.
+        notes: further content of a teacher's index entry (its checkpoint, for example).
+        batch_size: the most samples scored at once; ``None`` chooses by device.
+        shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
+        workers: threads that read features ahead; 0 reads in place.
+        on_bad_sample: ``stop`` at a sample that cannot be scored, or ``skip`` it and list it as missing.
+        record: what the index keeps about the run (settings, policy, tool version).
+    """
+
+    cache_root: Path
+    manifest: Manifest
+    selection: Selection
+    source: FeatureSource
+    teachers: Mapping[str, Teacher]
+    device: torch.device
+    dtype: str = "fp32"
+    precision: str = "fp32"
+    batch_size: int | None = None
+    skip_existing: bool = True
+    files: bool = True
+    on_bad_sample: str = "stop"
+    workers: int = 2
+    seed: int = 42
+    shard_size: int = 4096
+    shard_seconds: float = 5.0
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> CacheFolder:
+        return CacheFolder(self.cache_root / f"{SOURCE}2{self.selection.target}")
+
+    @cached_property
+    def origins(self) -> dict[str, Origin]:
+        """What this job's rows are made by. Computed once: digesting large weights takes a while."""
+        return {
+            name: teacher_origin(name, teacher, precision=self.precision, dtype=self.dtype)
+            for name, teacher in self.teachers.items()
+        }
+
+
+@dataclass
+class TeacherReport:
+    """Samples of one teacher by what became of them; ``rescored`` by reason."""
+
+    scored: int = 0
+    skipped: int = 0
+    rescored: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
+    cost: StorageCost | None = None
+
+    def count(self, state: str) -> None:
+        if state == FRESH:
+            self.skipped += 1
+        elif state == NEW:
+            self.scored += 1
+        else:
+            self.rescored[state] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "scored": self.scored,
+            "skipped": self.skipped,
+            "rescored": dict(self.rescored),
+            "dropped": self.dropped,
+            "storage_cost": None if self.cost is None else self.cost.as_json(),
+        }
+
+
+@dataclass
+class DumpReport:
+    """What a dump did, or with ``dry_run`` would do. ``missing`` maps files that could not be scored to the reason."""
+
+    cache: Path
+    permitted: int
+    per_device: dict[str, int]
+    teachers: dict[str, TeacherReport]
+    missing: dict[str, str] = field(default_factory=dict)
+    samples_scored: int = 0
+    seconds: float = 0.0
+    bytes_planned: int = 0
+    published: Published | None = None
+
+    @property
+    def rate(self) -> float:
+        """Samples scored per second, whatever the number of teachers."""
+        return self.samples_scored / self.seconds if self.seconds else 0.0
+
+
+def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
+    """
+    Run a dump to its end: every permitted sample scored or listed as missing, packs sealed, view and index written.
+
+    Raises:
+        StaleError: the cache was written by an older script (and ``skip_existing`` is on).
+        FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``; what was scored before stays committed.
+        StoreError: the cache cannot be written.
+    """
+    return _Dump(job, watcher or Watcher()).run()
+
+
+def plan_dump(job: DumpJob) -> DumpReport:
+    """What `dump_logits` would do, without scoring or writing anything."""
+    return _Dump(job, Watcher()).survey()
+
+
+class _Known:
+    """What the cache already holds of one teacher."""
+
+    def __init__(self, origin: Origin, packs: PackSet, keys: np.ndarray) -> None:
+        self.union = packs.union(origin)
+        self.first = np.full(len(keys), -1, np.int64) if self.union is None else self.union.find(keys)
+        self.superseded: dict[int, str] = {}
+        for pack in packs.good:
+            other = pack.origin
+            if other.teacher == origin.teacher and other.fingerprint.digest != origin.fingerprint.digest:
+                reason = ", ".join(other.fingerprint.differing_parts(origin.fingerprint)) + " changed"
+                for number in np.flatnonzero(Union([pack]).find(keys) >= 0).tolist():
+                    self.superseded[number] = reason
+
+    def holds(self, number: int) -> bool:
+        """A row of the present fingerprint exists, fresh or not."""
+        return bool(self.first[number] >= 0)
+
+    def state(self, number: int, digest: bytes) -> str:
+        """`FRESH`, `NEW`, or why the sample must be scored again."""
+        if not self.holds(number) or self.union is None:
+            return self.superseded.get(number, NEW)
+        position = int(self.first[number])
+        wanted = np.frombuffer(digest, np.uint8)
+        while True:
+            if (self.union.inputs[position] == wanted).all():
+                return FRESH
+            position += 1
+            if position >= len(self.union) or not self.union.repeats[position]:
+                return FEATURE_CHANGED
+
+
+class _Shard:
+    """Scored rows that are not committed yet."""
+
+    def __init__(self, job: DumpJob) -> None:
+        self._job = job
+        self._rows: dict[str, list[tuple[bytes, bytes, bytes, np.ndarray]]] = {}
+        self._since = time.monotonic()
+        self.written: list[Path] = []
+
+    def add(self, teacher: str, file: str, digest: bytes, row: np.ndarray) -> None:
+        name = file.encode()
+        self._rows.setdefault(teacher, []).append((keys_of([file]).tobytes(), digest, name, row))
+
+    @property
+    def due(self) -> bool:
+        largest = max(map(len, self._rows.values()), default=0)
+        late = time.monotonic() - self._since >= self._job.shard_seconds
+        return largest >= self._job.shard_size or (late and largest > 0)
+
+    def commit(self) -> None:
+        """One durable pack per teacher; after this returns its rows survive a crash."""
+        while self._rows:
+            teacher, rows = next(iter(self._rows.items()))
+            rows.sort(key=lambda row: row[0])
+            keys, inputs = (
+                np.frombuffer(b"".join([row[part] for row in rows]), np.uint8).reshape(-1, 16) for part in (0, 1)
+            )
+            logits = np.stack([row[3] for row in rows])
+            path = write_pack(
+                self._job.folder.packs_path,
+                self._job.origins[teacher],
+                keys,
+                inputs,
+                [row[2] for row in rows],
+                logits.__getitem__,
+            )
+            self.written.append(path)
+            del self._rows[teacher]
+        self._since = time.monotonic()
+
+
+class _Dump:
+    def __init__(self, job: DumpJob, watcher: Watcher) -> None:
+        self.job = job
+        self.watcher = watcher
+        self.folder = job.folder
+        self.files = job.selection.files
+        self.earlier = self._earlier_index()
+        self.origins = job.origins
+        self.others = {
+            name: origin
+            for name, origin in (self.earlier.origins if self.earlier else {}).items()
+            if name not in self.origins
+        }
+        self.packs = self.folder.packs()
+        for error in self.packs.damaged.values():
+            watcher.note(error.message)
+        self.keys = keys_of(self.files)
+        self.known = {name: _Known(origin, self.packs, self.keys) for name, origin in self.origins.items()}
+        self.inputs = np.zeros((len(self.files), 16), np.uint8)
+        self.readable = np.zeros(len(self.files), bool)
+        self.plan: BatchPlan | None = None
+        self.shard = _Shard(job)
+        self.report = DumpReport(
+            self.folder.path,
+            len(self.files),
+            job.selection.per_device,
+            {name: TeacherReport(cost=self._cost(origin)) for name, origin in self.origins.items()},
+        )
+
+    # -- the two ways to run ------------------------------------------------------------------------------------------
+
+    def survey(self) -> DumpReport:
+        """Count without scoring. Features are read only where a stored row could be fresh."""
+        for number, file in enumerate(self.files):
+            held = {name for name, known in self.known.items() if known.holds(number) and self.job.skip_existing}
+            digest = b""
+            if held:
+                try:
+                    digest = self.job.source.read(file).digest
+                except FeatureError as error:
+                    self._bad(number, error)
+                    continue
+            needed = self._needed(number, digest)
+            self.report.samples_scored += bool(needed)
+            for name in needed:
+                origin = self.origins[name]
+                self.report.bytes_planned += origin.num_classes * origin.stored.itemsize
+        self._count_dropped()
+        return self.report
+
+    def run(self) -> DumpReport:
+        began = time.monotonic()
+        make_directory(self.folder.packs_path)
+        # Packs are content-named: a row scored again may bring back a name that was here before.
+        before = [pack.path for origin in self.origins.values() for pack in self.packs.of(origin)]
+        try:
+            self._score_all()
+        finally:
+            self.shard.commit()  # also when stopping: what was scored is kept
+        self.report.seconds = time.monotonic() - began
+        self._count_dropped()
+        replaced = [] if self.job.skip_existing else [path for path in before if path not in self.shard.written]
+        self.report.published = self._publish(replaced)
+        self._clean_up()
+        return self.report
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+
+    def _score_all(self) -> None:
+        from kd_cache.engine import Batcher, Engine, numerics
+
+        self.watcher.stage("scoring", len(self.files))
+        with numerics(self.job.device, self.job.precision, self.job.seed):
+            batcher = Batcher(Engine(self.job.teachers, self.job.device), self._size_of)
+            for number, feature in self._read_ahead():
+                if isinstance(feature, FeatureError):
+                    self._bad(number, feature)
+                    continue
+                self.inputs[number] = np.frombuffer(feature.digest, np.uint8)
+                self.readable[number] = True
+                needed = self._needed(number, feature.digest)
+                if not needed:
+                    self.watcher.advance(1)
+                    continue
+                self._check_bins(number, feature)
+                if self.readable[number]:
+                    self._keep(batcher.add(number, feature.array, needed))
+            self._keep(batcher.finish())
+
+    def _read_ahead(self) -> Iterator[tuple[int, Feature | FeatureError]]:
+        """Each permitted sample's feature, read once, a few ahead of its use."""
+        if self.job.workers == 0:
+            yield from ((number, self._read(file)) for number, file in enumerate(self.files))
+            return
+        waiting: deque[Future[Feature | FeatureError]] = deque()
+        with ThreadPoolExecutor(self.job.workers, thread_name_prefix="read") as pool:
+            try:
+                upcoming = iter(self.files)
+                for number in range(len(self.files)):
+                    while len(waiting) < 16 * self.job.workers and (file := next(upcoming, None)) is not None:
+                        waiting.append(pool.submit(self._read, file))
+                    yield number, waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _read(self, file: str) -> Feature | FeatureError:
+        try:
+            return self.job.source.read(file)
+        except FeatureError as error:
+            return error
+
+    def _needed(self, number: int, digest: bytes) -> frozenset[str]:
+        needed = set()
+        for name, known in self.known.items():
+            state = self._state(known, number, digest)
+            self.report.teachers[name].count(state)
+            if state != FRESH:
+                needed.add(name)
+        return frozenset(needed)
+
+    def _state(self, known: _Known, number: int, digest: bytes) -> str:
+        if self.job.skip_existing:
+            return known.state(number, digest)
+        return ASKED if known.holds(number) or number in known.superseded else NEW
+
+    def _check_bins(self, number: int, feature: Feature) -> None:
+        shape = (feature.array.shape[0], feature.array.shape[1])
+        self._size_of(shape)
+        bins = self._planned().bins
+        if shape[1] != bins:
+            self._bad(
+                number,
+                FeatureError(
+                    f"feature {shown(self.files[number])} has {shape[1]} bins, expected {bins} as the others have"
+                ),
+            )
+
+    def _keep(self, batches: Iterator[Scored]) -> None:
+        for scored in batches:
+            for name, logits in scored.logits.items():
+                self._keep_rows(name, scored.numbers, logits)
+            self.report.samples_scored += len(scored.numbers)
+            self.watcher.advance(len(scored.numbers))
+            if self.shard.due:
+                self.shard.commit()
+
+    def _keep_rows(self, name: str, numbers: list[int], logits: np.ndarray) -> None:
+        with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
+            stored = logits.astype(self.origins[name].stored)
+        good = np.isfinite(logits).all(axis=1)
+        fits = np.isfinite(stored).all(axis=1)
+        for row, number in enumerate(numbers):
+            if fits[row]:
+                self.shard.add(name, self.files[number], self.inputs[number].tobytes(), stored[row])
+                continue
+            largest = np.abs(logits[row]).max()
+            reason = f"do not fit {self.job.dtype} (largest {largest:.6g}); use --dtype fp32"
+            what = reason if good[row] else f"are not finite (classes {np.flatnonzero(~np.isfinite(logits[row]))})"
+            self._bad(number, TeacherError(f"teacher {name}: the logits of {shown(self.files[number])} {what}"))
+        cost = self.report.teachers[name].cost
+        if cost is not None and fits.any():
+            cost.add(logits[fits], stored[fits])
+
+    def _bad(self, number: int, error: KDCacheError) -> None:
+        """A sample that cannot be scored: stop, or list it as missing."""
+        if self.job.on_bad_sample == "stop":
+            raise type(error)(
+                error.message,
+                hint=error.hint or "Mend or remove the sample, or pass --on-bad-sample skip to leave it out.",
+            )
+        self.report.missing.setdefault(self.files[number], error.message)
+        if isinstance(error, FeatureError):
+            self.readable[number] = False
+            self.watcher.advance(1)
+
+    # -- the batch plan -----------------------------------------------------------------------------------------------
+
+    def _size_of(self, shape: Shape) -> int:
+        plan = self._planned()
+        if not plan.covers([shape]):
+            plan = self._make_plan(earlier=plan)
+        return plan.batches.get(shape, 1)
+
+    def _planned(self) -> BatchPlan:
+        if self.plan is None:
+            saved = load_plan(self.folder.plan_path) if self.packs.good and self.job.skip_existing else None
+            wanted = self.job.batch_size
+            if saved is not None and wanted is not None and wanted != saved.batch_size:
+                if any(known.union is not None for known in self.known.values()):
+                    self.watcher.note(f"the batch size stays {saved.batch_size}, with which this cache was begun")
+                else:
+                    saved = None
+            self.plan = saved or self._make_plan(earlier=None)
+        return self.plan
+
+    def _make_plan(self, earlier: BatchPlan | None) -> BatchPlan:
+        size = self.job.batch_size or DEFAULT_BATCH[self.job.device.type]
+        counts = count_shapes(self.job.source, self.files, skip_bad=self.job.on_bad_sample == "skip")
+        self.plan = BatchPlan.from_counts(counts, size, earlier)
+        self.plan.save(self.folder.plan_path)
+        return self.plan
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _count_dropped(self) -> None:
+        """Samples that the cache holds, of scored and other teachers, and that are no longer permitted."""
+        permitted = {key.tobytes() for key in self.keys}
+        gone: dict[str, set[bytes]] = {}
+        for pack in self.packs.good:
+            surplus = {key.tobytes() for key in pack.keys} - permitted
+            gone.setdefault(pack.origin.teacher, set()).update(surplus)
+        for name, keys in gone.items():
+            if keys or name in self.report.teachers:
+                self.report.teachers.setdefault(name, TeacherReport()).dropped = len(keys)
+
+    def _publish(self, replaced: list[Path]) -> Published:
+        from kd_cache.engine import environment
+
+        record = {
+            **self.job.record,
+            "adaptation": self.folder.path.name,
+            "num_permitted": len(self.files),
+            "per_device": self.job.selection.per_device,
+            "manifest": {"path": str(self.job.manifest.path), "sha256": self.job.manifest.digest},
+            "split_policy": {
+                "selected": [SOURCE, self.job.selection.target],
+                "split": "train",
+                "locations_known": [self.job.selection.located, self.job.selection.locatable],
+                "shared_locations": len(self.job.selection.shared_locations),
+            },
+            "missing": self.report.missing,
+            "plan": None if self.plan is None else self.plan.as_json(),
+            "environment": environment(self.job.device),
+        }
+        entries = {name: self._entry(name) for name in (*self.origins, *self.others)}
+        return publish(
+            self.folder,
+            f"{self.job.cache_root}/{self.folder.path.name}",
+            self.origins | self.others,
+            Promise(self.files, self.inputs, self.readable),
+            record,
+            entries,
+            earlier=self.earlier,
+            files=self.job.files,
+            replaced=replaced,
+            watcher=self.watcher,
+        )
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """What the index says of a teacher besides its origin; kept from the earlier index where this run adds nothing."""
+        before = self.earlier.record["teachers"].get(name, {}) if self.earlier else {}
+        entry = {key: before[key] for key in ("source", "storage_cost") if key in before}
+        report = self.report.teachers.get(name)
+        if report is not None and report.cost is not None and report.cost.rows:
+            entry["storage_cost"] = report.cost.as_json()
+        return entry | dict(self.job.notes.get(name, {}))
+
+    def _clean_up(self) -> None:
+        """Remove what this dump made useless: damaged packs of the teachers just scored, forbidden old rows."""
+        for path in self.packs.damaged:
+            if teacher_in_name(path) in self.origins:
+                path.unlink(missing_ok=True)
+        gone = drop_forbidden(self.folder, self.packs, self.origins | self.others, self.files)
+        if gone:
+            self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
+
+    # -- the beginning ------------------------------------------------------------------------------------------------
+
+    def _cost(self, origin: Origin) -> StorageCost | None:
+        return StorageCost(origin.value_kind) if origin.dtype == "fp16" else None
+
+    def _earlier_index(self) -> Index | None:
+        for name in self.job.teachers:
+            if not is_teacher_name(name):
+                raise TeacherError(f"{shown(name)!r} cannot be a teacher's name (letters, digits, _ . -)")
+        if self.job.cache_root.exists() and not self.job.cache_root.is_dir():
+            raise StoreError(f"the cache root {shown(self.job.cache_root)} is a file, expected a folder")
+        try:
+            index = self.folder.index()
+        except StaleError as error:
+            if self.job.skip_existing:
+                raise StaleError(
+                    error.message,
+                    hint="Its rows cannot be checked. Dump into another --cache-root, adopt them, "
+                    "or pass --no-skip-existing to score everything again.",
+                ) from error
+            return None
+        except CorruptError as error:
+            if not self.folder.pack_paths() and self.job.skip_existing:
+                raise CorruptError(
+                    error.message,
+                    hint="There are no packs to rebuild it from. Move the folder away, or pass --no-skip-existing.",
+                ) from error
+            self.watcher.note(f"{error.message}; it is written anew from the packs")
+            return None
+        return index

@@ -1,0 +1,225 @@
+"""
+Feature arrays: one plain ``.npy`` of shape ``[T, F]`` per sample, read strictly and never outside its root.
+
+A file is opened once, without following a link out of the data root and without ever blocking on a FIFO; its header is
+parsed by this module (no pickle, no surprises), its size must be exact, its values finite.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from kd_cache.errors import FeatureError, UsageError, shown
+from kd_cache.fingerprint import input_digest
+
+MAGIC = b"\x93NUMPY"
+MAX_HEADER = 10_000
+MAX_BYTES = 1 << 30
+"""A feature file above this is refused: one second of log-mel takes about 25 kB."""
+DTYPES = ("<f4", "<f2")
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One sample's features: ``array`` ``[T, F]`` (float32 or float16 as stored, C order, read-only), 16-byte digest."""
+
+    array: np.ndarray
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """What the header of a ``.npy`` promises; ``size`` is the whole file's length in bytes."""
+
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    fortran_order: bool
+    offset: int
+
+    @property
+    def size(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return self.offset + count * self.dtype.itemsize
+
+
+class FeatureSource:
+    """
+    Reads the features of manifest files.
+
+    Args:
+        root: data root; relative files lie below it.
+        allow_outside: further folders that absolute files and links may lead to.
+
+    Raises:
+        UsageError: the root is not a folder.
+    """
+
+    def __init__(self, root: str | Path, allow_outside: Iterable[str | Path] = ()) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
+        self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
+        self._directories: dict[str, str] = {}
+
+    def read(self, file: str) -> Feature:
+        """
+        The whole array, checked and digested.
+
+        Raises:
+            FeatureError: missing, outside the root, not a plain file, malformed, truncated, not ``[T, F]`` of float16
+                or float32, or not finite.
+        """
+        try:
+            array = read_array(self._bytes(file))
+            _check_array(array)
+        except (ValueError, OSError) as error:
+            raise self._error(file, error) from None
+        return Feature(array, input_digest(array))
+
+    def shape(self, file: str) -> tuple[int, int]:
+        """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
+        try:
+            descriptor = self._open(file)
+            try:
+                header = parse_header(os.read(descriptor, MAX_HEADER + 12))
+                _check_size(header, os.fstat(descriptor).st_size)
+            finally:
+                os.close(descriptor)
+            return _frames_and_bins(header.shape)
+        except (ValueError, OSError) as error:
+            raise self._error(file, error) from None
+
+    def _bytes(self, file: str) -> bytes:
+        descriptor = self._open(file)
+        try:
+            return _read_all(descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, file: str) -> int:
+        directory, name = os.path.split(os.path.join(self.root, file))  # noqa: PTH118 (a path as written)
+        path = f"{self._real_directory(directory)}/{name}"
+        try:
+            descriptor = os.open(path, _OPEN)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            # The file itself is a link: follow it to its end, and open that only if it is in a permitted place.
+            target = os.path.realpath(path, strict=True)
+            self._refuse_outside(target)
+            descriptor = os.open(target, _OPEN)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ValueError("it is not a regular file")
+        return descriptor
+
+    def _real_directory(self, directory: str) -> str:
+        real = self._directories.get(directory)
+        if real is None:
+            real = os.path.realpath(directory)
+            self._refuse_outside(real + "/")
+            self._directories[directory] = real
+        return real
+
+    def _refuse_outside(self, path: str) -> None:
+        if not any(path.startswith(root.rstrip("/") + "/") for root in self._permitted):
+            raise ValueError(
+                f"it lies outside the data root {shown(self.root)}; permit its folder with --allow-outside"
+            )
+
+    def _error(self, file: str, error: Exception) -> FeatureError:
+        where = f"feature {shown(file)} (under {shown(self.root)})"
+        if isinstance(error, FileNotFoundError):
+            return FeatureError(f"{where} does not exist", hint="Check --data-root, or restore the file.")
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return FeatureError(f"{where}: {reason}")
+
+
+def read_array(content: bytes) -> np.ndarray:
+    """The array in the bytes of a ``.npy`` file, in C order and read-only. Raises ``ValueError`` saying what is wrong."""
+    header = parse_header(content)
+    _check_size(header, len(content))
+    flat = np.frombuffer(content, header.dtype, offset=header.offset)
+    if header.fortran_order:
+        return np.ascontiguousarray(flat.reshape(header.shape[::-1]).T)
+    return flat.reshape(header.shape)
+
+
+def parse_header(content: bytes) -> NpyHeader:
+    """Parse a ``.npy`` header (format versions 1 to 3) without trusting it. Raises ``ValueError``."""
+    if content[:6] != MAGIC:
+        raise ValueError(
+            "it is not a .npy file (its first bytes are not the magic of one)" if content else "it is empty"
+        )
+    version = content[6:8]
+    if version not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
+        raise ValueError(f"unknown .npy version {version.hex('.')}")
+    prefix = 10 if version[0] == 1 else 12
+    length = int.from_bytes(content[8:prefix], "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"its header claims {length} bytes, expected at most {MAX_HEADER}")
+    if len(content) < prefix + length:
+        raise ValueError("it is truncated within its header")
+    return _parsed(content[prefix : prefix + length], prefix + length)
+
+
+@lru_cache(maxsize=1024)  # most files of a data set share their header
+def _parsed(text: bytes, offset: int) -> NpyHeader:
+    try:
+        fields = ast.literal_eval(text.decode("latin1").strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        raise ValueError("its header is not a plain description of an array") from None
+    if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
+        raise ValueError("its header must hold descr, fortran_order and shape, and nothing else")
+    descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+    if not isinstance(descr, str) or descr not in DTYPES:
+        raise ValueError(
+            f"its dtype is {shown(descr)}, expected float32 (<f4) or float16 (<f2); convert it when saving"
+        )
+    if type(fortran) is not bool:
+        raise ValueError("fortran_order in its header must be True or False")
+    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape):
+        raise ValueError(f"its shape {shown(shape)[:60]} is not a tuple of sizes")
+    return NpyHeader(np.dtype(descr), shape, fortran, offset)
+
+
+def _check_size(header: NpyHeader, size: int) -> None:
+    if header.size != size:
+        raise ValueError(f"its header promises {header.size} bytes (shape {header.shape}), the file has {size}")
+
+
+def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"its shape is {list(shape)}, expected [frames, bins] with at least one of each")
+    return shape[0], shape[1]
+
+
+def _check_array(array: np.ndarray) -> None:
+    _frames_and_bins(array.shape)
+    finite = np.isfinite(array)
+    if not finite.all():
+        frame, band = np.argwhere(~finite)[0]
+        raise ValueError(f"its value at frame {frame}, bin {band} is {array[frame, band]}, expected finite numbers")
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
+    parts = []
+    while chunk := os.read(descriptor, size + 1):
+        parts.append(chunk)
+        if sum(map(len, parts)) > MAX_BYTES:
+            raise ValueError("it grows while it is read")
+    return parts[0] if len(parts) == 1 else b"".join(parts)

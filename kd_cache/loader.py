@@ -1,0 +1,411 @@
+"""
+Serving logits: open a cache, resolve files to rows once, gather a batch per step.
+
+cache = LogitCache.open("cache/A2b")
+data = cache.attach(train_set, keys=train_set.files)
+loader = DataLoader(data, batch_size=256, shuffle=True, collate_fn=data.collate)
+for batch, logits in loader:  # logits [B, T, C], teachers in the order of cache.teachers
+    ...
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, UsageError, listed, shown
+from kd_cache.fingerprint import Fingerprint
+from kd_cache.manifest import SOURCE
+from kd_cache.rows import OlderRows, PackRows, TeacherRows
+from kd_cache.store.folder import CacheFolder, teacher_in_name
+from kd_cache.store.index import Index, read_older_maps
+from kd_cache.store.keys import KeyFinder, keys_of
+from kd_cache.store.pack import Origin
+
+TABLE_BYTES = 1 << 30
+"""Up to this size all rows are gathered into one ``[N, T, C]`` table when a cache is opened."""
+
+
+class LogitCache:
+    """
+    An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
+
+    Attributes:
+        teachers: their names; the second axis of every batch.
+        files: the files that all opened teachers hold.
+        num_classes: C.
+        target: the target device of the adaptation, or ``None`` where the folder's name does not say.
+        misses: how many files without logits were resolved, to be served as NaN (only with ``on_miss="nan"``).
+    """
+
+    def __init__(self, path: Path, tables: Sequence[TeacherRows], index: Index | None, on_miss: str) -> None:
+        self.path = path
+        self.misses = 0
+        self._rows_of = tables
+        self._index = index
+        self._on_miss = on_miss
+        self.teachers = tuple(rows.name for rows in tables)
+        self.num_classes = tables[0].num_classes
+        self.dtype = tables[0].dtype
+        self._keys = _common_keys([rows.keys for rows in tables])
+        self._positions = [rows.find(self._keys) for rows in tables]
+        self._finder = KeyFinder(self._keys)
+        size = len(self._keys) * len(tables) * self.num_classes * self.dtype.itemsize
+        self._table = self._gather(slice(None)) if size <= TABLE_BYTES else None
+        head, separator, target = path.name.partition("2")
+        self.target = target if separator and head == SOURCE else None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        teachers: Sequence[str] | None = None,
+        expect: Mapping[str, str | Fingerprint] | None = None,
+        *,
+        value_kind: str = "logits",
+        on_miss: str = "raise",
+    ) -> LogitCache:
+        """
+        Open ``cache/A2b``. Every byte is checked against its digest before a value is believed.
+
+        Args:
+            path: the cache's folder, or the ``cache_index.json`` in it.
+            teachers: which to open, in this order; all by default.
+            expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
+            value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
+            on_miss: ``raise``, or ``nan`` to get NaN rows for files without logits, counted in ``misses``.
+
+        Raises:
+            MissingLogitsError: no cache there, an unfinished one, or a teacher it does not hold.
+            CorruptError: a damaged index or pack.
+            StaleError: a fingerprint other than expected, naming the parts that differ.
+            UsageError: teachers of different size or dtype together, or another value kind.
+        """
+        if on_miss not in ("raise", "nan"):
+            raise UsageError(f"on_miss is {on_miss!r}, expected raise or nan")
+        path = Path(path)
+        folder = CacheFolder(path.parent if path.is_file() else path)
+        try:
+            index = folder.index()
+        except StaleError as error:
+            warnings.warn(
+                f"{error.message}. Nothing can be checked: not the teachers' weights, the features, the split or "
+                f"the bytes.",
+                stacklevel=2,
+            )
+            return cls(folder.path, _older_rows(folder, teachers, expect), None, on_miss)
+        if index is None:
+            raise _unfinished(folder)
+        origins = _chosen(index.origins, teachers, folder)
+        _refuse_unexpected(index, origins, expect or {})
+        _refuse_mixture(origins, value_kind)
+        return cls(folder.path, _pack_rows(folder, origins), index, on_miss)
+
+    @property
+    def files(self) -> list[str]:
+        """Files that every opened teacher holds, ordered by key. (Built when asked for.)"""
+        return self._rows_of[0].files(self._positions[0])
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """``{teacher: sha256}``, as ``expect`` takes them; empty for a cache of an older script."""
+        origins = {} if self._index is None else self._index.origins
+        return {name: origins[name].fingerprint.digest for name in self.teachers if name in origins}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def rows(self, files: Iterable[str]) -> torch.Tensor:
+        """
+        Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
+
+        Raises:
+            MissingLogitsError: listing every missing file and why. With ``on_miss="nan"`` a missing file has row -1.
+        """
+        asked = list(files)
+        found = self._finder.find(keys_of(asked))
+        self._refuse_collisions(asked, found)
+        missing = np.flatnonzero(found < 0)
+        if len(missing) and self._on_miss == "raise":
+            names = [asked[number] for number in missing]
+            raise MissingLogitsError(
+                f"{len(names)} of {len(asked)} files have no logits in {shown(self.path)}\n"
+                + listed([f"{name}: {self._why_missing(name)}" for name in names[:20]], total=len(names)),
+                hint="Run kd-cache dump with the manifest you train on.",
+            )
+        if len(missing):
+            self.misses += len(missing)
+            warnings.warn(
+                f"{len(missing)} of {len(asked)} files have no logits in {shown(self.path)}; they are served as NaN",
+                stacklevel=2,
+            )
+        return torch.from_numpy(found)
+
+    def batch(self, rows: torch.Tensor | Sequence[str], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """
+        Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
+
+        Raises:
+            MissingLogitsError, IndexError: a file without logits, a row that is none.
+        """
+        numbers = rows if isinstance(rows, torch.Tensor) else self.rows(rows)
+        if self._on_miss == "nan" and bool((numbers < 0).any()):
+            return self._with_nan(numbers, dtype)
+        logits = self._select(numbers)
+        return logits if dtype is None else logits.to(dtype)
+
+    def tensor(
+        self,
+        teachers: Sequence[str] | None = None,
+        files: Sequence[str] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """The whole table ``[N, T, C]`` on a device: of ``files`` in their order (all by default) and ``teachers``."""
+        wanted = self.teachers if teachers is None else tuple(teachers)
+        unknown = [name for name in wanted if name not in self.teachers]
+        if unknown:
+            raise MissingLogitsError(f"not opened: {', '.join(map(shown, unknown))}; open: {', '.join(self.teachers)}")
+        logits = self.batch(torch.arange(len(self)) if files is None else self.rows(files))
+        if wanted != self.teachers:
+            logits = logits[:, [self.teachers.index(name) for name in wanted]]
+        return logits.to(device)
+
+    def attach(
+        self,
+        dataset: Dataset[Any],
+        keys: Sequence[str],
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> CachedDataset:
+        """
+        ``dataset`` with logits beside each item; ``keys[i]`` is the manifest's ``file`` of item i.
+
+        Raises:
+            UsageError: not as many keys as items.
+            MissingLogitsError: as `rows`, at once rather than in the middle of an epoch.
+        """
+        return CachedDataset(self, dataset, keys, dtype, collate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers open the packs themselves; the signature makes sure that row numbers mean the same there.
+        state = (self.path, self.teachers, self._on_miss, self._signature())
+        return _reopen, state
+
+    def _signature(self) -> tuple[str, ...]:
+        return tuple(name for rows in self._rows_of for name in rows.signature)
+
+    def _select(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._table is not None:
+            return self._table.index_select(0, rows)
+        numbers = rows.numpy()
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"rows must lie in [0, {len(self)}), found {numbers.min()} to {numbers.max()}")
+        return self._gather(numbers)
+
+    def _gather(self, rows: Any) -> torch.Tensor:
+        parts = [part.take(positions[rows]) for part, positions in zip(self._rows_of, self._positions, strict=True)]
+        return torch.from_numpy(np.stack(parts, axis=1))
+
+    def _with_nan(self, rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        missing = rows < 0
+        logits = torch.full((len(rows), len(self.teachers), self.num_classes), float("nan"), dtype=self._torch_dtype)
+        logits[~missing] = self._select(rows[~missing])
+        return logits if dtype is None else logits.to(dtype)
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        return torch.float16 if self.dtype.itemsize == 2 else torch.float32
+
+    def _refuse_collisions(self, asked: list[str], found: np.ndarray) -> None:
+        present = np.flatnonzero(found >= 0)
+        stored = self._rows_of[0].files(self._positions[0][found[present]])
+        for number, name in zip(present.tolist(), stored, strict=True):
+            if asked[number] != name:
+                raise CorruptError(
+                    f"{shown(asked[number])} and {shown(name)} have the same MD5 key; one of them must be renamed"
+                )
+
+    def _why_missing(self, file: str) -> str:
+        reason = self._index.missing.get(file) if self._index is not None else None
+        if reason is not None:
+            return f"could not be scored ({reason})"
+        key = keys_of([file])
+        holders = [rows.name for rows in self._rows_of if rows.find(key)[0] >= 0]
+        if holders:
+            return f"only {', '.join(holders)} scored it"
+        if any(rows.is_ambiguous(key) for rows in self._rows_of):
+            return "its feature changed and a dump has not finished since"
+        return "not in the cache: not in the manifest of the dump, or not a permitted train sample"
+
+
+def _reopen(path: Path, teachers: tuple[str, ...], on_miss: str, signature: tuple[str, ...]) -> LogitCache:
+    folder = CacheFolder(path)
+    try:
+        index = folder.index()
+        if index is None:
+            raise _unfinished(folder)
+        tables = _pack_rows(folder, _chosen(index.origins, teachers, folder))
+    except StaleError:
+        index, tables = None, _older_rows(folder, teachers, None)
+    cache = LogitCache(path, tables, index, on_miss)
+    if cache._signature() != signature:
+        raise StaleError(
+            f"{shown(path)} changed while it was being read: row numbers resolved before no longer hold",
+            hint="Open it anew; do not dump into a cache that a running training reads with worker processes.",
+        )
+    return cache
+
+
+def _unfinished(folder: CacheFolder) -> MissingLogitsError:
+    if folder.packs_path.is_dir():
+        return MissingLogitsError(
+            f"{shown(folder.path)} has no {folder.index_path.name}: its dump did not finish",
+            hint="Run the same kd-cache dump again; it continues where it stopped.",
+        )
+    return MissingLogitsError(f"there is no cache at {shown(folder.path)}", hint="Make one with kd-cache dump.")
+
+
+def _chosen(origins: Mapping[str, Origin], teachers: Sequence[str] | None, folder: CacheFolder) -> dict[str, Origin]:
+    wanted = list(origins) if teachers is None else list(teachers)
+    unknown = [name for name in wanted if name not in origins]
+    if unknown or not wanted:
+        raise MissingLogitsError(
+            f"{shown(folder.path)} holds no logits of {', '.join(map(shown, unknown)) or 'any teacher'} "
+            f"(it holds {', '.join(origins) or 'none'})"
+        )
+    return {name: origins[name] for name in wanted}
+
+
+def _refuse_unexpected(index: Index, origins: Mapping[str, Origin], expect: Mapping[str, str | Fingerprint]) -> None:
+    for name, wanted in expect.items():
+        if name not in origins:
+            raise UsageError(f"expect names {shown(name)}, which is not among the opened teachers {', '.join(origins)}")
+        found = origins[name].fingerprint
+        digest = wanted.digest if isinstance(wanted, Fingerprint) else wanted.lower()
+        if digest == found.digest:
+            continue
+        parts = wanted if isinstance(wanted, Fingerprint) else index.known_fingerprint(name, digest)
+        if parts is None:
+            held = "; ".join(f"{part}: {value[:60]}" for part, value in sorted(found.parts.items()))
+            what = f"no teacher with that fingerprint was ever cached here; this one has {held}"
+        else:
+            what = f"they differ in {parts.difference(found)}"
+        raise StaleError(
+            f"{name}: expected fingerprint {shown(digest)[:16]}…, the cache has {found.digest[:16]}…: {what}",
+            hint="Dump again with the teacher you expect, or expect the one that is cached.",
+        )
+
+
+def _refuse_mixture(origins: Mapping[str, Origin], value_kind: str) -> None:
+    for name, origin in origins.items():
+        if origin.value_kind != value_kind:
+            raise UsageError(
+                f"{name} stores {origin.value_kind}, not {value_kind}",
+                hint=f'Pass value_kind="{origin.value_kind}" if your loss works on that, or choose other teachers.',
+            )
+    shapes = {name: (origin.num_classes, origin.dtype) for name, origin in origins.items()}
+    if len(set(shapes.values())) > 1:
+        each = ", ".join(f"{name}: {classes} classes, {dtype}" for name, (classes, dtype) in shapes.items())
+        raise UsageError(
+            f"these teachers do not fit into one tensor ({each})", hint="Open them separately: teachers=[…]."
+        )
+
+
+def _pack_rows(folder: CacheFolder, origins: Mapping[str, Origin]) -> list[TeacherRows]:
+    packs = folder.packs(origins)
+    for path, error in packs.damaged.items():
+        if teacher_in_name(path) in origins:
+            raise error
+    tables: list[TeacherRows] = []
+    for name, origin in origins.items():
+        mine = packs.of(origin)
+        if not mine:
+            raise MissingLogitsError(
+                f"{shown(folder.path)} holds no rows of {name} as its index describes them",
+                hint="Restore its packs, or run kd-cache dump again.",
+            )
+        tables.append(PackRows(mine))
+    return tables
+
+
+def _older_rows(
+    folder: CacheFolder, teachers: Sequence[str] | None, expect: Mapping[str, str | Fingerprint] | None
+) -> list[TeacherRows]:
+    if expect:
+        raise StaleError(f"{shown(folder.path)} was written by an older script: its fingerprints are unknown")
+    maps = read_older_maps(folder.index_path)
+    names = list(maps) if teachers is None else list(teachers)
+    for name in names:
+        if name not in maps:
+            raise MissingLogitsError(f"{shown(folder.path)} holds no logits of {shown(name)}")
+    # Its paths hold only where that script ran; the files are found beside the index, wherever it was moved.
+    tables: list[TeacherRows] = [
+        OlderRows(name, {file: folder.view_path(name) / Path(path).name for file, path in maps[name].items()})
+        for name in names
+    ]
+    if len({(table.num_classes, table.dtype) for table in tables}) > 1:
+        raise UsageError("these teachers do not fit into one tensor", hint="Open them separately: teachers=[…].")
+    return tables
+
+
+def _common_keys(keys: list[np.ndarray]) -> np.ndarray:
+    """Keys that all teachers hold, sorted."""
+    common = keys[0]
+    for other in keys[1:]:
+        common = common[KeyFinder(other).find(common) >= 0]
+    return common
+
+
+class Gathered:
+    """One batch on its way from ``__getitems__`` to ``collate``: base items, and their logits ``[B, T, C]``."""
+
+    def __init__(self, items: list[Any], logits: torch.Tensor) -> None:
+        self.items = items
+        self.logits = logits
+
+
+class CachedDataset(Dataset[Any]):
+    """A map-style dataset with logits beside each item. Made by `LogitCache.attach`."""
+
+    def __init__(
+        self,
+        cache: LogitCache,
+        dataset: Dataset[Any],
+        keys: Sequence[str],
+        dtype: torch.dtype | None,
+        collate: Callable[[list[Any]], Any],
+    ) -> None:
+        size = len(dataset)  # type: ignore[arg-type]
+        if len(keys) != size:
+            raise UsageError(f"expected one key per item: the dataset has {size} items, found {len(keys)} keys")
+        self.cache = cache
+        self.dataset = dataset
+        self._rows = cache.rows(keys)
+        self._dtype = dtype
+        self._collate = collate
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> tuple[Any, torch.Tensor]:
+        """``(item, logits [T, C])``."""
+        return self.dataset[number], self.cache.batch(self._rows[number].reshape(1), self._dtype)[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> Gathered:
+        """A whole batch, its logits gathered at once. torch's DataLoader calls this; ``collate`` takes it."""
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = list(fetch(numbers)) if callable(fetch) else [self.dataset[number] for number in numbers]
+        return Gathered(items, self.cache.batch(self._rows[torch.as_tensor(numbers)], self._dtype))
+
+    def collate(self, batch: Gathered | list[tuple[Any, torch.Tensor]]) -> tuple[Any, torch.Tensor]:
+        """``(base batch, logits [B, T, C])``, whether the batch was gathered at once or item by item."""
+        if isinstance(batch, Gathered):
+            return self._collate(batch.items), batch.logits
+        return self._collate([item for item, _ in batch]), torch.stack([logits for _, logits in batch])

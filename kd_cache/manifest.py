@@ -1,0 +1,283 @@
+"""
+The dataset JSON: which samples there are, whose they are, and which split each belongs to.
+
+Two shapes are read (DCASE pipelines write both): ``{"train": [...], "val": [...], "test": [...]}``, where a sample
+without ``split`` takes its list's name, and a flat list in which every sample carries ``split``. A sample without any
+split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from kd_cache.errors import ManifestError, listed, shown
+
+DEVICES = ("A", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
+"""Recording devices of DCASE task 1; a device's position is its integer ``domain``."""
+SOURCE = "A"
+TARGETS = DEVICES[1:6]
+UNSEEN = DEVICES[6:]
+DOMAIN_OF = {device: domain for domain, device in enumerate(DEVICES)}
+_DEVICE_OF_SPELLING = {device: device for device in DEVICES} | {"a": "A"}
+
+SCENES = (
+    "airport", "bus", "metro", "metro_station", "park", "public_square", "shopping_mall", "street_pedestrian",
+    "street_traffic", "tram",
+)  # fmt: skip
+CITIES = (
+    "amsterdam", "barcelona", "helsinki", "lisbon", "london", "lyon", "madrid", "milan", "paris", "prague",
+    "stockholm", "vienna",
+)  # fmt: skip
+
+LISTS = ("train", "val", "test")
+
+
+class Sample(NamedTuple):
+    """One manifest row. ``file`` is its identity; labels are class indices or ``None`` where the manifest has none."""
+
+    file: str
+    scene_label: int | None
+    city_label: int | None
+    domain: int
+    device_id: str
+    split: str
+    listed_in: str | None
+    location: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """
+    All samples in the order of the file.
+
+    ``digest`` is the SHA-256 of the file's bytes, ``path`` where it was read from (``None`` when built in memory).
+    """
+
+    samples: tuple[Sample, ...]
+    digest: str
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+
+def sample_key(file: str) -> str:
+    """MD5 of the path's UTF-8 bytes exactly as the manifest writes it: 32 hex digits, the name of the stored row."""
+    return hashlib.md5(file.encode("utf-8"), usedforsecurity=False).hexdigest()
+
+
+def spelling(file: str) -> str:
+    """The path that ``file`` means: ``./x``, ``a//x`` and ``a/../x`` are other spellings of ``x``."""
+    return posixpath.normpath(file)
+
+
+def load_manifest(path: str | Path, *, num_scenes: int = 10, num_cities: int = 12) -> Manifest:
+    """
+    Read and check a dataset JSON.
+
+    Args:
+        path: the file.
+        num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``.
+
+    Raises:
+        ManifestError: unreadable, not UTF-8 JSON, duplicate keys, a wrong type, a label out of range, no split, a
+            device that contradicts its domain, or two rows for one file.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(
+            f"cannot read the manifest {shown(path)}: {error.strerror or error}",
+            hint="Pass the dataset JSON with --json-path.",
+        ) from error
+    samples = parse_manifest(raw, shown(path), num_scenes=num_scenes, num_cities=num_cities)
+    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path)
+
+
+def parse_manifest(raw: bytes, name: str, *, num_scenes: int = 10, num_cities: int = 12) -> tuple[Sample, ...]:
+    """The samples in a manifest's bytes; ``name`` is used in messages. Raises as `load_manifest`."""
+    rows = list(_rows(parse_json(raw, name), name))
+    if not rows:
+        raise ManifestError(f"{name} is empty: it lists no samples")
+    read = _RowReader(name, num_scenes, num_cities)
+    samples = tuple([read(row, in_list, number) for row, in_list, number in rows])
+    _refuse_duplicates(samples, name)
+    return samples
+
+
+def parse_json(raw: bytes, name: str) -> Any:
+    """Strict JSON: UTF-8 without byte-order mark, no duplicate keys, no NaN or Infinity. Raises `ManifestError`."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ManifestError(f"{name} is not a manifest: it is nested too deeply") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{name} is not valid UTF-8 JSON: {shown(error)}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"key {twice!r} occurs twice in one object")
+    return row
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:
+    """Each row with the list it stands in (``None`` in a flat manifest) and its position there."""
+    if isinstance(content, list):
+        yield from ((row, None, number) for number, row in enumerate(content))
+        return
+    if not isinstance(content, Mapping):
+        raise ManifestError(f"{name}: expected a list of samples or an object of lists, found {_kind(content)}")
+    unknown = sorted(set(content) - set(LISTS))
+    if unknown:
+        raise ManifestError(
+            f"{name}: expected the lists {', '.join(LISTS)}, found also {', '.join(map(shown, unknown))}"
+        )
+    for in_list, rows in content.items():
+        if not isinstance(rows, list):
+            raise ManifestError(f"{name}: {in_list} must be a list of samples, found {_kind(rows)}")
+        yield from ((row, in_list, number) for number, row in enumerate(rows))
+
+
+class _RowReader:
+    """Turns one JSON object into a `Sample`, or says which row is wrong and how."""
+
+    def __init__(self, name: str, num_scenes: int, num_cities: int) -> None:
+        self.name = name
+        self.num_scenes = num_scenes
+        self.num_cities = num_cities
+
+    def __call__(self, row: Any, in_list: str | None, number: int) -> Sample:
+        try:
+            return self._read(row, in_list)
+        except ValueError as error:
+            where = f"{in_list or 'sample'}[{number}]"
+            file = row.get("file") if isinstance(row, dict) else None
+            of = f" ({shown(file)})" if isinstance(file, str) else ""
+            raise ManifestError(f"{self.name}, {where}{of}: {error}") from None
+
+    def _read(self, row: Any, in_list: str | None) -> Sample:
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object, found {_kind(row)}")
+        domain, device = _domain_and_device(row.get("domain"), row.get("device_id"))
+        scene = _scene_label(row, self.num_scenes)
+        if scene is None and domain == 0:
+            raise ValueError("scene_label is missing; samples of the source device A need one")
+        return Sample(
+            _file(row.get("file")),
+            scene,
+            _label("city_label", row.get("city_label"), self.num_cities),
+            domain,
+            device,
+            _split(row, in_list),
+            in_list,
+            _location(row),
+        )
+
+
+def _file(file: Any) -> str:
+    if not isinstance(file, str):
+        raise ValueError(f"file must be a string, found {_kind(file)}")
+    if not file or "\0" in file:
+        raise ValueError("file is empty" if not file else "file contains a NUL character")
+    try:
+        file.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"file {shown(file)} is not valid Unicode (a lone surrogate)") from None
+    return file
+
+
+def _scene_label(row: dict[str, Any], num_scenes: int) -> int | None:
+    scene = _label("scene_label", row.get("scene_label"), num_scenes)
+    if "label" not in row:
+        return scene
+    older = _label("label", row["label"], num_scenes)
+    if scene is not None and older != scene:
+        raise ValueError(f"scene_label is {scene} but label is {older}")
+    return older
+
+
+def _label(field: str, value: Any, classes: int) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise ValueError(f"{field} must be an integer, found {_kind(value)}")
+    if not 0 <= value < classes:
+        raise ValueError(f"{field} is {value}, expected 0 to {classes - 1}")
+    return value
+
+
+def _domain_and_device(domain: Any, device: Any) -> tuple[int, str]:
+    if device is None and domain is None:
+        raise ValueError("it has neither device_id nor domain")
+    if domain is not None and (type(domain) is not int or not 0 <= domain < len(DEVICES)):
+        raise ValueError(f"domain must be an integer from 0 to {len(DEVICES) - 1}, found {shown(domain)!r}")
+    if device is None:
+        return domain, DEVICES[domain]
+    name = _DEVICE_OF_SPELLING.get(device) if isinstance(device, str) else None
+    if name is None:
+        raise ValueError(f"device_id is {shown(device)!r}, expected one of {', '.join(DEVICES)}")
+    if domain is not None and domain != DOMAIN_OF[name]:
+        raise ValueError(f"device_id {name} has domain {DOMAIN_OF[name]}, but domain is {domain}")
+    return DOMAIN_OF[name], name
+
+
+def _split(row: dict[str, Any], in_list: str | None) -> str:
+    split = row.get("split", in_list)
+    if split is None:
+        raise ValueError('it has no "split", and the manifest has no train/val/test lists; a split is never guessed')
+    if not isinstance(split, str) or not split:
+        raise ValueError(f"split must be a word such as train or test, found {_kind(split)}")
+    return split
+
+
+def _location(row: dict[str, Any]) -> str | None:
+    """The recording location where the row names one (TAU calls it ``identifier``): ``city-location``."""
+    for field in ("identifier", "location"):
+        value = row.get(field)
+        if value is None:
+            continue
+        if type(value) is int:
+            # A bare number identifies a place only together with its city.
+            return f"{row.get('city_label', '')}-{value}"
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{field} must be a name or a number, found {_kind(value)}")
+        return value
+    return None
+
+
+def _refuse_duplicates(samples: tuple[Sample, ...], name: str) -> None:
+    """Two rows for one file within one split. (One file in two splits is leakage: the guard reports that.)"""
+    seen: dict[tuple[str, str], str] = {}
+    twice = []
+    for sample in samples:
+        place = (spelling(sample.file), sample.split)
+        if place in seen:
+            first = seen[place]
+            twice.append(sample.file if first == sample.file else f"{sample.file} (also written {first})")
+        else:
+            seen[place] = sample.file
+    if twice:
+        raise ManifestError(f"{name}: the same file is listed more than once\n{listed(twice)}")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "nothing"}
+    return names.get(type(value), f"the number {value}" if isinstance(value, int | float) else "something else")

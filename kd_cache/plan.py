@@ -1,0 +1,89 @@
+"""
+The batch plan: one fixed batch size per feature shape, kept with the cache.
+
+The last bits of a logit depend on the shape of the batch it was computed in, and on nothing else about the batch. With
+one size per shape, taken from all permitted samples and remembered, a row has the same bytes whatever the order, the
+shard or the point of resumption. Where few samples share a shape the size is small, so that padding wastes little.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_cache.errors import FeatureError
+from kd_cache.features import FeatureSource
+from kd_cache.store.atomic import write_atomic
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """``batches`` maps ``(T, F)`` to a batch size, at most ``batch_size``; ``bins`` is the F every feature must have."""
+
+    batch_size: int
+    bins: int
+    batches: Mapping[Shape, int]
+
+    @staticmethod
+    def from_counts(counts: Mapping[Shape, int], batch_size: int, earlier: BatchPlan | None = None) -> BatchPlan:
+        """A plan for so many samples per shape; sizes that ``earlier`` fixed stay as they are."""
+        if not counts:
+            raise FeatureError("no feature could be read, so there is nothing to plan", hint="Check --data-root.")
+        per_bins: Counter[int] = Counter()
+        for (_, bins), count in counts.items():
+            per_bins[bins] += count
+        bins = earlier.bins if earlier else per_bins.most_common(1)[0][0]
+        size = earlier.batch_size if earlier else batch_size
+        fresh = {shape: min(size, 1 << (count - 1).bit_length()) for shape, count in sorted(counts.items())}
+        return BatchPlan(size, bins, fresh | (dict(earlier.batches) if earlier else {}))
+
+    def covers(self, shapes: Iterable[Shape]) -> bool:
+        return all(shape in self.batches for shape in shapes)
+
+    def as_json(self) -> dict[str, Any]:
+        sizes = {f"{frames}x{bins}": size for (frames, bins), size in sorted(self.batches.items())}
+        return {"batch_size": self.batch_size, "bins": self.bins, "batches": sizes}
+
+    def save(self, path: Path) -> None:
+        write_atomic(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
+
+
+def load_plan(path: Path) -> BatchPlan | None:
+    """The saved plan; ``None`` when there is none or it cannot be used (a plan can always be made again)."""
+    try:
+        content = json.loads(path.read_bytes())
+        sizes = {}
+        for text, size in content["batches"].items():
+            frames, _, bins = text.partition("x")
+            sizes[int(frames), int(bins)] = _positive(size)
+        return BatchPlan(_positive(content["batch_size"]), _positive(content["bins"]), sizes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _positive(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("expected a positive integer")
+    return value
+
+
+def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool) -> dict[Shape, int]:
+    """
+    How many features have each ``(T, F)``, from their headers alone.
+
+    With ``skip_bad`` an unreadable feature does not count (the dump reports it); otherwise `FeatureError` is raised.
+    """
+    counts: Counter[Shape] = Counter()
+    for file in files:
+        try:
+            counts[source.shape(file)] += 1
+        except FeatureError:
+            if not skip_bad:
+                raise
+    return dict(counts)

@@ -1,0 +1,193 @@
+"""Making rows current: seal each teacher's packs, bring the view in line with them, write the index last."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_cache.store.atomic import store_errors
+from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.index import Index, origin_entry, write_index
+from kd_cache.store.keys import keys_of, sorted_order
+from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.seal import Sealed, seal
+from kd_cache.store.view import differing, stored_names, view_name, write_rows
+from kd_cache.watch import Watcher
+
+_ROW_FILE = re.compile(r"[0-9a-f]{32}\.npy\Z")
+_BLOCK = 4096
+_EARLIER = 20
+
+
+@dataclass(frozen=True)
+class Promise:
+    """
+    The rows a cache is to hold: permitted files (manifest order) and the digest of each one's current features.
+
+    ``known[i]`` is False where the feature could not be read: such a file keeps no row.
+    """
+
+    files: Sequence[str]
+    inputs: np.ndarray
+    known: np.ndarray
+
+    def sorted_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and inputs ``[Q, 16]`` of the files with known features, keys ascending."""
+        keys = keys_of(self.files)[self.known]
+        order = sorted_order(keys)
+        return keys[order], self.inputs[self.known][order]
+
+
+@dataclass
+class Published:
+    """What publishing did; ``rows`` and ``left_out`` by teacher."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    num_samples: int = 0
+    pack_bytes: int = 0
+    view_written: int = 0
+    view_removed: int = 0
+    packs: dict[str, str] = field(default_factory=dict)
+
+
+def publish(
+    folder: CacheFolder,
+    shown_path: str,
+    origins: Mapping[str, Origin],
+    promise: Promise,
+    record: Mapping[str, Any],
+    entries: Mapping[str, Mapping[str, Any]],
+    *,
+    earlier: Index | None,
+    files: bool,
+    replaced: Sequence[Path] = (),
+    watcher: Watcher,
+) -> Published:
+    """
+    Seal, rebuild the view, write the index.
+
+    Args:
+        shown_path: the cache's path as the user wrote it; the index's paths start with it.
+        origins: every teacher the cache holds from now on, in order.
+        promise: the rows to keep; every other row of these origins is left out.
+        record: what ``kd_cache`` says besides the teachers.
+        entries: further content of a teacher's entry.
+        files: whether the cache has a view.
+        replaced: packs whose rows must not be used although they look fresh (they were scored again).
+    """
+    done = Published()
+    keys, inputs = promise.sorted_rows()
+    sealed: dict[str, Pack | None] = {}
+    packs = folder.packs()
+    for name, origin in origins.items():
+        mine = [pack for pack in packs.of(origin) if pack.path not in replaced]
+        result = seal(folder.packs_path, mine, keys, inputs)
+        _tell(watcher, name, result)
+        sealed[name] = None if result.path is None else open_pack(result.path)
+        done.left_out[name] = result.left_out
+    _count(done, sealed)
+    maps = _bring_view_in_line(folder, shown_path, sealed, promise.files, files, done, watcher)
+    teachers = {
+        name: {**origin_entry(origin), **entries.get(name, {}), "rows": done.rows[name], "pack": done.packs.get(name),
+               "earlier": _earlier_parts(earlier, origin)}
+        for name, origin in origins.items()
+    }  # fmt: skip
+    write_index(folder.index_path, done.num_samples, maps, {**record, "files": files, "teachers": teachers})
+    for path in replaced:
+        if path.name not in done.packs.values():
+            with store_errors(path, "remove"):
+                path.unlink(missing_ok=True)
+    return done
+
+
+def drop_forbidden(folder: CacheFolder, packs: PackSet, origins: Mapping[str, Origin], files: Sequence[str]) -> int:
+    """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
+    current = {origin.fingerprint.digest for origin in origins.values()}
+    permitted = {key.tobytes() for key in keys_of(files)}
+    gone = 0
+    for pack in packs.good:
+        if pack.origin.fingerprint.digest in current and pack.origin.teacher in origins:
+            continue
+        if any(key.tobytes() not in permitted for key in pack.keys):
+            gone += len(pack)
+            with store_errors(pack.path, "remove"):
+                pack.path.unlink(missing_ok=True)
+    return gone
+
+
+def _tell(watcher: Watcher, name: str, result: Sealed) -> None:
+    if result.disagreements:
+        watcher.note(
+            f"{name}: {len(result.disagreements)} samples were scored twice with different bits (other hardware or "
+            f"batch shape?); the first pack by name is kept, first such sample: {result.disagreements[0]}"
+        )
+
+
+def _count(done: Published, sealed: Mapping[str, Pack | None]) -> None:
+    for name, pack in sealed.items():
+        done.rows[name] = 0 if pack is None else len(pack)
+        if pack is not None:
+            done.packs[name] = pack.path.name
+            done.pack_bytes += pack.path.stat().st_size
+    held = [set() if pack is None else set(pack.files) for pack in sealed.values()]
+    done.num_samples = len(set.intersection(*held)) if held else 0
+
+
+def _bring_view_in_line(
+    folder: CacheFolder,
+    shown_path: str,
+    sealed: Mapping[str, Pack | None],
+    files: Sequence[str],
+    wanted: bool,
+    done: Published,
+    watcher: Watcher,
+) -> dict[str, dict[str, str]]:
+    """Write what the view lacks, remove what it must not have, and return the index's maps."""
+    if wanted:
+        watcher.stage("writing .npy files", sum(done.rows.values()))
+    maps: dict[str, dict[str, str]] = {}
+    for name, pack in sealed.items():
+        directory = folder.view_path(name)
+        promised: dict[str, str] = {}
+        if wanted and pack is not None:
+            done.view_written += _write_view(directory, pack, watcher)
+            held = dict(zip(pack.files, pack.keys, strict=True))
+            promised = {file: view_name(held[file].tobytes()) for file in files if file in held}
+        done.view_removed += _prune_view(directory, set(promised.values()))
+        maps[name] = {file: f"{shown_path}/{name}/{row_file}" for file, row_file in promised.items()}
+    return maps
+
+
+def _write_view(directory: Path, pack: Pack, watcher: Watcher) -> int:
+    written = 0
+    for start in range(0, len(pack), _BLOCK):
+        keys, rows = pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]
+        stale = [number for number, _ in differing(directory, keys, rows)]
+        write_rows(directory, keys[stale], rows[stale])
+        written += len(stale)
+        watcher.advance(len(keys))
+    return written
+
+
+def _prune_view(directory: Path, promised: set[str]) -> int:
+    """Remove row files that nothing promises. Files that do not look like ours are left alone."""
+    surplus = [name for name in stored_names(directory) - promised if _ROW_FILE.match(name)]
+    for name in surplus:
+        with store_errors(directory / name, "remove"):
+            (directory / name).unlink(missing_ok=True)
+    return len(surplus)
+
+
+def _earlier_parts(earlier: Index | None, origin: Origin) -> list[Mapping[str, str]]:
+    """Parts of the fingerprints this teacher had before, newest first."""
+    if earlier is None or origin.teacher not in earlier.record["teachers"]:
+        return []
+    entry = earlier.record["teachers"][origin.teacher]
+    known = [entry["parts"], *entry["earlier"]]
+    return [parts for parts in known if parts != dict(origin.fingerprint.parts)][:_EARLIER]

@@ -1,0 +1,181 @@
+"""
+Who may be scored, cached and distilled: train samples of the source A and of one target, and nobody else.
+
+The guard looks at the whole manifest before any teacher is loaded. It covers what a manifest can show: splits that
+contradict their list, unseen devices in train, one file in train and in a held-out split under any spelling, one
+recording location in train and test. It cannot see two files with equal sound and unrelated names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd_cache.errors import DataLeakageError, UsageError, listed, shown
+from kd_cache.manifest import CITIES, SCENES, SOURCE, TARGETS, UNSEEN, Manifest, Sample, sample_key, spelling
+
+# TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later).
+_TAU_NAME = re.compile(rf"(?:{'|'.join(SCENES)})-({'|'.join(CITIES)})-(\d+)-\d+(?:-\d+)?-[abcs][1-6]?\.[A-Za-z0-9.]+\Z")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    The permitted samples for one target, in manifest order, and what the guard could check.
+
+    ``located`` counts the train and test rows whose location is known, ``locatable`` all of them; ``shared_locations``
+    lists what ``allow_shared_locations`` let pass.
+    """
+
+    target: str
+    samples: tuple[Sample, ...]
+    located: int
+    locatable: int
+    shared_locations: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> list[str]:
+        return [sample.file for sample in self.samples]
+
+    @property
+    def per_device(self) -> dict[str, int]:
+        """Permitted samples by device, the source first."""
+        counts = Counter(sample.device_id for sample in self.samples)
+        return {device: counts[device] for device in (SOURCE, self.target)}
+
+
+def select(
+    manifest: Manifest, target: str, *, allow_shared_locations: bool = False, data_root: Path | None = None
+) -> Selection:
+    """
+    The train samples of A and ``target``.
+
+    Args:
+        manifest: all samples; the checks look at every row, whatever the target.
+        target: one of b, c, s1, s2, s3.
+        allow_shared_locations: let a location stand in both train and test; nothing else is relaxed.
+        data_root: the features' folder, so that an absolute path and a relative one can be seen to be one file.
+
+    Raises:
+        DataLeakageError: naming the first 20 offending samples and how many there are.
+        UsageError: an unknown target, or a selection without samples of A or of the target.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(TARGETS)}")
+    train = [sample for sample in manifest if sample.split == "train"]
+    test = [sample for sample in manifest if sample.split == "test"]
+    _refuse_contradictions(manifest)
+    _refuse_unseen_devices(train)
+    _refuse_files_in_two_splits(manifest, data_root)
+    located, shared = _shared_locations(train, test)
+    if shared and not allow_shared_locations:
+        raise DataLeakageError(
+            f"{len(shared)} train samples were recorded at a location that also occurs in test\n{listed(shared)}",
+            hint="Move them out of train, or pass --allow-shared-locations if that is intended.",
+        )
+    chosen = tuple(sample for sample in train if sample.device_id in (SOURCE, target))
+    _refuse_empty(chosen, target)
+    _refuse_collisions(chosen)
+    return Selection(target, chosen, located, len(train) + len(test), tuple(shared))
+
+
+def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
+    """Raise `DataLeakageError` if any of ``files`` is not a permitted sample."""
+    permitted = set(selection.files)
+    outside = [file for file in files if file not in permitted]
+    if outside:
+        raise DataLeakageError(
+            f"{len(outside)} files are not permitted train samples of A or {selection.target}\n{listed(outside)}"
+        )
+
+
+def location(sample: Sample) -> str | None:
+    """``city-location`` from the row's own field, else from a TAU file name, else ``None``."""
+    return sample.location or location_in_name(sample.file)
+
+
+def location_in_name(file: str) -> str | None:
+    """``city-location`` of a file named as TAU names its clips, else ``None``."""
+    match = _TAU_NAME.match(file.rpartition("/")[2])
+    return f"{match[1]}-{match[2]}" if match else None
+
+
+def _refuse_contradictions(manifest: Manifest) -> None:
+    wrong = [
+        f"{sample.file}: in the list {sample.listed_in}, but its split says {sample.split}"
+        for sample in manifest
+        if sample.listed_in is not None and sample.split != sample.listed_in
+    ]
+    if wrong:
+        raise DataLeakageError(f"{len(wrong)} samples contradict the list they stand in\n{listed(wrong)}")
+
+
+def _refuse_unseen_devices(train: list[Sample]) -> None:
+    wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in UNSEEN]
+    if wrong:
+        raise DataLeakageError(
+            f"{len(wrong)} train samples come from the unseen devices {', '.join(UNSEEN)}, "
+            f"which only the final evaluation may use\n{listed(wrong)}"
+        )
+
+
+def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> None:
+    root = None if data_root is None else os.path.abspath(data_root) + "/"  # noqa: PTH100 (abspath folds "..")
+    train: dict[str, str] = {}
+    others: dict[str, Sample] = {}
+    for sample in manifest:
+        path = spelling(sample.file)
+        if root is not None and path.startswith(root):
+            path = path[len(root) :]
+        if sample.split == "train":
+            train[path] = sample.file
+        else:
+            others[path] = sample
+    both = [
+        f"{train[path]}: also in {other.split}{'' if other.file == train[path] else f' as {other.file}'}"
+        for path, other in others.items()
+        if path in train
+    ]
+    if both:
+        raise DataLeakageError(f"{len(both)} train files stand in another split too\n{listed(both)}")
+
+
+def _shared_locations(train: list[Sample], test: list[Sample]) -> tuple[int, list[str]]:
+    """
+    How many rows have a known location, and the train rows whose location occurs in test.
+
+    A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
+    """
+    held_out = {place for sample in test for place in _places(sample)}
+    located = sum(1 for sample in test if _places(sample))
+    shared = []
+    for sample in train:
+        places = _places(sample)
+        located += bool(places)
+        common = places & held_out
+        if common:
+            shared.append(f"{sample.file}: location {min(common)}")
+    return located, shared
+
+
+def _places(sample: Sample) -> set[str]:
+    return {place for place in (sample.location, location_in_name(sample.file)) if place is not None}
+
+
+def _refuse_empty(chosen: tuple[Sample, ...], target: str) -> None:
+    for device in (SOURCE, target):
+        if not any(sample.device_id == device for sample in chosen):
+            raise UsageError(
+                f"the manifest has no train samples of device {device}, so there is nothing to adapt "
+                f"{'from' if device == SOURCE else 'to'}",
+                hint="Check --json-path and --target.",
+            )
+
+
+def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
+    if len({sample_key(sample.file) for sample in chosen}) != len(chosen):
+        raise UsageError("two different paths have the same MD5 key; rename one of them")

@@ -1,0 +1,178 @@
+"""
+``cache_index.json``: what a finished cache holds, made by what. Written last, atomically, and digested to its last byte.
+
+The maps ``{"city2scene": {file: path}, …}`` are for existing code; kd-cache's own readers use ``kd_cache`` and the packs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kd_cache.errors import CorruptError, StaleError, StoreError, shown
+from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint
+from kd_cache.store.atomic import store_errors, write_atomic
+from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
+
+INDEX_NAME = "cache_index.json"
+_UNSET = "0" * 32
+_TAIL = '"digest": "{}"\n }}\n}}\n'
+TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+RESERVED_NAMES = ("packs", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
+
+
+def is_teacher_name(name: str) -> bool:
+    """A teacher's name becomes a folder, a file name and a key of the index: letters, digits, ``_.-``, nothing taken."""
+    return bool(TEACHER_NAME.match(name)) and name.lower() not in RESERVED_NAMES
+
+
+@dataclass(frozen=True)
+class Index:
+    """A checked index: ``maps`` as existing code reads them, ``record`` is the content of ``kd_cache``."""
+
+    path: Path
+    num_samples: int
+    maps: Mapping[str, Mapping[str, str]]
+    record: Mapping[str, Any]
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """The current origin of each teacher, in the order of the dump."""
+        return {name: _origin(name, entry) for name, entry in self.record["teachers"].items()}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Permitted files that could not be scored, with the reason."""
+        return dict(self.record["missing"])
+
+    def known_fingerprint(self, teacher: str, digest: str) -> Fingerprint | None:
+        """The parts of a fingerprint that ``teacher`` has or once had here, so that a refusal can name what differs."""
+        entry = self.record["teachers"][teacher]
+        for parts in (entry["parts"], *entry["earlier"]):
+            if Fingerprint(parts).digest == digest:
+                return Fingerprint(parts)
+        return None
+
+
+def _origin(name: str, entry: Mapping[str, Any]) -> Origin:
+    names = entry["class_names"]
+    return Origin(
+        name,
+        Fingerprint(entry["parts"]),
+        entry["value_kind"],
+        entry["num_classes"],
+        entry["dtype"],
+        None if names is None else tuple(names),
+    )
+
+
+def origin_entry(origin: Origin) -> dict[str, Any]:
+    """A teacher's entry in ``kd_cache.teachers``; `Index.origins` reads it back."""
+    return {
+        "fingerprint": origin.fingerprint.digest,
+        "parts": dict(origin.fingerprint.parts),
+        "value_kind": origin.value_kind,
+        "num_classes": origin.num_classes,
+        "class_names": origin.class_names,
+        "dtype": origin.dtype,
+    }
+
+
+def write_index(path: Path, num_samples: int, maps: Mapping[str, Mapping[str, str]], record: Mapping[str, Any]) -> None:
+    """Write the index durably; its digest covers every byte of the file."""
+    kd_cache = {"format_version": FORMAT_VERSION, **record, "digest": _UNSET}
+    text = json.dumps({**maps, "num_samples": num_samples, "kd_cache": kd_cache}, indent=1) + "\n"
+    unset = _TAIL.format(_UNSET)
+    if not text.endswith(unset):
+        raise AssertionError("the digest must be the last entry of the index")
+    digest = xxhash.xxh3_128_hexdigest(text.encode("ascii"))
+    write_atomic(path, (text.removesuffix(unset) + _TAIL.format(digest)).encode("ascii"))
+
+
+def read_index(path: Path) -> Index:
+    """
+    Read and check an index.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StaleError: the cache of an older script: an index without ``kd_cache``.
+        StoreError: unreadable, or of a newer format.
+        CorruptError: not byte for byte as it was written.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read the index {shown(path)}: {error.strerror or error}") from error
+    content = _parse(path, raw)
+    if "kd_cache" not in content:
+        raise StaleError(f"{shown(path)} was written by an older script: it has no kd_cache entry and no packs")
+    _check_version_and_digest(path, raw, content["kd_cache"])
+    return _checked(path, content)
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "it is not JSON") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "it is not an object")
+    return content
+
+
+def _check_version_and_digest(path: Path, raw: bytes, record: Any) -> None:
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        raise StoreError(
+            f"{shown(path)} has format version {version}, this kd-cache reads up to {FORMAT_VERSION}",
+            hint="Update kd-cache.",
+        )
+    digest = str(record.get("digest")) if isinstance(record, dict) else ""
+    tail = _TAIL.format(digest).encode("utf-8", "replace")
+    unset = raw[: -len(tail)] + _TAIL.format(_UNSET).encode("ascii")
+    if not raw.endswith(tail) or xxhash.xxh3_128_hexdigest(unset) != digest:
+        raise _damaged(path, "its bytes do not match their digest")
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Index:
+    """The digest finds accidents only, so the shape of what is used is checked as well."""
+    record = content.pop("kd_cache")
+    try:
+        index = Index(path, int(content.pop("num_samples")), content, record)
+        for name, origin in index.origins.items():
+            known = origin.dtype in STORED and origin.value_kind in VALUE_KINDS
+            if not is_teacher_name(name) or not known or not isinstance(content.get(name), dict):
+                raise ValueError(name)
+        index.missing  # noqa: B018 (reading it checks it)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"an entry is missing or malformed ({shown(error)})") from error
+    return index
+
+
+def _damaged(path: Path, why: str) -> CorruptError:
+    return CorruptError(
+        f"the index {shown(path)} is damaged: {why}", hint="kd-cache dump writes it anew from the packs."
+    )
+
+
+def read_older_maps(path: Path) -> dict[str, dict[str, str]]:
+    """
+    The maps of an index written by an older script: ``{teacher: {file: path}}``.
+
+    Raises:
+        CorruptError: it is not such an index.
+    """
+    with store_errors(path, "read"):
+        content = _parse(path, path.read_bytes())
+    maps = {name: value for name, value in content.items() if isinstance(value, dict) and is_teacher_name(name)}
+    if not maps or not all(isinstance(p, str) for paths in maps.values() for p in paths.values()):
+        raise _damaged(path, "it maps no teacher's files to paths")
+    return maps

@@ -1,0 +1,73 @@
+"""Sealing: many packs of one teacher and fingerprint become one, and exactly those merged are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kd_cache.store.atomic import store_errors, sync_directory
+from kd_cache.store.pack import Pack, write_pack
+from kd_cache.store.union import Union
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What a seal did: the wanted rows that no pack holds, how many stored rows it left out, and repeats that differ."""
+
+    path: Path | None
+    absent: np.ndarray  # [Q] bool, of the wanted keys
+    left_out: int
+    disagreements: list[str]
+
+
+def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.ndarray) -> Sealed:
+    """
+    Merge ``packs`` into one that holds exactly the wanted rows, then remove them.
+
+    Args:
+        directory: where packs live.
+        packs: of one origin.
+        keys, inputs: ``[Q, 16]`` u1, the rows to keep, keys ascending. A row with another input digest is stale.
+
+    Equal rows give equal bytes, whatever packs they came in; when one pack already holds just them, it stays as it is.
+    """
+    if not packs:
+        return Sealed(None, np.ones(len(keys), bool), 0, [])
+    union = Union(packs)
+    positions = union.match(keys, inputs)
+    absent = positions < 0
+    positions = positions[~absent]
+    left_out = int((~union.repeats).sum()) - len(positions)
+    disagreements = union.disagreements()
+    path = _single_pack(union, positions)
+    if path is None and len(positions):
+        path = write_pack(
+            directory,
+            union.origin,
+            union.keys[positions],
+            union.inputs[positions],
+            union.file_bytes(positions),
+            lambda part: union.take(positions[part]),
+        )
+    _remove(directory, [pack.path for pack in union.packs if pack.path != path])
+    return Sealed(path, absent, left_out, disagreements)
+
+
+def _single_pack(union: Union, positions: np.ndarray) -> Path | None:
+    """The pack that already is the result."""
+    numbers = np.unique(union.pack_no[positions])
+    if len(numbers) == 1 and len(union.packs[numbers[0]]) == len(positions):
+        return union.packs[numbers[0]].path
+    return None
+
+
+def _remove(directory: Path, paths: list[Path]) -> None:
+    for path in paths:
+        with store_errors(path, "remove"):
+            path.unlink(missing_ok=True)
+    if paths:
+        with store_errors(directory, "sync"):
+            sync_directory(directory)

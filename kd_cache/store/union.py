@@ -1,0 +1,108 @@
+"""The union of a teacher's packs: which rows there are, without any file that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from kd_cache.store.keys import KeyFinder, sorted_order
+from kd_cache.store.pack import Origin, Pack
+
+
+class Union:
+    """
+    All rows of packs that share one origin, ordered by key and then by pack name.
+
+    The same key may occur more than once: scored twice by two processes (equal input, the first pack by name wins) or
+    scored again after its feature changed (another input). A *position* is an index into this order.
+    """
+
+    def __init__(self, packs: Sequence[Pack]) -> None:
+        self.packs = sorted(packs, key=lambda pack: pack.path.name)
+        if not self.packs:
+            raise ValueError("a union needs at least one pack")
+        sizes = [len(pack) for pack in self.packs]
+        keys = np.concatenate([pack.keys for pack in self.packs])
+        pack_no = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        row_no = np.concatenate([np.arange(size, dtype=np.int64) for size in sizes])
+        if len(self.packs) > 1:
+            order = sorted_order(keys)  # stable, so equal keys stay in the order of their packs
+            keys, pack_no, row_no = keys[order], pack_no[order], row_no[order]
+        self.keys, self.pack_no, self.row_no = keys, pack_no, row_no
+        self._finder = KeyFinder(keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def origin(self) -> Origin:
+        return self.packs[0].origin
+
+    @cached_property
+    def inputs(self) -> np.ndarray:
+        """``[M, 16]`` u1, the input digest of each position."""
+        out = np.empty((len(self), 16), np.uint8)
+        for number, pack in enumerate(self.packs):
+            mine = self.pack_no == number
+            out[mine] = pack.inputs[self.row_no[mine]]
+        return out
+
+    @cached_property
+    def repeats(self) -> np.ndarray:
+        """``[M]`` bool: the key is the same as the position's before."""
+        same = np.zeros(len(self), bool)
+        high, low = self._finder.high, self._finder.low
+        same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        return same
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """First position of each of ``[Q, 16]`` keys, ``-1`` where there is none."""
+        return self._finder.find(keys)
+
+    def match(self, keys: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        """First position with this key *and* this input digest, ``-1`` where there is none: the fresh rows."""
+        position = self.find(keys)
+        found = np.full(len(keys), -1, np.int64)
+        pending = np.flatnonzero(position >= 0)
+        while len(pending):
+            hit = (self.inputs[position[pending]] == inputs[pending]).all(axis=1)
+            found[pending[hit]] = position[pending[hit]]
+            pending = pending[~hit]
+            position[pending] += 1
+            pending = pending[position[pending] < len(self)]
+            pending = pending[self.repeats[position[pending]]]
+        return found
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """``[Q, C]`` rows as stored."""
+        out = np.empty((len(positions), self.origin.num_classes), self.origin.stored)
+        for number in np.unique(self.pack_no[positions]):
+            mine = np.flatnonzero(self.pack_no[positions] == number)
+            out[mine] = self.packs[number].logits[self.row_no[positions[mine]]]
+        return out
+
+    def file_bytes(self, positions: np.ndarray) -> list[bytes]:
+        """The manifest path of each position, UTF-8."""
+        return [
+            self.packs[pack].file_bytes(row)
+            for pack, row in zip(self.pack_no[positions].tolist(), self.row_no[positions].tolist(), strict=True)
+        ]
+
+    @cached_property
+    def ambiguous(self) -> np.ndarray:
+        """``[M]`` bool: the key was scored from more than one input, and nothing here says which is current."""
+        starts = np.flatnonzero(~self.repeats)
+        group = np.cumsum(~self.repeats) - 1
+        differs = (self.inputs != self.inputs[starts[group]]).any(axis=1)
+        return np.isin(group, group[differs])
+
+    def disagreements(self) -> list[str]:
+        """Files scored twice from one input with different results (the first pack by name is served)."""
+        again = np.flatnonzero(self.repeats & ~self.ambiguous)
+        starts = np.flatnonzero(~self.repeats)
+        first = starts[(np.cumsum(~self.repeats) - 1)[again]]
+        item = self.origin.stored.itemsize
+        ours, theirs = (self.take(part).view(f"u{item}") for part in (again, first))
+        return [name.decode() for name in self.file_bytes(again[(ours != theirs).any(axis=1)])]

@@ -1,0 +1,145 @@
+"""A student's data loader: features, the labels it may see, and the teachers' logits, for permitted samples only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kd_cache.errors import UsageError, shown
+from kd_cache.features import FeatureSource
+from kd_cache.loader import CachedDataset, Gathered, LogitCache
+from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
+from kd_cache.splits import refuse_outside, select
+
+IGNORED = -100
+"""The label that torch's losses ignore. Scene labels of target-domain samples are this: they must never reach a loss."""
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FeatureDataset(Dataset[tuple[torch.Tensor, Sample]]):
+    """``(features [T, F] float32, Sample)`` of manifest samples."""
+
+    def __init__(self, source: FeatureSource, samples: Sequence[Sample], transform: Transform | None = None) -> None:
+        self.source = source
+        self.samples = samples
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, Sample]:
+        sample = self.samples[number]
+        features = torch.from_numpy(self.source.read(sample.file).array.astype(np.float32))
+        return (features if self.transform is None else self.transform(features)), sample
+
+
+def collate_samples(items: list[tuple[torch.Tensor, Sample]]) -> dict[str, Any]:
+    """The batch of `student_loader` without the logits. Shorter features are padded with zeros at their end."""
+    features, samples = zip(*items, strict=True)
+    domain = torch.tensor([sample.domain for sample in samples])
+    source_mask = domain == 0
+    scene = torch.tensor([_label(sample.scene_label) for sample in samples])
+    return {
+        "features": torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
+        "num_frames": torch.tensor([len(feature) for feature in features]),
+        "scene_label": torch.where(source_mask, scene, IGNORED),
+        "city_label": torch.tensor([_label(sample.city_label) for sample in samples]),
+        "domain": domain,
+        "device_id": [sample.device_id for sample in samples],
+        "path": [sample.file for sample in samples],
+        "source_mask": source_mask,
+        "target_mask": ~source_mask,
+    }
+
+
+def _label(label: int | None) -> int:
+    return IGNORED if label is None else label
+
+
+@dataclass(frozen=True)
+class _StudentCollate:
+    data: CachedDataset
+
+    def __call__(self, batch: Gathered | list[Any]) -> dict[str, Any]:
+        base, logits = self.data.collate(batch)
+        return {**base, "teacher_logits": logits}
+
+
+def student_loader(
+    manifest: Manifest | str | Path,
+    data_root: str | Path,
+    cache: LogitCache | str | Path,
+    batch_size: int,
+    *,
+    target: str | None = None,
+    files: Iterable[str] | None = None,
+    transform: Transform | None = None,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    allow_shared_locations: bool = False,
+    allow_outside: Sequence[str | Path] = (),
+    dtype: torch.dtype | None = torch.float32,
+    **loader_options: Any,
+) -> DataLoader[dict[str, Any]]:
+    """
+    A DataLoader over the permitted train samples of A and the target, with the teachers' logits.
+
+    Args:
+        manifest: a loaded manifest or its path; the guard of the dump stands here too.
+        data_root: the features' folder.
+        cache: an opened cache or its path.
+        batch_size: B.
+        target: the target device; by default the cache's.
+        files: train on these only; each must be permitted.
+        transform: applied to each feature ``[T, F]`` float32, in the worker.
+        allow_shared_locations, allow_outside: as for the dump.
+        dtype: of the logits; ``None`` keeps the stored one.
+        loader_options: passed to ``torch.utils.data.DataLoader`` (``pin_memory``, ``drop_last``, ``generator``, …).
+
+    Yields dicts: ``features`` [B, T, F] float32 (padded to the longest of the batch), ``num_frames`` [B],
+    ``scene_label`` [B] int64 (−100 for every target sample: the protocol forbids its label), ``city_label`` [B],
+    ``domain`` [B], ``device_id`` and ``path`` (lists of B), ``teacher_logits`` [B, teachers, C], ``source_mask`` and
+    ``target_mask`` [B] bool.
+
+    Raises:
+        DataLeakageError: the manifest leaks, or ``files`` names a sample that is not permitted.
+        MissingLogitsError: the cache lacks a sample.
+    """
+    manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
+    cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
+    target = _target(cache, target)
+    root = Path(data_root)
+    selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)
+    samples: Sequence[Sample] = selection.samples
+    if files is not None:
+        wanted = list(files)
+        refuse_outside(selection, wanted)
+        by_file = {sample.file: sample for sample in samples}
+        samples = [by_file[file] for file in wanted]
+    base = FeatureDataset(FeatureSource(root, allow_outside), samples, transform)
+    data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate_samples)
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        collate_fn=_StudentCollate(data),
+        **loader_options,
+    )
+
+
+def _target(cache: LogitCache, target: str | None) -> str:
+    if target is None and cache.target is None:
+        raise UsageError(f"the folder name of {shown(cache.path)} does not say its target; pass target=…")
+    if target is not None and cache.target is not None and target != cache.target:
+        raise UsageError(
+            f"the cache {shown(cache.path)} is for {SOURCE} → {cache.target}, not for target {shown(target)}"
+        )
+    return target or str(cache.target)

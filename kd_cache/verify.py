@@ -1,0 +1,345 @@
+"""
+The audit: is everything there that the manifest promises, is it what was scored, and is nothing there that must not be?
+
+It reads and compares; it repairs nothing. Problems are returned, each with its file and reason, and their kinds decide the
+exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, StaleError, shown, worst_exit_code
+from kd_cache.features import Feature, FeatureSource
+from kd_cache.manifest import Manifest
+from kd_cache.plan import load_plan
+from kd_cache.splits import Selection
+from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.index import Index
+from kd_cache.store.keys import keys_of
+from kd_cache.store.pack import Origin
+from kd_cache.store.union import Union
+from kd_cache.store.view import differing, stored_names, view_name
+from kd_cache.teacher import Teacher, teacher_fingerprint
+from kd_cache.watch import Watcher
+
+if TYPE_CHECKING:
+    import torch
+
+MISS, CORRUPT, STALE, LEAK, UNCHECKED = "miss", "corrupt", "stale", "leak", "unchecked"
+EXIT_CODES = {MISS: 3, CORRUPT: 4, STALE: 5, LEAK: 6, UNCHECKED: 1}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. ``file`` is a manifest path or a path in the cache; ``teacher`` is empty for the whole cache."""
+
+    kind: str
+    teacher: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """
+    What to verify, against what.
+
+    Attributes:
+        teachers: loaded teachers by name; their fingerprints must be those of the rows.
+        unchecked: teachers whose fingerprint cannot be compared, with the reason; a ``True`` beside it makes that a problem.
+        n: how many random samples; ``None`` takes every one and looks for surplus rows and files too.
+        precision: compute precision to expect; by default the one each row was made in.
+        recompute: score the samples again and compare.
+    """
+
+    folder: CacheFolder
+    manifest: Manifest
+    selection: Selection
+    source: FeatureSource
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
+    unchecked: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    n: int | None = 100
+    seed: int = 0
+    precision: str | None = None
+    dtype: str | None = None
+    recompute: bool = False
+    device: torch.device | None = None
+
+
+@dataclass
+class TeacherResult:
+    """Counts over the checked samples of one teacher; ``None`` where a check was not made."""
+
+    checked: int = 0
+    hits: int = 0
+    intact: int = 0
+    fresh: int = 0
+    rows: int = 0
+    forbidden: int = 0
+    view: int | None = None
+    fingerprint: str = ""
+    recomputed: int | None = None
+    bit_exact: int = 0
+    deviation: float = 0.0
+
+
+@dataclass
+class VerifyReport:
+    """Everything `verify_cache` found."""
+
+    cache: str
+    seed: int
+    checked: int = 0
+    promised: int = 0
+    everything: bool = False
+    teachers: dict[str, TeacherResult] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return worst_exit_code(EXIT_CODES[problem.kind] for problem in self.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cache": self.cache,
+            "seed": self.seed,
+            "checked": self.checked,
+            "promised": self.promised,
+            "all": self.everything,
+            "exit_code": self.exit_code,
+            "teachers": {name: vars(result) for name, result in self.teachers.items()},
+            "problems": [vars(problem) for problem in self.problems],
+            "notes": self.notes,
+        }
+
+
+def verify_cache(job: VerifyJob, watcher: Watcher | None = None) -> VerifyReport:
+    """Audit one cache. Problems are returned, not raised; nothing on disk changes."""
+    return _Audit(job, watcher or Watcher()).run()
+
+
+class _Audit:
+    def __init__(self, job: VerifyJob, watcher: Watcher) -> None:
+        self.job = job
+        self.watcher = watcher
+        self.all_files = job.selection.files
+        everything = job.n is None or job.n >= len(self.all_files)
+        self.numbers = list(range(len(self.all_files)))
+        if not everything and job.n is not None:
+            self.numbers = sorted(random.Random(job.seed).sample(self.numbers, job.n))  # noqa: S311 (no secret)
+        self.files = [self.all_files[number] for number in self.numbers]
+        self.keys = keys_of(self.files)
+        self.changed: set[str] = set()
+        self.report = VerifyReport(
+            str(job.folder.path), job.seed, len(self.files), len(self.all_files), everything=job.n is None
+        )
+
+    def run(self) -> VerifyReport:
+        index = self._index()
+        if index is None:
+            return self.report
+        packs = self.job.folder.packs()
+        for path, error in packs.damaged.items():
+            self._problem(CORRUPT, "", str(path), error.message)
+        digests = self._feature_digests(index)
+        for name, origin in index.origins.items():
+            self._audit_teacher(index, packs, name, origin, digests)
+        self._look_for_forbidden_rows(packs)
+        self._compare_manifest(index)
+        if self.job.n is None:
+            self._look_the_other_way(index)
+        if self.job.recompute:
+            self._recompute(index, packs)
+        return self.report
+
+    def _problem(self, kind: str, teacher: str, file: str, reason: str) -> None:
+        self.report.problems.append(Problem(kind, teacher, shown(file), shown(reason)))
+
+    def _index(self) -> Index | None:
+        folder = self.job.folder
+        try:
+            index = folder.index()
+        except (CorruptError, StaleError, KDCacheError) as error:
+            kinds = {4: CORRUPT, 5: STALE}
+            self._problem(kinds.get(error.exit_code, UNCHECKED), "", str(folder.index_path), error.message)
+            return None
+        if index is None:
+            exists = folder.packs_path.is_dir()
+            reason = "the dump did not finish; run it again" if exists else "there is no cache here; run kd-cache dump"
+            self._problem(MISS, "", str(folder.index_path), reason)
+        return index
+
+    # -- features -----------------------------------------------------------------------------------------------------
+
+    def _feature_digests(self, index: Index) -> list[bytes | None]:
+        """The digest of each checked sample's present feature; ``None`` where it cannot be read."""
+        self.watcher.stage("checking", len(self.files))
+        digests: list[bytes | None] = []
+        known_missing = index.missing
+        for file in self.files:
+            feature = self._read(file)
+            if isinstance(feature, FeatureError) and file not in known_missing:
+                self._problem(UNCHECKED, "", file, f"its freshness cannot be checked: {feature.message}")
+            digests.append(feature.digest if isinstance(feature, Feature) else None)
+            self.watcher.advance(1)
+        return digests
+
+    def _read(self, file: str) -> Feature | FeatureError:
+        try:
+            return self.job.source.read(file)
+        except FeatureError as error:
+            return error
+
+    # -- one teacher --------------------------------------------------------------------------------------------------
+
+    def _audit_teacher(
+        self, index: Index, packs: PackSet, name: str, origin: Origin, digests: Sequence[bytes | None]
+    ) -> None:
+        result = self.report.teachers[name] = TeacherResult(checked=len(self.files))
+        fresh_teacher = self._check_fingerprint(name, origin, result)
+        union = packs.union(origin)
+        result.rows = 0 if union is None else int((~union.repeats).sum())
+        found = np.full(len(self.files), -1, np.int64) if union is None else union.find(self.keys)
+        wrong = self._wrong_positions(union, found)
+        missing = index.missing
+        for number, file in enumerate(self.files):
+            if union is None or found[number] < 0:
+                reason = missing.get(file) or "no row; run kd-cache dump"
+                self._problem(MISS, name, file, reason)
+                continue
+            result.hits += 1
+            if int(found[number]) in wrong:
+                self._problem(CORRUPT, name, file, "its row does not match its checksum")
+                continue
+            result.intact += 1
+            stale = self._stale_reason(union, int(found[number]), digests[number])
+            if stale is not None:
+                self._problem(STALE, name, file, stale)
+            elif fresh_teacher and digests[number] is not None:
+                result.fresh += 1
+        if index.record["files"] and union is not None:
+            result.view = self._audit_view(index, name, union, found)
+
+    def _check_fingerprint(self, name: str, origin: Origin, result: TeacherResult) -> bool:
+        result.fingerprint = origin.fingerprint.digest
+        teacher = self.job.teachers.get(name)
+        if teacher is None:
+            reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
+            if is_problem:
+                self._problem(UNCHECKED, name, name, f"its fingerprint cannot be checked: {reason}")
+            else:
+                self.report.notes.append(f"{name}: its fingerprint was not checked: {reason}")
+            return False
+        now = teacher_fingerprint(
+            teacher,
+            precision=self.job.precision or origin.fingerprint.parts.get("precision", "fp32"),
+            dtype=self.job.dtype or origin.dtype,
+        )
+        if now.digest == origin.fingerprint.digest:
+            return True
+        self.changed.add(name)
+        reason = f"the teacher changed since the dump ({origin.fingerprint.difference(now)}); run kd-cache dump"
+        self._problem(STALE, name, name, reason)
+        return False
+
+    def _wrong_positions(self, union: Union | None, found: np.ndarray) -> set[int]:
+        """Positions among ``found`` whose row fails its checksum or stands under a wrong key."""
+        wrong: set[int] = set()
+        if union is None:
+            return wrong
+        present = found[found >= 0]
+        for number, pack in enumerate(union.packs):
+            mine = present[union.pack_no[present] == number]
+            bad = set(pack.wrong_rows(union.row_no[mine]))
+            wrong.update(int(position) for position in mine if int(union.row_no[position]) in bad)
+        return wrong
+
+    def _stale_reason(self, union: Union, position: int, digest: bytes | None) -> str | None:
+        if bool(union.ambiguous[position]):
+            return "its feature changed, and the dump that scored it again has not finished"
+        if digest is not None and union.inputs[position].tobytes() != digest:
+            return "its feature file is not the one that was scored; run kd-cache dump"
+        return None
+
+    def _audit_view(self, index: Index, name: str, union: Union, found: np.ndarray) -> int:
+        present = np.flatnonzero(found >= 0)
+        directory = self.job.folder.view_path(name)
+        paths = index.maps[name]
+        bad = set()
+        for number in present.tolist():
+            file = self.files[number]
+            expected = f"{name}/{view_name(self.keys[number].tobytes())}"
+            if not paths.get(file, "").endswith(expected):
+                self._problem(MISS, name, file, "the index does not name its .npy file; run kd-cache dump")
+                bad.add(number)
+        rows = union.take(found[present])
+        for position, is_missing in differing(directory, self.keys[present], rows):
+            number = int(present[position])
+            path = f"{name}/{view_name(self.keys[number].tobytes())}"
+            what = "is missing" if is_missing else "differs from the pack"
+            self._problem(
+                MISS if is_missing else CORRUPT, name, self.files[number], f"{path} {what}; run kd-cache dump"
+            )
+            bad.add(number)
+        return len(present) - len(bad)
+
+    # -- what nothing promises ----------------------------------------------------------------------------------------
+
+    def _look_for_forbidden_rows(self, packs: PackSet) -> None:
+        permitted = {key.tobytes() for key in keys_of(self.all_files)}
+        for pack in packs.good:
+            for row, key in enumerate(pack.keys):
+                if key.tobytes() not in permitted:
+                    file = pack.file_bytes(row).decode("utf-8", "replace")
+                    reason = f"{pack.path.name} holds it, but the manifest does not permit it; run kd-cache dump"
+                    self._problem(LEAK, pack.origin.teacher, file, reason)
+                    if pack.origin.teacher in self.report.teachers:
+                        self.report.teachers[pack.origin.teacher].forbidden += 1
+
+    def _compare_manifest(self, index: Index) -> None:
+        if index.record["manifest"]["sha256"] != self.job.manifest.digest:
+            self.report.notes.append("the manifest is not byte for byte the one that was dumped")
+
+    def _look_the_other_way(self, index: Index) -> None:
+        """Index → manifest and disk → index: entries and files that nothing promises."""
+        permitted = set(self.all_files)
+        forbidden = {view_name(key.tobytes()) for key in keys_of(s.file for s in self.job.manifest)}
+        forbidden -= {view_name(key.tobytes()) for key in keys_of(self.all_files)}
+        for name in index.origins:
+            for file in index.maps[name]:
+                if file not in permitted:
+                    self._problem(LEAK, name, file, "the index names it, but the manifest does not permit it")
+            promised = {path.rpartition("/")[2] for path in index.maps[name].values()}
+            for surplus in sorted(stored_names(self.job.folder.view_path(name)) - promised):
+                kind = LEAK if surplus in forbidden else STALE
+                self._problem(
+                    kind, name, f"{name}/{surplus}", "nothing promises this file; run kd-cache dump, or remove it"
+                )
+
+    # -- scoring again ------------------------------------------------------------------------------------------------
+
+    def _recompute(self, index: Index, packs: PackSet) -> None:
+        from kd_cache.recompute import Recheck
+
+        if self.job.device is None:
+            raise ValueError("recomputing needs a device")
+        plan = load_plan(self.job.folder.plan_path)
+        for name, origin in index.origins.items():
+            union = packs.union(origin)
+            if union is None or name not in self.job.teachers or name in self.changed:
+                why = "it changed since the dump" if name in self.changed else "it is not loaded, or has no rows"
+                self.report.notes.append(f"{name}: not recomputed, because {why}")
+                continue
+            recheck = Recheck(self.job.teachers[name], union, plan, self.job.device)
+            checked = recheck.run(self.files, self.job.source, self.watcher)
+            result = self.report.teachers[name]
+            result.recomputed, result.bit_exact, result.deviation = checked.rows, checked.bit_exact, checked.deviation
+            for file, reason in checked.wrong:
+                self._problem(CORRUPT, name, file, reason)

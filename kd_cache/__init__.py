@@ -1,8 +1,8 @@
 """
 Run teachers once over a training set, keep their logits on disk, serve them to students.
 
-Never a wrong, stale, corrupt or leaked row. Importing this package does not import torch; what needs it is imported when
-it is first used.
+Never a wrong, stale, corrupt or leaked row. Importing this package does not import torch; what needs it is
+imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """
 The dump: read every permitted feature once, score what is not fresh with every teacher that needs it, commit, publish.
 
-A row is *fresh* if a pack holds it under the teacher's present fingerprint and the feature's present digest. Scored rows
-are committed as small packs (a *shard*) every few seconds; that is all an interruption can lose. A rerun finds them fresh.
+A row is *fresh* if a pack holds it under the teacher's present fingerprint and the feature's present digest. Scored
+rows are committed as small packs (a *shard*) every few seconds; that is all an interruption can lose. A rerun finds
+them fresh.
 """
 
 from __future__ import annotations
@@ -220,6 +221,8 @@ class _Shard:
 
     def commit(self) -> None:
         """One durable pack per teacher; after this returns its rows survive a crash."""
+        if self._rows:
+            make_directory(self._job.folder.packs_path)
         while self._rows:
             teacher, rows = next(iter(self._rows.items()))
             rows.sort(key=lambda row: row[0])
@@ -292,7 +295,6 @@ class _Dump:
 
     def run(self) -> DumpReport:
         began = time.monotonic()
-        make_directory(self.folder.packs_path)
         # Packs are content-named: a row scored again may bring back a name that was here before.
         before = [pack.path for origin in self.origins.values() for pack in self.packs.of(origin)]
         try:
@@ -440,6 +442,7 @@ class _Dump:
         size = self.job.batch_size or DEFAULT_BATCH[self.job.device.type]
         counts = count_shapes(self.job.source, self.files, skip_bad=self.job.on_bad_sample == "skip")
         self.plan = BatchPlan.from_counts(counts, size, earlier)
+        make_directory(self.folder.path)
         self.plan.save(self.folder.plan_path)
         return self.plan
 
@@ -490,7 +493,7 @@ class _Dump:
         )
 
     def _entry(self, name: str) -> dict[str, Any]:
-        """What the index says of a teacher besides its origin; kept from the earlier index where this run adds nothing."""
+        """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing."""
         before = self.earlier.record["teachers"].get(name, {}) if self.earlier else {}
         entry = {key: before[key] for key in ("source", "storage_cost") if key in before}
         report = self.report.teachers.get(name)

@@ -21,7 +21,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:i``. Raises `UsageError` if it is not there."""
+    """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:i``. Raises `UsageError` if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -24,7 +24,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """``batches`` maps ``(T, F)`` to a batch size, at most ``batch_size``; ``bins`` is the F every feature must have."""
+    """``batches`` maps ``(T, F)`` to a batch size, at most ``batch_size``; ``bins`` is the F of every feature."""
 
     batch_size: int
     bins: int

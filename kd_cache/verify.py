@@ -1,8 +1,8 @@
 """
 The audit: is everything there that the manifest promises, is it what was scored, and is nothing there that must not be?
 
-It reads and compares; it repairs nothing. Problems are returned, each with its file and reason, and their kinds decide the
-exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
+It reads and compares; it repairs nothing. Problems are returned, each with its file and reason, and their kinds decide
+the exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ EXIT_CODES = {MISS: 3, CORRUPT: 4, STALE: 5, LEAK: 6, UNCHECKED: 1}
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. ``file`` is a manifest path or a path in the cache; ``teacher`` is empty for the whole cache."""
+    """One thing that is wrong.
+
+    ``file`` is a manifest path or a path in the cache; ``teacher`` is empty where the whole cache is meant.
+    """
 
     kind: str
     teacher: str
@@ -52,7 +55,7 @@ class VerifyJob:
 
     Attributes:
         teachers: loaded teachers by name; their fingerprints must be those of the rows.
-        unchecked: teachers whose fingerprint cannot be compared, with the reason; a ``True`` beside it makes that a problem.
+        unchecked: teachers whose fingerprint cannot be compared, with the reason; ``True`` makes that a problem.
         n: how many random samples; ``None`` takes every one and looks for surplus rows and files too.
         precision: compute precision to expect; by default the one each row was made in.
         recompute: score the samples again and compare.

@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 
 import kd_cache
-from kd_cache.cli.dump import dump_command
-from kd_cache.cli.info import info_command
+from kd_cache.cli import dump, info, verify
 from kd_cache.cli.sample_data import sample_data_command
-from kd_cache.cli.verify import verify_command
 
 app = typer.Typer(
     name="kd-cache",
@@ -24,9 +22,9 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
-app.command("dump")(dump_command)
-app.command("verify")(verify_command)
-app.command("info")(info_command)
+app.command("dump", epilog=dump.EXAMPLES)(dump.dump_command)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify_command)
+app.command("info", epilog=info.EXAMPLES)(info.info_command)
 app.command("sample-data")(sample_data_command)
 
 

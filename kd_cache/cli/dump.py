@@ -44,6 +44,7 @@ def dump_command(
             "--target-name",
             help="Target device; the cache holds train samples of A and of it.",
             envvar="KD_CACHE_TARGET",
+            show_envvar=False,
             rich_help_panel=opt.DATA,
         ),
     ],
@@ -59,6 +60,7 @@ def dump_command(
             "--on-bad-sample",
             help="Stop at a sample that cannot be scored, or skip it, list it as missing and exit 3.",
             envvar="KD_CACHE_ON_BAD_SAMPLE",
+            show_envvar=False,
             rich_help_panel=opt.DATA,
         ),
     ] = "stop",
@@ -73,13 +75,18 @@ def dump_command(
             "--dtype",
             help="How logits are stored; fp16 reports the KL it cost.",
             envvar="KD_CACHE_DTYPE",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = "fp32",
     use_fp16: Annotated[
         bool,
         typer.Option(
-            "--use-fp16", help="The same as --dtype fp16.", envvar="KD_CACHE_USE_FP16", rich_help_panel=opt.CACHE
+            "--use-fp16",
+            help="The same as --dtype fp16.",
+            envvar="KD_CACHE_USE_FP16",
+            show_envvar=False,
+            rich_help_panel=opt.CACHE,
         ),
     ] = False,
     skip_existing: Annotated[
@@ -88,6 +95,7 @@ def dump_command(
             "--skip-existing/--no-skip-existing",
             help="Keep fresh rows, or score everything again.",
             envvar="KD_CACHE_SKIP_EXISTING",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = True,
@@ -97,6 +105,7 @@ def dump_command(
             "--files/--no-files",
             help="Also write the view: one <md5>.npy per sample and teacher.",
             envvar="KD_CACHE_FILES",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = True,
@@ -107,6 +116,7 @@ def dump_command(
             min=0,
             help="Random samples to verify afterwards; a failed verification is a failed dump.",
             envvar="KD_CACHE_NUM_VERIFY",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = 10,
@@ -117,6 +127,7 @@ def dump_command(
             "--precision",
             help="Compute precision; a part of the fingerprint. fp32 turns TF32 off.",
             envvar="KD_CACHE_PRECISION",
+            show_envvar=False,
             rich_help_panel=opt.RUN,
         ),
     ] = "fp32",
@@ -127,6 +138,7 @@ def dump_command(
             min=1,
             help="Most samples scored at once.  [default: 32 on a CPU, 256 on a GPU]",
             envvar="KD_CACHE_BATCH_SIZE",
+            show_envvar=False,
             rich_help_panel=opt.RUN,
         ),
     ] = None,
@@ -137,6 +149,7 @@ def dump_command(
             min=0,
             help="Threads that read features ahead.",
             envvar="KD_CACHE_WORKERS",
+            show_envvar=False,
             rich_help_panel=opt.RUN,
         ),
     ] = 2,
@@ -146,6 +159,7 @@ def dump_command(
             "--seed",
             help="Seed of torch's random numbers, for teachers that use any.",
             envvar="KD_CACHE_SEED",
+            show_envvar=False,
             rich_help_panel=opt.RUN,
         ),
     ] = 42,
@@ -156,6 +170,7 @@ def dump_command(
             min=1,
             help="Commit finished rows after this many samples …",
             envvar="KD_CACHE_SHARD_SIZE",
+            show_envvar=False,
             rich_help_panel=opt.RUN,
         ),
     ] = 4096,
@@ -166,6 +181,7 @@ def dump_command(
             min=0,
             help="… or after so many seconds, whichever comes first.",
             envvar="KD_CACHE_SHARD_SECONDS",
+            show_envvar=False,
             rich_help_panel=opt.RUN,
         ),
     ] = 5.0,
@@ -176,6 +192,7 @@ def dump_command(
             "--dry-run",
             help="Only say what would be scored, and how many bytes it takes.",
             envvar="KD_CACHE_DRY_RUN",
+            show_envvar=False,
             rich_help_panel=opt.OUTPUT,
         ),
     ] = False,
@@ -183,7 +200,11 @@ def dump_command(
     quiet: opt.QuietOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Score the permitted train samples of A and a target with every teacher, and keep the logits."""
+    """Score the permitted train samples of A and a target with every teacher, and keep the logits.
+
+    Every option can also be set as an environment variable (KD_CACHE_TARGET, KD_CACHE_CACHE_ROOT, …) or in
+    kd-cache.yaml (target: b).
+    """
     with Screen(quiet=quiet, as_json=as_json) as screen:
         inputs = load_inputs(
             target,
@@ -249,8 +270,8 @@ def _announce(screen: Screen, inputs: Inputs) -> None:
     if selection.located < selection.locatable:
         unknown = selection.locatable - selection.located
         screen.note(
-            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location (neither a field nor "
-            "a TAU file name does), so shared locations among them cannot be seen"
+            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location (neither a field "
+            "nor a TAU file name does), so shared locations among them cannot be seen"
         )
     if selection.shared_locations:
         screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
@@ -339,7 +360,7 @@ def _summary_table(report: DumpReport) -> Any:
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in result.rescored.items())
         rescored = f"{result.rescored.total():,}" + (f" ({reasons})" if reasons else "")
         rows.append([name, f"{result.scored:,}", f"{result.skipped:,}", rescored, f"{result.dropped:,}"])
-    columns = ["Teacher", "Scored", "Skipped (fresh)", "Rescored (stale)", "Dropped (not permitted)"]
+    columns = ["Teacher", "Scored", "Skipped (fresh)", "Rescored (stale)", "Dropped"]
     return table(f"{shown(report.cache)}: {report.permitted:,} permitted samples", columns, rows)
 
 
@@ -355,8 +376,8 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     if report.published is not None:
         done = report.published
         lines.append(
-            f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed; "
-            f"{done.num_samples:,} samples complete"
+            f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed"
+            f"; {done.num_samples:,} samples complete"
         )
     for name, result in report.teachers.items():
         if result.cost is not None and result.cost.rows:

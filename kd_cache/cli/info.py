@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,14 @@ from kd_cache.cli.console import Screen, reporting_errors, size, table
 from kd_cache.errors import MissingLogitsError, shown
 from kd_cache.store.folder import CacheFolder, find_caches
 from kd_cache.store.index import Index
+
+EXAMPLES = """Examples:
+
+kd-cache info
+
+kd-cache info cache/A2b --json"""
+
+SOURCES = {"commandline": "command line", "default_map": "file"}
 
 
 @reporting_errors
@@ -48,22 +57,19 @@ def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
 
 
 def _teacher_table(folder: CacheFolder, index: Index) -> Any:
-    rows = []
-    for name, entry in index.record["teachers"].items():
-        source = entry.get("source", {})
-        rows.append(
-            [
-                name,
-                f"{entry['rows']:,}",
-                str(entry["num_classes"]),
-                f"{entry['value_kind']}, {entry['dtype']}",
-                entry["parts"]["architecture"],
-                entry["fingerprint"][:16],
-                str(source.get("checkpoint", "own code" if not source.get("built_in") else "–")),
-            ]
-        )
-    columns = ["Teacher", "Rows", "Classes", "Values", "Architecture", "Fingerprint", "Checkpoint"]
-    return table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", columns, rows)
+    entries = index.record["teachers"]
+    facts: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Rows": lambda entry: f"{entry['rows']:,}",
+        "Values": lambda entry: f"{entry['num_classes']} {entry['value_kind']}, {entry['dtype']}",
+        "Architecture": lambda entry: str(entry["parts"]["architecture"]),
+        "Front end": lambda entry: str(entry["parts"]["feature_spec"]),
+        "Computed in": lambda entry: str(entry["parts"]["precision"]),
+        "Weights": lambda entry: f"{entry['parts']['weights'][:16]}…",
+        "Fingerprint": lambda entry: f"{entry['fingerprint'][:16]}…",
+        "Checkpoint": lambda entry: str(entry.get("source", {}).get("checkpoint", "none: own code")),
+    }
+    rows = [[name, *map(fact, entries.values())] for name, fact in facts.items()]
+    return table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", ["", *entries], rows)
 
 
 def _lines(folder: CacheFolder, index: Index) -> list[str]:
@@ -73,7 +79,7 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
     environment = record["environment"]
     settings = record["settings"]
     changed = [
-        f"{name}={settings['values'][name]} ({source})"
+        f"{name}={settings['values'][name]} ({SOURCES.get(source, source)})"
         for name, source in settings["sources"].items()
         if source != "default" and name in settings["values"]
     ]

@@ -22,6 +22,7 @@ JsonPathOption = Annotated[
         "--json-path",
         help="Dataset JSON (manifest).  [default: data/sample/dataset.json]",
         envvar="KD_CACHE_JSON_PATH",
+        show_envvar=False,
         rich_help_panel=DATA,
     ),
 ]
@@ -31,6 +32,7 @@ DataRootOption = Annotated[
         "--data-root",
         help="Folder that the manifest's files are relative to.  [default: the manifest's folder]",
         envvar="KD_CACHE_DATA_ROOT",
+        show_envvar=False,
         rich_help_panel=DATA,
     ),
 ]
@@ -41,6 +43,7 @@ NumScenesOption = Annotated[
         min=1,
         help="Scene classes; checked against the checkpoints.",
         envvar="KD_CACHE_NUM_SCENES",
+        show_envvar=False,
         rich_help_panel=DATA,
     ),
 ]
@@ -51,6 +54,7 @@ NumCitiesOption = Annotated[
         min=1,
         help="City classes; checked against the checkpoints.",
         envvar="KD_CACHE_NUM_CITIES",
+        show_envvar=False,
         rich_help_panel=DATA,
     ),
 ]
@@ -60,6 +64,7 @@ AllowSharedOption = Annotated[
         "--allow-shared-locations",
         help="Permit a recording location in both train and test (recorded with the cache).",
         envvar="KD_CACHE_ALLOW_SHARED_LOCATIONS",
+        show_envvar=False,
         rich_help_panel=DATA,
     ),
 ]
@@ -69,6 +74,7 @@ AllowOutsideOption = Annotated[
         "--allow-outside",
         help="Permit features in this folder outside the data root. Repeatable.",
         envvar="KD_CACHE_ALLOW_OUTSIDE",
+        show_envvar=False,
         rich_help_panel=DATA,
     ),
 ]
@@ -79,6 +85,7 @@ City2SceneOption = Annotated[
         help="City2Scene checkpoint, .safetensors or .pth.  "
         "[default: the sample's; with your own data outputs/teacher_city2scene/A2<target>/best.*]",
         envvar="KD_CACHE_CITY2SCENE_TEACHER_CKPT",
+        show_envvar=False,
         rich_help_panel=TEACHERS,
     ),
 ]
@@ -89,6 +96,7 @@ SceneOption = Annotated[
         help="Scene checkpoint, .safetensors or .pth.  "
         "[default: the sample's; with your own data outputs/teacher_scene/global/best.*]",
         envvar="KD_CACHE_SCENE_TEACHER_CKPT",
+        show_envvar=False,
         rich_help_panel=TEACHERS,
     ),
 ]
@@ -99,6 +107,7 @@ TeacherOption = Annotated[
         metavar="NAME=module:factory[,ckpt=PATH]",
         help="A further teacher of your own; repeatable. Its code runs, so it is never taken from a cache.",
         envvar="KD_CACHE_TEACHER",
+        show_envvar=False,
         rich_help_panel=TEACHERS,
     ),
 ]
@@ -109,6 +118,7 @@ OnlyOption = Annotated[
         metavar="NAME",
         help="Just this teacher; repeatable.",
         envvar="KD_CACHE_ONLY",
+        show_envvar=False,
         rich_help_panel=TEACHERS,
     ),
 ]
@@ -118,6 +128,7 @@ CacheRootOption = Annotated[
         "--cache-root",
         help="Folder of the caches; one per target, A2<target>.",
         envvar="KD_CACHE_CACHE_ROOT",
+        show_envvar=False,
         rich_help_panel=CACHE,
     ),
 ]
@@ -128,6 +139,7 @@ DeviceOption = Annotated[
         metavar="auto|cpu|cuda[:i]",
         help="Where the teachers run.",
         envvar="KD_CACHE_DEVICE",
+        show_envvar=False,
         rich_help_panel=RUN,
     ),
 ]
@@ -148,12 +160,15 @@ JsonOption = Annotated[
         "--json",
         help="Print the result as JSON, and nothing else, on standard output.",
         envvar="KD_CACHE_JSON",
+        show_envvar=False,
         rich_help_panel=OUTPUT,
     ),
 ]
 QuietOption = Annotated[
     bool,
-    typer.Option("--quiet", help="Print errors only.", envvar="KD_CACHE_QUIET", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--quiet", help="Print errors only.", envvar="KD_CACHE_QUIET", show_envvar=False, rich_help_panel=OUTPUT
+    ),
 ]
 DebugOption = Annotated[
     bool,
@@ -161,6 +176,7 @@ DebugOption = Annotated[
         "--debug",
         help="Show the traceback of an error.",
         envvar="KD_CACHE_DEBUG",
+        show_envvar=False,
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_cache.cli.console import table
@@ -13,22 +13,20 @@ if TYPE_CHECKING:
 
 
 def verify_table(report: VerifyReport) -> Any:
-    """One line per teacher."""
-    rows = [
-        [
-            name,
-            _share(result.hits, result.checked),
-            _share(result.intact, result.hits),
-            _share(result.fresh, result.hits),
-            f"{result.rows - result.forbidden:,}/{result.rows:,}",
-            "–" if result.view is None else _share(result.view, result.hits),
-            _recomputed(result),
-        ]
-        for name, result in report.teachers.items()
-    ]
+    """One column per teacher, one line per check."""
+    checks: dict[str, Callable[[TeacherResult], str]] = {
+        "Hits": lambda result: _share(result.hits, result.checked),
+        "Intact": lambda result: _share(result.intact, result.hits),
+        "Fresh": lambda result: _share(result.fresh, result.hits),
+        "Permitted rows": lambda result: _share(result.rows - result.forbidden, result.rows),
+        "View equals pack": lambda result: "no view" if result.view is None else _share(result.view, result.hits),
+    }
+    if any(result.recomputed is not None for result in report.teachers.values()):
+        checks["Recomputed"] = _recomputed
+    rows = [[name, *map(check, report.teachers.values())] for name, check in checks.items()]
     what = "all" if report.everything else f"{report.checked:,} of"
     title = f"{shown(report.cache)}: {what} {report.promised:,} promised samples, seed {report.seed}"
-    return table(title, ["Teacher", "Hits", "Intact", "Fresh", "Permitted rows", "View", "Recomputed"], rows)
+    return table(title, ["", *report.teachers], rows)
 
 
 def problem_table(problems: Sequence[Problem], most: int = 20) -> Any:
@@ -45,6 +43,6 @@ def _share(count: int, total: int) -> str:
 
 def _recomputed(result: TeacherResult) -> str:
     if result.recomputed is None:
-        return "–"
+        return "not recomputed"
     exact = f"{result.bit_exact:,}/{result.recomputed:,} bit-exact"
     return exact if result.bit_exact == result.recomputed else f"{exact}, deviation ≤ {result.deviation:.1e}"

@@ -24,6 +24,14 @@ from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 if TYPE_CHECKING:
     from kd_cache.verify import VerifyReport
 
+EXAMPLES = """Examples:
+
+kd-cache verify --n 100
+
+kd-cache verify --target b --all --recompute
+
+kd-cache verify --n 100 --json | python -m json.tool"""
+
 
 @reporting_errors
 def verify_command(
@@ -35,6 +43,7 @@ def verify_command(
             "--target-name",
             help="Just the cache of this target.  [default: every cache under the root]",
             envvar="KD_CACHE_TARGET",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = None,
@@ -46,6 +55,7 @@ def verify_command(
             min=1,
             help="How many random samples of those the manifest promises.",
             envvar="KD_CACHE_N",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = 100,
@@ -55,6 +65,7 @@ def verify_command(
             "--all",
             help="Every sample, and also rows and files that nothing promises.",
             envvar="KD_CACHE_ALL",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = False,
@@ -64,6 +75,7 @@ def verify_command(
             "--recompute",
             help="Score the samples again and compare.",
             envvar="KD_CACHE_RECOMPUTE",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = False,
@@ -73,6 +85,7 @@ def verify_command(
             "--seed",
             help="Which samples to draw.  [default: fresh randomness, printed]",
             envvar="KD_CACHE_VERIFY_SEED",
+            show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = None,

@@ -1,0 +1,32 @@
+# Two commands: `make demo` shows the product, `make test` runs the whole gate.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint sample-teachers clean
+
+demo: .venv/installed  ## dump the sample's logits, verify them, and let a student read them
+	$(BIN)/kd-cache dump --target b
+	$(BIN)/kd-cache verify --n 100
+	$(BIN)/python docs/student_loop.py
+
+test: .venv/installed-dev  ## ruff, mypy --strict, pytest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+sample-teachers: .venv/installed  ## train the committed teachers of the sample again
+	$(BIN)/python -m teachers.train_sample --target all
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,52 @@
+"""The built-in teachers: CNN14 and CP-ResNet as scene, city and City2Scene teachers.
+
+The factories are what the entry-point group ``kd_cache.teachers`` and ``--teacher name=module:factory``
+expect: a checkpoint's path in, a scoring module out. This package knows networks and checkpoints, and
+nothing of caches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kd_cache.errors import CheckpointError
+from teachers.builtin import City2Scene, LoadedTeacher
+from teachers.checkpoint import load_teacher, save_checkpoint
+from teachers.cnn14 import CNN14
+from teachers.cp_resnet import CPResNet
+
+__all__ = [
+    "CNN14",
+    "CPResNet",
+    "City2Scene",
+    "LoadedTeacher",
+    "city",
+    "city2scene",
+    "load_teacher",
+    "save_checkpoint",
+    "scene",
+]
+
+
+def scene(ckpt: Path | None) -> LoadedTeacher:
+    """A scene classifier, trained on the source device."""
+    return _loaded("scene", ckpt)
+
+
+def city2scene(ckpt: Path | None) -> LoadedTeacher:
+    """A city teacher's frozen backbone with a linear scene head."""
+    return _loaded("city2scene", ckpt)
+
+
+def city(ckpt: Path | None) -> LoadedTeacher:
+    """A city classifier, trained on source and target device."""
+    return _loaded("city", ckpt)
+
+
+def _loaded(role: str, ckpt: Path | None) -> LoadedTeacher:
+    if ckpt is None:
+        raise CheckpointError(
+            f"the {role} teacher has no checkpoint",
+            hint="Give its path; outputs/teacher_…/best.safetensors is where training leaves it.",
+        )
+    return load_teacher(ckpt, role=role)

@@ -1,0 +1,193 @@
+"""PANNs CNN14 (Kong et al. 2020, arXiv 1912.10211) over a precomputed log-mel.
+
+Six convolution blocks and a fully connected embedding, then a three-layer classifier. Two things differ
+from the published audio tagger: there is no batch norm over mel bins at the input, and the pooling at the
+end is a mean over time, then maximum plus mean over frequency. The state-dict names are those of the
+existing checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_cache.errors import TeacherError
+
+CHANNELS: Final = (64, 128, 256, 512, 1024, 2048)
+EMBEDDING: Final = 2048
+HIDDEN: Final = (1024, 1024)
+LEAST: Final = 32
+"""Smallest T and F: each of the five 2×2 poolings halves both."""
+
+
+def require_log_mel(architecture: str, x: Tensor, least_frames: int, least_bins: int) -> None:
+    """Raise TeacherError unless ``x`` is a float [B, T, F] with T and F large enough for the poolings."""
+    expected = f"{architecture} takes float features [B, T, F] with T >= {least_frames} and F >= {least_bins}"
+    if x.ndim != 3 or not x.is_floating_point():
+        raise TeacherError(f"{expected}, found {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
+    if x.shape[1] < least_frames or x.shape[2] < least_bins:
+        raise TeacherError(
+            f"{expected}, found T={x.shape[1]}, F={x.shape[2]}",
+            hint="Leave shorter clips out of the dump, or check that the features are stored as [T, F].",
+        )
+
+
+def rows(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
+    """How many outputs the weight ``name`` has; ``default`` where it is absent or no weight at all.
+
+    Sizes come from here when a net is built for a checkpoint; what does not fit is reported by the
+    comparison of all names and shapes that follows, so nothing is refused here.
+    """
+    tensor = tensors.get(name)
+    return default if tensor is None or not tensor.shape else tensor.shape[0]
+
+
+def kaiming(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialise ``module`` in place for ReLU nets (He et al. 2015, arXiv 1502.01852).
+
+    Weights of convolutions and linear layers are normal with variance 2 / fan-in, which keeps the scale of
+    activations through the depth of the net; biases are zero, batch norms the identity.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu", generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            part.reset_parameters()
+
+
+class ConvBlock(nn.Module):
+    """Twice convolution 3×3 without bias, batch norm, ReLU: [B, C_in, F, T] → [B, C_out, F, T]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)))
+
+
+class ProjectionHead(nn.Module):
+    """Linear, batch norm, ReLU, Linear over the embedding: [B, D] → [B, P]. Few checkpoints have one."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.head = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.head(x)
+        return projected
+
+
+class CNN14Features(nn.Module):
+    """Log-mel [B, T, F] float32 → embedding [B, 2048].
+
+    ``channels`` are the outputs of the six blocks and ``embedding`` the outputs of ``fc1``. ``projection``
+    gives the widths (hidden, output) of the optional projection head, or None for a net without one.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = CHANNELS,
+        embedding: int = EMBEDDING,
+        projection: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        inputs = (1, *channels[:-1])
+        for number, (before, after) in enumerate(zip(inputs, channels, strict=True), start=1):
+            self.add_module(f"conv_block{number}", ConvBlock(before, after))
+        self.fc1 = nn.Linear(channels[-1], embedding)
+        self.bn1 = nn.BatchNorm1d(embedding)
+        self.projection_head = None if projection is None else ProjectionHead(embedding, *projection)
+        self.embedding_dim = embedding if projection is None else projection[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_log_mel("CNN14", x, LEAST, LEAST)
+        x = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
+        for number in range(1, 7):
+            x = self.get_submodule(f"conv_block{number}")(x)
+            if number < 6:  # after block 6 the pooling is 1×1
+                x = F.avg_pool2d(x, 2)
+            x = F.dropout(x, 0.2, self.training)
+        x = x.mean(dim=3)  # over time: [B, C, F']
+        x = x.amax(dim=2) + x.mean(dim=2)  # over frequency: [B, C]
+        x = F.dropout(x, 0.5, self.training)
+        x = F.dropout(F.relu(self.bn1(self.fc1(x))), 0.5, self.training)
+        return x if self.projection_head is None else self.projection_head(x)
+
+
+class CNN14(nn.Module):
+    """Log-mel [B, T, F] float32 → logits [B, num_classes].
+
+    ``channels``, ``embedding`` and ``projection`` are those of `CNN14Features`; ``hidden`` are the two hidden
+    widths of the classifier. There is no softmax at the end. T and F must be at least 32, else TeacherError.
+    """
+
+    classifier_prefix: ClassVar[str] = "classifier."
+    """Names of the tensors that ``embed`` does not use."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: Sequence[int] = CHANNELS,
+        embedding: int = EMBEDDING,
+        hidden: tuple[int, int] = HIDDEN,
+        projection: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.feature_extractor = CNN14Features(channels, embedding, projection)
+        self.classifier = nn.Sequential(
+            nn.Linear(self.embedding_dim, hidden[0]),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(hidden[1], num_classes),
+        )
+
+    @classmethod
+    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> CNN14:
+        """An untrained net whose sizes are those of a checkpoint's tensors."""
+        features = "feature_extractor."
+        projection = None
+        if any(name.startswith(f"{features}projection_head.") for name in tensors):
+            head = f"{features}projection_head.head"
+            projection = (
+                rows(tensors, f"{head}.0.weight", EMBEDDING),
+                rows(tensors, f"{head}.3.weight", EMBEDDING),
+            )
+        blocks = enumerate(CHANNELS, start=1)
+        return cls(
+            rows(tensors, "classifier.6.weight", 10),
+            [rows(tensors, f"{features}conv_block{i}.conv2.weight", default) for i, default in blocks],
+            rows(tensors, f"{features}fc1.weight", EMBEDDING),
+            (rows(tensors, "classifier.0.weight", 1024), rows(tensors, "classifier.3.weight", 1024)),
+            projection,
+        )
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of what ``embed`` returns: 2048 as published."""
+        return self.feature_extractor.embedding_dim
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[B, T, F] → [B, 2048], through the projection head where there is one."""
+        embedding: Tensor = self.feature_extractor(x)
+        return embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.embed(x))
+        return logits

@@ -1,0 +1,652 @@
+"""Checkpoints: every layout that occurs loads whole, and every way a file can be wrong is one clear error."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kd_cache.errors import CheckpointError
+from teachers import CNN14, CPResNet, load_teacher, save_checkpoint
+from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, MOST_BYTES
+from teachers.cnn14 import kaiming
+
+CHANNELS = (4, 4, 8, 8, 16, 16)
+
+
+def cnn14(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
+    net = CNN14(classes, CHANNELS, 16, (8, 8))
+    kaiming(net, torch.Generator().manual_seed(seed))
+    return net.state_dict()
+
+
+def cp_resnet(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
+    net = CPResNet(classes, (4, 4, 8, 12))
+    kaiming(net, torch.Generator().manual_seed(seed))
+    return net.state_dict()
+
+
+def head(inputs: int, scenes: int = 10) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(7)
+    return {"weight": torch.randn(scenes, inputs, generator=draw), "bias": torch.zeros(scenes)}
+
+
+def city2scene(cities: int = 12, scenes: int = 10) -> dict[str, Any]:
+    return {"epoch": 3, CITY_ENTRY: cnn14(cities), HEAD_ENTRY: head(16, scenes), "val_acc": 0.5}
+
+
+def flattened(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    both = (CITY_ENTRY, HEAD_ENTRY)
+    return {f"{entry}.{name}": tensor for entry in both for name, tensor in entries[entry].items()}
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any], Path]:
+    def save(content: Any) -> Path:
+        path = tmp_path / "t.pth"
+        torch.save(content, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[bytes], Path]:
+    def write(content: bytes) -> Path:
+        path = tmp_path / "t.pth"
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """The message of the CheckpointError that loading ``path`` must raise: it names the file and what to do."""
+    with pytest.raises(CheckpointError) as caught:
+        load_teacher(path, **options)
+    assert caught.value.message.startswith(str(path))
+    assert caught.value.hint
+    return caught.value.message
+
+
+def changed(tensors: Mapping[str, Tensor], name: str, by: float = 1.0) -> dict[str, Tensor]:
+    return {**tensors, name: tensors[name] + by}
+
+
+# Writing
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_saving_twice_gives_the_same_bytes_and_leaves_no_temporary_file(tmp_path: Path, suffix: str) -> None:
+    paths = [tmp_path / f"{name}{suffix}" for name in ("a", "b")]
+    for path in paths:
+        save_checkpoint(path, cnn14(), {"architecture": "cnn14", "training": {"epochs": 3}})
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.pth"
+    path.write_bytes(b"old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(path, cnn14(), {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["t.pth"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("record", [{"training": float("nan")}, {"training": object()}])
+def test_a_record_that_is_not_json_is_not_written(tmp_path: Path, record: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="plain JSON"):
+        save_checkpoint(tmp_path / "t.pth", cnn14(), record)
+    with pytest.raises(CheckpointError, match=r"\.safetensors or \.pth"):
+        save_checkpoint(tmp_path / "t.onnx", cnn14(), {})
+    assert not list(tmp_path.iterdir())
+
+
+# Which entry, which prefixes
+
+
+@pytest.mark.parametrize("build", [cnn14, cp_resnet])
+@pytest.mark.parametrize(
+    ("wrap", "source"),
+    [
+        (dict, "bare state dict"),
+        (OrderedDict, "bare state dict"),
+        (lambda t: {"epoch": 3, "model_state_dict": t, "optimizer_state_dict": {}}, "model_state_dict"),
+        (lambda t: {"model": t, "args": None}, "model"),
+        (lambda t: {"state_dict": t, "model_ema": None}, "state_dict"),
+        (lambda t: {"state_dict": {"x": torch.zeros(1)}, "state_dict_ema": t}, "state_dict_ema"),
+        (lambda t: {"model": {"x": torch.zeros(1)}, "model_ema": t}, "model_ema"),
+        (lambda t: prefixed("module.", t), "bare state dict, prefix 'module.' removed"),
+        (
+            lambda t: {"model": prefixed("_orig_mod.module.", t)},
+            "model, prefix '_orig_mod.' removed, prefix 'module.' removed",
+        ),
+        (
+            lambda t: {"model_ema": {"n_averaged": torch.tensor(5), **prefixed("module.", t)}},
+            "model_ema, counter n_averaged dropped, prefix 'module.' removed",
+        ),
+        (
+            lambda t: {"state_dict": {**prefixed("model._orig_mod.", t), "loss.weight": torch.ones(10)}},
+            "state_dict, prefix 'model.' removed, 1 tensors beside it left out, prefix '_orig_mod.' removed",
+        ),
+        (lambda t: {"state_dict": prefixed("net.", t)}, "state_dict, prefix 'net.' removed"),
+        (
+            lambda t: {"model_state_dict": {**t, "adapt_layer.0.weight": torch.ones(2)}},
+            "model_state_dict, adapt_layer.* dropped (unused at inference)",
+        ),
+    ],
+)
+def test_every_layout_loads_and_says_what_was_used(
+    saved: Callable[[Any], Path], build: Callable[[], dict[str, Tensor]], wrap: Any, source: str
+) -> None:
+    tensors = build()
+    teacher = load_teacher(saved(wrap(tensors)), role="scene", num_classes=10)
+    assert teacher.source == source
+    for name, tensor in teacher.net.state_dict().items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_a_city2scene_file_loads_nested_flattened_and_prefixed(tmp_path: Path) -> None:
+    entries = city2scene()
+    tensors = flattened(entries)
+    save_checkpoint(tmp_path / "a.pth", tensors, {"role": "city2scene"})
+    save_checkpoint(tmp_path / "b.safetensors", tensors, {"role": "city2scene"})
+    torch.save(entries, tmp_path / "c.pth")
+    prefixes = {entry: prefixed("module.", entries[entry]) for entry in (CITY_ENTRY, HEAD_ENTRY)}
+    torch.save(prefixes, tmp_path / "d.pth")
+    save_file(flattened(prefixes), tmp_path / "e.safetensors")
+    loaded = [load_teacher(path, role="city2scene") for path in sorted(tmp_path.iterdir())]
+    parts = [teacher.fingerprint_parts() for teacher in loaded]
+    assert parts == [parts[0]] * 5
+    assert parts[0]["architecture"] == "cnn14/1+city2scene"
+    assert {(teacher.num_classes, teacher.num_cities) for teacher in loaded} == {(10, 12)}
+    assert loaded[0].source == f"{CITY_ENTRY} + {HEAD_ENTRY}"
+    assert loaded[3].source == (
+        f"{CITY_ENTRY}, prefix 'module.' removed + {HEAD_ENTRY}, prefix 'module.' removed"
+    )
+    raw = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert raw.keys() == {CITY_ENTRY, HEAD_ENTRY, "kd_cache"}
+
+
+def test_the_record_comes_back_from_both_formats(tmp_path: Path) -> None:
+    record = {
+        "architecture": "cp_resnet",
+        "architecture_version": "1",
+        "role": "city",
+        "class_names": ["a", "b", "c"],
+        "value_kind": "logits",
+        "feature_spec": "log-mel 256",
+        "training": {"seed": 1},
+    }
+    for path in (tmp_path / "t.pth", tmp_path / "t.safetensors"):
+        save_checkpoint(path, cp_resnet(3), record)
+        teacher = load_teacher(path)
+        assert teacher.record == record
+        assert teacher.class_names == ("a", "b", "c")
+        assert (teacher.architecture, teacher.role, teacher.num_cities) == ("cp_resnet", "city", 3)
+        assert teacher.value_kind == "logits"
+        assert teacher.fingerprint_parts()["feature_spec"] == "log-mel 256"
+        assert teacher.fingerprint_parts()["architecture"] == "cp_resnet/1"
+
+
+def test_content_and_not_the_suffix_decides_the_format(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "t.safetensors", cp_resnet(), {})
+    (tmp_path / "t.safetensors").rename(tmp_path / "t.pth")
+    assert load_teacher(tmp_path / "t.pth").num_classes == 10
+
+
+def test_files_of_torch_before_1_6_load(tmp_path: Path) -> None:
+    torch.save({"model": cp_resnet()}, tmp_path / "t.pth", _use_new_zipfile_serialization=False)
+    assert load_teacher(tmp_path / "t.pth").source == "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_weights_become_float32(saved: Callable[[Any], Path], dtype: torch.dtype) -> None:
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in cp_resnet().items()}
+    teacher = load_teacher(saved(tensors))
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    assert torch.isfinite(teacher(torch.randn(2, 43, 64))).all()
+
+
+def test_absent_batch_counters_do_not_matter(saved: Callable[[Any], Path]) -> None:
+    tensors = {n: t for n, t in cnn14().items() if not n.endswith("num_batches_tracked")}
+    assert (
+        load_teacher(saved(tensors)).fingerprint_parts() == load_teacher(saved(cnn14())).fingerprint_parts()
+    )
+
+
+def test_weights_with_gaps_in_memory_load(saved: Callable[[Any], Path]) -> None:
+    tensors = {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in cnn14().items()}
+    assert (
+        load_teacher(saved(tensors)).fingerprint_parts() == load_teacher(saved(cnn14())).fingerprint_parts()
+    )
+
+
+def test_loading_draws_no_random_numbers_and_freezes(saved: Callable[[Any], Path]) -> None:
+    path = saved(city2scene())
+    before = torch.get_rng_state()
+    teacher = load_teacher(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize("build", [cnn14, cp_resnet])
+def test_the_same_weights_have_the_same_parts_however_they_are_stored(
+    tmp_path: Path, build: Callable[[], dict[str, Tensor]]
+) -> None:
+    tensors = build()
+    save_checkpoint(tmp_path / "a.safetensors", tensors, {"role": "scene", "training": {"epochs": 9}})
+    save_checkpoint(tmp_path / "b.pth", tensors, {})
+    torch.save(dict(reversed(prefixed("module.", tensors).items())), tmp_path / "c.pth")
+    save_file(prefixed("_orig_mod.", tensors), tmp_path / "d.safetensors")
+    parts = [load_teacher(path).fingerprint_parts() for path in sorted(tmp_path.iterdir())]
+    assert parts == [parts[0]] * 4
+    assert parts[0].keys() == {"architecture", "feature_spec", "weights"}
+    assert parts[0]["feature_spec"] == "log-mel [T, F], front end unstated"
+
+
+def test_one_changed_weight_changes_the_weights_part_alone(saved: Callable[[Any], Path]) -> None:
+    one = load_teacher(saved(cnn14())).fingerprint_parts()
+    for name in ("classifier.6.bias", "feature_extractor.bn1.running_var"):
+        other = load_teacher(saved(changed(cnn14(), name, 1e-3))).fingerprint_parts()
+        assert {key for key in one if one[key] != other[key]} == {"weights"}
+
+
+@pytest.mark.parametrize(
+    ("city", "classifier", "backbone", "width"),
+    [
+        (cnn14, "classifier.6.bias", "feature_extractor.fc1.bias", 16),
+        (cp_resnet, "head.1.bias", "stem.1.bias", 12),
+    ],
+)
+def test_of_city2scene_only_what_inference_uses_counts(
+    saved: Callable[[Any], Path], city: Any, classifier: str, backbone: str, width: int
+) -> None:
+    def parts(tensors: dict[str, Tensor], scene: dict[str, Tensor]) -> dict[str, str]:
+        return load_teacher(saved({CITY_ENTRY: tensors, HEAD_ENTRY: scene})).fingerprint_parts()
+
+    own = parts(city(12), head(width))
+    assert parts(changed(city(12), classifier), head(width)) == own
+    assert parts(changed(city(12), backbone), head(width)) != own
+    assert parts(city(12), changed(head(width), "bias")) != own
+
+
+# What was asked for
+
+
+def test_the_number_of_classes_is_checked_against_the_weights(saved: Callable[[Any], Path]) -> None:
+    message = refusal(saved(cnn14(10)), num_classes=15)
+    assert "expected 15 outputs (--num-scenes 15), found 10" in message
+    assert "--num-scenes 9" in refusal(saved(city2scene()), num_classes=9)
+
+
+def test_the_number_of_cities_is_checked_against_the_city_classifier(saved: Callable[[Any], Path]) -> None:
+    assert "(--num-cities 10), found 12" in refusal(saved(city2scene()), num_cities=10)
+    assert "(--num-cities 10), found 12" in refusal(saved(cnn14(12)), role="city", num_cities=10)
+    assert load_teacher(saved(cnn14(10)), role="scene", num_cities=12).num_cities is None
+
+
+def test_a_file_of_another_role_is_refused_by_both_names(
+    saved: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    assert "expected a scene teacher, found city2scene" in refusal(saved(city2scene()), role="scene")
+    message = refusal(saved(cnn14()), role="city2scene")
+    assert "expected a city2scene teacher, found a plain scene or city model" in message
+    save_checkpoint(tmp_path / "c.pth", cnn14(12), {"role": "city"})
+    assert "expected a scene teacher, found city" in refusal(tmp_path / "c.pth", role="scene")
+    save_checkpoint(tmp_path / "c.pth", cnn14(12), {"role": "city2scene"})
+    assert "the record says the role is city2scene" in refusal(tmp_path / "c.pth")
+    assert "no role is called 'student'" in refusal(tmp_path / "c.pth", role="student")
+
+
+# Names and shapes
+
+
+def test_missing_unexpected_and_misshaped_names_are_listed_at_once(saved: Callable[[Any], Path]) -> None:
+    tensors = cnn14()
+    del tensors["feature_extractor.fc1.bias"]
+    tensors["feature_extractor.fc2.bias"] = torch.zeros(3)
+    tensors["feature_extractor.bn1.weight"] = torch.zeros(5)
+    message = refusal(saved({"model_state_dict": tensors}))
+    assert "1 missing, 1 unexpected, 1 of another shape" in message
+    assert "missing:\n  feature_extractor.fc1.bias" in message
+    assert "unexpected:\n  feature_extractor.fc2.bias" in message
+    assert "feature_extractor.bn1.weight: expected [16], found [5]" in message
+
+
+def test_another_network_is_refused_with_names_found_and_architectures_known(
+    saved: Callable[[Any], Path],
+) -> None:
+    message = refusal(saved({"conv.\x1b[31mweight": torch.ones(3), "fc.bias": torch.ones(3)}))
+    assert "cnn14 or cp_resnet" in message
+    assert "fc.bias" in message
+    assert "\\x1b[31m" in message
+    assert "\x1b" not in message
+
+
+def test_a_prefix_on_some_names_only_is_not_a_partial_load(saved: Callable[[Any], Path]) -> None:
+    tensors = cnn14()
+    tensors["module.classifier.6.bias"] = tensors.pop("classifier.6.bias")
+    assert "1 missing, 1 unexpected" in refusal(saved(tensors))
+
+
+def test_two_networks_in_one_file_are_ambiguous(saved: Callable[[Any], Path]) -> None:
+    both = {**prefixed("model.", cnn14()), **prefixed("net.", cnn14())}
+    assert "two networks" in refusal(saved({"state_dict": both}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({CITY_ENTRY: cnn14(12)}, f"entry {HEAD_ENTRY}, found nothing"),
+        ({HEAD_ENTRY: head(16), CITY_ENTRY: {}}, f"entry {CITY_ENTRY}, found an empty dict"),
+        ({CITY_ENTRY: cnn14(12), HEAD_ENTRY: head(17)}, "weight: expected [10, 16], found [10, 17]"),
+        ({CITY_ENTRY: cnn14(12), HEAD_ENTRY: {"weight": torch.ones(10, 16)}}, "missing:\n  bias"),
+        (prefixed(f"{CITY_ENTRY}.", cnn14(12)), "both and nothing else"),
+        ({**flattened(city2scene()), "x": torch.ones(1)}, "1 others"),
+    ],
+)
+def test_half_a_city2scene_file_is_refused(
+    saved: Callable[[Any], Path], entries: dict[str, Any], expected: str
+) -> None:
+    assert expected in refusal(saved(entries))
+
+
+def test_shapes_that_make_no_network_are_refused(saved: Callable[[Any], Path]) -> None:
+    tensors = cp_resnet()
+    tensors["block3.conv2.weight"] = torch.ones(7, 4, 3, 3)
+    assert "make no cp_resnet" in refusal(saved(tensors))
+    tensors["block3.conv2.weight"] = torch.tensor(1.0)
+    assert "of another shape" in refusal(saved(tensors))
+
+
+@pytest.mark.parametrize("name", ["module." * 2000 + "x", "model." * 2000 + "x", ".", ""])
+def test_hostile_names_are_refused(saved: Callable[[Any], Path], name: str) -> None:
+    assert "none of its names" in refusal(saved({name: torch.ones(1)}))
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(saved: Callable[[Any], Path], value: float) -> None:
+    tensors = cnn14()
+    tensors["classifier.3.weight"][2, 1] = value
+    message = refusal(saved(tensors))
+    assert "NaN or Inf in 1 tensors" in message
+    assert "classifier.3.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, "classifier.6.bias: a int"),
+        ([0.0], "classifier.6.bias: a list"),
+        (torch.zeros(10, dtype=torch.int64), "int64"),
+        (torch.zeros(10, dtype=torch.complex64), "complex64"),
+        (torch.zeros(0), "an empty tensor [0]"),
+        (torch.zeros(10).to_sparse(), "torch.sparse_coo"),
+        (torch.zeros(10, device="meta"), "no data (meta)"),
+    ],
+)
+def test_values_that_are_no_dense_float_tensors_are_named(
+    saved: Callable[[Any], Path], value: object, expected: str
+) -> None:
+    assert expected in refusal(saved({"model": {**cnn14(), "classifier.6.bias": value}}))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([1, 2], "found a list"),
+        (torch.zeros(3), "found a Tensor"),
+        ({}, "nothing"),
+        ({"model_state_dict": "weights"}, "found a str"),
+        ({"model_state_dict": {}}, "an empty dict"),
+        ({"epoch": 3, "weights": {}}, "epoch: a int"),
+        ({3: torch.zeros(1)}, "3: a name that is not text"),
+    ],
+)
+def test_a_file_without_a_state_dict_is_refused(
+    saved: Callable[[Any], Path], content: object, expected: str
+) -> None:
+    assert expected in refusal(saved(content))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_expanded_beyond_the_file_are_refused(tmp_path: Path, legacy: bool) -> None:
+    tensors = {**cnn14(), "feature_extractor.fc1.weight": torch.zeros(1).expand(10**6, 10**6)}
+    torch.save(tensors, tmp_path / "t.pth", _use_new_zipfile_serialization=not legacy)
+    assert (tmp_path / "t.pth").stat().st_size < 200_000
+    assert "claim 40000" in refusal(tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "JSON object"),
+        ({"a": 1}, "JSON object"),
+        ('{"architecture": "resnet50"}', "architecture must be cnn14 or cp_resnet, found resnet50"),
+        ('{"architecture": {}}', "architecture must be"),
+        ('{"architecture": "cp_resnet"}', "none of its names"),
+        ('{"architecture_version": "2"}', "architecture_version must be 1, found 2"),
+        ('{"role": "student"}', "role must be scene or city2scene or city"),
+        ('{"value_kind": "probs"}', "value_kind must be logits"),
+        ('{"class_names": "abc"}', "class_names of the record must be a list"),
+        ('{"feature_spec": 256}', "feature_spec of the record must be text"),
+        ('{"class_names": ["a", "b"]}', "names 2 classes, the weights have 10"),
+    ],
+)
+def test_a_record_that_cannot_be_trusted_is_refused(
+    saved: Callable[[Any], Path], record: object, expected: str
+) -> None:
+    assert expected in refusal(saved({"model_state_dict": cnn14(), "kd_cache": record}))
+
+
+# Files
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "absent.pth")
+    assert "found a directory" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    assert "pipe or device" in refusal(tmp_path / "fifo")
+    assert "pipe or device" in refusal(Path("/dev/zero"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "cannot open" in refusal(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="cannot open"):
+        load_teacher(str(tmp_path / "a\0b"))
+
+
+def test_a_file_too_large_for_a_teacher_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "t.pth", "wb") as file:
+        file.write(b"PK\x03\x04")
+        file.truncate(MOST_BYTES + 1)  # sparse: it takes no room
+    assert "bytes; teachers of up to" in refusal(tmp_path / "t.pth")
+
+
+def tar_file() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as tar:
+        tar.addfile(tarfile.TarInfo("storages"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        (b"epoch,loss\n1,0.5\n", "starts with epoch,loss"),
+        (b"\x1b[2J\x00\xff", "starts with \\x1b[2J"),
+        (b"PK\x03\x04", "damaged"),
+        (b"\x80\x02", "damaged"),
+        (b"\x80", "damaged"),
+        (pickle.dumps({"a": 1}), "damaged"),
+        (b"cposix\nsystem\n(S'id'\ntR.", "starts with cposix"),
+        (tar_file(), "a tar archive"),
+        (struct.pack("<Q", 200_000_000) + b"{", "header claims 200000000 bytes"),
+        (struct.pack("<Q", 50) + b"{}", "header claims 50 bytes"),
+        (struct.pack("<Q", 2) + b"{}" + b"surplus", "damaged"),
+        (struct.pack("<Q", 100_000) + b'{"a":' * 20_000, "damaged"),
+        (struct.pack("<Q", 22) + b'{"__metadata__": null}', "nothing"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_for_what_it_is(
+    written: Callable[[bytes], Path], content: bytes, expected: str
+) -> None:
+    assert expected in refusal(written(content))
+
+
+def test_overlapping_safetensors_are_refused(written: Callable[[bytes], Path]) -> None:
+    both = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in ("a", "b")}
+    header = json.dumps(both).encode()
+    assert "damaged" in refusal(written(struct.pack("<Q", len(header)) + header + bytes(8)))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_every_truncation_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "t"
+    if kind == "safetensors":
+        save_file(cp_resnet(), path)
+    else:
+        torch.save(cp_resnet(), path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_flipped_byte_is_refused_or_only_changes_a_number(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "t"
+    if kind == "safetensors":
+        save_file(cp_resnet(), path)
+    else:
+        torch.save(cp_resnet(), path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    flips = np.random.default_rng(0).integers(0, len(whole), 100)
+    for position in [*flips[:50], *(flips[50:] % 4000)]:  # the second half: header or pickle
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
+        try:
+            load_teacher(path)
+        except CheckpointError as error:
+            assert str(path) in error.message  # noqa: PT017 - a flip in a number is not an error
+
+
+def test_compressed_zip_members_are_refused_as_a_bomb(written: Callable[[bytes], Path]) -> None:
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save(cnn14(), buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert "compressed or overlap" in refusal(written(packed.getvalue()))
+
+
+def test_other_archives_are_refused(written: Callable[[bytes], Path]) -> None:
+    arrays, script = io.BytesIO(), io.BytesIO()
+    np.savez(arrays, a=np.zeros(3))
+    assert "another zip file" in refusal(written(arrays.getvalue()))
+    with zipfile.ZipFile(script, "w") as archive:
+        archive.writestr("t/data.pkl", b"")
+        archive.writestr("t/constants.pkl", b"")
+    assert "a TorchScript archive" in refusal(written(script.getvalue()))
+
+
+def test_a_pickle_made_to_keep_the_reader_busy_is_refused(written: Callable[[bytes], Path]) -> None:
+    assert "structure is larger" in refusal(written(b"\x80\x02" + b"]" * (5 << 20)))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("t/data.pkl", b"\x80\x02" + b"]" * (5 << 20))
+    assert "structure is larger" in refusal(written(buffer.getvalue()))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    saved: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, load = saved(cnn14()), torch.load
+
+    def load_while_written(*args: Any, **options: Any) -> Any:
+        content = load(*args, **options)
+        os.utime(path, ns=(1, 1))
+        return content
+
+    monkeypatch.setattr(torch, "load", load_while_written)
+    assert "changed while it was read" in refusal(path)
+
+
+# Code in a pickle
+
+
+class Marker:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "zip with protocol 4", "legacy", "plain", "plain protocol 2"])
+def test_a_pickle_that_would_run_code_is_refused_and_nothing_ran(tmp_path: Path, kind: str) -> None:
+    path, mark = tmp_path / "t.pth", tmp_path / "ran"
+    content = {"model_state_dict": cnn14() if "plain" not in kind else {}, "extra": Marker(mark)}
+    if "plain" in kind:
+        path.write_bytes(pickle.dumps(content, protocol=2 if kind.endswith("2") else 4))
+    else:
+        protocol = 4 if kind.endswith("4") else 2
+        zipped = kind != "legacy"
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    message = refusal(path)
+    assert f"{os.system.__module__}.system" in message
+    assert "nothing ran" in message
+    assert not mark.exists()
+
+
+def test_a_pickled_module_is_refused_by_the_names_it_needs(saved: Callable[[Any], Path]) -> None:
+    message = refusal(saved(nn.Linear(2, 2)))
+    assert "torch.nn.modules.linear.Linear" in message
+    assert "OrderedDict" not in message
+
+
+def test_names_a_user_trusts_may_be_allowed_explicitly(saved: Callable[[Any], Path]) -> None:
+    accuracy = np.float64(0.5)
+    path = saved({"model_state_dict": cnn14(), "val_acc": accuracy})
+    assert "multiarray.scalar" in refusal(path)
+    scalar = accuracy.__reduce__()[0]
+    with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.float64))]):
+        assert load_teacher(path).source == "model_state_dict"

@@ -1,5 +1,4 @@
-"""
-Run teachers once over a training set, keep their logits on disk, serve them to students.
+"""Run teachers once over a training set, keep their logits on disk, serve them to students.
 
 Never a wrong, stale, corrupt or leaked row. Importing this package does not import torch; what needs it is
 imported when it is first used.

@@ -1,5 +1,4 @@
-"""
-The dump: read every permitted feature once, score what is not fresh with every teacher that needs it, commit, publish.
+"""The dump: read every permitted feature once, score what is not fresh with each teacher that needs it, commit, publish.
 
 A row is *fresh* if a pack holds it under the teacher's present fingerprint and the feature's present digest. Scored
 rows are committed as small packs (a *shard*) every few seconds; that is all an interruption can lose. A rerun finds
@@ -29,8 +28,8 @@ from kd_cache.errors import (
     shown,
 )
 from kd_cache.features import Feature, FeatureSource
-from kd_cache.manifest import SOURCE, Manifest
-from kd_cache.plan import BatchPlan, Shape, count_shapes, load_plan
+from kd_cache.manifest import SOURCE, Manifest, sample_key
+from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, load_plan
 from kd_cache.publish import Promise, Published, drop_forbidden, publish
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
@@ -57,8 +56,7 @@ DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
 
 @dataclass(frozen=True)
 class DumpJob:
-    """
-    Everything a dump needs to know.
+    """Everything a dump needs to know.
 
     Attributes:
         cache_root: as the user wrote it; the cache is ``<cache_root>/A2<target>``.
@@ -152,8 +150,7 @@ class DumpReport:
 
 
 def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
-    """
-    Run a dump to its end: every permitted sample scored or listed as missing, packs sealed, view and index written.
+    """Run a dump to its end: every permitted sample scored or listed as missing, packs sealed, view and index written.
 
     Raises:
         StaleError: the cache was written by an older script (and ``skip_existing`` is on).
@@ -248,7 +245,8 @@ class _Dump:
         self.job = job
         self.watcher = watcher
         self.folder = job.folder
-        self.files = job.selection.files
+        # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
+        self.files = sorted(job.selection.files, key=sample_key)
         self.earlier = self._earlier_index()
         self.origins = job.origins
         self.others = {
@@ -264,6 +262,7 @@ class _Dump:
         self.inputs = np.zeros((len(self.files), 16), np.uint8)
         self.readable = np.zeros(len(self.files), bool)
         self.plan: BatchPlan | None = None
+        self.places = Places()
         self.shard = _Shard(job)
         self.report = DumpReport(
             self.folder.path,
@@ -315,20 +314,25 @@ class _Dump:
 
         self.watcher.stage("scoring", len(self.files))
         with numerics(self.job.device, self.job.precision, self.job.seed):
-            batcher = Batcher(Engine(self.job.teachers, self.job.device), self._size_of)
+            batcher = Batcher(Engine(self.job.teachers, self.job.device))
             for number, feature in self._read_ahead():
                 if isinstance(feature, FeatureError):
                     self._bad(number, feature)
                     continue
                 self.inputs[number] = np.frombuffer(feature.digest, np.uint8)
                 self.readable[number] = True
+                shape = (feature.array.shape[0], feature.array.shape[1])
+                rank = self.places.next_rank(shape)
                 needed = self._needed(number, feature.digest)
                 if not needed:
                     self.watcher.advance(1)
                     continue
-                self._check_bins(number, feature)
-                if self.readable[number]:
-                    self._keep(batcher.add(number, feature.array, needed))
+                plan = self._planned(shape)
+                if shape[1] == plan.bins:
+                    self._keep(batcher.add(number, feature.array, needed, plan.place(shape, rank)))
+                else:
+                    what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
+                    self._bad(number, FeatureError(f"feature {shown(self.files[number])} {what}"))
             self._keep(batcher.finish())
 
     def _read_ahead(self) -> Iterator[tuple[int, Feature | FeatureError]]:
@@ -367,18 +371,6 @@ class _Dump:
         if self.job.skip_existing:
             return known.state(number, digest)
         return ASKED if known.holds(number) or number in known.superseded else NEW
-
-    def _check_bins(self, number: int, feature: Feature) -> None:
-        shape = (feature.array.shape[0], feature.array.shape[1])
-        self._size_of(shape)
-        bins = self._planned().bins
-        if shape[1] != bins:
-            self._bad(
-                number,
-                FeatureError(
-                    f"feature {shown(self.files[number])} has {shape[1]} bins, expected {bins} as the others have"
-                ),
-            )
 
     def _keep(self, batches: Iterator[Scored]) -> None:
         for scored in batches:
@@ -420,31 +412,31 @@ class _Dump:
 
     # -- the batch plan -----------------------------------------------------------------------------------------------
 
-    def _size_of(self, shape: Shape) -> int:
-        plan = self._planned()
-        if not plan.covers([shape]):
-            plan = self._make_plan(earlier=plan)
-        return plan.batches.get(shape, 1)
-
-    def _planned(self) -> BatchPlan:
+    def _planned(self, shape: Shape) -> BatchPlan:
+        """The plan, made or extended where it does not cover ``shape`` yet."""
         if self.plan is None:
-            saved = load_plan(self.folder.plan_path) if self.packs.good and self.job.skip_existing else None
-            wanted = self.job.batch_size
-            if saved is not None and wanted is not None and wanted != saved.batch_size:
-                if any(known.union is not None for known in self.known.values()):
-                    self.watcher.note(f"the batch size stays {saved.batch_size}, with which this cache was begun")
-                else:
-                    saved = None
-            self.plan = saved or self._make_plan(earlier=None)
+            self.plan = self._saved_plan()
+        if self.plan is None or not self.plan.covers([shape]):
+            self.plan = self._make_plan(earlier=self.plan)
         return self.plan
+
+    def _saved_plan(self) -> BatchPlan | None:
+        """The plan of the rows that are kept; none where there are no such rows."""
+        saved = load_plan(self.folder.plan_path) if self.packs.good and self.job.skip_existing else None
+        if saved is None or self.job.batch_size in (None, saved.batch_size):
+            return saved
+        if any(known.union is not None for known in self.known.values()):
+            self.watcher.note(f"the batch size stays {saved.batch_size}, with which this cache was begun")
+            return saved
+        return None
 
     def _make_plan(self, earlier: BatchPlan | None) -> BatchPlan:
         size = self.job.batch_size or DEFAULT_BATCH[self.job.device.type]
         counts = count_shapes(self.job.source, self.files, skip_bad=self.job.on_bad_sample == "skip")
-        self.plan = BatchPlan.from_counts(counts, size, earlier)
+        plan = BatchPlan.from_counts(counts, size, earlier)
         make_directory(self.folder.path)
-        self.plan.save(self.folder.plan_path)
-        return self.plan
+        plan.save(self.folder.plan_path)
+        return plan
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -483,7 +475,7 @@ class _Dump:
             self.folder,
             f"{self.job.cache_root}/{self.folder.path.name}",
             self.origins | self.others,
-            Promise(self.files, self.inputs, self.readable),
+            self._promise(),
             record,
             entries,
             earlier=self.earlier,
@@ -491,6 +483,12 @@ class _Dump:
             replaced=replaced,
             watcher=self.watcher,
         )
+
+    def _promise(self) -> Promise:
+        """In the manifest's order, in which the index lists them."""
+        position = {file: number for number, file in enumerate(self.files)}
+        order = [position[file] for file in self.job.selection.files]
+        return Promise(self.job.selection.files, self.inputs[order], self.readable[order])
 
     def _entry(self, name: str) -> dict[str, Any]:
         """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing."""
@@ -503,8 +501,10 @@ class _Dump:
 
     def _clean_up(self) -> None:
         """Remove what this dump made useless: damaged packs of the teachers just scored, forbidden old rows."""
+        current = self.report.published.packs.values() if self.report.published else ()
         for path in self.packs.damaged:
-            if teacher_in_name(path) in self.origins:
+            # Scoring the same rows again gives the same name: then the damaged file has been replaced already.
+            if teacher_in_name(path) in self.origins and path.name not in current:
                 path.unlink(missing_ok=True)
         gone = drop_forbidden(self.folder, self.packs, self.origins | self.others, self.files)
         if gone:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
-from kd_cache.plan import Shape
+from kd_cache.plan import Place, Shape
 from kd_cache.teacher import Teacher
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,8 +55,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 @contextmanager
 def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
-    """
-    Deterministic algorithms, TF32 exactly as asked for (matmul's and cuDNN's), autocast for bf16 and fp16.
+    """Deterministic algorithms, TF32 exactly as asked for (matmul's and cuDNN's), autocast for bf16 and fp16.
 
     Everything global is put back afterwards.
     """
@@ -93,16 +92,18 @@ def _set_numerics(matmul_tf32: bool, cudnn_tf32: bool, benchmark: bool, determin
 
 @dataclass
 class Batch:
-    """Samples of one shape that wait to be scored together by the same teachers."""
+    """Samples of one shape on their way through the same teachers, each at its own slot of ``size``.
 
+    ``rows`` maps a slot to the sample's number and its features ``[T, F]``.
+    """
+
+    size: int
     teachers: frozenset[str]
-    numbers: list[int] = field(default_factory=list)
-    arrays: list[np.ndarray] = field(default_factory=list)
+    rows: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
 
 
 class Engine:
-    """
-    Scores padded batches. Use inside `numerics`.
+    """Scores batches of fixed shape. Use inside `numerics`.
 
     Args:
         teachers: by name; moved to ``device`` and to evaluation mode.
@@ -112,23 +113,22 @@ class Engine:
         self.device = device
         self.teachers = {name: _placed(teacher, device) for name, teacher in teachers.items()}
 
-    def score(self, batch: Batch, size: int) -> dict[str, np.ndarray]:
-        """
-        ``{teacher: [n, C] float32}`` for the n ≤ ``size`` samples of a batch, computed in a batch of ``size``.
+    def score(self, batch: Batch) -> dict[str, np.ndarray]:
+        """``{teacher: [n, C] float32}`` for the n samples of a batch, in the order of ``batch.rows``.
 
-        The batch is filled up by repeating its last sample.
+        Empty slots are filled with a sample that is there: what stands in other slots does not touch a row's bits.
 
         Raises:
             TeacherError: a teacher failed, or returned anything but ``[size, C]``.
         """
-        count = len(batch.arrays)
-        padded = np.empty((size, *batch.arrays[0].shape), np.float32)
-        for row, array in enumerate(batch.arrays):
-            padded[row] = array
-        padded[count:] = padded[count - 1]
+        slots = list(batch.rows)
+        filler = batch.rows[slots[0]][1]
+        padded = np.empty((batch.size, *filler.shape), np.float32)
+        for slot in range(batch.size):
+            padded[slot] = batch.rows[slot][1] if slot in batch.rows else filler
         features = torch.from_numpy(padded).to(self.device)
         results = {name: self._run(name, features) for name in self.teachers if name in batch.teachers}
-        return {name: logits[:count].float().cpu().numpy() for name, logits in results.items()}
+        return {name: logits.float().cpu().numpy()[slots] for name, logits in results.items()}
 
     def _run(self, name: str, features: torch.Tensor) -> torch.Tensor:
         teacher = self.teachers[name]
@@ -166,34 +166,39 @@ class Scored:
 
 
 class Batcher:
-    """
-    Collects features by shape until a batch of the planned size is full, and scores it.
+    """Puts samples into batches of one shape, each at its planned slot, and scores a batch when it is full.
 
-    Args:
-        size_of: the planned batch size of a shape ``(T, F)``.
+    Where only some samples are to be scored, a few batches are kept open at once, so that little of them stays empty.
     """
 
-    def __init__(self, engine: Engine, size_of: Callable[[Shape], int]) -> None:
+    _OPEN = 8
+
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._size_of = size_of
-        self._waiting: dict[tuple[Shape, frozenset[str]], Batch] = {}
+        self._open: dict[tuple[Shape, frozenset[str]], list[Batch]] = {}
 
-    def add(self, number: int, array: np.ndarray, teachers: frozenset[str]) -> Iterator[Scored]:
-        """Take one sample for these teachers; gives a batch when one is full."""
+    def add(self, number: int, array: np.ndarray, teachers: frozenset[str], place: Place) -> Iterator[Scored]:
+        """Take one sample for these teachers; gives what had to be scored to make room, or has become full."""
         shape = (array.shape[0], array.shape[1])
-        batch = self._waiting.setdefault((shape, teachers), Batch(teachers))
-        batch.numbers.append(number)
-        batch.arrays.append(array)
-        if len(batch.arrays) == self._size_of(shape):
-            del self._waiting[shape, teachers]
+        batches = self._open.setdefault((shape, teachers), [])
+        batch = next((batch for batch in batches if place.slot not in batch.rows), None)
+        if batch is None:
+            if len(batches) == self._OPEN:
+                fullest = max(batches, key=lambda batch: len(batch.rows))
+                batches.remove(fullest)
+                yield self._score(fullest)
+            batch = Batch(place.size, teachers)
+            batches.append(batch)
+        batch.rows[place.slot] = (number, array)
+        if len(batch.rows) == batch.size:
+            batches.remove(batch)
             yield self._score(batch)
 
     def finish(self) -> Iterator[Scored]:
-        """Score what still waits, padded."""
-        while self._waiting:
-            key = min(self._waiting, key=lambda key: (key[0], sorted(key[1])))
-            yield self._score(self._waiting.pop(key))
+        """Score what is still open."""
+        for batches in self._open.values():
+            while batches:
+                yield self._score(batches.pop(0))
 
     def _score(self, batch: Batch) -> Scored:
-        shape = (batch.arrays[0].shape[0], batch.arrays[0].shape[1])
-        return Scored(batch.numbers, self._engine.score(batch, self._size_of(shape)))
+        return Scored([number for number, _ in batch.rows.values()], self._engine.score(batch))

@@ -1,5 +1,4 @@
-"""
-Every error kd-cache raises on purpose, in one tree.
+"""Every error kd-cache raises on purpose, in one tree.
 
     KDCacheError                       exit 1   something went wrong; the message says what to do
     ├── UsageError (ValueError)        exit 2   an option, a setting or a call that makes no sense
@@ -84,16 +83,28 @@ class FeatureError(KDCacheError, ValueError):
 class StoreError(KDCacheError, OSError):
     __str__ = KDCacheError.__str__
 
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.errno, self.strerror = None, message  # OSError takes its two arguments for an errno and a reason
+
 
 def worst_exit_code(codes: Iterable[int]) -> int:
-    """The one exit status that stands for several problems: 6 > 4 > 5 > 3 > 2 > 1, and 0 for none."""
+    """The one exit status that stands for several problems: 6 > 4 > 5 > 3 > 2 > 1 > any other, and 0 for none."""
     found = set(codes)
-    return next((code for code in (6, 4, 5, 3, 2, 1) if code in found), 0)
+    return next((code for code in (6, 4, 5, 3, 2, 1) if code in found), max(found, default=0))
+
+
+MOST_SHOWN = 4096  # characters; no path is longer
 
 
 def shown(name: object) -> str:
-    """``name`` as it may be printed: terminal escapes, control characters and lone surrogates are escaped."""
+    """``name`` as it may be printed: terminal escapes, control characters and lone surrogates are escaped.
+
+    The middle of a text that is too long to be any path is left out: a message must stay readable.
+    """
     text = str(name)
+    if len(text) > MOST_SHOWN:
+        text = f"{text[: MOST_SHOWN // 2]} … {text[-MOST_SHOWN // 4 :]} ({len(text)} characters)"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

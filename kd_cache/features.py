@@ -1,5 +1,4 @@
-"""
-Feature arrays: one plain ``.npy`` of shape ``[T, F]`` per sample, read strictly and never outside its root.
+"""Feature arrays: one plain ``.npy`` of shape ``[T, F]`` per sample, read strictly and never outside its root.
 
 A file is opened once, without following a link out of the data root and without ever blocking on a FIFO; its header is
 parsed by this module (no pickle, no surprises), its size must be exact, its values finite.
@@ -23,15 +22,16 @@ from kd_cache.fingerprint import input_digest
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 """A feature file above this is refused: one second of log-mel takes about 25 kB."""
+MAX_DIMENSIONS = 8
 DTYPES = ("<f4", "<f2")
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One sample's features: ``array`` ``[T, F]`` (float32 or float16 as stored, C order, read-only), 16-byte digest."""
+    """One sample's features: ``array`` ``[T, F]`` (float32 or float16 as stored, C order, read-only) and its digest."""
 
     array: np.ndarray
     digest: bytes
@@ -55,12 +55,11 @@ class NpyHeader:
 
 
 class FeatureSource:
-    """
-    Reads the features of manifest files.
+    """Reads the features of manifest files.
 
     Args:
         root: data root; relative files lie below it.
-        allow_outside: further folders that absolute files and links may lead to.
+        allow_outside: further folders or files that absolute files and links may lead to.
 
     Raises:
         UsageError: the root is not a folder.
@@ -71,11 +70,10 @@ class FeatureSource:
         if not self.root.is_dir():
             raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
         self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
-        self._directories: dict[str, str] = {}
+        self._directories: dict[str, tuple[str, bool]] = {}
 
     def read(self, file: str) -> Feature:
-        """
-        The whole array, checked and digested.
+        """The whole array, checked and digested.
 
         Raises:
             FeatureError: missing, outside the root, not a plain file, malformed, truncated, not ``[T, F]`` of float16
@@ -110,7 +108,10 @@ class FeatureSource:
 
     def _open(self, file: str) -> int:
         directory, name = os.path.split(os.path.join(self.root, file))  # noqa: PTH118 (a path as written)
-        path = f"{self._real_directory(directory)}/{name}"
+        real, inside = self._real_directory(directory)
+        path = f"{real}/{name}"
+        if not inside:
+            self._refuse_outside(path)
         try:
             descriptor = os.open(path, _OPEN)
         except OSError as error:
@@ -125,16 +126,19 @@ class FeatureSource:
             raise ValueError("it is not a regular file")
         return descriptor
 
-    def _real_directory(self, directory: str) -> str:
-        real = self._directories.get(directory)
-        if real is None:
-            real = os.path.realpath(directory)
-            self._refuse_outside(real + "/")
-            self._directories[directory] = real
-        return real
+    def _real_directory(self, directory: str) -> tuple[str, bool]:
+        """The folder without links, and whether all that is in it may be read."""
+        known = self._directories.get(directory)
+        if known is None:
+            real = os.path.realpath(directory).rstrip("/")
+            known = self._directories[directory] = (real, self._is_permitted(real))
+        return known
+
+    def _is_permitted(self, path: str) -> bool:
+        return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._permitted)
 
     def _refuse_outside(self, path: str) -> None:
-        if not any(path.startswith(root.rstrip("/") + "/") for root in self._permitted):
+        if not self._is_permitted(path):
             raise ValueError(
                 f"it lies outside the data root {shown(self.root)}; permit its folder with --allow-outside"
             )
@@ -143,18 +147,20 @@ class FeatureSource:
         where = f"feature {shown(file)} (under {shown(self.root)})"
         if isinstance(error, FileNotFoundError):
             return FeatureError(f"{where} does not exist", hint="Check --data-root, or restore the file.")
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else shown(error)
         return FeatureError(f"{where}: {reason}")
 
 
 def read_array(content: bytes) -> np.ndarray:
-    """The array in the bytes of a ``.npy`` file, in C order and read-only. Raises ``ValueError`` saying what is wrong."""
+    """The array in the bytes of a ``.npy`` file, C order, read-only. Raises ``ValueError`` saying what is wrong."""
     header = parse_header(content)
     _check_size(header, len(content))
     flat = np.frombuffer(content, header.dtype, offset=header.offset)
-    if header.fortran_order:
-        return np.ascontiguousarray(flat.reshape(header.shape[::-1]).T)
-    return flat.reshape(header.shape)
+    if not header.fortran_order:
+        return flat.reshape(header.shape)
+    array = np.array(flat.reshape(header.shape[::-1]).T, order="C")
+    array.flags.writeable = False
+    return array
 
 
 def parse_header(content: bytes) -> NpyHeader:
@@ -185,14 +191,18 @@ def _parsed(text: bytes, offset: int) -> NpyHeader:
         raise ValueError("its header must hold descr, fortran_order and shape, and nothing else")
     descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
     if not isinstance(descr, str) or descr not in DTYPES:
-        raise ValueError(
-            f"its dtype is {shown(descr)}, expected float32 (<f4) or float16 (<f2); convert it when saving"
-        )
+        raise ValueError(f"its dtype is not float32 (<f4) or float16 (<f2); convert it when saving ({_said(text)})")
     if type(fortran) is not bool:
         raise ValueError("fortran_order in its header must be True or False")
-    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape):
-        raise ValueError(f"its shape {shown(shape)[:60]} is not a tuple of sizes")
+    sizes = isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS
+    if not sizes or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape):
+        raise ValueError(f"its shape is not a tuple of at most {MAX_DIMENSIONS} possible sizes ({_said(text)})")
     return NpyHeader(np.dtype(descr), shape, fortran, offset)
+
+
+def _said(text: bytes) -> str:
+    """What a header says, for a message: its text, because the values in it may be too large to print."""
+    return f"header: {shown(text.decode('latin1').strip())[:200]}"
 
 
 def _check_size(header: NpyHeader, size: int) -> None:

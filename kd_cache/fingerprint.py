@@ -1,5 +1,4 @@
-"""
-What made a number: the fingerprint of a teacher, and the digest of the features it saw.
+"""What made a number: the fingerprint of a teacher, and the digest of the features it saw.
 
 A row is only as good as the answer to "which weights, which network, which input made it?". The *fingerprint* is a
 SHA-256 over named parts, kept with the rows, so that a difference can be reported by name. The *input digest* is an
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from kd_cache.errors import UsageError
+from kd_cache.errors import TeacherError, UsageError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """
-    Named parts, and one digest over all of them.
+    """Named parts, and one digest over all of them.
 
     ``parts`` maps a part's name (``weights``, ``architecture``, ``precision``, …) to its value as text.
     """
@@ -67,28 +65,32 @@ def canonical_json(value: Any) -> bytes:
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """
-    SHA-256 over names, dtypes, shapes and bytes of a state dict, in name order.
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in name order.
 
     Counters of seen batches (``num_batches_tracked``) are left out: inference does not use them. The file format,
     the order of the entries and the device do not matter.
+
+    Raises:
+        TeacherError: an entry is not a tensor (a module's ``get_extra_state``), so it has no bytes to digest.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(state):
         if name.rsplit(".", 1)[-1] == "num_batches_tracked":
             continue
+        if not isinstance(state[name], torch.Tensor):
+            raise TeacherError(
+                f"the state dict's {shown(name)} is not a tensor but {type(state[name]).__name__}",
+                hint='Name the digest of all that inference uses in fingerprint_parts() as "weights".',
+            )
         tensor = state[name].detach().cpu().contiguous()
         record = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         digest.update(canonical_json(record))
         # bfloat16 has no numpy dtype: hash the bytes themselves. A 0-d tensor must be flattened before viewing.
-        digest.update(_little_endian(tensor.reshape(-1)))
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _little_endian(flat: torch.Tensor) -> memoryview:
-    import torch
-
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def class_order(names: Iterable[str] | None, num_classes: int) -> str:
@@ -103,8 +105,7 @@ def class_order(names: Iterable[str] | None, num_classes: int) -> str:
 
 
 def input_digest(array: np.ndarray) -> bytes:
-    """
-    16 bytes of xxh3-128 over dtype, shape and C-order contents of a feature array.
+    """16 bytes of xxh3-128 over dtype, shape and C-order contents of a feature array.
 
     The container does not matter: the same array as ``.npy``, in Fortran order or packed elsewhere digests equally.
     """

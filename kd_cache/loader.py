@@ -1,5 +1,4 @@
-"""
-Serving logits: open a cache, resolve files to rows once, gather a batch per step.
+"""Serving logits: open a cache, resolve files to rows once, gather a batch per step.
 
 cache = LogitCache.open("cache/A2b")
 data = cache.attach(train_set, keys=train_set.files)
@@ -33,8 +32,7 @@ TABLE_BYTES = 1 << 30
 
 
 class LogitCache:
-    """
-    An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
+    """An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
 
     Attributes:
         teachers: their names; the second axis of every batch.
@@ -71,8 +69,7 @@ class LogitCache:
         value_kind: str = "logits",
         on_miss: str = "raise",
     ) -> LogitCache:
-        """
-        Open ``cache/A2b``. Every byte is checked against its digest before a value is believed.
+        """Open ``cache/A2b``. Every byte is checked against its digest before a value is believed.
 
         Args:
             path: the cache's folder, or the ``cache_index.json`` in it.
@@ -122,8 +119,7 @@ class LogitCache:
         return len(self._keys)
 
     def rows(self, files: Iterable[str]) -> torch.Tensor:
-        """
-        Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
+        """Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
 
         Raises:
             MissingLogitsError: listing every missing file and why. With ``on_miss="nan"`` a missing file has row -1.
@@ -148,8 +144,7 @@ class LogitCache:
         return torch.from_numpy(found)
 
     def batch(self, rows: torch.Tensor | Sequence[str], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """
-        Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
+        """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
         Raises:
             MissingLogitsError, IndexError: a file without logits, a row that is none.
@@ -184,8 +179,7 @@ class LogitCache:
         dtype: torch.dtype | None = torch.float32,
         collate: Callable[[list[Any]], Any] = default_collate,
     ) -> CachedDataset:
-        """
-        ``dataset`` with logits beside each item; ``keys[i]`` is the manifest's ``file`` of item i.
+        """``dataset`` with logits beside each item; ``keys[i]`` is the manifest's ``file`` of item i.
 
         Raises:
             UsageError: not as many keys as items.

@@ -1,5 +1,4 @@
-"""
-The dataset JSON: which samples there are, whose they are, and which split each belongs to.
+"""The dataset JSON: which samples there are, whose they are, and which split each belongs to.
 
 Two shapes are read (DCASE pipelines write both): ``{"train": [...], "val": [...], "test": [...]}``, where a sample
 without ``split`` takes its list's name, and a flat list in which every sample carries ``split``. A sample without any
@@ -10,7 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+import re
+import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,8 @@ CITIES = (
 
 LISTS = ("train", "val", "test")
 
+_CITY_AND_NUMBER = re.compile(r"(.*)-([0-9]+)\Z", re.DOTALL)
+
 
 class Sample(NamedTuple):
     """One manifest row. ``file`` is its identity; labels are class indices or ``None`` where the manifest has none."""
@@ -53,8 +58,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """
-    All samples in the order of the file.
+    """All samples in the order of the file.
 
     ``digest`` is the SHA-256 of the file's bytes, ``path`` where it was read from (``None`` when built in memory).
     """
@@ -77,12 +81,12 @@ def sample_key(file: str) -> str:
 
 def spelling(file: str) -> str:
     """The path that ``file`` means: ``./x``, ``a//x`` and ``a/../x`` are other spellings of ``x``."""
-    return posixpath.normpath(file)
+    path = posixpath.normpath(file)
+    return path[1:] if path.startswith("//") else path  # POSIX lets "//x" mean something else; no system here does
 
 
 def load_manifest(path: str | Path, *, num_scenes: int = 10, num_cities: int = 12) -> Manifest:
-    """
-    Read and check a dataset JSON.
+    """Read and check a dataset JSON.
 
     Args:
         path: the file.
@@ -94,14 +98,23 @@ def load_manifest(path: str | Path, *, num_scenes: int = 10, num_cities: int = 1
     """
     path = Path(path)
     try:
-        raw = path.read_bytes()
-    except OSError as error:
+        raw = _read_plain(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ManifestError(
-            f"cannot read the manifest {shown(path)}: {error.strerror or error}",
+            f"cannot read the manifest {shown(path)}: {shown(reason)}",
             hint="Pass the dataset JSON with --json-path.",
         ) from error
     samples = parse_manifest(raw, shown(path), num_scenes=num_scenes, num_cities=num_cities)
     return Manifest(samples, hashlib.sha256(raw).hexdigest(), path)
+
+
+def _read_plain(path: Path) -> bytes:
+    """The bytes of a regular file: opening anything else could block, or never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        return file.read()
 
 
 def parse_manifest(raw: bytes, name: str, *, num_scenes: int = 10, num_cities: int = 12) -> tuple[Sample, ...]:
@@ -128,9 +141,8 @@ def parse_json(raw: bytes, name: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"key {twice!r} occurs twice in one object")
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shown(twice)} occurs twice in one object")
     return row
 
 
@@ -147,9 +159,7 @@ def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:
         raise ManifestError(f"{name}: expected a list of samples or an object of lists, found {_kind(content)}")
     unknown = sorted(set(content) - set(LISTS))
     if unknown:
-        raise ManifestError(
-            f"{name}: expected the lists {', '.join(LISTS)}, found also {', '.join(map(shown, unknown))}"
-        )
+        raise ManifestError(f"{name}: expected the lists {', '.join(LISTS)}, found also\n{listed(unknown)}")
     for in_list, rows in content.items():
         if not isinstance(rows, list):
             raise ManifestError(f"{name}: {in_list} must be a list of samples, found {_kind(rows)}")
@@ -206,12 +216,12 @@ def _file(file: Any) -> str:
 
 def _scene_label(row: dict[str, Any], num_scenes: int) -> int | None:
     scene = _label("scene_label", row.get("scene_label"), num_scenes)
-    if "label" not in row:
-        return scene
-    older = _label("label", row["label"], num_scenes)
-    if scene is not None and older != scene:
+    older = _label("label", row.get("label"), num_scenes)
+    if scene is None or older is None:
+        return older if scene is None else scene
+    if older != scene:
         raise ValueError(f"scene_label is {scene} but label is {older}")
-    return older
+    return scene
 
 
 def _label(field: str, value: Any, classes: int) -> int | None:
@@ -220,20 +230,21 @@ def _label(field: str, value: Any, classes: int) -> int | None:
     if type(value) is not int:
         raise ValueError(f"{field} must be an integer, found {_kind(value)}")
     if not 0 <= value < classes:
-        raise ValueError(f"{field} is {value}, expected 0 to {classes - 1}")
+        raise ValueError(f"{field} is {_number(value)}, expected 0 to {classes - 1}")
     return value
 
 
 def _domain_and_device(domain: Any, device: Any) -> tuple[int, str]:
-    if device is None and domain is None:
-        raise ValueError("it has neither device_id nor domain")
     if domain is not None and (type(domain) is not int or not 0 <= domain < len(DEVICES)):
-        raise ValueError(f"domain must be an integer from 0 to {len(DEVICES) - 1}, found {shown(domain)!r}")
+        raise ValueError(f"domain must be an integer from 0 to {len(DEVICES) - 1}, found {_kind(domain)}")
     if device is None:
-        return domain, DEVICES[domain]
+        if domain is None:
+            raise ValueError("it has neither device_id nor domain")
+        return int(domain), DEVICES[domain]
     name = _DEVICE_OF_SPELLING.get(device) if isinstance(device, str) else None
     if name is None:
-        raise ValueError(f"device_id is {shown(device)!r}, expected one of {', '.join(DEVICES)}")
+        found = f'"{shown(device)}"' if isinstance(device, str) else _kind(device)
+        raise ValueError(f"device_id is {found}, expected one of {', '.join(DEVICES)}")
     if domain is not None and domain != DOMAIN_OF[name]:
         raise ValueError(f"device_id {name} has domain {DOMAIN_OF[name]}, but domain is {domain}")
     return DOMAIN_OF[name], name
@@ -241,7 +252,7 @@ def _domain_and_device(domain: Any, device: Any) -> tuple[int, str]:
 
 def _split(row: dict[str, Any], in_list: str | None) -> str:
     split = row.get("split", in_list)
-    if split is None:
+    if split is None and "split" not in row:
         raise ValueError('it has no "split", and the manifest has no train/val/test lists; a split is never guessed')
     if not isinstance(split, str) or not split:
         raise ValueError(f"split must be a word such as train or test, found {_kind(split)}")
@@ -249,18 +260,32 @@ def _split(row: dict[str, Any], in_list: str | None) -> str:
 
 
 def _location(row: dict[str, Any]) -> str | None:
-    """The recording location where the row names one (TAU calls it ``identifier``): ``city-location``."""
-    for field in ("identifier", "location"):
-        value = row.get(field)
-        if value is None:
-            continue
-        if type(value) is int:
-            # A bare number identifies a place only together with its city.
-            return f"{row.get('city_label', '')}-{value}"
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{field} must be a name or a number, found {_kind(value)}")
-        return value
-    return None
+    """The recording location where the row names one: ``city-location``.
+
+    TAU calls it ``identifier``. That word may also mean something else: it counts first only where it looks like one.
+    """
+    named = {field: _place(field, row) for field in ("identifier", "location") if row.get(field) is not None}
+    if not named:
+        return None
+    identifier = named.get("identifier")
+    return identifier if identifier and _CITY_AND_NUMBER.match(identifier) else named.get("location", identifier)
+
+
+def _place(field: str, row: dict[str, Any]) -> str:
+    value = row[field]
+    if type(value) is int or (isinstance(value, str) and value.isascii() and value.isdigit()):
+        # A bare number identifies a place only together with its city.
+        city = row.get("city_label")
+        return place_name(f"{'' if city is None else city}-{value}")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{field} must be a name or a number, found {_kind(value)}")
+    return place_name(value)
+
+
+def place_name(text: str) -> str:
+    """One spelling for a location's name: ``Vienna-07`` is ``vienna-7``."""
+    match = _CITY_AND_NUMBER.match(name := text.strip().casefold())
+    return f"{match[1]}-{match[2].lstrip('0') or '0'}" if match else name
 
 
 def _refuse_duplicates(samples: tuple[Sample, ...], name: str) -> None:
@@ -279,5 +304,13 @@ def _refuse_duplicates(samples: tuple[Sample, ...], name: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "nothing"}
-    return names.get(type(value), f"the number {value}" if isinstance(value, int | float) else "something else")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {_number(value)}"
+    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a string" if value else "an empty string")
+
+
+def _number(value: float | str) -> str:
+    """JSON has no largest integer; a message has."""
+    digits = str(value)
+    return digits if len(digits) <= 40 else f"{digits[:20]}… ({len(digits)} digits)"

@@ -1,9 +1,10 @@
-"""
-The batch plan: one fixed batch size per feature shape, kept with the cache.
+"""The batch plan: one fixed batch size per feature shape, kept with the cache, and a fixed slot for every sample.
 
-The last bits of a logit depend on the shape of the batch it was computed in, and on nothing else about the batch. With
-one size per shape, taken from all permitted samples and remembered, a row has the same bytes whatever the order, the
-shard or the point of resumption. Where few samples share a shape the size is small, so that padding wastes little.
+The last bits of a logit depend on the shape of the batch it was computed in and, for some matrix products, on the row's
+position in it; never on what stands in the other rows. So the size per shape is taken from all permitted samples and
+remembered, and a sample's slot is its rank, by key, among the permitted samples of its shape, modulo that size. Then a
+row has the same bytes whatever the order, the shard or the point of resumption. Where few samples share a shape the
+size is small, so that padding wastes little.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from kd_cache.features import FeatureSource
 from kd_cache.store.atomic import write_atomic
 
 Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A batch size and a position in such a batch."""
+
+    size: int
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,11 @@ class BatchPlan:
         size = earlier.batch_size if earlier else batch_size
         fresh = {shape: min(size, 1 << (count - 1).bit_length()) for shape, count in sorted(counts.items())}
         return BatchPlan(size, bins, fresh | (dict(earlier.batches) if earlier else {}))
+
+    def place(self, shape: Shape, rank: int) -> Place:
+        """Where the sample of this rank among those of its shape is computed; alone, if the shape is not planned."""
+        size = self.batches.get(shape, 1)
+        return Place(size, rank % size)
 
     def covers(self, shapes: Iterable[Shape]) -> bool:
         return all(shape in self.batches for shape in shapes)
@@ -73,9 +87,21 @@ def _positive(value: Any) -> int:
     return value
 
 
+class Places:
+    """Gives each sample its rank. Show it the shape of every permitted sample with a readable feature, in key order."""
+
+    def __init__(self) -> None:
+        self._ranks: Counter[Shape] = Counter()
+
+    def next_rank(self, shape: Shape) -> int:
+        """The rank of one more sample of this shape."""
+        rank = self._ranks[shape]
+        self._ranks[shape] += 1
+        return rank
+
+
 def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool) -> dict[Shape, int]:
-    """
-    How many features have each ``(T, F)``, from their headers alone.
+    """How many features have each ``(T, F)``, from their headers alone.
 
     With ``skip_bad`` an unreadable feature does not count (the dump reports it); otherwise `FeatureError` is raised.
     """
@@ -87,3 +113,16 @@ def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool)
             if not skip_bad:
                 raise
     return dict(counts)
+
+
+def places_of(source: FeatureSource, files: Iterable[str], plan: BatchPlan) -> dict[str, Place]:
+    """The place of every readable sample among ``files``, which are all permitted ones in key order."""
+    places = Places()
+    found = {}
+    for file in files:
+        try:
+            shape = source.shape(file)
+        except FeatureError:
+            continue
+        found[file] = plan.place(shape, places.next_rank(shape))
+    return found

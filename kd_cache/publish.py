@@ -26,8 +26,7 @@ _EARLIER = 20
 
 @dataclass(frozen=True)
 class Promise:
-    """
-    The rows a cache is to hold: permitted files (manifest order) and the digest of each one's current features.
+    """The rows a cache is to hold: permitted files (manifest order) and the digest of each one's current features.
 
     ``known[i]`` is False where the feature could not be read: such a file keeps no row.
     """
@@ -69,8 +68,7 @@ def publish(
     replaced: Sequence[Path] = (),
     watcher: Watcher,
 ) -> Published:
-    """
-    Seal, rebuild the view, write the index.
+    """Seal, rebuild the view, write the index.
 
     Args:
         shown_path: the cache's path as the user wrote it; the index's paths start with it.

@@ -1,5 +1,4 @@
-"""
-Scoring cached samples again, and what difference is still the same number.
+"""Scoring cached samples again, and what difference is still the same number.
 
 Results are bit-exact only on the same hardware and software with the same batch shape. Elsewhere they agree within a
 tolerance relative to the largest centred logit of the row: fp32 1e-5, tf32 5e-3, fp16 1e-2, bf16 5e-2, one step of half
@@ -8,7 +7,7 @@ precision more where rows are stored as fp16; never less than what the teacher i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from kd_cache.engine import Batch, Batcher, Engine, Scored, numerics
 from kd_cache.errors import FeatureError, TeacherError
 from kd_cache.features import FeatureSource
-from kd_cache.plan import BatchPlan, Shape
+from kd_cache.plan import Place
 from kd_cache.store.keys import keys_of
 from kd_cache.store.union import Union
 from kd_cache.teacher import Teacher
@@ -38,16 +37,15 @@ class Rechecked:
 
 
 class Recheck:
-    """
-    Recomputes rows of one teacher.
+    """Recomputes rows of one teacher.
 
     Args:
         union: the stored rows; their origin says in which precision they were computed.
-        plan: the batch sizes of the dump; without them nothing can be expected to be equal to the bit.
+        places: where each file was computed in its batch; without that no row can be expected to be equal to the bit.
     """
 
-    def __init__(self, teacher: Teacher, union: Union, plan: BatchPlan | None, device: torch.device) -> None:
-        self._teacher, self._union, self._plan, self._device = teacher, union, plan, device
+    def __init__(self, teacher: Teacher, union: Union, places: Mapping[str, Place], device: torch.device) -> None:
+        self._teacher, self._union, self._places, self._device = teacher, union, places, device
         self._name = union.origin.teacher
         self._precision = union.origin.fingerprint.parts["precision"]
         self._kind = union.origin.value_kind
@@ -62,7 +60,7 @@ class Recheck:
         only_me = frozenset({self._name})
         with numerics(self._device, self._precision, seed):
             self._engine = Engine({self._name: self._teacher}, self._device)
-            batcher = Batcher(self._engine, self._size_of)
+            batcher = Batcher(self._engine)
             for number, file in enumerate(files):
                 watcher.advance(1)
                 if positions[number] < 0:
@@ -72,12 +70,12 @@ class Recheck:
                 except FeatureError:
                     continue  # verify has reported it: nothing could be compared
                 self._arrays[number] = array
-                self._compare(batcher.add(number, array, only_me), files, positions)
+                self._compare(batcher.add(number, array, only_me, self._place(file)), files, positions)
             self._compare(batcher.finish(), files, positions)
         return self._result
 
-    def _size_of(self, shape: Shape) -> int:
-        return 1 if self._plan is None else self._plan.batches.get(shape, 1)
+    def _place(self, file: str) -> Place:
+        return self._places.get(file, Place(1, 0))
 
     def _compare(self, batches: Iterator[Scored], files: Sequence[str], positions: np.ndarray) -> None:
         for scored in batches:
@@ -96,19 +94,18 @@ class Recheck:
         difference = deviation(now, stored, self._kind)
         self._result.deviation = max(self._result.deviation, difference)
         if self._noise is None:
-            self._noise = self._self_test(array)
+            self._noise = self._self_test(array, self._place(file).size)
         allowed = max(TOLERANCE[self._precision], 2 * self._noise)
         if not agrees(now, stored, self._kind, allowed):
             reason = f"they differ by {difference:.1e} of the row's range, allowed {allowed:.1e}"
             self._result.wrong.append((file, f"scoring it again gives other logits: {reason}"))
 
-    def _self_test(self, array: np.ndarray) -> float:
-        """How much this teacher's result for one sample varies between a batch of one and the planned batch."""
+    def _self_test(self, array: np.ndarray, size: int) -> float:
+        """How much this teacher's result for one sample varies between a batch of one and a larger one."""
         only_me = frozenset({self._name})
-        size = self._size_of((array.shape[0], array.shape[1]))
-        batch = Batch(only_me, [0], [array])
+        batches = (Batch(count, only_me, {0: (0, array)}) for count in (1, max(size, _SELF_TEST)))
         try:
-            alone, among = (self._engine.score(batch, count)[self._name][0] for count in (1, max(size, _SELF_TEST)))
+            alone, among = (self._engine.score(batch)[self._name][0] for batch in batches)
         except TeacherError:  # a teacher may refuse a batch of one
             return 0.0
         return deviation(among, alone, self._kind)

@@ -1,5 +1,4 @@
-"""
-The embedded sample: a small synthetic soundscape set, laid out as TAU Urban Acoustic Scenes is, but made of arithmetic.
+"""The embedded sample: a small synthetic soundscape set, laid out as TAU Urban Acoustic Scenes is, but made of arithmetic.
 
 No audio and no third-party data are in it. A clip is a log-mel picture ``[T, F]`` built from what a scene, a city, a
 location and one moment contribute, then heard through a device; twins are one moment heard through two devices.
@@ -13,14 +12,18 @@ is a multiple of 1/64, which float16 holds exactly.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kd_cache.manifest import CITIES, DEVICES, DOMAIN_OF, SCENES, SOURCE, TARGETS
+from kd_cache.errors import StoreError, UsageError, listed, shown
+from kd_cache.manifest import CITIES, DEVICES, DOMAIN_OF, LISTS, SCENES, SOURCE, TARGETS
 
 MELS = 64
 FRAMES = 31
@@ -28,12 +31,15 @@ FRAMES = 31
 
 SAMPLE_CITIES = tuple(city for city in CITIES if city not in ("amsterdam", "madrid"))
 """The ten cities of the TAU development sets; labels still count in the list of twelve."""
-TEST_DEVICES = DEVICES[:7] + DEVICES[7:]
 TRAIN_LOCATIONS = 2  # of each city and scene
 TEST_LOCATIONS = 1
 SEGMENTS = 2  # of each train location
 TRAIN_SHARE = 4  # of ten combinations of city and scene, how many a target device recorded
 TEST_SHARE = 2
+
+MANIFEST = "dataset.json"
+_BESIDE = frozenset({MANIFEST, "features", "teachers", "README.md"})  # as in data/sample itself
+_ELSEWHERE = "Name a directory that is empty or does not exist yet."
 
 _STEP = 1 / 64
 _CLIP_AT = 31.0  # float16 holds every multiple of 1/64 up to 32
@@ -108,6 +114,82 @@ def features(clip: Clip) -> npt.NDArray[np.float16]:
     return (np.clip(np.rint(score / _STEP) * _STEP, -_CLIP_AT, _CLIP_AT)).astype("<f2")
 
 
+def write_sample(root: Path) -> None:
+    """Write ``features/*.npy`` and then ``dataset.json``, so that it lists only what is there, under ``root``.
+
+    Writing over an earlier sample is fine: every file gets the same bytes again.
+
+    Raises:
+        UsageError: ``root`` holds something that is not this sample.
+        StoreError: a file cannot be written.
+    """
+    clips = sample_clips()
+    root = Path(root)
+    try:
+        _refuse_foreign(root, {Path(clip.file).name for clip in clips})
+        (root / "features").mkdir(parents=True, exist_ok=True)
+        for clip in clips:
+            _replace(root / clip.file, _npy(features(clip)))
+        _replace(root / MANIFEST, manifest_bytes(clips))
+    except OSError as error:
+        raise StoreError(f"cannot write the sample under {shown(root)}: {error}") from error
+
+
+def _refuse_foreign(root: Path, names: set[str]) -> None:
+    """A directory that is someone's own dataset must not be overwritten, not even in part."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise UsageError(f"{shown(root)} is not a directory", hint=_ELSEWHERE)
+    there = {path.name for path in root.iterdir()}
+    held = {path.name for path in (root / "features").iterdir()} if "features" in there else set()
+    foreign = sorted(there - _BESIDE) + [f"features/{name}" for name in sorted(held - names)]
+    if not foreign and MANIFEST in there and not held:
+        foreign = [MANIFEST]  # a manifest of other features
+    if foreign:
+        raise UsageError(
+            f"{shown(root)} holds files that are not part of the sample:\n{listed(foreign)}", hint=_ELSEWHERE
+        )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whole or not at all: a reader never meets half a file."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def manifest_bytes(clips: Iterable[Clip]) -> bytes:
+    """The dataset JSON, one row a line, in the shape with lists; ``val`` is empty: validation is cut by location."""
+    rows = [(clip.split, json.dumps(_row(clip))) for clip in clips]
+    lists = [
+        f"{json.dumps(name)}: [" + ",".join(f"\n{row}" for split, row in rows if split == name) + "]" for name in LISTS
+    ]
+    return ("{" + ",\n".join(lists) + "}\n").encode("ascii")
+
+
+def _row(clip: Clip) -> dict[str, str | int]:
+    return {
+        "file": clip.file,
+        "scene_label": SCENES.index(clip.scene),
+        "city_label": CITIES.index(clip.city),
+        "domain": DOMAIN_OF[clip.device],
+        "device_id": clip.device,
+        "split": clip.split,
+        "identifier": f"{clip.city}-{clip.location}",
+    }
+
+
+def _npy(array: npt.NDArray[np.float16]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
 # What is heard: every part is a function of names, in units of about one standard deviation of a clip.
 
 _TIME = np.arange(FRAMES, dtype=np.float64)[:, None]  # (T, 1)
@@ -118,93 +200,61 @@ def _soundscape(clip: Clip) -> Array:
     """The moment itself, before any device: (T, F)."""
     scene, city = SCENES.index(clip.scene), SAMPLE_CITIES.index(clip.city)
     return (
-        P["scene"] * _scene(scene, city, clip.moment)
-        + P["city"] * _city(city, scene, clip.moment)
-        + P["loc"] * _smooth_curve(f"location/{clip.city}-{clip.location}")
-        + P["noise"] * _noise(f"moment/{clip.moment}", FRAMES, MELS)
-        + P["weather"] * _smooth_curve(f"weather/{clip.moment}")
+        0.7 * _scene(scene, clip.moment)
+        + _ripple(scene, city, clip.moment)
+        + _whistle(city, clip.moment)
+        + 0.8 * _smooth_curve(f"location/{clip.city}-{clip.location}")
+        + 0.8 * _smooth_curve(f"weather/{clip.moment}")
+        + 1.4 * _noise(f"moment/{clip.moment}", FRAMES, MELS)
     )
 
 
-import os
-
-P = dict(
-    scene=1.0,
-    city=1.0,
-    loc=0.8,
-    noise=1.2,
-    weather=0.8,
-    shift=0.8,
-    ripple=1.0,
-    line=1.0,
-    stretch=0.0,
-    env=1.0,
-    dev=1.0,
-    floor=-1.0,
-    slope=0.5,
-    drift=0.4,
-    jit=1.0,
-    rlo=0.2,
-    glide=2,
-    second=0.8,
-    echo=0.8,
-    events=1.0,
-    dur=3.0,
-    ew=1.0,
-)
-for kv in os.environ.get("P", "").split():
-    k, v = kv.split("=")
-    P[k] = float(v)
-
-
-def _scene(scene: int, city: int, moment: str) -> Array:
+def _scene(scene: int, moment: str) -> Array:
     """A scene has a spectral envelope, a rhythm in one band, and events that glide and die away."""
     u = _uniform(f"scene/{SCENES[scene]}", 12)
     v = _uniform(f"scene-in/{moment}", 12)
-    accent = P["stretch"] * (city - 4.5)
     envelope = np.zeros((1, MELS))
-    for nth in range(3):
-        height = P["env"] * (0.5 + u[nth]) * (0.2 + 1.6 * v[nth])
-        centre = _spread(scene, (3, 7, 9)[nth], u[3 + nth], 4, 60) + accent + 4 * v[5 + nth] - 2
+    for nth, stride in enumerate((3, 7, 9)):
+        height = (0.5 + u[nth]) * (0.2 + 1.6 * v[nth])
+        centre = _spread(scene, stride, u[3 + nth], 4, 60) + 4 * v[5 + nth] - 2
         envelope = envelope + height * _bump(_BAND, centre, 5.0)
     rate = _spread(scene, 7, u[6], 1.5, 8)
-    rhythm = (0.2 + 1.2 * v[3]) * _wave(rate * _TIME / FRAMES + v[4]) * _bump(_BAND, 20 + 40 * u[7], 14.0)
-    return envelope + rhythm + _events(scene, city, u, moment)
+    beat = _wave(rate * _TIME / FRAMES + v[4]) * _bump(_BAND, 20 + 40 * u[7], 14.0)
+    return envelope + (0.2 + 1.2 * v[3]) * beat + _events(scene, u, moment)
 
 
-def _events(scene: int, city: int, u: Array, moment: str) -> Array:
-    v = _uniform(f"events/{moment}", 10)
-    w = _uniform(f"accent/{SAMPLE_CITIES[city]}", 4)
-    second = _spread(city, 3, w[0], 4, 16)
-    echo = _spread(city, 7, w[1], 2, 9)
+def _events(scene: int, u: Array, moment: str) -> Array:
+    """Three sounds of the scene's kind at random times, some loud and some hardly heard."""
+    v = _uniform(f"events/{moment}", 6)
     total = np.zeros((FRAMES, MELS))
     for nth in range(3):
-        loud = 0.2 + 1.8 * v[3 + nth]
-        slope = P["glide"] * (_spread(scene, 3, u[10], 0, 2) - 1)
-        for again in range(2):
-            since = _TIME - FRAMES * v[nth] - again * echo
-            decay = np.where(since < 0, 0.0, 1 / (1 + np.abs(since) / (1 + P["dur"] * u[8])))
-            glide = _spread(scene, 9, u[9], 8, 48) + slope * since
-            voice = _bump(_BAND, glide, 1 + P["ew"] * u[11]) + P["second"] * _bump(
-                _BAND, glide + second, 1 + P["ew"] * u[11]
-            )
-            total = total + (1 - again * (1 - P["echo"])) * loud * decay * voice
-    return P["events"] * total
+        since = _TIME - FRAMES * v[nth]
+        decay = np.where(since < 0, 0.0, 1 / (1 + np.abs(since) / (1 + 3 * u[8])))
+        glide = _spread(scene, 9, u[9], 8, 48) + 2 * (_spread(scene, 3, u[10], 0, 2) - 1) * since
+        total = total + (0.2 + 1.8 * v[3 + nth]) * decay * _bump(_BAND, glide, 1 + u[11])
+    return total
 
 
-def _city(city: int, scene: int, moment: str) -> Array:
-    """A city's ripple and its pulsing whistle; both are displaced by the scene, so neither is heard without it."""
-    u = _uniform(f"city/{SAMPLE_CITIES[city]}", 4)
-    v = _uniform(f"city-in/{moment}", 5)
-    period = _spread(city, 3, u[0], 5, 14)
-    ripple = (
-        P["ripple"]
-        * (P["rlo"] + (1 - P["rlo"]) * v[0])
-        * _wave(_BAND / period + P["drift"] * (_spread(scene, 9, 0.5 + P["jit"] * (v[2] - 0.5), -1, 1)) * _TIME + v[3])
-    )
-    line = _spread(city, 7, u[1], 6, 52) + P["shift"] * scene
-    pulse = 1 + _wave(_spread(city, 1, u[2], 2, 9) * _TIME / FRAMES + v[1])
-    return ripple + P["line"] * (0.2 + 1.0 * v[4]) * pulse * _bump(_BAND, line, 1.2)
+def _ripple(scene: int, city: int, moment: str) -> Array:
+    """A grating over the bands: the city sets its spacing, the scene how fast it drifts.
+
+    The two are one pattern, so a network that learns to tell cities has to learn how scenes move: this is what a
+    City2Scene teacher lives on.
+    """
+    u = _uniform(f"city/{SAMPLE_CITIES[city]}", 1)
+    v = _uniform(f"ripple-in/{moment}", 3)
+    spacing = _spread(city, 3, u[0], 5, 14)
+    # A little more than its own tenth: neighbouring scenes overlap.
+    drift = 0.45 * _spread(scene, 9, 0.5 + 1.05 * (v[0] - 0.5), -1, 1)
+    return 3.5 * (0.3 + 0.7 * v[1]) * _wave(_BAND / spacing + drift * _TIME + v[2])
+
+
+def _whistle(city: int, moment: str) -> Array:
+    """A city's narrow steady line, pulsing at the city's rate."""
+    u = _uniform(f"whistle/{SAMPLE_CITIES[city]}", 2)
+    v = _uniform(f"whistle-in/{moment}", 2)
+    pulse = 1 + _wave(_spread(city, 1, u[0], 2, 9) * _TIME / FRAMES + v[0])
+    return 0.5 * (0.2 + v[1]) * pulse * _bump(_BAND, _spread(city, 7, u[1], 6, 58), 1.2)
 
 
 def _through_device(heard: Array, clip: Clip) -> Array:
@@ -212,10 +262,11 @@ def _through_device(heard: Array, clip: Clip) -> Array:
     if clip.device == SOURCE:
         return heard + 0.2 * _noise(f"device/{clip.file}", FRAMES, MELS)
     u = _uniform(f"device/{clip.device}", 4)
-    filtered = heard + P["dev"] * (0.8 + 0.6 * u[0]) * _smooth_curve(f"response/{clip.device}")
-    slope = P["slope"] + 0.4 * u[1]
+    filtered = heard + (2 + 1.5 * u[0]) * _smooth_curve(f"response/{clip.device}")
+    slope = 0.2 + 0.4 * u[1]
     squeezed = np.where(filtered > 1, 1 + slope * (filtered - 1), filtered)
-    floor = P["floor"] + 0.8 * u[2]
+    floor = 0.8 * u[2] - 0.3
+    # A maximum with a soft corner, as noise adds to what is barely louder.
     raised = 0.5 * (squeezed + floor + np.sqrt((squeezed - floor) * (squeezed - floor) + 0.25))
     return raised + (0.2 + 0.2 * u[3]) * _noise(f"device/{clip.file}", FRAMES, MELS)
 

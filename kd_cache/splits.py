@@ -1,9 +1,9 @@
-"""
-Who may be scored, cached and distilled: train samples of the source A and of one target, and nobody else.
+"""Who may be scored, cached and distilled: train samples of the source A and of one target, and nobody else.
 
 The guard looks at the whole manifest before any teacher is loaded. It covers what a manifest can show: splits that
-contradict their list, unseen devices in train, one file in train and in a held-out split under any spelling, one
-recording location in train and test. It cannot see two files with equal sound and unrelated names.
+contradict their list, unseen devices in train, one file in train and in a held-out split under any spelling (folders
+that are links included), one recording location in train and test. It cannot see two files with equal sound and
+unrelated names, nor a link to a single file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_cache.errors import DataLeakageError, UsageError, listed, shown
-from kd_cache.manifest import CITIES, SCENES, SOURCE, TARGETS, UNSEEN, Manifest, Sample, sample_key, spelling
+from kd_cache.manifest import (
+    CITIES,
+    SCENES,
+    SOURCE,
+    TARGETS,
+    UNSEEN,
+    Manifest,
+    Sample,
+    place_name,
+    sample_key,
+    spelling,
+)
 
-# TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later).
-_TAU_NAME = re.compile(rf"(?:{'|'.join(SCENES)})-({'|'.join(CITIES)})-(\d+)-\d+(?:-\d+)?-[abcs][1-6]?\.[A-Za-z0-9.]+\Z")
+# TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later). People put
+# words and folders around them, and other suffixes behind.
+_TAU_NAME = re.compile(
+    rf"(?<![a-z])(?:{'|'.join(SCENES)})-({'|'.join(CITIES)})-([0-9]+)-[0-9]+(?:-[0-9]+)?-(?:a|b|c|s[1-6])(?![a-z0-9])",
+    re.IGNORECASE | re.ASCII,
+)
+# What people call the split that is held out. Only "train" is ever selected; these are what it must not meet.
+_HELD_OUT = ("test", "eval", "evaluate", "evaluation")
+_PATH_MAX = 4096
 
 
 @dataclass(frozen=True)
 class Selection:
-    """
-    The permitted samples for one target, in manifest order, and what the guard could check.
+    """The permitted samples for one target, in manifest order, and what the guard could check.
 
     ``located`` counts the train and test rows whose location is known, ``locatable`` all of them; ``shared_locations``
     lists what ``allow_shared_locations`` let pass.
@@ -51,8 +68,7 @@ class Selection:
 def select(
     manifest: Manifest, target: str, *, allow_shared_locations: bool = False, data_root: Path | None = None
 ) -> Selection:
-    """
-    The train samples of A and ``target``.
+    """The train samples of A and ``target``.
 
     Args:
         manifest: all samples; the checks look at every row, whatever the target.
@@ -67,7 +83,7 @@ def select(
     if target not in TARGETS:
         raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(TARGETS)}")
     train = [sample for sample in manifest if sample.split == "train"]
-    test = [sample for sample in manifest if sample.split == "test"]
+    test = [sample for sample in manifest if sample.split.strip().casefold() in _HELD_OUT]
     _refuse_contradictions(manifest)
     _refuse_unseen_devices(train)
     _refuse_files_in_two_splits(manifest, data_root)
@@ -100,8 +116,8 @@ def location(sample: Sample) -> str | None:
 
 def location_in_name(file: str) -> str | None:
     """``city-location`` of a file named as TAU names its clips, else ``None``."""
-    match = _TAU_NAME.match(file.rpartition("/")[2])
-    return f"{match[1]}-{match[2]}" if match else None
+    found = _TAU_NAME.findall(file)
+    return place_name("-".join(found[-1])) if found else None
 
 
 def _refuse_contradictions(manifest: Manifest) -> None:
@@ -124,29 +140,52 @@ def _refuse_unseen_devices(train: list[Sample]) -> None:
 
 
 def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> None:
-    root = None if data_root is None else os.path.abspath(data_root) + "/"  # noqa: PTH100 (abspath folds "..")
-    train: dict[str, str] = {}
-    others: dict[str, Sample] = {}
-    for sample in manifest:
-        path = spelling(sample.file)
-        if root is not None and path.startswith(root):
-            path = path[len(root) :]
-        if sample.split == "train":
-            train[path] = sample.file
-        else:
-            others[path] = sample
+    plain = spelling if data_root is None else _Places(data_root).plain
+    train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
     both = [
-        f"{train[path]}: also in {other.split}{'' if other.file == train[path] else f' as {other.file}'}"
-        for path, other in others.items()
-        if path in train
+        f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
+        for other in manifest
+        if other.split != "train" and (file := train.get(plain(other.file))) is not None
     ]
     if both:
         raise DataLeakageError(f"{len(both)} train files stand in another split too\n{listed(both)}")
 
 
+class _Places:
+    """Where files lie below a data root: relative, absolute, and through folders that are links."""
+
+    def __init__(self, data_root: Path) -> None:
+        self.root = os.path.realpath(data_root)
+        self._real: dict[str, str] = {"/": ""}
+
+    def plain(self, file: str) -> str:
+        """One text for one file, however it is written. Files need not exist."""
+        path = f"{self.root}/{file}" if not file.startswith("/") else file
+        if len(path) >= _PATH_MAX:
+            return path  # no system opens it
+        if ".." in path:  # through a link, "a/../b" is not "b"
+            path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
+        folder, _, name = spelling(path).rpartition("/")
+        return f"{self._folder(folder or '/')}/{name}"
+
+    def _folder(self, path: str) -> str:
+        """``realpath``, but one look per folder, whatever the number of files: links are looked for top down."""
+        names = []
+        while path not in self._real and not os.path.islink(path):  # noqa: PTH114
+            above, _, name = path.rpartition("/")
+            path = above or "/"
+            names.append(name)
+        if path not in self._real:
+            self._real[path] = os.path.realpath(path).rstrip("/")
+        real = self._real[path]
+        for name in reversed(names):
+            path, real = f"{path.rstrip('/')}/{name}", f"{real}/{name}"
+            self._real[path] = real
+        return real
+
+
 def _shared_locations(train: list[Sample], test: list[Sample]) -> tuple[int, list[str]]:
-    """
-    How many rows have a known location, and the train rows whose location occurs in test.
+    """How many rows have a known location, and the train rows whose location occurs in test.
 
     A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
     """

@@ -8,8 +8,7 @@ import numpy as np
 
 
 class StorageCost:
-    """
-    Running KL(fp32 ‖ stored) at temperature 1, and how often the largest class changed.
+    """Running KL(fp32 ‖ stored) at temperature 1, and how often the largest class changed.
 
     For ``probs`` and ``sigmoid`` rows, where that KL has no meaning, the largest absolute error stands in for it.
     """
@@ -23,6 +22,8 @@ class StorageCost:
 
     def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
         """Count rows ``[n, C]``: as computed (float32) and as stored."""
+        if not len(exact):
+            return
         exact64, stored64 = exact.astype(np.float64), stored.astype(np.float64)
         self.rows += len(exact)
         self.flips += int((exact64.argmax(axis=1) != stored64.argmax(axis=1)).sum())
@@ -47,9 +48,11 @@ def kl_divergence(of: np.ndarray, to: np.ndarray) -> np.ndarray:
     """``[n]`` KL(softmax(of) ‖ softmax(to)) of ``[n, C]`` float64 logits, in nats."""
     log_p, log_q = _log_softmax(of), _log_softmax(to)
     # Rounding may leave a sum of tiny terms below zero; a divergence is not.
-    return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0)
+    cost: np.ndarray = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0)
+    return cost
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

@@ -88,8 +88,7 @@ def student_loader(
     dtype: torch.dtype | None = torch.float32,
     **loader_options: Any,
 ) -> DataLoader[dict[str, Any]]:
-    """
-    A DataLoader over the permitted train samples of A and the target, with the teachers' logits.
+    """A DataLoader over the permitted train samples of A and the target, with the teachers' logits.
 
     Args:
         manifest: a loaded manifest or its path; the guard of the dump stands here too.

@@ -1,8 +1,7 @@
-"""
-What a teacher is to kd-cache: a callable that turns features into one vector per sample, and says what it is.
+"""What a teacher is to kd-cache: a callable that turns features into one vector per sample, and says what it is.
 
-Built-in teachers and a user's own come through the same door: a factory ``factory(ckpt: Path | None) -> Teacher``, named
-``module:factory`` or registered under the entry-point group ``kd_cache.teachers``.
+Built-in teachers and a user's own come through the same door: a factory ``factory(ckpt: Path | None) -> Teacher``,
+named ``module:factory`` or registered under the entry-point group ``kd_cache.teachers``.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ _OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "form
 
 
 class Teacher(Protocol):
-    """
-    The contract. Optional on top of it: ``class_names`` (one per class), ``to(device)``, ``eval()``, ``state_dict()``.
+    """The contract.
+
+    Optional on top of it: ``class_names`` (one per class), ``to(device)``, ``eval()``, ``state_dict()``.
 
     Attributes:
         num_classes: C.
@@ -44,11 +44,10 @@ class Teacher(Protocol):
         """Score features ``[B, T, F]`` float32 as ``[B, C]``; row i depends on sample i alone."""
 
     def fingerprint_parts(self) -> Mapping[str, str]:
-        """
-        What the numbers depend on besides the input: at least ``architecture`` (with a version), and ``weights``.
+        """What the numbers depend on besides the input: at least ``architecture`` (with a version), and ``weights``.
 
-        ``weights`` may be left out by a teacher with a ``state_dict()``: it is digested here. ``feature_spec`` names the
-        front end. Any further part is kept as it is.
+        ``weights`` may be left out by a teacher with a ``state_dict()``: it is digested here. ``feature_spec`` names
+        the front end. Any further part is kept as it is.
         """
 
 
@@ -70,7 +69,7 @@ class TeacherSpec:
             teacher = factory(self.checkpoint)
         except KDCacheError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit in a user's code must not end this program with 0
             raise TeacherError(
                 f"the factory {shown(self.factory)} of teacher {self.name} failed: "
                 f"{type(error).__name__}: {shown(error)}"
@@ -82,14 +81,16 @@ class TeacherSpec:
 def parse_teacher(text: str) -> TeacherSpec:
     """``NAME=module:factory[,ckpt=PATH]``; with ``NAME[,ckpt=PATH]`` the factory is the entry point of that name."""
     head, separator, tail = text.partition(",")
-    name, _, factory = head.partition("=")
+    name, named, factory = head.partition("=")
     checkpoint = tail.removeprefix("ckpt=")
     if separator and (checkpoint == tail or not checkpoint):
         raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found ,{shown(tail)}")
     if not is_teacher_name(name):
         raise UsageError(
-            f"--teacher {shown(text)}: {shown(name)!r} cannot be a teacher's name (letters, digits, _ . -)"
+            f'--teacher {shown(text)}: "{shown(name)}" cannot be a teacher\'s name (letters, digits, _ . -)'
         )
+    if named and not factory:
+        raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=")
     return TeacherSpec(name, factory or name, Path(checkpoint) if separator else None)
 
 
@@ -112,7 +113,7 @@ def resolve_factory(name: str) -> Factory:
 def _callable(name: str, load: Callable[[], Any]) -> Factory:
     try:
         factory = load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"cannot import {shown(name)}: {type(error).__name__}: {shown(error)}") from error
     if not callable(factory):
         raise UsageError(f"{shown(name)} is not callable; expected factory(ckpt) -> Teacher")
@@ -133,21 +134,34 @@ def check_teacher(name: str, teacher: Any) -> None:
             f"teacher {name} has no fingerprint_parts(): without it, nobody could tell when its logits are stale",
             hint='Return at least {"architecture": "mine/1"}; weights are added from state_dict().',
         )
+    class_names = getattr(teacher, "class_names", None)
+    if class_names is not None and not (
+        isinstance(class_names, list | tuple) and all(isinstance(item, str) for item in class_names)
+    ):
+        raise TeacherError(f"teacher {name}: class_names must be a list of texts, one per class")
     teacher_fingerprint(teacher)
 
 
 def teacher_fingerprint(teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Fingerprint:
     """The fingerprint of the rows this teacher makes when computing in ``precision`` and stored as ``dtype``."""
-    parts = dict(teacher.fingerprint_parts())
+    who = f"fingerprint_parts() of {type(teacher).__name__}"
+    try:
+        parts = dict(teacher.fingerprint_parts())
+    except KDCacheError:
+        raise
+    except Exception as error:
+        raise TeacherError(f"{who} failed: {type(error).__name__}: {shown(error)}") from error
+    # Parts that kd-cache fills in itself are kept beside its own: whatever a teacher names must count.
+    parts = {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
     state_dict = getattr(teacher, "state_dict", None)
     if "weights" not in parts and callable(state_dict):
         parts["weights"] = weights_digest(state_dict())
     for part in ("weights", "architecture"):
         if not parts.get(part):
-            raise TeacherError(f"fingerprint_parts() of {type(teacher).__name__} must name {part!r}")
+            raise TeacherError(f"{who} must name {part!r}")
     parts.setdefault("feature_spec", "unstated")
     if any(not isinstance(text, str) for item in parts.items() for text in item):
-        raise TeacherError(f"fingerprint_parts() of {type(teacher).__name__} must map names to texts")
+        raise TeacherError(f"{who} must map names to texts")
     names = getattr(teacher, "class_names", None)
     ours = (
         teacher.value_kind,

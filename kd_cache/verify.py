@@ -1,5 +1,4 @@
-"""
-The audit: is everything there that the manifest promises, is it what was scored, and is nothing there that must not be?
+"""The audit: is all there that the manifest promises, is it what was scored, is nothing there that must not be?
 
 It reads and compares; it repairs nothing. Problems are returned, each with its file and reason, and their kinds decide
 the exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
@@ -16,8 +15,8 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, FeatureError, KDCacheError, StaleError, shown, worst_exit_code
 from kd_cache.features import Feature, FeatureSource
-from kd_cache.manifest import Manifest
-from kd_cache.plan import load_plan
+from kd_cache.manifest import Manifest, sample_key
+from kd_cache.plan import load_plan, places_of
 from kd_cache.splits import Selection
 from kd_cache.store.folder import CacheFolder, PackSet
 from kd_cache.store.index import Index
@@ -50,8 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """
-    What to verify, against what.
+    """What to verify, against what.
 
     Attributes:
         teachers: loaded teachers by name; their fingerprints must be those of the rows.
@@ -334,13 +332,15 @@ class _Audit:
         if self.job.device is None:
             raise ValueError("recomputing needs a device")
         plan = load_plan(self.job.folder.plan_path)
+        in_order = sorted(self.all_files, key=sample_key)
+        places = {} if plan is None else places_of(self.job.source, in_order, plan)
         for name, origin in index.origins.items():
             union = packs.union(origin)
             if union is None or name not in self.job.teachers or name in self.changed:
                 why = "it changed since the dump" if name in self.changed else "it is not loaded, or has no rows"
                 self.report.notes.append(f"{name}: not recomputed, because {why}")
                 continue
-            recheck = Recheck(self.job.teachers[name], union, plan, self.job.device)
+            recheck = Recheck(self.job.teachers[name], union, places, self.job.device)
             checked = recheck.run(self.files, self.job.source, self.watcher)
             result = self.report.teachers[name]
             result.recomputed, result.bit_exact, result.deviation = checked.rows, checked.bit_exact, checked.deviation

@@ -1,9 +1,9 @@
 """Train the sample's teachers, as a DCASE pipeline would: ``python -m teachers.train_sample``.
 
-For each target device a city classifier (A and target, city labels only), and on its frozen backbone a linear scene head
-(A only): City2Scene. Beside them one scene classifier (A only). No scene label of a target is ever read for training, and
-``test`` serves only to report: the number of epochs is fixed and the last weights are the ones saved. Every run also
-trains on shuffled labels, a control that must end at chance.
+For each target device a city classifier (A and target, city labels only), and on its frozen backbone a linear scene
+head (A only): City2Scene. Beside them one scene classifier (A only). No scene label of a target is ever read for
+training, and ``test`` serves only to report: the number of epochs is fixed and the last weights are the ones saved.
+Every run also trains on shuffled labels, a control that must end at chance.
 """
 
 from __future__ import annotations
@@ -178,16 +178,12 @@ class Bench:
     def fit_scene(self) -> CPResNet:
         """The scene teacher: device A only."""
         clips = self.train.of(SOURCE)
-        return train_classifier(
-            clips.features, clips.scenes, len(SCENES), epochs=self.epochs, seed=self.seed
-        )
+        return train_classifier(clips.features, clips.scenes, len(SCENES), epochs=self.epochs, seed=self.seed)
 
     def fit_city2scene(self, target: str) -> Trained:
         """City labels of A and the target, then scene labels of A."""
         clips = self.train.of(SOURCE, target)
-        city = train_classifier(
-            clips.features, clips.cities, len(CITIES), epochs=self.epochs, seed=self.seed
-        )
+        city = train_classifier(clips.features, clips.cities, len(CITIES), epochs=self.epochs, seed=self.seed)
         return Trained(city, fit_scene_head(city, self.train.of(SOURCE)))
 
     def scene_scores(self, model: Model, target: str) -> Scores:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,24 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """The file's settings by name, underscores for hyphens."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        top = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"cannot read {shown(path)}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"{shown(path)} is not YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = "\n".join(shown(line) for line in str(error).splitlines())
+        raise UsageError(f"{shown(path)} is not YAML: {reason}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"{shown(path)}: expected settings such as 'target: b', one per line")
+    names = [key.value.replace("-", "_") for key, _ in top.value] if isinstance(top, yaml.MappingNode) else []
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise UsageError(f"{shown(path)}: {shown(twice)} is set more than once")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
@@ -46,23 +56,52 @@ def _applicable(ctx: typer.Context, settings: dict[str, Any], path: Path) -> dic
     """The settings that this command has. One file serves all commands, so another command's are known too."""
     parent = ctx.parent.command if ctx.parent is not None else None
     commands = getattr(parent, "commands", {ctx.command.name: ctx.command})
-    known = {parameter.name for command in commands.values() for parameter in command.params} - {"config"}
+    known = {spelled for command in commands.values() for spelled in _spellings(command)}
+    mine = _spellings(ctx.command)
+    chosen: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(key, [name for name in known if name], 1)
+            near = difflib.get_close_matches(key, known, 1)
             raise UsageError(f"{shown(path)}: unknown setting {shown(key)}" + (f"; is it {near[0]}?" if near else ""))
-        if isinstance(value, dict):
-            raise UsageError(f"{shown(path)}: {key} must be a value or a list, not a section")
-    mine = {parameter.name: parameter for parameter in ctx.command.params}
-    return {
-        key: _as_list(value) if getattr(mine[key], "multiple", False) else value
-        for key, value in settings.items()
-        if key in mine and value is not None
-    }
+        parameter = mine.get(key)
+        if parameter is None or value is None:
+            continue
+        if parameter.name in chosen:
+            raise UsageError(f"{shown(path)}: {key} is set more than once, under several names")
+        chosen[str(parameter.name)] = _checked(parameter, key, value, path)
+    return chosen
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _spellings(command: Any) -> dict[str, Any]:
+    """A command's options by every name that a file may give them: ``json`` and ``as_json``, ``target_name``, …"""
+    found: dict[str, Any] = {}
+    for parameter in command.params:
+        if parameter.name != "config":
+            long = [option[2:].replace("-", "_") for option in parameter.opts if option.startswith("--")]
+            found |= dict.fromkeys([parameter.name, *long], parameter)
+    return found
+
+
+def _checked(parameter: Any, key: str, value: Any, path: Path) -> Any:
+    """The value as the command line would have it: a text, a list of texts, or a truth value for a switch."""
+    where = f"{shown(path)}: {key}"
+    if isinstance(value, dict):
+        raise UsageError(f"{where} must be a value or a list, not a section")
+    if getattr(parameter, "multiple", False):
+        return [_text(where, item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        raise UsageError(f"{where} must be one value, not a list")
+    if not getattr(parameter, "is_flag", False):
+        return _text(where, value)
+    if not isinstance(value, bool):
+        raise UsageError(f"{where} must be true or false (without quotes), found {shown(value)}")
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{where} must be a text or a number; put it in quotes if it is one")
+    return str(value)
 
 
 def given(ctx: typer.Context, name: str) -> bool:
@@ -83,4 +122,6 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
     return value

@@ -31,8 +31,7 @@ def load_inputs(
     allow_shared_locations: bool,
     allow_outside: Sequence[Path],
 ) -> Inputs:
-    """
-    Read the manifest and pass it through the guard, before anything else is touched.
+    """Read the manifest and pass it through the guard, before anything else is touched.
 
     Raises what `load_manifest`, `select` and `FeatureSource` raise.
     """

@@ -23,8 +23,7 @@ def teacher_specs(
     *,
     own_data: bool,
 ) -> list[TeacherSpec]:
-    """
-    The teachers to load, built-in ones first.
+    """The teachers to load, built-in ones first.
 
     Args:
         target: names the folder of the City2Scene checkpoint.

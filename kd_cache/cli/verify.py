@@ -113,8 +113,7 @@ def verify_command(
     quiet: opt.QuietOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """
-    Check that everything promised is there, intact, fresh and permitted. Changes nothing.
+    """Check that everything promised is there, intact, fresh and permitted. Changes nothing.
 
     Data and teacher options that are not given are taken from what the dump saved with the cache.
     """

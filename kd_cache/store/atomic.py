@@ -28,7 +28,7 @@ def store_errors(path: Path, doing: str) -> Iterator[None]:
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A unique name in the folder of ``path``; whatever is still there at the end is removed."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
     try:
         yield temporary
     finally:

@@ -1,5 +1,4 @@
-"""
-``cache_index.json``: what a finished cache holds, made by what. Written last, atomically, and digested to its last byte.
+"""``cache_index.json``: what a finished cache holds, made by what. Written last, atomically, and digested to its last byte.
 
 The maps ``{"city2scene": {file: path}, …}`` are for existing code; kd-cache's own readers use ``kd_cache`` and the packs.
 """
@@ -96,8 +95,7 @@ def write_index(path: Path, num_samples: int, maps: Mapping[str, Mapping[str, st
 
 
 def read_index(path: Path) -> Index:
-    """
-    Read and check an index.
+    """Read and check an index.
 
     Raises:
         FileNotFoundError: there is none.
@@ -164,8 +162,7 @@ def _damaged(path: Path, why: str) -> CorruptError:
 
 
 def read_older_maps(path: Path) -> dict[str, dict[str, str]]:
-    """
-    The maps of an index written by an older script: ``{teacher: {file: path}}``.
+    """The maps of an index written by an older script: ``{teacher: {file: path}}``.
 
     Raises:
         CorruptError: it is not such an index.

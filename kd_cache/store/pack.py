@@ -1,5 +1,4 @@
-"""
-Packs: immutable HDF5 files of rows, all of one teacher and one fingerprint.
+"""Packs: immutable HDF5 files of rows, all of one teacher and one fingerprint.
 
 Layout of ``<teacher>-<digest>.h5``::
 
@@ -125,8 +124,7 @@ def write_pack(
     take: Callable[[slice], np.ndarray],
     block: int = 65_536,
 ) -> Path:
-    """
-    Write one durable pack into ``directory`` and return its path.
+    """Write one durable pack into ``directory`` and return its path.
 
     Args:
         keys, inputs: ``[N, 16]`` u1, keys strictly ascending, N ≥ 1.
@@ -221,8 +219,7 @@ def _seal_user_block(path: Path) -> bytes:
 
 
 def open_pack(path: Path) -> Pack:
-    """
-    Open and check a pack: user block, digest of every byte, structure.
+    """Open and check a pack: user block, digest of every byte, structure.
 
     Raises:
         CorruptError: naming the file and what is wrong with it.

@@ -24,8 +24,7 @@ class Sealed:
 
 
 def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.ndarray) -> Sealed:
-    """
-    Merge ``packs`` into one that holds exactly the wanted rows, then remove them.
+    """Merge ``packs`` into one that holds exactly the wanted rows, then remove them.
 
     Args:
         directory: where packs live.

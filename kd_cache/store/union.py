@@ -12,8 +12,7 @@ from kd_cache.store.pack import Origin, Pack
 
 
 class Union:
-    """
-    All rows of packs that share one origin, ordered by key and then by pack name.
+    """All rows of packs that share one origin, ordered by key and then by pack name.
 
     The same key may occur more than once: scored twice by two processes (equal input, the first pack by name wins) or
     scored again after its feature changed (another input). A *position* is an index into this order.

@@ -32,8 +32,7 @@ def view_name(key: bytes) -> str:
 
 
 def write_rows(directory: Path, keys: np.ndarray, rows: np.ndarray) -> int:
-    """
-    Write rows ``[N, C]`` under their keys ``[N, 16]``; returns the bytes written.
+    """Write rows ``[N, C]`` under their keys ``[N, 16]``; returns the bytes written.
 
     Each file appears whole (unique temporary name, then rename). It is not fsynced one by one: the packs are the truth,
     and a view that a power cut thinned out is rebuilt from them.
@@ -87,8 +86,7 @@ def differing(directory: Path, keys: np.ndarray, rows: np.ndarray) -> Iterator[t
 def load_cached_logits_batch(
     cache_index: Mapping[str, Any], file_paths: Iterable[str], teacher: str = "city2scene"
 ) -> np.ndarray:
-    """
-    ``[B, C]`` logits by the JSON index alone: the unchecked path, for code written against that index.
+    """``[B, C]`` logits by the JSON index alone: the unchecked path, for code written against that index.
 
     Args:
         cache_index: the parsed ``cache_index.json``; its paths hold in the folder where the dump ran.

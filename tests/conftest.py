@@ -1,0 +1,126 @@
+"""Small worlds to cache: a manifest, features and teachers in a temporary folder, and the command line to run on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from kd_cache.cli import app
+from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, sample_key
+
+REPO = Path(__file__).parent.parent
+SAMPLE = REPO / "data" / "sample"
+
+Run = Callable[..., Result]
+
+
+@dataclass
+class World:
+    """A data set in a folder. Change ``rows`` and call `write`."""
+
+    root: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def json_path(self) -> Path:
+        return self.root / "dataset.json"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache" / "A2b"
+
+    def write(self) -> World:
+        lists: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
+        for row in self.rows:
+            lists[row["split"]].append(row)
+        self.json_path.write_text(json.dumps(lists))
+        return self
+
+    def permitted(self, target: str = "b") -> list[str]:
+        return [r["file"] for r in self.rows if r["split"] == "train" and r["device_id"] in ("A", target)]
+
+    def feature(self, file: str) -> Path:
+        return self.root / file
+
+    def write_feature(self, file: str, array: np.ndarray) -> None:
+        path = self.feature(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+
+    def add(self, number: int, device: str, split: str, frames: int = 12, bins: int = 20) -> str:
+        """One more row with a feature of its own; its location is its number, so that no two share one."""
+        scene, city = SCENES[number % 10], CITIES[number % 12]
+        file = f"x/{scene}-{city}-{number}-0-{device.lower()}.npy"
+        self.rows.append(
+            {
+                "file": file,
+                "scene_label": number % 10,
+                "city_label": number % 12,
+                "domain": DOMAIN_OF[device],
+                "device_id": device,
+                "split": split,
+            }
+        )
+        random = np.random.default_rng(number)
+        self.write_feature(file, random.normal(size=(frames, bins)).astype(np.float32))
+        return file
+
+    def view(self, teacher: str, file: str) -> Path:
+        return self.cache / teacher / f"{sample_key(file)}.npy"
+
+    def packs(self, teacher: str = "") -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((self.cache / "packs").glob(f"{teacher}*.h5"))}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """12 samples of A and 8 of b in train with three lengths, 5 of c, 4 test rows with an unseen device among them."""
+    made = World(tmp_path)
+    for number in range(12):
+        made.add(number, "A", "train", frames=(12, 12, 16)[number % 3])
+    for number in range(12, 20):
+        made.add(number, "b", "train", frames=(12, 24)[number % 2])
+    for number in range(20, 25):
+        made.add(number, "c", "train")
+    for number, device in zip(range(25, 29), ("A", "b", "s4", "s6"), strict=True):
+        made.add(number, device, "test")
+    return made.write()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """Run ``kd-cache`` in this process, in the test's folder; ``result.exit_code``, ``.stdout`` and ``.stderr`` tell."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: object) -> Result:
+        result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert "Traceback" not in result.output
+        return result
+
+    return call
+
+
+TINY = ("--teacher", "tiny=tiny_teachers:linear", "--teacher", "other=tiny_teachers:other")
+
+
+@pytest.fixture
+def dump(run: Run, world: World) -> Run:
+    """Dump ``world`` with two tiny teachers of the user's own; further arguments are passed on."""
+
+    def call(*args: object) -> Result:
+        chosen: tuple[object, ...] = (*TINY, "--only", "tiny", "--only", "other")
+        return run("dump", "--target", "b", "--json-path", world.json_path, *chosen, *args)
+
+    return call

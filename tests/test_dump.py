@@ -1,0 +1,422 @@
+"""The dump: what is scored, skipped, rescored, dropped and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Run, World
+from tiny_teachers import Linear
+
+from kd_cache.errors import worst_exit_code
+from kd_cache.manifest import sample_key
+from kd_cache.store.pack import open_pack
+
+
+def report(result: object) -> dict:  # type: ignore[type-arg]
+    return json.loads(result.stdout)  # type: ignore[attr-defined]
+
+
+def expected(world: World, file: str, seed: int = 1) -> np.ndarray:
+    """The reference: the teacher applied to one sample, straight from its file."""
+    array = torch.from_numpy(np.load(world.feature(file)).astype(np.float32))
+    return Linear(seed)(array[None])[0].numpy()
+
+
+def test_every_permitted_sample_gets_its_own_logits(dump: Run, world: World) -> None:
+    result = dump("--json")
+    assert result.exit_code == 0, result.output
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert list(index["tiny"]) == world.permitted()
+    assert index["num_samples"] == 20
+    for file, path in index["tiny"].items():
+        assert path == f"cache/A2b/tiny/{sample_key(file)}.npy"
+        np.testing.assert_allclose(np.load(path), expected(world, file), rtol=1e-6, atol=1e-6)
+    for file, path in index["other"].items():
+        np.testing.assert_allclose(np.load(path), expected(world, file, seed=2), rtol=1e-6, atol=1e-6)
+
+
+def test_a_second_dump_scores_nothing_and_says_so(dump: Run, world: World) -> None:
+    dump()
+    before = world.packs()
+    again = dump()
+    assert "Nothing to score" in again.stdout
+    assert world.packs() == before
+    counts = report(dump("--json"))["teachers"]["tiny"]
+    assert (counts["scored"], counts["skipped"], counts["rescored"]) == (0, 20, {})
+
+
+def test_every_feature_is_read_once_whatever_the_number_of_teachers(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd_cache.features import FeatureSource
+
+    reads: list[str] = []
+    read = FeatureSource.read
+    monkeypatch.setattr(FeatureSource, "read", lambda self, file: (reads.append(file), read(self, file))[1])
+    assert dump("--num-verify", 0).exit_code == 0
+    assert sorted(reads) == sorted(world.permitted())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+@pytest.mark.parametrize("batch", [4, 32])
+def test_bytes_do_not_depend_on_workers_or_shards(dump: Run, world: World, workers: int, batch: int) -> None:
+    dump("--batch-size", batch)
+    reference = world.packs()
+    shutil.rmtree(world.cache)
+    dump("--batch-size", batch, "--workers", workers, "--shard-size", 3)
+    assert world.packs() == reference
+
+
+def test_bytes_do_not_depend_on_which_rows_were_already_there(dump: Run, world: World) -> None:
+    dump("--batch-size", 4)
+    reference = world.packs()
+    shutil.rmtree(world.cache)
+    rows = world.rows
+    world.rows = rows[::-1]  # another order, …
+    world.write()
+    dump("--batch-size", 4, "--only", "tiny")  # … and one teacher before the other
+    dump("--batch-size", 4)
+    assert world.packs() == reference
+
+
+def test_the_last_batch_is_padded_to_the_planned_size(
+    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_BATCHES", str(tmp_path / "batches"))
+    args = ("--teacher", "count=tiny_teachers:counting", "--only", "count", "--batch-size", 8)
+    run("dump", "--target", "b", "--json-path", world.json_path, *args)
+    # 8 + 4 samples of 12 frames, 4 of 16, 4 of 24: full batches of 8, 4 and 4.
+    assert sorted((tmp_path / "batches").read_text().split()) == ["4x16", "4x24", "8x12", "8x12"]
+
+
+def test_a_changed_feature_alone_is_rescored(dump: Run, world: World) -> None:
+    dump()
+    changed = world.permitted()[3]
+    world.write_feature(changed, np.ones((12, 20), np.float32))
+    counts = report(dump("--json"))["teachers"]["tiny"]
+    assert counts["rescored"] == {"its feature changed": 1}
+    assert counts["skipped"] == 19
+    np.testing.assert_allclose(np.load(world.view("tiny", changed)), expected(world, changed), rtol=1e-5, atol=1e-6)
+
+
+def test_another_checkpoint_makes_only_that_teacher_stale_and_the_reason_is_named(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    weights = tmp_path / "seed.txt"
+    weights.write_text("1")
+    teachers = ("--teacher", f"tiny=tiny_teachers:linear,ckpt={weights}", *TINY[2:], "--only", "tiny", "--only", "other")
+    args = ("dump", "--target", "b", "--json-path", world.json_path, *teachers, "--json")
+    run(*args)
+    weights.write_text("5")
+    counts = report(run(*args))["teachers"]
+    assert counts["tiny"]["rescored"] == {"weights changed": 20}
+    assert counts["other"]["skipped"] == 20
+    weights.write_text("1")  # back to the first: its pack is still there and fresh
+    assert report(run(*args))["teachers"]["tiny"]["skipped"] == 20
+
+
+@pytest.mark.parametrize("option", [("--dtype", "fp16"), ("--precision", "bf16")])
+def test_another_dtype_or_precision_makes_rows_stale(dump: Run, world: World, option: tuple[str, str]) -> None:
+    dump()
+    counts = report(dump("--json", *option))["teachers"]["tiny"]
+    assert counts["rescored"] == {f"{option[0].removeprefix('--')} changed": 20}
+
+
+def test_no_skip_existing_rescores_everything(dump: Run, world: World) -> None:
+    dump()
+    before = world.packs()
+    counts = report(dump("--no-skip-existing", "--json"))["teachers"]["tiny"]
+    assert counts["rescored"] == {"asked for": 20}
+    assert world.packs() == before  # the same numbers, so the same bytes under the same name
+
+
+def test_no_skip_existing_replaces_what_another_batch_shape_computed(dump: Run, world: World) -> None:
+    dump("--batch-size", 4)
+    dump("--no-skip-existing", "--batch-size", 2)
+    again = world.packs()
+    shutil.rmtree(world.cache)
+    dump("--batch-size", 2)
+    assert world.packs() == again
+
+
+def test_the_batch_size_of_a_begun_cache_stays(dump: Run, world: World) -> None:
+    dump("--batch-size", 4)
+    reference = world.packs()
+    file = world.permitted()[0]
+    original = world.feature(file).read_bytes()
+    world.write_feature(file, np.zeros((12, 20), np.float32))
+    assert "the batch size stays 4" in dump("--batch-size", 16).stderr
+    world.feature(file).write_bytes(original)
+    dump("--batch-size", 16)
+    assert world.packs() == reference
+
+
+def test_a_sample_that_is_no_longer_permitted_leaves_packs_view_and_index(dump: Run, world: World) -> None:
+    dump()
+    gone = world.permitted()[0]
+    world.rows = [row for row in world.rows if row["file"] != gone]
+    world.write()
+    result = report(dump("--json"))
+    assert result["teachers"]["tiny"]["dropped"] == 1
+    assert not world.view("tiny", gone).exists()
+    assert gone not in (world.cache / "cache_index.json").read_text()
+    for path in (world.cache / "packs").iterdir():
+        assert gone not in open_pack(path).files
+
+
+def test_a_forbidden_sample_leaves_superseded_packs_too(dump: Run, world: World) -> None:
+    dump()
+    dump("--dtype", "fp16")
+    gone = world.permitted()[0]
+    world.rows = [row for row in world.rows if row["file"] != gone]
+    world.write()
+    dump("--dtype", "fp16")
+    for path in (world.cache / "packs").iterdir():
+        assert gone not in open_pack(path).files
+
+
+def test_no_files_leaves_the_view_out_and_files_brings_it_back(dump: Run, world: World) -> None:
+    dump("--no-files")
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert index["tiny"] == {}
+    assert not (world.cache / "tiny").exists()
+    dump()
+    assert len(list((world.cache / "tiny").glob("*.npy"))) == 20
+    dump("--no-files")
+    assert not list((world.cache / "tiny").glob("*.npy"))
+
+
+def test_a_damaged_view_file_and_a_missing_one_are_healed(dump: Run, world: World) -> None:
+    dump()
+    first, second = world.permitted()[:2]
+    good = world.view("tiny", first).read_bytes()
+    world.view("tiny", first).write_bytes(good[:-1] + b"\xff")
+    world.view("tiny", second).unlink()
+    result = report(dump("--json"))
+    assert result["published"]["view_written"] == 2
+    assert world.view("tiny", first).read_bytes() == good
+
+
+def test_a_damaged_pack_is_scored_again_and_removed(dump: Run, world: World) -> None:
+    dump()
+    reference = world.packs()
+    path = next((world.cache / "packs").glob("tiny-*.h5"))
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    result = dump()
+    assert path.name in result.stderr
+    assert "damaged" in result.stderr
+    assert world.packs() == reference
+
+
+def test_a_damaged_index_is_written_anew_from_the_packs(dump: Run, world: World) -> None:
+    dump()
+    index = world.cache / "cache_index.json"
+    index.write_text(index.read_text().replace("num_samples", "num_sample5"))
+    result = dump("--json")
+    assert "damaged" in result.stderr
+    assert report(result)["samples_scored"] == 0
+    assert "num_samples" in index.read_text()
+
+
+def test_a_cache_of_the_older_script_stops_the_dump_and_stays_as_it_was(dump: Run, world: World) -> None:
+    (world.cache / "tiny").mkdir(parents=True)
+    file = world.permitted()[0]
+    np.save(world.view("tiny", file), np.zeros(10, np.float32))
+    index = world.cache / "cache_index.json"
+    index.write_text(json.dumps({"tiny": {file: str(world.view("tiny", file))}, "num_samples": 1}))
+    result = dump()
+    assert result.exit_code == 5
+    assert "adopt" in result.stderr
+    assert "--no-skip-existing" in result.stderr
+    assert len(list(world.cache.rglob("*"))) == 3
+    assert dump("--no-skip-existing").exit_code == 0
+    np.testing.assert_allclose(np.load(world.view("tiny", file)), expected(world, file), rtol=1e-6, atol=1e-6)
+
+
+def test_only_keeps_the_other_teachers_rows(dump: Run, world: World) -> None:
+    dump()
+    result = dump("--only", "tiny", "--only", "other", "--json")
+    assert result.exit_code == 0
+    chosen = ("--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
+    from typer.testing import CliRunner
+
+    from kd_cache.cli import app
+
+    alone = CliRunner().invoke(app, ["dump", "--target", "b", "--json-path", str(world.json_path), *chosen])
+    assert alone.exit_code == 0, alone.output
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert len(index["other"]) == 20
+    assert index["num_samples"] == 20
+
+
+def test_a_changed_feature_drops_the_row_of_a_teacher_that_was_not_asked(run: Run, dump: Run, world: World) -> None:
+    dump()
+    changed = world.permitted()[0]
+    world.write_feature(changed, np.ones((12, 20), np.float32))
+    run("dump", "--target", "b", "--json-path", world.json_path, *TINY[:2], "--only", "tiny")
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert changed in index["tiny"]
+    assert changed not in index["other"]
+    assert not world.view("other", changed).exists()
+
+
+def test_dry_run_counts_and_changes_nothing(dump: Run, world: World) -> None:
+    planned = report(dump("--dry-run", "--json"))
+    assert planned["samples_scored"] == 20
+    assert planned["bytes"] == 20 * 2 * 10 * 4
+    assert not (world.root / "cache").exists()
+    dump()
+    world.write_feature(world.permitted()[0], np.ones((12, 20), np.float32))
+    before = {path: path.stat().st_mtime_ns for path in world.cache.rglob("*")}
+    planned = report(dump("--dry-run", "--json"))
+    assert planned["teachers"]["tiny"]["rescored"] == {"its feature changed": 1}
+    assert planned["teachers"]["tiny"]["skipped"] == 19
+    assert {path: path.stat().st_mtime_ns for path in world.cache.rglob("*")} == before
+    assert report(dump("--dry-run", "--no-skip-existing", "--json"))["samples_scored"] == 20
+
+
+def test_fp16_reports_its_cost_as_torch_measures_it(dump: Run, world: World) -> None:
+    cost = report(dump("--use-fp16", "--json"))["teachers"]["tiny"]["storage_cost"]
+    exact = torch.from_numpy(np.stack([expected(world, file) for file in world.permitted()])).double()
+    stored = torch.from_numpy(np.stack([np.load(world.view("tiny", file)) for file in world.permitted()]))
+    assert stored.dtype == torch.float16
+    kl = torch.nn.functional.kl_div(
+        stored.double().log_softmax(1), exact.log_softmax(1), log_target=True, reduction="none"
+    ).sum(1)
+    assert cost["rows"] == 20
+    assert cost["kl_mean"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert cost["kl_max"] == pytest.approx(kl.max().item(), rel=1e-3)
+    assert cost["argmax_flips"] == int((stored.argmax(1) != exact.argmax(1)).sum())
+
+
+BAD_TEACHERS = {
+    "nan": "not finite",
+    "wrong_shape": r"must return floating-point \[8, 10\]",
+    "raises": "no such kernel",
+    "unloadable": "my disk is gone",
+    "no_fingerprint": "fingerprint_parts",
+}
+
+
+@pytest.mark.parametrize("factory", BAD_TEACHERS)
+def test_a_teacher_that_breaks_its_contract_stops_with_the_reason(run: Run, world: World, factory: str) -> None:
+    import re
+
+    args = ("--teacher", f"bad=tiny_teachers:{factory}", "--only", "bad", "--batch-size", 8)
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
+    assert result.exit_code == 1
+    assert re.search(BAD_TEACHERS[factory], result.stderr), result.stderr
+    assert not (world.cache / "cache_index.json").exists()
+
+
+def test_overflow_to_inf_in_fp16_is_refused_by_name(run: Run, world: World) -> None:
+    args = ("--teacher", "big=tiny_teachers:overflow", "--only", "big", "--dtype", "fp16")
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
+    assert result.exit_code == 1
+    assert "do not fit fp16" in result.stderr
+    assert any(file in result.stderr for file in world.permitted())
+
+
+def test_a_bad_feature_stops_with_its_name_and_keeps_what_was_scored(dump: Run, world: World) -> None:
+    bad = world.permitted()[-1]
+    array = np.load(world.feature(bad))
+    array[3, 5] = np.nan
+    world.write_feature(bad, array)
+    result = dump("--shard-size", 1, "--batch-size", 2)
+    assert result.exit_code == 1
+    assert bad in result.stderr
+    assert "frame 3, bin 5" in result.stderr
+    assert world.packs("tiny")
+    world.write_feature(bad, np.nan_to_num(array))
+    counts = report(dump("--json"))["teachers"]["tiny"]
+    assert counts["skipped"] > 0
+
+
+def test_skip_lists_bad_samples_as_missing_and_exits_3(dump: Run, world: World) -> None:
+    broken, absent, narrow = world.permitted()[:3]
+    world.feature(broken).write_bytes(b"not a feature")
+    world.feature(absent).unlink()
+    world.write_feature(narrow, np.ones((12, 7), np.float32))
+    result = dump("--on-bad-sample", "skip", "--json")
+    assert result.exit_code == 3
+    assert set(report(result)["missing"]) == {broken, absent, narrow}
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert set(index["kd_cache"]["missing"]) == {broken, absent, narrow}
+    assert index["num_samples"] == 17
+
+
+def test_skip_lists_non_finite_logits_for_their_teacher_only(run: Run, world: World) -> None:
+    args = ("--teacher", "bad=tiny_teachers:nan", *TINY[:2], "--only", "bad", "--only", "tiny")
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *args, "--on-bad-sample", "skip", "--json")
+    assert result.exit_code == 3
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    bad = {file for file in world.permitted() if np.load(world.feature(file))[0, 0] > 0.5}
+    assert set(index["kd_cache"]["missing"]) == bad
+    assert bad
+    assert len(index["tiny"]) == 20
+    assert set(index["bad"]) == set(world.permitted()) - bad
+
+
+def test_a_killed_dump_resumes_to_the_bytes_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b"),
+        *("--json-path", str(world.json_path), "--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
+        *("--batch-size", "2", "--shard-size", "2", "--num-verify", "0"),
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    whole = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert whole.returncode == 0, whole.stderr
+    reference = world.packs()
+    shutil.rmtree(world.cache)
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(world.packs()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (world.cache / "cache_index.json").exists()
+    kept = len(world.packs())
+    assert kept >= 2
+    resumed = subprocess.run([*command, "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert 0 < json.loads(resumed.stdout)["samples_scored"] < 20
+    assert world.packs() == reference
+
+
+def test_ctrl_c_keeps_what_was_scored_and_exits_130(world: World, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b"),
+        *("--json-path", str(world.json_path), "--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
+        *("--batch-size", "2", "--shard-size", "2"),
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not world.packs() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert all(open_pack(path) for path in (world.cache / "packs").glob("*.h5"))
+
+
+def test_the_worst_of_several_exit_codes_wins() -> None:
+    assert worst_exit_code([3, 5]) == 5
+    assert worst_exit_code([3, 5, 4]) == 4
+    assert worst_exit_code([3, 5, 4, 6]) == 6
+    assert worst_exit_code([]) == 0

@@ -211,8 +211,8 @@ def _soundscape(clip: Clip) -> Array:
 
 def _scene(scene: int, moment: str) -> Array:
     """A scene has a spectral envelope, a rhythm in one band, and events that glide and die away."""
-    u = _uniform(f"scene/{SCENES[scene]}", 12)
-    v = _uniform(f"scene-in/{moment}", 12)
+    u = _draws(f"scene/{SCENES[scene]}", 12)
+    v = _draws(f"scene-in/{moment}", 12)
     envelope = np.zeros((1, MELS))
     for nth, stride in enumerate((3, 7, 9)):
         height = (0.5 + u[nth]) * (0.2 + 1.6 * v[nth])
@@ -223,9 +223,9 @@ def _scene(scene: int, moment: str) -> Array:
     return envelope + (0.2 + 1.2 * v[3]) * beat + _events(scene, u, moment)
 
 
-def _events(scene: int, u: Array, moment: str) -> Array:
+def _events(scene: int, u: list[float], moment: str) -> Array:
     """Three sounds of the scene's kind at random times, some loud and some hardly heard."""
-    v = _uniform(f"events/{moment}", 6)
+    v = _draws(f"events/{moment}", 6)
     total = np.zeros((FRAMES, MELS))
     for nth in range(3):
         since = _TIME - FRAMES * v[nth]
@@ -241,8 +241,8 @@ def _ripple(scene: int, city: int, moment: str) -> Array:
     The two are one pattern, so a network that learns to tell cities has to learn how scenes move: this is what a
     City2Scene teacher lives on.
     """
-    u = _uniform(f"city/{SAMPLE_CITIES[city]}", 1)
-    v = _uniform(f"ripple-in/{moment}", 3)
+    u = _draws(f"city/{SAMPLE_CITIES[city]}", 1)
+    v = _draws(f"ripple-in/{moment}", 3)
     spacing = _spread(city, 3, u[0], 5, 14)
     # A little more than its own tenth: neighbouring scenes overlap.
     drift = 0.45 * _spread(scene, 9, 0.5 + 1.05 * (v[0] - 0.5), -1, 1)
@@ -251,8 +251,8 @@ def _ripple(scene: int, city: int, moment: str) -> Array:
 
 def _whistle(city: int, moment: str) -> Array:
     """A city's narrow steady line, pulsing at the city's rate."""
-    u = _uniform(f"whistle/{SAMPLE_CITIES[city]}", 2)
-    v = _uniform(f"whistle-in/{moment}", 2)
+    u = _draws(f"whistle/{SAMPLE_CITIES[city]}", 2)
+    v = _draws(f"whistle-in/{moment}", 2)
     pulse = 1 + _wave(_spread(city, 1, u[0], 2, 9) * _TIME / FRAMES + v[0])
     return 0.5 * (0.2 + v[1]) * pulse * _bump(_BAND, _spread(city, 7, u[1], 6, 58), 1.2)
 
@@ -261,7 +261,7 @@ def _through_device(heard: Array, clip: Clip) -> Array:
     """Filter, compression of loud parts, noise floor, and the device's own noise."""
     if clip.device == SOURCE:
         return heard + 0.2 * _noise(f"device/{clip.file}", FRAMES, MELS)
-    u = _uniform(f"device/{clip.device}", 4)
+    u = _draws(f"device/{clip.device}", 4)
     filtered = heard + (2 + 1.5 * u[0]) * _smooth_curve(f"response/{clip.device}")
     slope = 0.2 + 0.4 * u[1]
     squeezed = np.where(filtered > 1, 1 + slope * (filtered - 1), filtered)
@@ -273,7 +273,7 @@ def _through_device(heard: Array, clip: Clip) -> Array:
 
 def _smooth_curve(name: str) -> Array:
     """A random smooth function of the mel band, about one high: (1, F)."""
-    u = _uniform(name, 15)
+    u = _draws(name, 15)
     curve = np.zeros((1, MELS))
     for nth in range(5):
         curve = curve + (2 * u[nth] - 1) * _bump(_BAND, MELS * u[5 + nth], 4 + 10 * u[10 + nth])
@@ -294,6 +294,10 @@ def _wave(phase: Array) -> Array:
     """A sine of period one, near enough, from two parabolas."""
     p = phase - np.floor(phase)
     return np.where(p < 0.5, 8 * p * (1 - 2 * p), -8 * (p - 0.5) * (2 - 2 * p))
+
+
+def _draws(name: str, count: int) -> list[float]:
+    return [float(value) for value in _uniform(name, count)]
 
 
 def _noise(name: str, *shape: int) -> Array:

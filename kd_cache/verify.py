@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_cache.errors import CorruptError, FeatureError, KDCacheError, StaleError, shown, worst_exit_code
+from kd_cache.errors import FeatureError, KDCacheError, shown, worst_exit_code
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.manifest import Manifest, sample_key
 from kd_cache.plan import load_plan, places_of
@@ -126,6 +126,20 @@ def verify_cache(job: VerifyJob, watcher: Watcher | None = None) -> VerifyReport
     return _Audit(job, watcher or Watcher()).run()
 
 
+def open_index(folder: CacheFolder) -> tuple[Index | None, list[Problem]]:
+    """The index, or the problem that keeps everything else from being checked."""
+    try:
+        index = folder.index()
+    except KDCacheError as error:
+        kind = {4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)
+        return None, [Problem(kind, "", shown(folder.index_path), shown(error.message))]
+    if index is not None:
+        return index, []
+    exists = folder.packs_path.is_dir()
+    reason = "the dump did not finish; run it again" if exists else "there is no cache here; run kd-cache dump"
+    return None, [Problem(MISS, "", shown(folder.index_path), reason)]
+
+
 class _Audit:
     def __init__(self, job: VerifyJob, watcher: Watcher) -> None:
         self.job = job
@@ -143,8 +157,9 @@ class _Audit:
         )
 
     def run(self) -> VerifyReport:
-        index = self._index()
+        index, problem = open_index(self.job.folder)
         if index is None:
+            self.report.problems += problem
             return self.report
         packs = self.job.folder.packs()
         for path, error in packs.damaged.items():
@@ -162,20 +177,6 @@ class _Audit:
 
     def _problem(self, kind: str, teacher: str, file: str, reason: str) -> None:
         self.report.problems.append(Problem(kind, teacher, shown(file), shown(reason)))
-
-    def _index(self) -> Index | None:
-        folder = self.job.folder
-        try:
-            index = folder.index()
-        except (CorruptError, StaleError, KDCacheError) as error:
-            kinds = {4: CORRUPT, 5: STALE}
-            self._problem(kinds.get(error.exit_code, UNCHECKED), "", str(folder.index_path), error.message)
-            return None
-        if index is None:
-            exists = folder.packs_path.is_dir()
-            reason = "the dump did not finish; run it again" if exists else "there is no cache here; run kd-cache dump"
-            self._problem(MISS, "", str(folder.index_path), reason)
-        return index
 
     # -- features -----------------------------------------------------------------------------------------------------
 

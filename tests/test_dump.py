@@ -114,7 +114,15 @@ def test_another_checkpoint_makes_only_that_teacher_stale_and_the_reason_is_name
 ) -> None:
     weights = tmp_path / "seed.txt"
     weights.write_text("1")
-    teachers = ("--teacher", f"tiny=tiny_teachers:linear,ckpt={weights}", *TINY[2:], "--only", "tiny", "--only", "other")
+    teachers = (
+        "--teacher",
+        f"tiny=tiny_teachers:linear,ckpt={weights}",
+        *TINY[2:],
+        "--only",
+        "tiny",
+        "--only",
+        "other",
+    )
     args = ("dump", "--target", "b", "--json-path", world.json_path, *teachers, "--json")
     run(*args)
     weights.write_text("5")
@@ -403,7 +411,9 @@ def test_ctrl_c_keeps_what_was_scored_and_exits_130(world: World, tmp_path: Path
         *("--batch-size", "2", "--shard-size", "2"),
     ]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not world.packs() and time.monotonic() < deadline:
         time.sleep(0.02)

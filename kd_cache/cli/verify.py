@@ -16,9 +16,10 @@ from kd_cache.cli.console import Screen, reporting_errors
 from kd_cache.cli.inputs import Inputs, load_inputs
 from kd_cache.cli.report import problem_table, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers
-from kd_cache.errors import KDCacheError, MissingLogitsError, UsageError, shown, worst_exit_code
+from kd_cache.errors import MissingLogitsError, UsageError, shown, worst_exit_code
 from kd_cache.manifest import SOURCE, TARGETS
 from kd_cache.store.folder import CacheFolder, find_caches
+from kd_cache.store.index import Index
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def verify_command(
         for report in reports:
             for note in report.notes:
                 screen.note(note)
-            screen.result(verify_table(report))
+            if report.teachers:
+                screen.result(verify_table(report))
             if report.problems:
                 screen.result("", problem_table(report.problems))
             screen.result("")
@@ -152,30 +154,24 @@ class _Saved:
     values: Mapping[str, Any]
     paths: Mapping[str, Any]
     teachers: Sequence[str]
-    built_in: Sequence[str]
 
 
-def _saved(folder: CacheFolder) -> _Saved:
-    """Empty where the index is missing or damaged: the audit reports that itself."""
-    try:
-        index = folder.index()
-        if index is None:
-            return _Saved({}, {}, (), ())
-        settings = index.record["settings"]
-        built_in = [name for name in index.origins if name in BUILT_IN]
-        return _Saved(dict(settings["values"]), dict(settings["paths"]), list(index.origins), built_in)
-    except (KDCacheError, KeyError, TypeError, ValueError):
-        return _Saved({}, {}, (), ())
+def _saved(index: Index) -> _Saved:
+    settings = index.record["settings"]
+    return _Saved(settings["values"], settings["paths"], list(index.origins))
 
 
 def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
-    from kd_cache.verify import VerifyJob, verify_cache
+    from kd_cache.verify import VerifyJob, VerifyReport, open_index, verify_cache
 
-    saved = _saved(folder)
     options = ctx.params
     target = folder.path.name.removeprefix(f"{SOURCE}2")
     if target not in TARGETS:
         raise UsageError(f"{shown(folder.path)} is not named after a target ({', '.join(TARGETS)})")
+    index, problem = open_index(folder)
+    if index is None:
+        return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=problem)
+    saved = _saved(index)
     inputs = _inputs(ctx, saved, target)
     device = None
     if options["recompute"]:

@@ -1,0 +1,278 @@
+"""The audit: every kind of damage is found, named and mapped to its exit status; nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, Run, World
+
+from kd_cache.recompute import agrees, deviation
+
+
+@pytest.fixture
+def verify(run: Run, dump: Run, world: World) -> Run:
+    """Verify the dumped ``world``, with the user's own teachers at hand."""
+    dump()
+
+    def call(*args: object) -> Any:
+        return run("verify", *TINY, *args)
+
+    return call
+
+
+def problems(result: Any) -> list[tuple[str, str, str]]:
+    found = json.loads(result.stdout)["caches"][0]["problems"]
+    return [(problem["kind"], problem["teacher"], problem["file"]) for problem in found]
+
+
+def snapshot(world: World) -> dict[Path, tuple[int, bytes]]:
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in world.root.rglob("*") if p.is_file()}
+
+
+def test_a_good_cache_passes_in_words_and_in_json(verify: Run) -> None:
+    result = verify("--n", 10)
+    assert result.exit_code == 0
+    assert "10/10 · 100.0 %" in result.stdout
+    whole = json.loads(verify("--all", "--json").stdout)
+    assert whole["exit_code"] == 0
+    teacher = whole["caches"][0]["teachers"]["tiny"]
+    assert (teacher["hits"], teacher["intact"], teacher["fresh"], teacher["view"]) == (20, 20, 20, 20)
+
+
+def test_each_run_draws_other_samples_and_prints_the_seed_that_repeats_it(verify: Run, world: World) -> None:
+    drawn = [json.loads(verify("--n", 5, "--json").stdout)["seed"] for _ in range(3)]
+    assert len(set(drawn)) == 3
+    assert str(drawn[0]) in verify("--n", 5, "--seed", drawn[0]).stdout
+    # The same seed looks at the same samples: a gap is found each time or never.
+    world.view("tiny", world.permitted()[0]).unlink()
+    codes = {verify("--n", 10, "--seed", 7, "--json").exit_code for _ in range(3)}
+    assert len(codes) == 1
+
+
+def test_verify_changes_nothing(verify: Run, world: World) -> None:
+    before = snapshot(world)
+    verify("--all", "--recompute")
+    world.view("tiny", world.permitted()[0]).unlink()
+    verify("--all")
+    after = snapshot(world)
+    assert all(before[path] == content for path, content in after.items())
+
+
+def delete_view(world: World) -> None:
+    world.view("tiny", world.permitted()[2]).unlink()
+
+
+def flip_view(world: World) -> None:
+    path = world.view("tiny", world.permitted()[2])
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def truncate_view(world: World) -> None:
+    path = world.view("tiny", world.permitted()[2])
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_pack(world: World) -> None:
+    path = next((world.cache / "packs").glob("tiny-*"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def delete_pack(world: World) -> None:
+    next((world.cache / "packs").glob("tiny-*")).unlink()
+
+
+def flip_index(world: World) -> None:
+    path = world.cache / "cache_index.json"
+    path.write_text(path.read_text().replace('"num_samples": 20', '"num_samples": 21'))
+
+
+def delete_index(world: World) -> None:
+    (world.cache / "cache_index.json").unlink()
+
+
+def change_feature(world: World) -> None:
+    world.write_feature(world.permitted()[2], np.ones((12, 20), np.float32))
+
+
+def forbid_sample(world: World) -> None:
+    gone = world.permitted()[2]
+    world.rows = [row for row in world.rows if row["file"] != gone]
+    world.write()
+
+
+def add_sample(world: World) -> None:
+    world.add(40, "b", "train")
+    world.write()
+
+
+def add_stray(world: World) -> None:
+    np.save(world.cache / "tiny" / ("0" * 32 + ".npy"), np.zeros(10, np.float32))
+
+
+def add_leaked_view(world: World) -> None:
+    test_file = next(row["file"] for row in world.rows if row["split"] == "test")
+    np.save(world.view("tiny", test_file), np.zeros(10, np.float32))
+
+
+def delete_feature(world: World) -> None:
+    world.feature(world.permitted()[2]).unlink()
+
+
+DAMAGE: dict[Callable[[World], None], tuple[int, str]] = {
+    delete_view: (3, "miss"),
+    flip_view: (4, "corrupt"),
+    truncate_view: (4, "corrupt"),
+    flip_pack: (4, "corrupt"),
+    delete_pack: (3, "miss"),
+    flip_index: (4, "corrupt"),
+    delete_index: (3, "miss"),
+    change_feature: (5, "stale"),
+    forbid_sample: (6, "leak"),
+    add_sample: (3, "miss"),
+    add_stray: (5, "stale"),
+    add_leaked_view: (6, "leak"),
+    delete_feature: (1, "unchecked"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_every_damage_is_named_with_its_exit_status_and_the_next_dump_heals_it(
+    verify: Run, dump: Run, world: World, damage: Callable[[World], None]
+) -> None:
+    code, kind = DAMAGE[damage]
+    damage(world)
+    result = verify("--target", "b", "--all", "--json")
+    assert result.exit_code == code, result.output
+    found = problems(result)
+    assert found
+    assert kind in {entry[0] for entry in found}
+    said = verify("--target", "b", "--all")
+    assert said.exit_code == code
+    assert found[0][2].rpartition("/")[2] in said.stdout.replace("\n", "")
+    if damage is delete_feature:
+        return  # the user must restore that
+    assert dump().exit_code == 0
+    assert verify("--target", "b", "--all").exit_code == 0
+
+
+def test_several_kinds_at_once_give_the_worst_status(verify: Run, world: World) -> None:
+    delete_view(world)
+    change_feature(world)
+    assert verify("--all").exit_code == 5
+    flip_pack(world)
+    assert verify("--all").exit_code == 4
+    forbid_sample(world)
+    assert verify("--all").exit_code == 6
+
+
+def test_a_row_that_was_never_scored_is_missing_with_the_reason(run: Run, dump: Run, world: World) -> None:
+    bad = world.permitted()[0]
+    world.write_feature(bad, np.full((12, 20), np.nan, np.float32))
+    assert dump("--on-bad-sample", "skip").exit_code == 3
+    result = run("verify", *TINY, "--all")
+    assert result.exit_code == 3
+    assert "finite" in result.stdout
+
+
+def test_another_teacher_behind_the_name_is_stale_and_the_part_is_named(run: Run, dump: Run, world: World) -> None:
+    dump()
+    result = run("verify", "--teacher", "tiny=tiny_teachers:other", *TINY[2:])
+    assert result.exit_code == 5
+    assert "weights" in result.stdout
+    assert "architecture" not in result.stdout
+
+
+def test_an_own_teacher_that_is_not_given_is_said_to_be_unchecked(run: Run, dump: Run, world: World) -> None:
+    dump()
+    result = run("verify")
+    assert result.exit_code == 0
+    assert "tiny: its fingerprint was not checked" in result.stderr
+
+
+def test_a_precision_or_dtype_other_than_dumped_is_stale(verify: Run) -> None:
+    result = verify("--precision", "bf16", "--dtype", "fp16", "--json")
+    assert result.exit_code == 5
+    reasons = json.loads(result.stdout)["caches"][0]["problems"][0]["reason"]
+    assert "precision: fp32 → bf16" in reasons
+    assert "dtype: fp32 → fp16" in reasons
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "fp16"), ("--precision", "bf16"), ("--batch-size", 3)])
+def test_recompute_is_bit_exact_on_the_same_machine(
+    run: Run, dump: Run, world: World, options: tuple[str, ...]
+) -> None:
+    dump(*options)
+    for which in ("--all",), ("--n", 7):
+        report = json.loads(run("verify", *TINY, *which, "--recompute", "--json").stdout)
+        assert report["exit_code"] == 0
+        teacher = report["caches"][0]["teachers"]["tiny"]
+        assert teacher["recomputed"] == teacher["bit_exact"] == teacher["checked"]
+
+
+def test_recompute_finds_a_row_that_is_not_what_the_teacher_says(run: Run, dump: Run, world: World) -> None:
+    from kd_cache.store.folder import CacheFolder
+    from kd_cache.store.pack import write_pack
+
+    dump("--no-files")
+    pack = next(p for p in CacheFolder(world.cache).packs().good if p.origin.teacher == "tiny")
+    rows = pack.logits.copy()
+    rows[[0, 1]] = rows[[1, 0]]  # two rows swapped, every checksum right
+    pack.path.unlink()
+    write_pack(
+        pack.path.parent, pack.origin, pack.keys, pack.inputs, [f.encode() for f in pack.files], rows.__getitem__
+    )
+    assert run("verify", *TINY, "--all").exit_code == 0
+    result = run("verify", *TINY, "--all", "--recompute", "--json")
+    assert result.exit_code == 4
+    assert {file for _, _, file in problems(result)} == {pack.files[0], pack.files[1]}
+
+
+def test_without_a_target_every_cache_is_verified(run: Run, dump: Run, world: World) -> None:
+    dump()
+    run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
+    caches = json.loads(run("verify", *TINY, "--json").stdout)["caches"]
+    assert [Path(cache["cache"]).name for cache in caches] == ["A2b", "A2c"]
+
+
+def test_no_cache_at_all_is_a_miss(run: Run, world: World) -> None:
+    assert run("verify").exit_code == 3
+    assert run("verify", "--target", "b", "--json-path", world.json_path).exit_code == 3
+
+
+def test_a_moved_cache_and_moved_data_verify_with_their_new_paths(
+    run: Run, dump: Run, world: World, tmp_path: Path
+) -> None:
+    dump()
+    shutil.copytree(world.root / "cache", tmp_path / "elsewhere" / "cache")
+    shutil.copytree(world.root / "x", tmp_path / "data" / "x")
+    shutil.copy(world.json_path, tmp_path / "data" / "manifest.json")
+    shutil.rmtree(world.root / "x")
+    world.json_path.unlink()
+    assert run("verify", "--cache-root", tmp_path / "elsewhere" / "cache").exit_code == 2
+    moved = ("--cache-root", tmp_path / "elsewhere" / "cache", "--json-path", tmp_path / "data" / "manifest.json")
+    assert run("verify", *TINY, *moved, "--all").exit_code == 0
+
+
+def test_tolerance_is_relative_to_the_centred_row() -> None:
+    row = np.array([100.0, 101.0, 102.0])
+    assert agrees(row + 5e-6, row, "logits", 1e-5)  # a shift of all logits changes nothing
+    assert not agrees(row + [0, 0, 1e-4], row, "logits", 1e-5)
+    assert not agrees(row * np.nan, row, "logits", 1e-5)
+    assert deviation(row + 7.0, row, "logits") < 1e-12
+    assert deviation(np.array([0.5, 0.5]), np.array([0.4, 0.6]), "probs") == pytest.approx(1 / 6)
+
+
+def test_half_precision_rows_may_differ_by_one_step_more() -> None:
+    row = np.array([1.0, -1.0, 3.0], np.float16)
+    assert agrees(np.nextafter(row, np.float16(9)), row, "logits", 1e-5)
+    assert not agrees(row + np.float16(0.02), row * np.float16(1.02), "logits", 1e-5)

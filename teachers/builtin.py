@@ -223,9 +223,7 @@ def _misfit(problems: Mapping[str, list[str]], title: str) -> CheckpointError:
     )
 
 
-def clean_tensors(
-    entries: Mapping[Any, Any], known: frozenset[str], size: int
-) -> tuple[dict[str, Tensor], list[str]]:
+def clean_tensors(entries: Mapping[Any, Any], known: frozenset[str], size: int) -> tuple[dict[str, Tensor], list[str]]:
     """Finite float32 tensors under bare names, and what was done to the names, in words."""
     tensors, notes = dict(entries), []
     if "n_averaged" in tensors:  # the counter of torch.optim.swa_utils.AveragedModel

@@ -8,26 +8,18 @@ fallback. What is in a file is decided by its content, never by its suffix.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import pickle
-import pickletools
-import re
-import stat
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
 import torch
-from safetensors.torch import load as tensors_of_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from kd_cache.errors import CheckpointError, listed, shown
+from kd_cache.errors import CheckpointError, shown
 from teachers.builtin import (
     ARCHITECTURE_VERSION,
     ARCHITECTURES,
@@ -40,31 +32,20 @@ from teachers.builtin import (
     known_names,
     under,
 )
+from teachers.checkpoint_file import AGAIN, RECORD_ENTRY, kind_of, read_content
 
 CITY_ENTRY: Final = "city_model_state_dict"
 HEAD_ENTRY: Final = "scene_head_state_dict"
-RECORD_ENTRY: Final = "kd_cache"
 PLAIN_ENTRIES: Final = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 """Where a plain model's weights are, in order of preference (as in timm); none of them: the file itself."""
 
 ROLES: Final = ("scene", "city2scene", "city")
-MOST_BYTES: Final = 4 << 30
-"""Larger files are refused unread: CNN14 has 0.32 GB of weights, 1 GB with its optimizer."""
-MOST_HEADER: Final = 100_000_000
-LEGACY_PICKLES: Final = 5  # magic number, protocol, machine, the object, the keys of its storages
-MOST_PICKLE: Final = 4 << 20
-"""A state dict takes some 250 bytes of pickle per tensor; a longer one only keeps the reader busy."""
-WEIGHTS_GLOBAL: Final = re.compile(r"collections\.OrderedDict|torch\.\w+Storage|torch\._utils\._rebuild_\w+")
-
-AGAIN: Final = "Copy the file again from where it was made, or write it again with teachers.save_checkpoint."
 
 
 # --------------------------------------------------------------------------------------------- writing
 
 
-def save_checkpoint(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> None:
+def save_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write a checkpoint that `load_teacher` reads, atomically; the suffix chooses the format.
 
     ``tensors``: bare names for a plain model, ``city_model_state_dict.<name>`` and
@@ -140,7 +121,7 @@ def load_teacher(
     with _naming(path):
         if role is not None and role not in ROLES:
             raise CheckpointError(f"no role is called {role!r}", hint=f"Roles are {', '.join(ROLES)}.")
-        content, size = _content(path)
+        content, size = read_content(path)
         record = _record(content.pop(RECORD_ENTRY, None))
         teacher = _assembled(content, record, role, size)
         _check_counts(teacher, num_classes, num_cities)
@@ -153,9 +134,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{shown(os.fspath(path))}: {error.message}", hint=error.hint
-        ) from error.__cause__
+        raise CheckpointError(f"{shown(os.fspath(path))}: {error.message}", hint=error.hint) from error.__cause__
 
 
 def _assembled(content: dict[Any, Any], record: dict[str, Any], role: str | None, size: int) -> LoadedTeacher:
@@ -187,9 +166,7 @@ def _check_role(wanted: str | None, recorded: str | None, *, is_city2scene: bool
     found = "city2scene" if is_city2scene else recorded or "a plain scene or city model"
     if recorded is not None and (recorded == "city2scene") != is_city2scene:
         held = "a City2Scene model" if is_city2scene else "a plain model"
-        raise CheckpointError(
-            f"the record says the role is {recorded}, the tensors are those of {held}", hint=AGAIN
-        )
+        raise CheckpointError(f"the record says the role is {recorded}, the tensors are those of {held}", hint=AGAIN)
     plain = wanted in {"scene", "city"} and not is_city2scene and recorded is None
     if wanted is not None and wanted != found and not plain:
         raise CheckpointError(
@@ -241,20 +218,10 @@ def _entry(content: Mapping[Any, Any], entry: str) -> Mapping[Any, Any]:
     value = content.get(entry)
     if not isinstance(value, Mapping) or not value:
         raise CheckpointError(
-            f"expected a state dict in the entry {entry}, found {_kind(value)}",
+            f"expected a state dict in the entry {entry}, found {kind_of(value)}",
             hint="Save model.state_dict(), not the model: teachers.save_checkpoint does.",
         )
     return value
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "nothing"
-    empty = isinstance(value, dict | list | str) and not value
-    return f"an empty {type(value).__name__}" if empty else f"a {type(value).__name__}"
-
-
-# --------------------------------------------------------------------------------- the bytes of a file
 
 
 def _record(note: object) -> dict[str, Any]:
@@ -284,167 +251,3 @@ def _record(note: object) -> dict[str, Any]:
                 hint="A newer kd-cache may have written this file: update kd-cache.",
             )
     return record
-
-
-def _content(path: str | os.PathLike[str]) -> tuple[dict[Any, Any], int]:
-    """The file's entries and its size in bytes. The record, if any, is the entry ``kd_cache``."""
-    with _regular_file(path) as file:
-        before = os.fstat(file.fileno())
-        try:
-            content = _parsed(file, before.st_size)
-        except CheckpointError:
-            raise
-        except Exception as error:  # hostile bytes lead the parsers to any error at all; none may escape
-            raise CheckpointError(
-                f"the file is damaged or not a checkpoint: {_brief(error)}", hint=AGAIN
-            ) from error
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise CheckpointError(
-            "the file changed while it was read", hint="Wait until it is written, then retry."
-        )
-    if not isinstance(content, dict):
-        raise CheckpointError(f"expected a dict of tensors, found {_kind(content)}", hint=AGAIN)
-    return dict(content), before.st_size
-
-
-@contextlib.contextmanager
-def _regular_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    try:
-        # O_NONBLOCK: a FIFO would otherwise wait for a writer, forever.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"cannot open the checkpoint: {reason}", hint="Check the path.") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise CheckpointError("expected a file, found a directory, pipe or device", hint="Check the path.")
-    with os.fdopen(handle, "rb") as file:
-        yield file
-
-
-def _parsed(file: IO[bytes], size: int) -> object:
-    """Whatever the file's first bytes say it is; the caller turns any other error into a CheckpointError."""
-    head = file.read(512)
-    file.seek(0)
-    if not head:
-        raise CheckpointError("the file is empty", hint=AGAIN)
-    if size > MOST_BYTES:
-        raise CheckpointError(
-            f"the file has {size} bytes; teachers of up to {MOST_BYTES} are read",
-            hint="Save the weights alone, without optimizer state, with teachers.save_checkpoint.",
-        )
-    # A safetensors file starts with the length of its header as 8 bytes, little-endian, then the JSON itself.
-    if head[8:9] == b"{" and head[6:8] == b"\0\0":
-        return _from_safetensors(file, size)
-    if head.startswith(b"PK\x03\x04"):
-        return _from_zip(file, size)
-    if head[0] == 0x80:
-        return _from_legacy_pickle(file)
-    raise CheckpointError(
-        f"expected safetensors or a file of torch.save, found {_look(head)}",
-        hint="If it was downloaded, a page or a pointer came in its place: fetch the file itself.",
-    )
-
-
-def _look(head: bytes) -> str:
-    start = shown(head[:40].decode("ascii", "backslashreplace"))
-    if b"<html" in head.lower() or b"<!doctype" in head.lower():
-        return f"an HTML page ({start} …)"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer"
-    if head[257:262] == b"ustar":
-        return "a tar archive (torch before 0.4 wrote those; they cannot be read safely)"
-    return f"a file that starts with {start}"
-
-
-def _from_safetensors(file: IO[bytes], size: int) -> dict[str, Any]:
-    length = int.from_bytes(file.read(8), "little")
-    if length > MOST_HEADER or length + 8 > size:
-        raise CheckpointError(
-            f"the safetensors header claims {length} bytes; the file has {size}, allowed are {MOST_HEADER}",
-            hint=AGAIN,
-        )
-    header = file.read(length)
-    metadata = json.loads(header).get("__metadata__") or {}
-    file.seek(0)
-    tensors: dict[str, Any] = tensors_of_safetensors(file.read())
-    return {**tensors, RECORD_ENTRY: metadata[RECORD_ENTRY]} if RECORD_ENTRY in metadata else tensors
-
-
-def _from_zip(file: IO[bytes], size: int) -> object:
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    names = {member.filename.rpartition("/")[2] for member in members}
-    if "data.pkl" not in names or "constants.pkl" in names:
-        kind = "a TorchScript archive" if "constants.pkl" in names else "another zip file"
-        raise CheckpointError(f"expected a file of torch.save, found {kind}", hint=AGAIN)
-    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-    if packed or sum(member.file_size for member in members) > size:
-        raise CheckpointError(
-            "the zip members are compressed or overlap; torch.save writes neither, and they could"
-            f" unpack to any size\n{listed(packed)}".rstrip(),
-            hint=AGAIN,
-        )
-    pickles = [member for member in members if member.filename.endswith("data.pkl")]
-    if sum(member.file_size for member in pickles) > MOST_PICKLE:
-        raise CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
-    with zipfile.ZipFile(file) as archive:
-        called, _ = _globals_in(archive.read(pickles[0]))
-    file.seek(0)
-    return _weights_only(file, called)
-
-
-def _from_legacy_pickle(file: IO[bytes]) -> object:
-    """Files of torch.save before 1.6, several pickles in a row, then the numbers; and any plain pickle."""
-    start = file.read(MOST_PICKLE)
-    called, pickles = _globals_in(start)
-    if len(start) == MOST_PICKLE and pickles < LEGACY_PICKLES:
-        raise CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
-    file.seek(0)
-    return _weights_only(file, called)
-
-
-def _weights_only(file: IO[bytes], called: set[str]) -> object:
-    try:
-        with warnings.catch_warnings():
-            # What torch warns of here, a newer protocol, it then refuses with an error where it matters.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:
-        foreign = sorted(name for name in called if not WEIGHTS_GLOBAL.fullmatch(name))
-        if not foreign:
-            raise
-        raise CheckpointError(
-            f"this pickle calls more than weights need; it was refused and nothing ran:\n{listed(foreign)}",
-            hint="Ask for a .safetensors file. If you trust this one, load it inside"
-            " torch.serialization.safe_globals([...]) and save it again with teachers.save_checkpoint.",
-        ) from error
-
-
-def _globals_in(pickled: bytes) -> tuple[set[str], int]:
-    """What the pickles at the start of ``pickled`` refer to, without running them; how many there are."""
-    names: set[str] = set()
-    pickles = 0
-    words: list[str] = []
-    stream = io.BytesIO(pickled)
-    with contextlib.suppress(Exception):  # the end of the pickles, or damage, which torch.load reports
-        while pickles < LEGACY_PICKLES:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in {"GLOBAL", "INST"}:
-                    names.add(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.add(".".join(words[-2:]))
-                elif isinstance(argument, str):
-                    words = [*words[-1:], argument]
-            pickles += 1
-    return names, pickles
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of ``error``; without torch's own advice, which is to let the file run code."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    line = (
-        "" if not text or "weights_only" in text.splitlines()[0] else f": {shown(text.splitlines()[0])[:200]}"
-    )
-    return f"{type(error).__name__}{line}"

@@ -76,16 +76,13 @@ class CPResNet(nn.Module):
         inputs = (channels[0], *channels[:-1])
         for number, shape in enumerate(zip(inputs, channels, KERNELS, GROUPS, strict=True), start=1):
             self.add_module(f"block{number}", ResidualBlock(*shape))
-        self.head = nn.Sequential(
-            nn.Conv2d(channels[-1], num_classes, 1, bias=False), nn.BatchNorm2d(num_classes)
-        )
+        self.head = nn.Sequential(nn.Conv2d(channels[-1], num_classes, 1, bias=False), nn.BatchNorm2d(num_classes))
 
     @classmethod
     def for_tensors(cls, tensors: Mapping[str, Tensor]) -> CPResNet:
         """An untrained net whose sizes are those of a checkpoint's tensors."""
         a, b, c, d = (
-            rows(tensors, f"block{number}.conv2.weight", default)
-            for number, default in enumerate(CHANNELS, start=1)
+            rows(tensors, f"block{number}.conv2.weight", default) for number, default in enumerate(CHANNELS, start=1)
         )
         return cls(rows(tensors, "head.0.weight", 10), (a, b, c, d))
 

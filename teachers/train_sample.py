@@ -8,7 +8,9 @@ Every run also trains on shuffled labels, a control that must end at chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_cache.manifest import CITIES, SCENES, SOURCE, Sample, load_manifest
+from kd_cache.manifest import CITIES, SCENES, SOURCE, TARGETS, Sample, load_manifest
+from teachers.builtin import ARCHITECTURE_VERSION, City2Scene
+from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, save_checkpoint
 from teachers.cp_resnet import CPResNet
 
 EPOCHS = 20
@@ -26,11 +30,12 @@ SEED = 0
 BATCH = 32
 PEAK_LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
-HEAD_VIEWS = 4
-HEAD_PENALTY = 3e-3  # ridge on the scene head, in units of standardised embeddings
+HEAD_VIEWS = 16  # augmented copies of the train clips that the scene head sees
+HEAD_PENALTY = 3e-4  # ridge on the scene head, in units of standardised embeddings
 CHANCE = 1 / len(SCENES)  # ten scenes, ten cities, all equally frequent in test
 
-Model = Callable[[Tensor], Tensor]
+CHECKPOINT = "best.safetensors"
+_LABELS = {"city": "cities", "city2scene": "scenes", "scene": "scenes"}
 
 
 @dataclass(frozen=True)
@@ -60,17 +65,6 @@ class Scores(NamedTuple):
 
     source: float
     target: float
-
-
-class Trained(NamedTuple):
-    """A city model with the scene head fitted to its embedding."""
-
-    city: CPResNet
-    head: nn.Linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.city.embed(x))
-        return logits
 
 
 def load_clips(root: Path) -> tuple[Clips, Clips, str]:
@@ -103,7 +97,7 @@ def train_classifier(x: Tensor, labels: Tensor, classes: int, *, epochs: int, se
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=chance)
-        for rows in order[: batches * BATCH].split(BATCH):
+        for rows in order[: batches * BATCH].view(batches, BATCH):
             loss = F.cross_entropy(model(augmented(x[rows], chance)), labels[rows])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -132,44 +126,41 @@ def _response(batch: int, bands: int, chance: torch.Generator) -> Tensor:
     return (height / (1 + ((torch.arange(bands) - centre) / width) ** 2)).sum(dim=1)
 
 
-def fit_scene_head(model: CPResNet, clips: Clips) -> nn.Linear:
-    """Multinomial ridge regression from the frozen embedding to scenes; standardisation is folded into the weights."""
-    chance = torch.Generator().manual_seed(0)
+def fit_scene_head(model: CPResNet, clips: Clips, seed: int) -> nn.Linear:
+    """A linear map from the frozen embedding to scenes, fitted to the clips and to augmented views of them."""
+    chance = torch.Generator().manual_seed(seed)
     views = [clips.features, *(augmented(clips.features, chance) for _ in range(HEAD_VIEWS))]
-    scenes = clips.scenes.repeat(len(views))
     with torch.no_grad():
-        embedding = torch.cat([model.embed(x) for x in views])  # [N * views, 92]
+        embedding = torch.cat([model.embed(view) for view in views])  # [N * views, 92]
     mean, scale = embedding.mean(0), embedding.std(0) + 1e-6
-    standard = (embedding - mean) / scale
-    weight = torch.zeros(len(SCENES), standard.shape[1], requires_grad=True)
-    bias = torch.zeros(len(SCENES), requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        value = F.cross_entropy(F.linear(standard, weight, bias), scenes)
-        value = value + HEAD_PENALTY * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimiser.step(loss)  # type: ignore[arg-type]
-    head = nn.Linear(standard.shape[1], len(SCENES))
+    weight, bias = _ridge((embedding - mean) / scale, clips.scenes.repeat(len(views)))
+    head = nn.Linear(len(mean), len(SCENES))
     with torch.no_grad():
-        head.weight.copy_(weight / scale)
+        head.weight.copy_(weight / scale)  # standardisation is folded in: the head takes embeddings as they are
         head.bias.copy_(bias - (weight / scale * mean).sum(dim=1))
     return head.eval()
 
 
-@torch.no_grad()
-def accuracy(model: Model, x: Tensor, labels: Tensor) -> float:
-    """The share of clips whose highest logit is their label's."""
-    return float((model(x).argmax(dim=1) == labels).float().mean())
+def _ridge(x: Tensor, scenes: Tensor) -> tuple[Tensor, Tensor]:
+    """Multinomial regression with a square penalty: convex, so it ends at one optimum."""
+    weight = torch.zeros(len(SCENES), x.shape[1], requires_grad=True)
+    bias = torch.zeros(len(SCENES), requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(F.linear(x, weight, bias), scenes) + HEAD_PENALTY * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
 
 
 class Bench:
-    """One run: the sample, the settings, and the figures that come out."""
+    """One run over the sample: its clips, the settings, and the teachers trained on them."""
 
-    def __init__(self, root: Path, *, seed: int, epochs: int, shuffle: bool) -> None:
+    def __init__(self, root: Path, *, seed: int, epochs: int, shuffle: bool = False) -> None:
         train, self.test, self.digest = load_clips(root)
         self.train = train.shuffled(seed) if shuffle else train
         self.seed = seed
@@ -178,24 +169,132 @@ class Bench:
     def fit_scene(self) -> CPResNet:
         """The scene teacher: device A only."""
         clips = self.train.of(SOURCE)
-        return train_classifier(clips.features, clips.scenes, len(SCENES), epochs=self.epochs, seed=self.seed)
+        return self._fit(clips, clips.scenes, len(SCENES))
 
-    def fit_city2scene(self, target: str) -> Trained:
+    def fit_city2scene(self, target: str) -> City2Scene:
         """City labels of A and the target, then scene labels of A."""
         clips = self.train.of(SOURCE, target)
-        city = train_classifier(clips.features, clips.cities, len(CITIES), epochs=self.epochs, seed=self.seed)
-        return Trained(city, fit_scene_head(city, self.train.of(SOURCE)))
+        city = self._fit(clips, clips.cities, len(CITIES))
+        return City2Scene(city, fit_scene_head(city, self.train.of(SOURCE), self.seed))
 
-    def scene_scores(self, model: Model, target: str) -> Scores:
-        """Scene accuracy on test."""
-        source, other = self.test.of(SOURCE), self.test.of(target)
-        return Scores(
-            accuracy(model, source.features, source.scenes), accuracy(model, other.features, other.scenes)
-        )
+    def _fit(self, clips: Clips, labels: Tensor, classes: int) -> CPResNet:
+        return train_classifier(clips.features, labels, classes, epochs=self.epochs, seed=self.seed)
 
-    def city_scores(self, model: Model, target: str) -> Scores:
-        """City accuracy on test."""
-        source, other = self.test.of(SOURCE), self.test.of(target)
-        return Scores(
-            accuracy(model, source.features, source.cities), accuracy(model, other.features, other.cities)
-        )
+    def accuracy(self, model: nn.Module, device: str, *, of: str = "scenes") -> float:
+        """The share of the device's test clips whose highest logit is their label's."""
+        clips = self.test.of(device)
+        labels = clips.scenes if of == "scenes" else clips.cities
+        with torch.no_grad():
+            return float((model(clips.features).argmax(dim=1) == labels).float().mean())
+
+    def scores(self, scene: CPResNet, city2scene: City2Scene, target: str) -> dict[str, Scores]:
+        """City, City2Scene and scene accuracy on A and on the target."""
+        judged = {"city": city2scene.city_model, "city2scene": city2scene, "scene": scene}
+        return {
+            name: Scores(*(self.accuracy(model, device, of=_LABELS[name]) for device in (SOURCE, target)))
+            for name, model in judged.items()
+        }
+
+
+def run(bench: Bench, targets: Sequence[str], out: Path | None) -> dict[str, dict[str, Scores]]:
+    """Train every teacher, save what is asked for under ``out``, and return the figures by target."""
+    scene = bench.fit_scene()
+    figures = {}
+    for target in targets:
+        city2scene = bench.fit_city2scene(target)
+        figures[target] = bench.scores(scene, city2scene, target)
+        if out is not None:
+            _save_city2scene(out, bench, target, city2scene, figures[target])
+    if out is not None:
+        _save_scene(out, bench, scene)
+    return figures
+
+
+def _save_city2scene(out: Path, bench: Bench, target: str, model: City2Scene, figures: dict[str, Scores]) -> None:
+    tensors = {f"{CITY_ENTRY}.{name}": value for name, value in model.city_model.state_dict().items()}
+    tensors |= {f"{HEAD_ENTRY}.{name}": value for name, value in model.scene_head.state_dict().items()}
+    accuracy = {
+        "scene, A test": figures["city2scene"].source,
+        f"scene, {target} test": figures["city2scene"].target,
+        "city, A test": figures["city"].source,
+        f"city, {target} test": figures["city"].target,
+    }
+    path = out / "teacher_city2scene" / f"A2{target}" / CHECKPOINT
+    _save(path, tensors, bench, "city2scene", target, accuracy)
+
+
+def _save_scene(out: Path, bench: Bench, model: CPResNet) -> None:
+    accuracy = {f"scene, {device} test": bench.accuracy(model, device) for device in (SOURCE, *TARGETS)}
+    _save(out / "teacher_scene" / "global" / CHECKPOINT, model.state_dict(), bench, "scene", "all", accuracy)
+
+
+def _save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    bench: Bench,
+    role: str,
+    target: str,
+    accuracy: dict[str, float],
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python -m teachers.train_sample --target {target} --seed {bench.seed} --epochs {bench.epochs}"
+    record = {
+        "architecture": "cp_resnet",
+        "architecture_version": ARCHITECTURE_VERSION,
+        "role": role,
+        "class_names": list(SCENES),
+        "value_kind": "logits",
+        "training": {
+            "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
+            "command": command,
+            "epochs": bench.epochs,
+            "manifest_sha256": bench.digest,
+            "seed": bench.seed,
+        },
+    }
+    save_checkpoint(path, tensors, record)
+
+
+def table(runs: Mapping[str, dict[str, dict[str, Scores]]]) -> str:
+    """The figures in per cent, as a Markdown table: each run (true, shuffled) has a column for A and for the target."""
+    names = [f"{name} labels, {where}" for name in runs for where in ("A test", "target test")]
+    lines = [f"| target | teacher | {' | '.join(names)} | chance |", "|---" * (len(names) + 3) + "|"]
+    for target, teachers in next(iter(runs.values())).items():
+        for teacher in teachers:
+            values = [100 * value for figures in runs.values() for value in figures[target][teacher]]
+            cells = " | ".join(f"{value:.0f}" for value in values)
+            lines.append(f"| {target} | {teacher} | {cells} | {100 * CHANCE:.0f} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, save, and print the table."""
+    options = _parser().parse_args(argv)
+    # Two threads, always: sums split over another number of threads round otherwise.
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    targets = TARGETS if options.target == "all" else (options.target,)
+    settings = {"seed": options.seed, "epochs": options.epochs}
+    runs = {}
+    if not options.shuffle_labels:
+        out = options.out or options.root / "teachers"
+        runs["true"] = run(Bench(options.root, **settings), targets, out)
+    runs["shuffled"] = run(Bench(options.root, **settings, shuffle=True), targets, None)
+    sys.stdout.write(f"Accuracy in per cent on test locations, seed {options.seed}\n\n{table(runs)}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m teachers.train_sample", description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("data/sample"), help="where dataset.json lies")
+    parser.add_argument("--target", choices=(*TARGETS, "all"), default="all", help="target device")
+    parser.add_argument("--out", type=Path, help="where teachers are saved (default: ROOT/teachers)")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument(
+        "--shuffle-labels", action="store_true", help="only the control on shuffled labels; saves nothing"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError
 from teachers import CNN14, CPResNet, load_teacher, save_checkpoint
-from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, MOST_BYTES
+from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY
+from teachers.checkpoint_file import MOST_BYTES
 from teachers.cnn14 import kaiming
 
 CHANNELS = (4, 4, 8, 8, 16, 16)
@@ -103,9 +104,7 @@ def test_saving_twice_gives_the_same_bytes_and_leaves_no_temporary_file(tmp_path
     assert sorted(tmp_path.iterdir()) == paths
 
 
-def test_a_failed_save_keeps_the_old_file_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.pth"
     path.write_bytes(b"old")
 
@@ -187,9 +186,7 @@ def test_a_city2scene_file_loads_nested_flattened_and_prefixed(tmp_path: Path) -
     assert parts[0]["architecture"] == "cnn14/1+city2scene"
     assert {(teacher.num_classes, teacher.num_cities) for teacher in loaded} == {(10, 12)}
     assert loaded[0].source == f"{CITY_ENTRY} + {HEAD_ENTRY}"
-    assert loaded[3].source == (
-        f"{CITY_ENTRY}, prefix 'module.' removed + {HEAD_ENTRY}, prefix 'module.' removed"
-    )
+    assert loaded[3].source == (f"{CITY_ENTRY}, prefix 'module.' removed + {HEAD_ENTRY}, prefix 'module.' removed")
     raw = torch.load(tmp_path / "a.pth", weights_only=True)
     assert raw.keys() == {CITY_ENTRY, HEAD_ENTRY, "kd_cache"}
 
@@ -236,16 +233,12 @@ def test_other_float_weights_become_float32(saved: Callable[[Any], Path], dtype:
 
 def test_absent_batch_counters_do_not_matter(saved: Callable[[Any], Path]) -> None:
     tensors = {n: t for n, t in cnn14().items() if not n.endswith("num_batches_tracked")}
-    assert (
-        load_teacher(saved(tensors)).fingerprint_parts() == load_teacher(saved(cnn14())).fingerprint_parts()
-    )
+    assert load_teacher(saved(tensors)).fingerprint_parts() == load_teacher(saved(cnn14())).fingerprint_parts()
 
 
 def test_weights_with_gaps_in_memory_load(saved: Callable[[Any], Path]) -> None:
     tensors = {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in cnn14().items()}
-    assert (
-        load_teacher(saved(tensors)).fingerprint_parts() == load_teacher(saved(cnn14())).fingerprint_parts()
-    )
+    assert load_teacher(saved(tensors)).fingerprint_parts() == load_teacher(saved(cnn14())).fingerprint_parts()
 
 
 def test_loading_draws_no_random_numbers_and_freezes(saved: Callable[[Any], Path]) -> None:
@@ -316,9 +309,7 @@ def test_the_number_of_cities_is_checked_against_the_city_classifier(saved: Call
     assert load_teacher(saved(cnn14(10)), role="scene", num_cities=12).num_cities is None
 
 
-def test_a_file_of_another_role_is_refused_by_both_names(
-    saved: Callable[[Any], Path], tmp_path: Path
-) -> None:
+def test_a_file_of_another_role_is_refused_by_both_names(saved: Callable[[Any], Path], tmp_path: Path) -> None:
     assert "expected a scene teacher, found city2scene" in refusal(saved(city2scene()), role="scene")
     message = refusal(saved(cnn14()), role="city2scene")
     assert "expected a city2scene teacher, found a plain scene or city model" in message
@@ -437,9 +428,7 @@ def test_values_that_are_no_dense_float_tensors_are_named(
         ({3: torch.zeros(1)}, "3: a name that is not text"),
     ],
 )
-def test_a_file_without_a_state_dict_is_refused(
-    saved: Callable[[Any], Path], content: object, expected: str
-) -> None:
+def test_a_file_without_a_state_dict_is_refused(saved: Callable[[Any], Path], content: object, expected: str) -> None:
     assert expected in refusal(saved(content))
 
 
@@ -650,3 +639,10 @@ def test_names_a_user_trusts_may_be_allowed_explicitly(saved: Callable[[Any], Pa
     scalar = accuracy.__reduce__()[0]
     with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.float64))]):
         assert load_teacher(path).source == "model_state_dict"
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)])
+def test_a_training_scripts_numpy_numbers_beside_the_weights_do_no_harm(tmp_path: Path, number: np.generic) -> None:
+    net = CPResNet(10)
+    torch.save({"model_state_dict": net.state_dict(), "val_acc": number}, tmp_path / "best.pth")
+    assert load_teacher(tmp_path / "best.pth").num_classes == 10

@@ -1,0 +1,532 @@
+"""The dataset JSON: what is read, what is refused, and how each refusal names the row."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd_cache.errors import ManifestError
+from kd_cache.manifest import (
+    CITIES,
+    DEVICES,
+    DOMAIN_OF,
+    SCENES,
+    Manifest,
+    Sample,
+    load_manifest,
+    parse_manifest,
+    sample_key,
+    spelling,
+)
+
+Row = dict[str, Any]
+
+
+def row(file: str = "x/y.npy", **changes: Any) -> Row:
+    """A whole row; a change to ``...`` leaves the field out."""
+    whole = {"file": file, "scene_label": 3, "city_label": 7, "domain": 1, "device_id": "b", "split": "train"} | changes
+    return {field: value for field, value in whole.items() if value is not ...}
+
+
+def parse(content: Any, **sizes: int) -> tuple[Sample, ...]:
+    return parse_manifest(json.dumps(content).encode(), "m.json", **sizes)
+
+
+def refusal(content: Any, **sizes: int) -> str:
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(raw, "m.json", **sizes)
+    assert caught.value.exit_code == 2
+    assert "m.json" in caught.value.message
+    return caught.value.message
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+def test_three_lists_give_their_name_to_rows_without_a_split() -> None:
+    samples = parse(
+        {"train": [row("a", split=...)], "val": [row("b", split=...)], "test": [row("c", split=...), row("d")]}
+    )
+    assert [(s.file, s.split, s.listed_in) for s in samples] == [
+        ("a", "train", "train"),
+        ("b", "val", "val"),
+        ("c", "test", "test"),
+        ("d", "train", "test"),  # the contradiction is kept: the guard calls it leakage
+    ]
+
+
+def test_a_flat_list_reads_each_rows_split_and_keeps_the_order() -> None:
+    samples = parse([row("z", split="test"), row("a"), row("m", split="unused")])
+    assert [(s.file, s.split, s.listed_in) for s in samples] == [
+        ("z", "test", None),
+        ("a", "train", None),
+        ("m", "unused", None),
+    ]
+
+
+def test_every_field_of_a_row_arrives() -> None:
+    assert parse([row("x/y.npy", identifier="vienna-12")]) == (
+        Sample("x/y.npy", 3, 7, 1, "b", "train", None, "vienna-12"),
+    )
+
+
+@pytest.mark.parametrize("lists", [("train",), ("train", "test"), ("test", "val", "train")])
+def test_lists_may_be_absent_or_in_any_order(lists: tuple[str, ...]) -> None:
+    samples = parse({name: [row(name, split=...)] for name in lists})
+    assert [s.split for s in samples] == list(lists)
+
+
+def test_label_is_the_older_name_of_scene_label() -> None:
+    assert parse([row(scene_label=..., label=4)])[0].scene_label == 4
+    assert parse([row(scene_label=4, label=4)])[0].scene_label == 4
+
+
+@pytest.mark.parametrize(("new", "old"), [(3, None), (None, 3)])
+def test_a_null_beside_the_other_name_of_a_label_does_not_erase_it(new: int | None, old: int | None) -> None:
+    assert parse([row(scene_label=new, label=old)])[0].scene_label == 3
+
+
+def test_contradicting_labels_are_refused() -> None:
+    assert "scene_label is 3 but label is 4" in refusal([row(label=4)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_device_and_domain_follow_from_one_another(device: str) -> None:
+    domain = DOMAIN_OF[device]
+    for given_fields in ({"device_id": ...}, {"domain": ...}, {"device_id": None}, {"domain": None}, {}):
+        sample = parse([row(**({"domain": domain, "device_id": device} | given_fields))])[0]
+        assert (sample.domain, sample.device_id) == (domain, device)
+
+
+def test_domains_are_those_of_the_task() -> None:
+    assert DOMAIN_OF == {"A": 0, "b": 1, "c": 2, "s1": 3, "s2": 4, "s3": 5, "s4": 6, "s5": 7, "s6": 8}
+
+
+def test_both_spellings_of_the_source_device_mean_it() -> None:
+    assert parse([row(device_id="a", domain=...)])[0] == parse([row(device_id="A", domain=...)])[0]
+
+
+def test_class_names_are_in_alphabetical_order_which_is_the_class_order() -> None:
+    assert list(SCENES) == sorted(SCENES)
+    assert list(CITIES) == sorted(CITIES)
+    assert (len(SCENES), len(CITIES)) == (10, 12)
+
+
+def test_city_label_and_a_targets_scene_label_may_be_absent() -> None:
+    sample = parse([row(scene_label=..., city_label=...)])[0]
+    assert (sample.scene_label, sample.city_label) == (None, None)
+
+
+def test_fields_of_others_are_left_alone() -> None:
+    assert parse([row(duration=10.0, tags=["x", {"y": None}])])[0].file == "x/y.npy"
+
+
+def test_load_keeps_path_and_digest_of_the_bytes(tmp_path: Path) -> None:
+    import hashlib
+
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps([row()]))
+    manifest = load_manifest(path)
+    assert manifest.path == path
+    assert manifest.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (len(manifest), [s.file for s in manifest]) == (1, ["x/y.npy"])
+
+
+# -- locations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"identifier": "vienna-12"}, "vienna-12"),
+        ({"identifier": "Vienna-012 "}, "vienna-12"),
+        ({"location": "vienna-12"}, "vienna-12"),
+        ({"location": 12}, "7-12"),
+        ({"location": "12"}, "7-12"),
+        ({"location": 12, "city_label": ...}, "-12"),
+        ({"location": 12, "city_label": None}, "-12"),
+        ({"identifier": "vienna-12", "location": "outdoors"}, "vienna-12"),
+        ({"identifier": "clip9", "location": "vienna-12"}, "vienna-12"),
+        ({"identifier": "Hofburg"}, "hofburg"),
+        ({"identifier": None, "location": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_location_has_one_name_however_the_row_writes_it(fields: Row, place: str | None) -> None:
+    assert parse([row(**fields)])[0].location == place
+
+
+@pytest.mark.parametrize("value", [True, 1.5, [], {}, "", "  "])
+@pytest.mark.parametrize("field", ["identifier", "location"])
+def test_a_location_of_the_wrong_type_is_refused(field: str, value: Any) -> None:
+    assert f"{field} must be a name or a number" in refusal([row(**{field: value})])
+
+
+# -- types, ranges, contradictions -------------------------------------------------------------------------------------
+
+WRONG_TYPES = [True, False, "3", "", 3.0, 3.5, [3], {"a": 3}]
+
+
+@pytest.mark.parametrize("value", WRONG_TYPES, ids=repr)
+@pytest.mark.parametrize("field", ["scene_label", "city_label", "label", "domain"])
+def test_nothing_is_coerced_to_an_integer(field: str, value: Any) -> None:
+    message = refusal([row(**{field: value})])
+    assert field in message
+    assert "integer" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sizes"),
+    [
+        ("scene_label", -1, {}),
+        ("scene_label", 10, {}),
+        ("scene_label", 3, {"num_scenes": 3}),
+        ("label", 10, {}),
+        ("city_label", -1, {}),
+        ("city_label", 12, {}),
+        ("city_label", 7, {"num_cities": 7}),
+    ],
+)
+def test_labels_outside_their_range_are_refused_with_the_range(field: str, value: int, sizes: dict[str, int]) -> None:
+    top = sizes.get("num_cities", 12) if field == "city_label" else sizes.get("num_scenes", 10)
+    changes = {"scene_label": ..., field: value} if field == "label" else {field: value}
+    assert f"{field} is {value}, expected 0 to {top - 1}" in refusal([row(**changes)], **sizes)
+
+
+def test_ranges_follow_the_number_of_classes() -> None:
+    sample = parse([row(scene_label=14, city_label=19)], num_scenes=15, num_cities=20)[0]
+    assert (sample.scene_label, sample.city_label) == (14, 19)
+
+
+@pytest.mark.parametrize("domain", [-1, 9, 10**30])
+def test_an_unknown_domain_is_refused(domain: int) -> None:
+    assert "domain must be an integer from 0 to 8" in refusal([row(domain=domain, device_id=...)])
+
+
+@pytest.mark.parametrize("device", ["B", "s7", "S1", "", " b", 1, True, ["b"], {}])
+def test_an_unknown_device_is_refused_with_the_known_ones(device: Any) -> None:
+    message = refusal([row(device_id=device, domain=...)])
+    assert "device_id is" in message
+    assert "A, b, c, s1, s2, s3, s4, s5, s6" in message
+
+
+def test_a_device_that_contradicts_its_domain_is_refused() -> None:
+    assert "device_id s4 has domain 6, but domain is 1" in refusal([row(device_id="s4")])
+
+
+def test_a_row_with_neither_device_nor_domain_is_refused() -> None:
+    assert "neither device_id nor domain" in refusal([row(device_id=..., domain=...)])
+
+
+def test_a_source_row_without_scene_label_is_refused() -> None:
+    assert "scene_label is missing" in refusal([row(device_id="A", domain=0, scene_label=...)])
+
+
+@pytest.mark.parametrize("file", [..., None, 3, True, ["x"], {}])
+def test_a_file_that_is_no_text_is_refused(file: Any) -> None:
+    assert "file must be a string" in refusal([row(file=file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [('""', "empty"), (r'"a\u0000b"', "NUL"), (r'"a\ud800b"', "lone surrogate"), (r'"\udfff"', "lone surrogate")],
+)
+def test_a_file_that_no_path_can_be_is_refused(text: str, reason: str) -> None:
+    message = refusal(f'[{{"file": {text}, "device_id": "b", "scene_label": 1, "split": "train"}}]'.encode())
+    assert reason in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("content", [[3], ["x"], [None], [[row()]], {"train": [7]}])
+def test_a_row_that_is_no_object_is_refused(content: Any) -> None:
+    assert "expected an object, found" in refusal(content)
+
+
+@pytest.mark.parametrize("content", [3, "x", None, True, 1.5])
+def test_a_manifest_that_is_neither_list_nor_object_is_refused(content: Any) -> None:
+    assert "expected a list of samples or an object of lists" in refusal(content)
+
+
+def test_an_unknown_list_is_refused_by_name() -> None:
+    assert "dev" in refusal({"train": [row()], "dev": []})
+
+
+def test_a_manifest_keyed_by_file_is_refused_on_one_screen() -> None:
+    message = refusal({f"x/{number}.npy": row() for number in range(5000)})
+    assert "4980 more (5000 in all)" in message
+    assert message.count("\n") < 25
+
+
+@pytest.mark.parametrize("rows", [{}, "x", 3, None])
+def test_a_list_that_is_no_list_is_refused(rows: Any) -> None:
+    assert "train must be a list of samples" in refusal({"train": rows})
+
+
+def test_a_refusal_names_list_position_and_file() -> None:
+    message = refusal({"train": [row("ok")], "test": [row("fine"), row("bad/one.npy", city_label="x")]})
+    assert "test[1] (bad/one.npy)" in message
+
+
+# -- splits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_without_any_split_is_refused_and_never_train() -> None:
+    message = refusal([row("a"), row("b", split=...)])
+    assert "sample[1] (b)" in message
+    assert "never guessed" in message
+
+
+@pytest.mark.parametrize("split", [None, "", 0, True, ["train"], {}])
+@pytest.mark.parametrize("shape", ["flat", "lists"])
+def test_a_split_that_is_no_word_is_refused_in_either_shape(shape: str, split: Any) -> None:
+    rows = [row(split=split)]
+    assert "split must be a word" in refusal(rows if shape == "flat" else {"train": rows})
+
+
+@pytest.mark.parametrize("content", [[], {}, {"train": []}, {"train": [], "val": [], "test": []}])
+def test_an_empty_manifest_is_refused(content: Any) -> None:
+    assert "empty" in refusal(content)
+
+
+# -- duplicates --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_file_twice_is_refused() -> None:
+    assert "x/y.npy" in refusal([row(), row("other"), row()])
+
+
+@pytest.mark.parametrize(
+    "other", ["./x/y.npy", "x//y.npy", "x/./y.npy", "x/z/../y.npy", "z/../x/y.npy", "x/y.npy/", ".//x///y.npy"]
+)
+def test_the_same_file_in_another_spelling_is_refused(other: str) -> None:
+    message = refusal([row("x/y.npy"), row(other)])
+    assert f"{other} (also written x/y.npy)" in message
+
+
+def test_leading_slashes_do_not_make_another_file() -> None:
+    assert spelling("//data/x.npy") == spelling("/data/x.npy") == spelling("///data//x.npy") == "/data/x.npy"
+    assert "listed more than once" in refusal([row("/data/x.npy"), row("//data/x.npy")])
+
+
+def test_many_duplicates_are_listed_up_to_twenty_with_the_total() -> None:
+    message = refusal([row(f"f{number:03}") for number in range(33)] * 2)
+    assert "f019" in message
+    assert "f020" not in message
+    assert "13 more (33 in all)" in message
+
+
+def test_one_file_in_two_splits_is_left_to_the_guard() -> None:
+    assert [s.split for s in parse([row(split="train"), row(split="test")])] == ["train", "test"]
+
+
+def test_nfc_and_nfd_names_are_two_samples() -> None:
+    composed, decomposed = "caf\u00e9.npy", "cafe\u0301.npy"
+    assert [s.file for s in parse([row(composed), row(decomposed)])] == [composed, decomposed]
+    assert sample_key(composed) != sample_key(decomposed)
+
+
+# -- bytes that are not a manifest -------------------------------------------------------------------------------------
+
+GOOD = json.dumps([row()]).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        pytest.param(b"", "not valid UTF-8 JSON", id="empty file"),
+        pytest.param(b"\xef\xbb\xbf" + GOOD, "BOM", id="byte-order mark"),
+        pytest.param(GOOD.decode().encode("utf-16"), "not valid UTF-8 JSON", id="UTF-16"),
+        pytest.param(GOOD.replace(b"x/y", b"x/\xff"), "not valid UTF-8 JSON", id="not UTF-8"),
+        pytest.param(GOOD.replace(b": 3,", b": NaN,"), "NaN is not JSON", id="NaN"),
+        pytest.param(GOOD.replace(b": 3,", b": Infinity,"), "Infinity is not JSON", id="Infinity"),
+        pytest.param(GOOD.replace(b": 3,", b": -Infinity,"), "-Infinity is not JSON", id="-Infinity"),
+        pytest.param(GOOD.replace(b": 3,", b": 1e999,"), "integer", id="overflowing number"),
+        pytest.param(b'[{"file": "a", "file": "b"}]', "key file occurs twice", id="duplicate key"),
+        pytest.param(b'{"train": [], "train": []}', "key train occurs twice", id="duplicate list"),
+        pytest.param(b'[{"a\\u001b": 1, "a\\u001b": 2}]', r"key a\x1b occurs twice", id="duplicate key with escape"),
+        pytest.param(b"[" * 100_000, "nested too deeply", id="100k nesting"),
+        pytest.param(b'{"train":' * 100_000, "nested too deeply", id="100k nesting of objects"),
+        pytest.param(b'[{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}]", "nested too deeply", id="closed nesting"),
+        pytest.param(GOOD.replace(b": 3,", b": " + b"9" * 10_000 + b","), "4300 digits", id="10k-digit integer"),
+        pytest.param(GOOD + b"[]", "Extra data", id="trailing bytes"),
+        pytest.param(b"\x80\x04\x95K\x01.", "not valid UTF-8 JSON", id="pickle"),
+        pytest.param(b"\x1f\x8b\x08\x00" + bytes(20), "not valid UTF-8 JSON", id="gzip"),
+    ],
+)
+def test_bytes_that_are_no_manifest_are_refused_with_the_reason(raw: bytes, reason: str) -> None:
+    message = refusal(raw)
+    assert reason in message
+    assert len(message) < 500
+    assert all(c.isprintable() or c == "\n" for c in message)
+
+
+def test_a_manifest_cut_anywhere_is_refused() -> None:
+    raw = json.dumps({"train": [row("a", split=...)], "test": [row("b", split=...)]}).encode()
+    for length in range(len(raw)):
+        refusal(raw[:length])
+
+
+def test_a_large_integer_does_not_fill_the_screen() -> None:
+    for field in ("scene_label", "city_label", "domain", "location"):
+        message = refusal([row(**{field: 10**4000 if field != "location" else 1.5})])
+        assert len(message) < 300
+
+
+def test_a_hundred_thousand_keys_with_one_twice_are_refused_at_once() -> None:
+    keys = ", ".join(f'"k{number}": 0' for number in range(100_000))
+    assert "key k99999 occurs twice" in refusal(f'[{{{keys}, "k99999": 1}}]'.encode())
+
+
+def test_terminal_escapes_in_names_are_escaped_in_messages() -> None:
+    message = refusal([row("a\x1b[2J\x07\u202eb", scene_label=99)])
+    assert r"a\x1b[2J\x07\u202eb" in message
+    assert message.isprintable()
+
+
+def test_escapes_in_duplicates_are_escaped_too() -> None:
+    assert "\x1b" not in refusal([row("a\x1b[2J"), row("./a\x1b[2J")])
+
+
+# -- files that are not one --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "device", "unreadable name", "too long"])
+def test_what_is_no_plain_file_is_refused_and_never_hangs(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "unreadable name":
+        path = Path("a\0b")
+    elif kind == "too long":
+        path = tmp_path / ("m" * 300)
+    with pytest.raises(ManifestError, match="cannot read the manifest") as caught:
+        load_manifest(path)
+    assert caught.value.exit_code == 2
+    assert "--json-path" in str(caught.value)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        # MD5 of the UTF-8 bytes, from `printf %s … | md5sum`. Every stored row and every .npy of every cache is named
+        # by this: a changed value here means that no cache in the world finds its rows any more.
+        ("", "d41d8cd98f00b204e9800998ecf8427e"),
+        ("x/y.npy", "3b43e1bfadcd868c5ec6e675763f6fad"),
+        ("./x/y.npy", "43e40ca37c2ead3bdc266991b7d8175f"),
+        ("audio/airport-barcelona-0-0-a.wav", "77af8c58fe8e7b052f3d0f429af85179"),
+        ("caf\u00e9.npy", "24f86775b0fbef0d57545e785029e8f3"),
+        ("cafe\u0301.npy", "6d6cb27359c548bd3261a89309f6b538"),
+        ("\U0001f600/ü ö.npy", "2b168c9ea1cf2ca0cb13d7494e113d6f"),
+    ],
+)
+def test_keys_are_the_md5_of_the_path_exactly_as_written(file: str, key: str) -> None:
+    assert sample_key(file) == key
+
+
+# -- size --------------------------------------------------------------------------------------------------------------
+
+
+def test_140_000_rows_load() -> None:
+    rows = [
+        {
+            "file": f"audio/{SCENES[n % 10]}-{CITIES[n % 12]}-{n // 300}-{n}-a.wav",
+            "scene_label": n % 10,
+            "city_label": n % 12,
+            "domain": 0,
+            "device_id": "A",
+            "split": "train",
+        }
+        for n in range(140_000)
+    ]
+    assert len(Manifest(parse(rows), "")) == 140_000
+
+
+# -- properties --------------------------------------------------------------------------------------------------------
+
+FILES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+ROWS = st.builds(
+    lambda file, scene, city, device, split: {
+        "file": file,
+        "scene_label": scene,
+        "city_label": city,
+        "device_id": device,
+        "domain": DOMAIN_OF[device],
+        "split": split,
+    },
+    FILES,
+    st.integers(0, 9),
+    st.none() | st.integers(0, 11),
+    st.sampled_from(DEVICES),
+    st.sampled_from(["train", "val", "test", "unused"]),
+)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=8, unique_by=lambda r: spelling(r["file"])), st.booleans())
+def test_what_is_written_is_what_is_read(rows: list[Row], ascii_only: bool) -> None:
+    samples = parse_manifest(json.dumps(rows, ensure_ascii=ascii_only).encode(), "m.json")
+    assert [
+        {
+            "file": s.file,
+            "scene_label": s.scene_label,
+            "city_label": s.city_label,
+            "device_id": s.device_id,
+            "domain": s.domain,
+            "split": s.split,
+        }
+        for s in samples
+    ] == rows
+
+
+@given(st.lists(st.sampled_from(["a", "b", "é"]), min_size=1, max_size=4), st.data())
+def test_spellings_of_one_path_are_one(parts: list[str], data: st.DataObject) -> None:
+    plain = "/".join(parts)
+    noise = data.draw(st.lists(st.sampled_from(["", ".", "z/..", "z/./.."]), min_size=len(parts), max_size=len(parts)))
+    written = "/".join(f"{extra}/{part}" if extra else part for extra, part in zip(noise, parts, strict=True))
+    assert spelling(written) == spelling(plain) == plain
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
+    with contextlib.suppress(ManifestError):
+        parse_manifest(raw, "m.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["file", "split", "scene_label", "label", "domain", "device_id", "train", "test", "location"]
+            ),
+            inner,
+            max_size=9,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_any_json_is_read_or_refused(content: Any) -> None:
+    try:
+        samples = parse(content)
+    except ManifestError as error:
+        assert all(c.isprintable() or c == "\n" for c in error.message)  # noqa: PT017
+    else:
+        assert all(s.split and s.file and s.device_id in DEVICES for s in samples)

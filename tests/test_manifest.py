@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd_cache.errors import ManifestError
@@ -458,6 +458,8 @@ def test_140_000_rows_load() -> None:
 
 # -- properties --------------------------------------------------------------------------------------------------------
 
+small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+
 FILES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 ROWS = st.builds(
     lambda file, scene, city, device, split: {
@@ -476,6 +478,7 @@ ROWS = st.builds(
 )
 
 
+@small
 @given(st.lists(ROWS, min_size=1, max_size=8, unique_by=lambda r: spelling(r["file"])), st.booleans())
 def test_what_is_written_is_what_is_read(rows: list[Row], ascii_only: bool) -> None:
     samples = parse_manifest(json.dumps(rows, ensure_ascii=ascii_only).encode(), "m.json")
@@ -492,6 +495,7 @@ def test_what_is_written_is_what_is_read(rows: list[Row], ascii_only: bool) -> N
     ] == rows
 
 
+@small
 @given(st.lists(st.sampled_from(["a", "b", "é"]), min_size=1, max_size=4), st.data())
 def test_spellings_of_one_path_are_one(parts: list[str], data: st.DataObject) -> None:
     plain = "/".join(parts)
@@ -500,6 +504,7 @@ def test_spellings_of_one_path_are_one(parts: list[str], data: st.DataObject) ->
     assert spelling(written) == spelling(plain) == plain
 
 
+@small
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
     with contextlib.suppress(ManifestError):
@@ -522,6 +527,7 @@ JSON = st.recursive(
 )
 
 
+@small
 @given(JSON)
 def test_any_json_is_read_or_refused(content: Any) -> None:
     try:

@@ -1,0 +1,429 @@
+"""The product on its embedded sample, as a person would use it: real teachers, the real command, a student."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, SAMPLE, Run
+from typer.testing import CliRunner, Result
+
+from kd_cache import DataLeakageError, LogitCache, StaleError, sample_key, student_loader, teacher_fingerprint
+from kd_cache.cli import app
+from teachers import load_teacher, save_checkpoint
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the repository's root, with the sample's data and its finished cache for target b."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "data").mkdir()
+    shutil.copytree(SAMPLE, root / "data" / "sample")
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        result = invoke("dump", "--target", "b")
+    finally:
+        os.chdir(before)
+    assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def root(dumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it to damage; the working folder."""
+    copy = tmp_path / "root"
+    shutil.copytree(dumped, copy)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("COLUMNS", "200")
+    # What the dump saved are absolute paths; they must lead to the copy.
+    assert invoke("dump", "--target", "b", "--num-verify", 0).exit_code == 0
+    yield copy
+
+
+def manifest(root: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((root / "data/sample/dataset.json").read_text())
+    return content
+
+
+def write_manifest(root: Path, content: object) -> None:
+    (root / "data/sample/dataset.json").write_text(json.dumps(content))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_index_alone_gives_the_logits_that_logit_cache_gives(root: Path) -> None:
+    script = """
+import json, numpy as np
+index = json.load(open("cache/A2b/cache_index.json"))
+for teacher in ("city2scene", "scene"):
+    np.save(teacher, [np.load(json.load(open("cache/A2b/cache_index.json"))[teacher][file]) if not i else
+                      np.load(index[teacher][file]) for i, file in enumerate(index[teacher])])
+json.dump([list(index["city2scene"]), list(index["scene"])], open("files.json", "w"))
+"""
+    isolated = [sys.executable, "-c", script]
+    subprocess.run(isolated, cwd=root, check=True)
+    cache = LogitCache.open("cache/A2b")
+    for teacher, files in zip(("city2scene", "scene"), json.loads((root / "files.json").read_text()), strict=True):
+        assert sorted(files) == sorted(cache.files)
+        expected = cache.batch(files)[:, cache.teachers.index(teacher)].numpy()
+        np.testing.assert_array_equal(np.load(f"{teacher}.npy"), expected)
+
+
+def test_cached_logits_are_the_teachers_own_and_know_the_scene(root: Path) -> None:
+    cache = LogitCache.open("cache/A2b")
+    rows = [row for row in manifest(root)["train"] if row["device_id"] == "A"]
+    features = torch.stack([torch.from_numpy(np.load(f"data/sample/{row['file']}")).float() for row in rows])
+    scene = load_teacher(SAMPLE / "teachers/teacher_scene/global/best.safetensors")
+    with torch.inference_mode():
+        expected = scene(features)
+    logits = cache.batch([row["file"] for row in rows])[:, cache.teachers.index("scene")]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    labels = torch.tensor([row["scene_label"] for row in rows])
+    assert (logits.argmax(1) == labels).float().mean() > 0.5
+
+
+def test_a_third_run_scores_nothing_and_says_so(root: Path) -> None:
+    result = invoke("dump", "--target", "b", "--json")
+    content = json.loads(result.stdout)
+    assert content["samples_scored"] == 0
+    assert content["verification"]["exit_code"] == 0
+    assert "Nothing to score" in invoke("dump", "--target", "b").stdout
+
+
+def test_another_checkpoint_under_the_same_path_is_refused_everywhere_until_it_is_rescored(root: Path) -> None:
+    path = root / "data/sample/teachers/teacher_scene/global/best.safetensors"
+    old = teacher_fingerprint(load_teacher(path))
+    teacher = load_teacher(path)
+    state = {name: tensor.clone() for name, tensor in teacher.net.state_dict().items()}
+    next(iter(state.values())).mul_(1.5)
+    save_checkpoint(path, state, teacher.record)
+    result = invoke("verify", "--n", 20)
+    assert result.exit_code == 5
+    assert "weights" in result.stdout
+    new = teacher_fingerprint(load_teacher(path))
+    with pytest.raises(StaleError, match="weights"):
+        LogitCache.open("cache/A2b", expect={"scene": new})
+    with pytest.raises(StaleError):
+        LogitCache.open("cache/A2b", expect={"scene": new.digest})
+    content = json.loads(invoke("dump", "--target", "b", "--json").stdout)
+    assert content["teachers"]["scene"]["rescored"] == {"weights changed": content["permitted"]}
+    assert content["teachers"]["city2scene"]["skipped"] == content["permitted"]
+    assert LogitCache.open("cache/A2b", expect={"scene": new.digest}).teachers == ("city2scene", "scene")
+    with pytest.raises(StaleError, match="weights"):  # the cache remembers what the old one was
+        LogitCache.open("cache/A2b", expect={"scene": old.digest})
+    assert invoke("verify", "--all").exit_code == 0
+
+
+def test_the_same_weights_as_pth_and_safetensors_are_the_same_teacher(root: Path) -> None:
+    path = root / "data/sample/teachers/teacher_scene/global/best.safetensors"
+    torch.save({"model_state_dict": load_teacher(path).net.state_dict()}, root / "scene.pth")
+    content = json.loads(invoke("dump", "--target", "b", "--scene-teacher-ckpt", "scene.pth", "--json").stdout)
+    assert content["samples_scored"] == 0
+
+
+def test_a_regenerated_feature_is_found_and_it_alone_is_rescored(root: Path) -> None:
+    changed = next(row["file"] for row in manifest(root)["train"] if row["device_id"] == "b")
+    path = root / "data/sample" / changed
+    np.save(path, np.load(path)[::-1])
+    result = invoke("verify", "--all")
+    assert result.exit_code == 5
+    assert changed in result.stdout
+    content = json.loads(invoke("dump", "--target", "b", "--json").stdout)
+    assert content["samples_scored"] == 1
+    assert content["teachers"]["scene"]["rescored"] == {"its feature changed": 1}
+
+
+def test_row_into_train(content: dict[str, Any]) -> str:
+    row = content["test"][0]
+    content["train"].append(row)  # its split still says test
+    return str(row["file"])
+
+
+def unseen_device_into_train(content: dict[str, Any]) -> str:
+    row = next(row for row in content["test"] if row["device_id"] == "s4")
+    content["test"].remove(row)
+    content["train"].append(row | {"split": "train"})
+    return str(row["file"])
+
+
+def one_file_under_two_spellings(content: dict[str, Any]) -> str:
+    row = content["train"][0]
+    content["test"].append(row | {"file": "./" + row["file"].replace("/", "//"), "split": "test"})
+    return str(row["file"])
+
+
+def one_location_in_both(content: dict[str, Any]) -> str:
+    row = next(row for row in content["train"] if row["device_id"] == "A")
+    other = row | {"file": row["file"].replace("-a.npy", "-s1.npy") + ".npy", "device_id": "s1", "domain": 3}
+    content["test"].append(other | {"split": "test"})
+    return str(row["file"])
+
+
+test_row_into_train.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [test_row_into_train, unseen_device_into_train, one_file_under_two_spellings, one_location_in_both],
+    ids=lambda leak: leak.__name__,
+)
+def test_leakage_exits_6_with_the_samples_name_and_the_cache_root_unchanged(
+    root: Path, leak: Callable[[dict[str, Any]], str]
+) -> None:
+    content = manifest(root)
+    name = leak(content)
+    write_manifest(root, content)
+    before = snapshot(root / "cache")
+    result = invoke("dump", "--target", "b")
+    assert result.exit_code == 6
+    assert name in result.stderr
+    assert snapshot(root / "cache") == before
+    with pytest.raises(DataLeakageError, match=name):
+        student_loader("data/sample/dataset.json", "data/sample", "cache/A2b", 8)
+    shutil.rmtree(root / "cache")
+    assert invoke("dump", "--target", "b").exit_code == 6
+    assert not (root / "cache").exists()
+
+
+def test_a_row_without_split_exits_2_with_the_cache_root_unchanged(root: Path) -> None:
+    rows = [row for rows in manifest(root).values() for row in rows]
+    del rows[5]["split"]
+    write_manifest(root, rows)
+    before = snapshot(root / "cache")
+    result = invoke("dump", "--target", "b")
+    assert result.exit_code == 2
+    assert rows[5]["file"] in result.stderr
+    assert snapshot(root / "cache") == before
+
+
+def test_json_on_stdout_is_nothing_but_json(root: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", "from kd_cache.cli import main; main()", "verify", "--n", "100", "--json"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(shown.stdout)["exit_code"] == 0
+
+
+def test_a_deleted_row_file_exits_3_and_flipped_bytes_exit_4_each_naming_the_file(root: Path) -> None:
+    file = manifest(root)["train"][0]["file"]
+    row_file = root / f"cache/A2b/scene/{sample_key(file)}.npy"
+    content = bytearray(row_file.read_bytes())
+    row_file.unlink()
+    result = invoke("verify", "--all")
+    assert (result.exit_code, file in result.stdout) == (3, True)
+    content[-2] ^= 4
+    row_file.write_bytes(content)
+    result = invoke("verify", "--all")
+    assert (result.exit_code, file in result.stdout) == (4, True)
+    assert invoke("dump", "--target", "b").exit_code == 0
+    pack = next((root / "cache/A2b/packs").glob("scene-*"))
+    content = bytearray(pack.read_bytes())
+    content[len(content) // 2] ^= 1
+    pack.write_bytes(content)
+    result = invoke("verify", "--all")
+    assert (result.exit_code, pack.name in result.stdout) == (4, True)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_two_workers_give_the_logits_of_the_index_for_every_path(root: Path, context: str) -> None:
+    index = json.loads((root / "cache/A2b/cache_index.json").read_text())
+    cache = LogitCache.open("cache/A2b")
+    loader = student_loader(
+        "data/sample/dataset.json",
+        "data/sample",
+        cache,
+        batch_size=64,
+        num_workers=2,
+        multiprocessing_context=context,
+        persistent_workers=True,
+    )
+    expected = {t: {f: np.load(p) for f, p in index[t].items()} for t in cache.teachers}
+    for _ in range(2):
+        seen = []
+        for batch in loader:
+            assert (batch["scene_label"][batch["target_mask"]] == -100).all()
+            assert (batch["scene_label"][batch["source_mask"]] >= 0).all()
+            assert (batch["source_mask"] ^ batch["target_mask"]).all()
+            for row, file in enumerate(batch["path"]):
+                for column, teacher in enumerate(cache.teachers):
+                    np.testing.assert_array_equal(batch["teacher_logits"][row, column], expected[teacher][file])
+            seen += batch["path"]
+        assert sorted(seen) == sorted(index["scene"])
+
+
+def test_cnn14_checkpoints_of_existing_pipelines_dump_features_of_mixed_length(run: Run, tmp_path: Path) -> None:
+    from teachers.cnn14 import CNN14, kaiming
+
+    rows = []
+    for number, frames in enumerate((101, 64, 101, 33)):
+        device = "Ab"[number % 2]
+        np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).normal(size=(frames, 64)).astype(np.float32))
+        rows.append({"file": f"{number}.npy", "label": number, "device_id": device, "split": "train"})
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    channels = (4, 4, 8, 8, 16, 16)
+    city, scene = CNN14(12, channels, 16, (8, 8)), CNN14(10, channels, 16, (8, 8))
+    for seed, net in enumerate((city, scene)):
+        kaiming(net, torch.Generator().manual_seed(seed))
+    head = torch.nn.Linear(16, 10)
+    for folder, content in (
+        ("teacher_scene/global", {"epoch": 1, "model_state_dict": scene.state_dict(), "val_acc": np.float64(0.5)}),
+        (
+            "teacher_city2scene/A2b",
+            {"epoch": 1, "city_model_state_dict": city.state_dict(), "scene_head_state_dict": head.state_dict()},
+        ),
+    ):
+        (tmp_path / "outputs" / folder).mkdir(parents=True)
+        torch.save(content, tmp_path / "outputs" / folder / "best.pth")
+    result = run("dump", "--target", "b", "--json-path", "m.json")
+    assert result.exit_code == 0, result.output
+    cache = LogitCache.open("cache/A2b")
+    for row in rows:
+        features = torch.from_numpy(np.load(tmp_path / str(row["file"])))[None]
+        with torch.inference_mode():
+            expected = torch.stack([head(city.eval().embed(features)), scene.eval()(features)], dim=1)
+        torch.testing.assert_close(cache.batch([str(row["file"])]), expected, rtol=1e-5, atol=1e-5)
+
+
+def pickle_that_runs_code(path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {path}.ran",)
+
+    torch.save({"model_state_dict": Bomb()}, path)
+
+
+BAD_INPUT: dict[str, tuple[int, str, Callable[[Path], tuple[object, ...]]]] = {}
+
+
+def bad(code: int, says: str) -> Callable[[Callable[[Path], tuple[object, ...]]], None]:
+    def note(arrange: Callable[[Path], tuple[object, ...]]) -> None:
+        BAD_INPUT[arrange.__name__] = (code, says, arrange)
+
+    return note
+
+
+@bad(1, "nowhere.pth")
+def missing_checkpoint(root: Path) -> tuple[object, ...]:
+    return ("--scene-teacher-ckpt", "nowhere.pth")
+
+
+@bad(1, "short.safetensors")
+def truncated_checkpoint(root: Path) -> tuple[object, ...]:
+    whole = (SAMPLE / "teachers/teacher_scene/global/best.safetensors").read_bytes()
+    (root / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    return ("--scene-teacher-ckpt", "short.safetensors")
+
+
+@bad(1, "system")
+def pickle_with_code(root: Path) -> tuple[object, ...]:
+    pickle_that_runs_code(root / "bomb.pth")
+    return ("--scene-teacher-ckpt", "bomb.pth")
+
+
+@bad(1, "10 scenes, expected 15")
+def wrong_class_count(root: Path) -> tuple[object, ...]:
+    return ("--num-scenes", 15)
+
+
+@bad(1, "does not exist")
+def missing_feature(root: Path) -> tuple[object, ...]:
+    (root / "data/sample" / manifest(root)["train"][3]["file"]).unlink()
+    return ()
+
+
+@bad(1, "finite")
+def feature_with_nan(root: Path) -> tuple[object, ...]:
+    path = root / "data/sample" / manifest(root)["train"][3]["file"]
+    array = np.load(path)
+    array[0, 0] = np.nan
+    np.save(path, array)
+    return ()
+
+
+@bad(2, "empty")
+def empty_manifest(root: Path) -> tuple[object, ...]:
+    write_manifest(root, {"train": [], "test": []})
+    return ()
+
+
+@bad(1, "is a file")
+def cache_root_that_is_a_file(root: Path) -> tuple[object, ...]:
+    (root / "taken").write_text("")
+    return ("--cache-root", "taken")
+
+
+@bad(2, "x9")
+def unknown_target(root: Path) -> tuple[object, ...]:
+    return ("--target", "x9")
+
+
+@bad(2, "cuda")
+def cuda_without_one(root: Path) -> tuple[object, ...]:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    return ("--device", "cuda")
+
+
+@bad(2, "carg")
+def unknown_option_in_the_file(root: Path) -> tuple[object, ...]:
+    (root / "kd-cache.yaml").write_text("carget: b\n")
+    return ()
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_screen_without_traceback(root: Path, case: str) -> None:
+    code, says, arrange = BAD_INPUT[case]
+    before = snapshot(root / "cache")
+    result = invoke("dump", "--target", "b", *arrange(root))
+    assert result.exit_code == code, result.output
+    said = result.stderr
+    assert says in said.replace("\n", "")
+    assert "Traceback" not in said
+    assert len(said.splitlines()) < 25
+    assert snapshot(root / "cache") == before
+    assert not list(root.rglob("*.ran"))
+
+
+def test_import_and_help_do_not_import_torch() -> None:
+    script = "import sys, kd_cache, kd_cache.cli; assert 'torch' not in sys.modules and 'h5py' not in dir()"
+    subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True)
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-c",
+            "import sys; sys.argv[1:] = ['--help']\nfrom kd_cache.cli import main; main()",
+        ],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "dump" in shown.stdout
+    assert " torch" not in shown.stderr
+
+
+def test_underscore_spellings_of_the_older_script_are_understood(root: Path) -> None:
+    result = invoke("dump", "--target_name", "b", "--cache_root", "cache", "--num_verify", 3, "--dry_run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["samples_scored"] == 0

@@ -1,0 +1,126 @@
+"""The documents are true: every command and snippet runs as printed, every option and public name is documented."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import REPO
+from typer.testing import CliRunner
+
+import kd_cache
+from kd_cache.cli import app
+
+README = (REPO / "README.md").read_text()
+COMMANDS = [
+    line.removeprefix("$ ")
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("$ kd-cache")
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("readme")
+    shutil.copytree(REPO / "data", made / "data")
+    return made
+
+
+def test_every_readme_command_and_snippet_runs_as_printed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = next(snippet for snippet in SNIPPETS if snippet.startswith("# my_teachers.py"))
+    Path("my_teachers.py").write_text(own)
+    assert len(COMMANDS) >= 9
+    for command in COMMANDS:
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+    for snippet in SNIPPETS:
+        script = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-c", snippet]
+        shown = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ)
+        assert shown.returncode == 0, snippet + shown.stderr
+
+
+def test_the_demos_student_loop_learns_from_the_cache(root: Path) -> None:
+    if not (root / "cache/A2b/cache_index.json").exists():
+        pytest.skip("needs the dump of the README test, which did not run")
+    shown = subprocess.run(
+        [sys.executable, str(REPO / "docs/student_loop.py")], cwd=root, capture_output=True, text=True, check=True
+    )
+    losses = [float(text) for text in re.findall(r"loss (\d+\.\d+)", shown.stdout)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+
+
+def options_of(name: str) -> set[str]:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    return {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+
+
+def test_every_option_of_dump_is_in_the_readme() -> None:
+    negatives = {"--skip-existing": "--no-skip-existing", "--files": "--no-files"}
+    for option in options_of("dump") - {"--target-name", "--help"}:
+        assert negatives.get(option, option) in README, option
+
+
+@pytest.mark.parametrize("name", ["dump", "verify", "info", "sample-data"])
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.help
+    assert f"kd-cache {name}" in README
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["dump", "verify"])
+def test_every_option_has_an_environment_variable_named_after_it(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        if parameter.name in ("help", "n", "everything", "as_json", "dtype", "precision", "seed"):
+            continue
+        assert parameter.envvar == f"KD_CACHE_{parameter.name.upper()}", parameter.name
+
+
+def test_exported_names_are_the_public_names_and_exist() -> None:
+    assert sorted(kd_cache.__all__) == kd_cache.__all__
+    assert set(kd_cache.__all__) == set(kd_cache._MODULE_OF)
+    for name in kd_cache.__all__:
+        assert getattr(kd_cache, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        kd_cache.nothing_like_this  # noqa: B018
+    assert dir(kd_cache) == kd_cache.__all__
+
+
+def test_the_version_is_the_packages() -> None:
+    assert f'version = "{kd_cache.__version__}"' in (REPO / "pyproject.toml").read_text()
+    assert kd_cache.__version__ in (REPO / "CHANGELOG.md").read_text()
+    assert kd_cache.__version__ in CliRunner().invoke(app, ["--version"]).stdout
+
+
+def imports(path: Path) -> set[str]:
+    return set(re.findall(r"^\s*(?:from|import) ((?:kd_cache|teachers)[\w.]*)", path.read_text(), re.MULTILINE))
+
+
+def test_imports_point_down() -> None:
+    for path in (REPO / "kd_cache/store").glob("*.py"):
+        above = {name for name in imports(path) if not name.startswith("kd_cache.store")}
+        assert above <= {"kd_cache.errors", "kd_cache.fingerprint"}, path
+    for path in (REPO / "kd_cache").rglob("*.py"):
+        assert not any(name.startswith("teachers") for name in imports(path)), path
+        if "cli" not in path.parts:
+            assert not any(name.startswith("kd_cache.cli") for name in imports(path)), path
+    library = [path for path in (REPO / "teachers").glob("*.py") if path.name != "train_sample.py"]
+    for path in library:
+        known = {name for name in imports(path) if name.startswith("kd_cache")}
+        assert known <= {"kd_cache.errors", "kd_cache.fingerprint"}, path

@@ -1,0 +1,640 @@
+"""Feature files: read exactly as numpy reads them, or refused with the reason, and never outside the data root."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kd_cache import features
+from kd_cache.errors import FeatureError, UsageError
+from kd_cache.features import FeatureSource, parse_header, read_array
+from kd_cache.fingerprint import input_digest
+
+small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+
+
+def saved(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
+    """What numpy writes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def npy(header: str | bytes, payload: bytes = b"", version: int = 1) -> bytes:
+    """A file with any header at all."""
+    text = header.encode("latin1") if isinstance(header, str) else header
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + payload
+
+
+def described(
+    shape: object = (2, 3), descr: object = "<f4", fortran: object = False, extra: str = "", payload: bytes = bytes(24)
+) -> bytes:
+    return npy(f"{{'descr': {descr!r}, 'fortran_order': {fortran!r}, 'shape': {shape!r}{extra}}}\n", payload)
+
+
+GOOD = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "x").mkdir(parents=True)
+    np.save(folder / "x" / "good.npy", GOOD)
+    return folder
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    np.save(folder / "secret.npy", GOOD)
+    return folder
+
+
+def refusal(source: FeatureSource, file: str) -> str:
+    """The message that both `read` and `shape` refuse with (or `read` alone, where values are at fault)."""
+    with pytest.raises(FeatureError) as caught:
+        source.read(file)
+    message = caught.value.message
+    assert caught.value.exit_code == 1
+    assert isinstance(caught.value, ValueError)
+    assert len(message) < 1000
+    assert all(c.isprintable() or c == "\n" for c in message)
+    return message
+
+
+def refused(root: Path, content: bytes, *, shape_too: bool = True) -> str:
+    (root / "bad.npy").write_bytes(content)
+    source = FeatureSource(root)
+    message = refusal(source, "bad.npy")
+    assert message.startswith("feature bad.npy (under ")
+    if shape_too:
+        with pytest.raises(FeatureError):
+            source.shape("bad.npy")
+    return message
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_what_numpy_writes_is_read_as_numpy_reads_it(
+    root: Path, version: tuple[int, int], dtype: str, order: Any
+) -> None:
+    array = np.random.default_rng(0).normal(size=(101, 64)).astype(dtype, order=order)
+    (root / "f.npy").write_bytes(saved(array, version))
+    feature = FeatureSource(root).read("f.npy")
+    expected = np.load(root / "f.npy")
+    assert feature.array.dtype == expected.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(feature.array, expected)
+    assert feature.array.flags.c_contiguous
+    assert not feature.array.flags.writeable
+    assert feature.digest == input_digest(array)
+    assert FeatureSource(root).shape("f.npy") == (101, 64)
+
+
+@small
+@given(
+    hnp.arrays(
+        st.sampled_from(["<f4", "<f2"]),
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=6),
+        elements=st.floats(width=16, allow_nan=False, allow_infinity=False),
+    ),
+    st.sampled_from("CF"),
+    st.sampled_from([(1, 0), (2, 0), (3, 0)]),
+)
+def test_any_feature_is_read_as_numpy_reads_it(array: np.ndarray, order: Any, version: tuple[int, int]) -> None:
+    content = saved(np.asarray(array, order=order), version)
+    read = read_array(content)
+    expected = np.load(io.BytesIO(content))
+    assert read.dtype == expected.dtype
+    assert read.tobytes() == expected.tobytes()
+    assert read.flags.c_contiguous
+
+
+@small
+@given(
+    st.binary(max_size=80),
+    st.sampled_from([b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x50\x00", b"\x93NUMPY\x01\x00\x48\x00{'descr': '<f4', "]),
+)
+def test_any_bytes_are_read_or_refused(tail: bytes, head: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        read_array(head + tail)
+
+
+def test_each_flipped_bit_is_refused_or_read_as_numpy_reads_it() -> None:
+    good = saved(GOOD)
+    for bit in range(len(good) * 8):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            read = read_array(bytes(content))
+        except ValueError:
+            assert bit < len(good) * 8 - GOOD.nbytes * 8, "a flip in the values is for the digest to find"
+            continue
+        assert read.tobytes() == np.load(io.BytesIO(bytes(content))).tobytes()
+
+
+def test_an_array_that_starts_at_an_odd_byte_is_read(root: Path) -> None:
+    (root / "odd.npy").write_bytes(described((4, 3), extra="  ", payload=GOOD.tobytes()))
+    for padding in range(4):
+        content = described((4, 3), extra=" " * padding, payload=GOOD.tobytes())
+        np.testing.assert_array_equal(read_array(content), GOOD)
+        assert input_digest(read_array(content)) == input_digest(GOOD)
+
+
+def test_a_feature_without_its_last_newline_or_padding_is_read() -> None:
+    content = npy("{'descr':'<f4','fortran_order':False,'shape':(4,3)}", GOOD.tobytes())
+    np.testing.assert_array_equal(read_array(content), GOOD)
+
+
+# -- hostile and broken content ----------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_object_arrays_and_pickles_are_refused_and_never_run(root: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    objects = np.empty((1, 1), object)
+    objects[0, 0] = Bomb(mark)
+    assert "dtype is not float32" in refused(root, saved(objects))
+    assert "not a .npy file" in refused(root, pickle.dumps(Bomb(mark)))
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Bomb(mark)))  # noqa: S301 (the bomb does work)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('pathlib').Path('{mark}').touch()",
+        "(lambda: 0)()",
+        "[open('{mark}', 'w')]",
+        "f'{{1}}'",
+        "a",
+        "1+1j+x",
+    ],
+)
+def test_code_in_a_header_is_never_run(root: Path, tmp_path: Path, expression: str) -> None:
+    mark = tmp_path / "ran"
+    code = expression.format(mark=mark)
+    assert "header" in refused(root, npy(code, bytes(24)))
+    assert "header" in refused(root, npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {code}}}", bytes(24)))
+    assert not mark.exists()
+
+
+def test_an_npz_renamed_is_refused(root: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=GOOD)
+    assert "not a .npy file" in refused(root, buffer.getvalue())
+
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "it is empty"),
+    "zeros": (bytes(200), "not a .npy file"),
+    "text": (b"1.0 2.0\n", "not a .npy file"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "not a .npy file"),
+    "version 0": (npy("{}", version=0), "unknown .npy version"),
+    "version 4": (npy("{}", version=4), "unknown .npy version"),
+    "version 1.1": (saved(GOOD).replace(b"NUMPY\x01\x00", b"NUMPY\x01\x01"), "unknown .npy version"),
+    "header too long": (npy(" " * 10_001, version=2), "claims 10001 bytes, expected at most 10000"),
+    "header of 4 GB": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{}", "claims 4294967295 bytes"),
+    "header is empty": (npy(""), "not a plain description"),
+    "header is no dict": (npy("[1, 2]"), "must hold descr, fortran_order and shape"),
+    "header lacks a field": (npy("{'descr': '<f4', 'shape': (2, 3)}", bytes(24)), "must hold"),
+    "header has more": (described(extra=", 'more': 1"), "and nothing else"),
+    "header is a set": (npy("{'descr', 'fortran_order', 'shape'}"), "must hold"),
+    "header with NUL": (npy("{'descr': '<f4'\0}"), "not a plain description"),
+    "header nested deeply": (npy("(" * 5000), "not a plain description"),
+    "header nested in signs": (npy("-" * 9000 + "1"), "header"),
+    "header nested in lists": (npy("[" * 90 + "]" * 90), "header"),
+    "header with unhashable key": (npy("{[]: 1}"), "not a plain description"),
+    "shape of 10**12": (described((10**12, 3)), "not a tuple of at most"),
+    "shape as a power": (
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10**12,)}"),
+        "not a plain description",
+    ),
+    "shape that overflows": (described((1 << 27, 1 << 27, 1 << 27, 1 << 27)), "promises"),
+    "shape that wraps to 24 bytes": (described((1 << 32, 1 << 32, 6)), "not a tuple of at most"),
+    "negative shape": (described((-1, 3)), "not a tuple of at most"),
+    "negative twice": (described((-2, -3)), "not a tuple of at most"),
+    "shape of texts": (described(("2", "3")), "not a tuple of at most"),
+    "shape of floats": (described((2.0, 3.0)), "not a tuple of at most"),
+    "shape of truth values": (described((True, True), payload=bytes(4)), "not a tuple of at most"),
+    "shape is a list": (described([2, 3]), "not a tuple of at most"),
+    "shape is a number": (described(6), "not a tuple of at most"),
+    "thousands of dimensions": (described((1,) * 3000, payload=bytes(4)), "not a tuple of at most"),
+    "dimensions without end": (described((1 << 28,) * 900), "not a tuple of at most"),
+    "dimension of 10k digits": (
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 9000 + ",)}"),
+        "plain",
+    ),
+    "dimension of 10k hex digits": (
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0x" + "f" * 9000 + ",)}"),
+        "not a tuple of at most",
+    ),
+    "fortran_order is 1": (described(fortran=1), "must be True or False"),
+    "fortran_order is a text": (described(fortran="False"), "must be True or False"),
+    "float64": (saved(np.zeros((2, 3))), "dtype is not float32 (<f4) or float16 (<f2)"),
+    "int16": (saved(np.zeros((2, 3), "<i2")), "dtype is not"),
+    "complex": (saved(np.zeros((2, 3), "<c8")), "dtype is not"),
+    "big-endian": (saved(np.zeros((2, 3), ">f4")), "dtype is not"),
+    "big-endian half": (saved(np.zeros((2, 3), ">f2")), "dtype is not"),
+    "structured": (saved(np.zeros((2, 3), [("a", "<f4"), ("b", "<f2")])), "dtype is not"),
+    "structured, many fields": (described(descr=[(f"f{n}", "<f4") for n in range(300)]), "dtype is not"),
+    "void": (described(descr="|V4"), "dtype is not"),
+    "objects": (described(descr="|O"), "dtype is not"),
+    "texts": (saved(np.array([["a", "b"]])), "dtype is not"),
+    "dtype is an alias": (described(descr="float32"), "dtype is not"),
+    "dtype is no text": (described(descr=4), "dtype is not"),
+    "dtype is unhashable": (described(descr=["<f4"]), "dtype is not"),
+    "vector": (saved(np.zeros(6, np.float32)), "its shape is [6], expected [frames, bins]"),
+    "three dimensions": (saved(np.zeros((1, 2, 3), np.float32)), "its shape is [1, 2, 3], expected [frames, bins]"),
+    "scalar": (saved(np.zeros((), np.float32)), "its shape is [], expected [frames, bins]"),
+    "zero frames": (saved(np.zeros((0, 64), np.float32)), "its shape is [0, 64]"),
+    "zero bins": (saved(np.zeros((101, 0), np.float32)), "its shape is [101, 0]"),
+    "a byte too many": (saved(GOOD) + b"\0", "promises 176 bytes (shape (4, 3)), the file has 177"),
+    "two arrays in one": (saved(GOOD) * 2, "promises 176 bytes (shape (4, 3)), the file has 352"),
+    "escape in the header": (npy("{'descr': '\x1b[2J', 'fortran_order': False, 'shape': (2, 3)}"), "dtype is not"),
+}
+
+
+@pytest.mark.filterwarnings("default")  # Python may remark on the texts of hostile headers; that is not an answer
+@pytest.mark.parametrize(("content", "reason"), HOSTILE.values(), ids=HOSTILE)
+def test_each_way_to_be_no_feature_is_refused_with_its_reason(root: Path, content: bytes, reason: str) -> None:
+    assert reason in refused(root, content)
+
+
+def test_a_file_cut_anywhere_is_refused(root: Path) -> None:
+    content = saved(GOOD)
+    for length in range(len(content)):
+        message = refused(root, content[:length])
+        assert any(word in message for word in ("empty", "not a .npy", "unknown", "truncated", "promises"))
+
+
+def test_a_file_of_zeros_after_its_header_is_one_value_short_of_nothing(root: Path) -> None:
+    assert "promises 176 bytes" in refused(root, saved(GOOD)[:-4])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_values_that_are_not_finite_are_refused_with_their_place(
+    root: Path, value: float, dtype: str, order: Any
+) -> None:
+    array = np.zeros((5, 7), dtype, order=order)
+    array[3, 4] = value
+    assert f"value at frame 3, bin 4 is {value}" in refused(root, saved(array), shape_too=False)
+
+
+def test_a_sparse_giant_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (root / "giant.npy").open("wb") as file:
+        file.write(described((1 << 20, 1 << 20), payload=b""))
+        file.truncate(1 << 34)
+    monkeypatch.setattr(features.os, "read", lambda *_: pytest.fail("it was read"))
+    assert "expected at most" in refusal(FeatureSource(root), "giant.npy")
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, grown = os.read, []
+
+    def growing(descriptor: int, count: int) -> bytes:
+        if not grown:
+            grown.append(True)
+            with (root / "x" / "good.npy").open("ab") as file:
+                file.write(bytes(8))
+        return real(descriptor, count)
+
+    monkeypatch.setattr(features.os, "read", growing)
+    assert "promises" in refusal(FeatureSource(root), "x/good.npy")
+
+
+def test_a_file_without_end_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MAX_BYTES", 5000)
+    monkeypatch.setattr(features.os, "read", lambda _, count: bytes(count))
+    assert "grows while it is read" in refusal(FeatureSource(root), "x/good.npy")
+
+
+def test_short_reads_are_completed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.read
+    monkeypatch.setattr(features.os, "read", lambda descriptor, count: real(descriptor, min(count, 7)))
+    np.testing.assert_array_equal(FeatureSource(root).read("x/good.npy").array, GOOD)
+
+
+def test_equal_headers_of_unequal_files_are_kept_apart() -> None:
+    first, second = described((4, 3), payload=GOOD.tobytes()), described((4, 3), payload=(GOOD + 1).tobytes())
+    assert parse_header(first) == parse_header(second)
+    assert (read_array(first) != read_array(second)).all()
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["x/good.npy", "./x/good.npy", "x//good.npy", "x/../x/good.npy", "../data/x/good.npy"])
+def test_a_file_below_the_root_is_read_in_any_spelling(root: Path, file: str) -> None:
+    np.testing.assert_array_equal(FeatureSource(root).read(file).array, GOOD)
+
+
+def test_an_absolute_file_below_the_root_is_read(root: Path) -> None:
+    assert FeatureSource(root).shape(f"{root}/x/good.npy") == (4, 3)
+
+
+def test_a_relative_root_and_a_root_that_is_a_link_work(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    Path("link").symlink_to("data")
+    for name in ("data", "./data/", "link", "link/"):
+        source = FeatureSource(name)
+        assert source.shape("x/good.npy") == (4, 3)
+        assert source.shape(f"{root}/x/good.npy") == (4, 3)
+
+
+def test_the_root_of_the_file_system_can_be_the_data_root(root: Path) -> None:
+    assert FeatureSource("/").shape(f"{root}/x/good.npy".lstrip("/")) == (4, 3)
+
+
+ESCAPES: dict[str, Callable[[Path, Path], str]] = {
+    "dot dot": lambda root, outside: "../outside/secret.npy",
+    "dot dot in the middle": lambda root, outside: "x/../../outside/secret.npy",
+    "absolute": lambda root, outside: str(outside / "secret.npy"),
+    "absolute with slashes": lambda root, outside: f"//{outside}/secret.npy",
+    "absolute through the root": lambda root, outside: f"{root}/../outside/secret.npy",
+    "neighbour with the root's name in front": lambda root, outside: _neighbour(root),
+    "link to a file": lambda root, outside: _link(root / "l.npy", outside / "secret.npy"),
+    "relative link to a file": lambda root, outside: _link(root / "l.npy", Path("../outside/secret.npy")),
+    "link to a link": lambda root, outside: (
+        _link(root / _link(root / "m.npy", Path("l.npy")), root / "l.npy")
+        and _link(root / "l.npy", outside / "secret.npy")
+    ),
+    "link to a folder": lambda root, outside: _link(root / "folder", outside) + "/secret.npy",
+    "link to the folder above": lambda root, outside: _link(root / "up", Path("..")) + "/outside/secret.npy",
+    "missing outside": lambda root, outside: "../outside/missing.npy",
+}
+
+
+def _link(path: Path, target: Path) -> str:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    return path.name
+
+
+def _neighbour(root: Path) -> str:
+    other = root.with_name(root.name + "2")
+    other.mkdir()
+    np.save(other / "secret.npy", GOOD)
+    return str(other / "secret.npy")
+
+
+@pytest.mark.parametrize("escape", ESCAPES.values(), ids=ESCAPES)
+def test_what_lies_outside_the_root_is_refused(root: Path, outside: Path, escape: Callable[[Path, Path], str]) -> None:
+    file = escape(root, outside)
+    source = FeatureSource(root)
+    for _ in range(2):  # the second look is answered from memory
+        message = refusal(source, file)
+        assert "outside the data root" in message
+        assert "--allow-outside" in message
+        with pytest.raises(FeatureError, match="outside the data root"):
+            source.shape(file)
+
+
+@pytest.mark.parametrize("how", ["absolute", "dot dot", "link to a file", "link to a folder"])
+@pytest.mark.parametrize("permit", ["folder", "folder above", "link to it", "file"])
+def test_allowing_a_place_outside_permits_it_and_nothing_else(
+    root: Path, outside: Path, tmp_path: Path, how: str, permit: str
+) -> None:
+    file = ESCAPES[how](root, outside)
+    alias = tmp_path / "alias"
+    alias.symlink_to(outside)
+    allowed = {"folder": outside, "folder above": tmp_path, "link to it": alias, "file": outside / "secret.npy"}[permit]
+    np.testing.assert_array_equal(FeatureSource(root, [allowed]).read(file).array, GOOD)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert "outside the data root" in refusal(FeatureSource(root, [elsewhere]), file)
+    if permit == "file":
+        np.save(outside / "other.npy", GOOD)
+        assert "outside the data root" in refusal(FeatureSource(root, [allowed]), str(outside / "other.npy"))
+
+
+def test_links_inside_the_root_are_followed(root: Path) -> None:
+    (root / "y").symlink_to("x")
+    (root / "z.npy").symlink_to("y/good.npy")
+    for file in ("y/good.npy", "z.npy"):
+        np.testing.assert_array_equal(FeatureSource(root).read(file).array, GOOD)
+
+
+def _fifo(root: Path) -> str:
+    os.mkfifo(root / "pipe.npy")
+    return "pipe.npy"
+
+
+def _socket(root: Path) -> str:
+    server = socket.socket(socket.AF_UNIX)
+    here = Path.cwd()
+    os.chdir(root)  # the name of a socket must be short
+    try:
+        server.bind("s.npy")
+    finally:
+        os.chdir(here)
+        server.close()
+    return "s.npy"
+
+
+def _loop(root: Path) -> str:
+    (root / "loop.npy").symlink_to("loop.npy")
+    return "loop.npy"
+
+
+def _loop_of_folders(root: Path) -> str:
+    (root / "a").symlink_to("b")
+    (root / "b").symlink_to("a")
+    return "a/x.npy"
+
+
+STRANGE: dict[str, tuple[Callable[[Path], str], str]] = {
+    "fifo": (_fifo, "not a regular file"),
+    "link to a fifo": (lambda root: _link(root / "l.npy", root / _fifo(root)), "not a regular file"),
+    "socket": (_socket, "No such device or address"),
+    "folder": (lambda root: "x", "not a regular file"),
+    "folder with a slash": (lambda root: "x/", "not a regular file"),
+    "the root": (lambda root: ".", "not a regular file"),
+    "nothing": (lambda root: "", "not a regular file"),
+    "file as a folder": (lambda root: "x/good.npy/x.npy", "Not a directory"),
+    "file with a slash": (lambda root: "x/good.npy/", "Not a directory"),
+    "loop": (_loop, "Too many levels of symbolic links"),
+    "loop of folders": (_loop_of_folders, "Too many levels of symbolic links"),
+    "missing": (lambda root: "x/none.npy", "does not exist"),
+    "missing folder": (lambda root: "none/none.npy", "does not exist"),
+    "dangling link": (lambda root: _link(root / "l.npy", Path("none.npy")), "does not exist"),
+    "name over 255 bytes": (lambda root: "n" * 256, "File name too long"),
+    "folder over 255 bytes": (lambda root: "n" * 256 + "/x.npy", "File name too long"),
+    "path over 4096 bytes": (lambda root: "x/../" * 1000 + "x/good.npy", ""),
+    "NUL": (lambda root: "x/\0.npy", "null"),
+    "NUL in a folder": (lambda root: "\0/x.npy", "null"),
+    "lone surrogate": (lambda root: "x/\ud800.npy", "surrogates not allowed"),
+    "terminal escape": (lambda root: "x/\x1b[2J.npy", r"x/\x1b[2J.npy"),
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(("make", "reason"), STRANGE.values(), ids=STRANGE)
+def test_each_way_to_be_no_file_is_refused_and_never_hangs(
+    root: Path, make: Callable[[Path], str], reason: str
+) -> None:
+    source = FeatureSource(root)
+    file = make(root)
+    if not reason:  # allowed to be understood, for the system makes it short
+        with contextlib.suppress(FeatureError):
+            np.testing.assert_array_equal(source.read(file).array, GOOD)
+        return
+    assert reason in refusal(source, file)
+    with pytest.raises(FeatureError):
+        source.shape(file)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/urandom", "/dev/stdin", "/proc/self/mem"])
+def test_devices_are_refused_even_where_permitted(root: Path, device: str) -> None:
+    (root / "d.npy").symlink_to(device)
+    assert "outside" in refusal(FeatureSource(root), "d.npy")
+    with contextlib.suppress(FileNotFoundError):
+        refusal(FeatureSource(root, ["/dev", "/proc"]), device)
+
+
+def test_a_fifo_with_a_writer_is_refused_too(root: Path) -> None:
+    _fifo(root)
+    writer = os.open(root / "pipe.npy", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        os.write(writer, saved(GOOD))
+        assert "not a regular file" in refusal(FeatureSource(root), "pipe.npy")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_without_permission_is_refused(root: Path) -> None:
+    (root / "x" / "good.npy").chmod(0)
+    assert "Permission denied" in refusal(FeatureSource(root), "x/good.npy")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("x"), os.mkfifo])
+def test_a_root_that_is_no_folder_is_a_usage_error(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "root")
+    with pytest.raises(UsageError, match="is not a folder") as caught:
+        FeatureSource(tmp_path / "root")
+    assert caught.value.exit_code == 2
+    assert "--data-root" in str(caught.value)
+
+
+def test_no_descriptor_is_left_open(root: Path, outside: Path) -> None:
+    (root / "l.npy").symlink_to(outside / "secret.npy")
+    (root / "bad.npy").write_bytes(b"bad")
+    _fifo(root)
+    source = FeatureSource(root)
+    before = len(os.listdir("/proc/self/fd"))
+    for file in ("x/good.npy", "l.npy", "bad.npy", "pipe.npy", "x", "none"):
+        for look in (source.read, source.shape):
+            with contextlib.suppress(FeatureError):
+                look(file)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_may_share_a_source(root: Path) -> None:
+    arrays = [np.full((3, 2), number, np.float32) for number in range(40)]
+    for number, array in enumerate(arrays):
+        (root / f"d{number % 7}").mkdir(exist_ok=True)
+        np.save(root / f"d{number % 7}" / f"{number}.npy", array)
+    source, wrong = FeatureSource(root), []
+
+    def work() -> None:
+        for number, array in enumerate(arrays):
+            if (source.read(f"d{number % 7}/{number}.npy").array != array).any():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# -- digests -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_of_the_array_and_not_of_its_container() -> None:
+    array = np.random.default_rng(1).normal(size=(6, 5)).astype(np.float32)
+    wide = np.zeros((12, 10), np.float32)
+    wide[::2, ::2] = array
+    same = [array.copy("F"), wide[::2, ::2], array[::-1][::-1], read_array(saved(array.copy("F"), (2, 0)))]
+    assert {input_digest(other) for other in same} == {input_digest(array)}
+
+
+def test_the_digest_changes_with_every_byte() -> None:
+    array = np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)
+    seen = {input_digest(array)}
+    for byte in range(array.nbytes):
+        content = bytearray(array.tobytes())
+        content[byte] ^= 1
+        seen.add(input_digest(np.frombuffer(bytes(content), np.float32).reshape(3, 4)))
+    assert len(seen) == array.nbytes + 1
+
+
+def test_the_digest_changes_with_shape_and_dtype() -> None:
+    raw = bytes(range(24))
+    views = [
+        np.frombuffer(raw, dtype).reshape(shape)
+        for dtype, shape in [
+            ("<f4", (2, 3)),
+            ("<f4", (3, 2)),
+            ("<f4", (6, 1)),
+            ("<f4", (6,)),
+            ("<f4", (1, 2, 3)),
+            (">f4", (2, 3)),
+            ("<i4", (2, 3)),
+            ("<f2", (4, 3)),
+            ("<f2", (2, 6)),
+        ]
+    ]
+    assert len({input_digest(view) for view in views}) == len(views)
+
+
+def test_negative_zero_is_another_input() -> None:
+    assert input_digest(np.zeros((1, 1), np.float32)) != input_digest(-np.zeros((1, 1), np.float32))
+
+
+def test_digests_stay_the_same() -> None:
+    # Every cache keeps these beside its rows. Another value here means that every row of every user is taken for stale
+    # and scored again: change them with a new FORMAT_VERSION only.
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert input_digest(array).hex() == "314101ebb343fa44d2843fa37267cde2"
+    assert input_digest(array.astype(np.float16)).hex() == "6eb526c45057d1f112b2a44ee2df9f08"
+
+
+def test_the_digest_is_xxh3_128_of_dtype_shape_and_bytes() -> None:
+    import xxhash
+
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert input_digest(array) == xxhash.xxh3_128_digest(b"<f4(2, 3)" + array.tobytes())

@@ -1,0 +1,195 @@
+"""The embedded sample: the generator's bytes, the structure of TAU, and teachers that know its scenes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd_cache import sample_data
+from kd_cache.errors import StoreError, UsageError
+from kd_cache.manifest import CITIES, SCENES, SOURCE, TARGETS, UNSEEN, Sample, load_manifest
+from kd_cache.sample_data import FRAMES, MELS, Clip, features, sample_clips, write_sample
+from teachers import load_teacher
+
+SAMPLE = Path(__file__).parents[1] / "data" / "sample"
+CHECKPOINTS = [f"teacher_city2scene/A2{target}" for target in TARGETS] + ["teacher_scene/global"]
+
+
+@pytest.fixture(scope="module")
+def samples() -> tuple[Sample, ...]:
+    return load_manifest(SAMPLE / "dataset.json").samples
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    paths = [root / "dataset.json", *sorted((root / "features").iterdir())]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_regenerating_gives_byte_equal_files_to_those_committed_in_data_sample(tmp_path: Path) -> None:
+    write_sample(tmp_path / "again")
+    made, committed = _files(tmp_path / "again"), _files(SAMPLE)
+    assert sorted(made) == sorted(committed)
+    assert [name for name in made if made[name] != committed[name]] == []
+
+
+def test_the_random_stream_of_a_name_stays_the_same() -> None:
+    # A changed stream changes every feature, and with them every committed checkpoint and figure.
+    clip = Clip("park", "vienna", 7, 1, "s2", "train")
+    digest = hashlib.sha256(features(clip).tobytes()).hexdigest()
+    assert digest == "d2df1399e4b2901c3fc921c935c2c5ae47337c10304f1332ac81fbefafc25ba2"
+
+
+def test_features_are_z_scored_float16_and_finite(samples: tuple[Sample, ...]) -> None:
+    for sample in samples[::17]:
+        array = np.load(SAMPLE / sample.file)
+        assert array.dtype == np.float16
+        assert array.shape == (FRAMES, MELS)
+        assert abs(float(array.mean(dtype=np.float64))) < 0.01
+        assert float(array.std(dtype=np.float64)) == pytest.approx(1, abs=0.01)
+
+
+def test_every_feature_file_is_listed_once_and_every_listed_file_is_there(
+    samples: tuple[Sample, ...],
+) -> None:
+    listed = [sample.file for sample in samples]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {f"features/{path.name}" for path in (SAMPLE / "features").iterdir()}
+
+
+def test_no_location_is_in_both_train_and_test(samples: tuple[Sample, ...]) -> None:
+    places = {split: {s.location for s in samples if s.split == split} for split in ("train", "test")}
+    assert None not in places["train"] | places["test"]
+    assert not places["train"] & places["test"]
+
+
+def test_a_location_number_names_one_place() -> None:
+    cities: dict[int, set[tuple[str, str]]] = {}
+    for clip in sample_clips():
+        cities.setdefault(clip.location, set()).add((clip.city, clip.scene))
+    assert all(len(found) == 1 for found in cities.values())
+
+
+def test_every_other_device_has_its_twin_on_device_a_in_the_same_split() -> None:
+    source = {(clip.moment, clip.split) for clip in sample_clips() if clip.device == SOURCE}
+    others = [clip for clip in sample_clips() if clip.device != SOURCE]
+    assert others
+    assert all((clip.moment, clip.split) in source for clip in others)
+
+
+def test_twins_sound_alike_but_not_the_same() -> None:
+    # The same moment through another device: closer to its twin than to anything else of the scene.
+    source, twin = (features(Clip("bus", "lyon", 0, 0, device, "train")).ravel() for device in ("A", "b"))
+    stranger = features(Clip("bus", "lyon", 1, 0, "A", "train")).ravel()
+    alike, unlike = (float(np.corrcoef(twin, other.astype(np.float64))[0, 1]) for other in (source, stranger))
+    assert unlike + 0.2 < alike < 0.98
+
+
+def test_unseen_devices_are_only_in_test(samples: tuple[Sample, ...]) -> None:
+    unseen = [sample for sample in samples if sample.device_id in UNSEEN]
+    assert {sample.device_id for sample in unseen} == set(UNSEEN)
+    assert {sample.split for sample in unseen} == {"test"}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_device_covers_all_scenes_and_the_ten_development_cities(
+    samples: tuple[Sample, ...], split: str
+) -> None:
+    development = set(range(len(CITIES))) - {CITIES.index("amsterdam"), CITIES.index("madrid")}
+    for device in (SOURCE, *TARGETS):
+        held = [s for s in samples if s.split == split and s.device_id == device]
+        assert {s.scene_label for s in held} == set(range(len(SCENES)))
+        assert {s.city_label for s in held} == development
+
+
+def test_counts_are_those_of_the_readme(samples: tuple[Sample, ...]) -> None:
+    counts = Counter((s.device_id, s.split) for s in samples)
+    readme = (SAMPLE / "README.md").read_text(encoding="utf-8")
+    for device in (SOURCE, *TARGETS, *UNSEEN):
+        assert f"| {device} | {counts[device, 'train']} | {counts[device, 'test']} |" in readme
+
+
+def test_labels_are_those_of_the_file_name(samples: tuple[Sample, ...]) -> None:
+    for sample in samples:
+        scene, city, number, _, device = Path(sample.file).stem.split("-")
+        assert (SCENES.index(scene), CITIES.index(city)) == (sample.scene_label, sample.city_label)
+        assert sample.location == f"{city}-{number}"
+        assert device == sample.device_id.lower()
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_committed_teacher_knows_more_than_half_the_scenes_of_unseen_locations(
+    samples: tuple[Sample, ...], checkpoint: str
+) -> None:
+    role = "scene" if "scene/global" in checkpoint else "city2scene"
+    teacher = load_teacher(SAMPLE / "teachers" / checkpoint / "best.safetensors", role=role)
+    test = [s for s in samples if s.split == "test" and s.device_id == SOURCE]
+    x = torch.from_numpy(np.stack([np.load(SAMPLE / s.file).astype(np.float32) for s in test]))
+    with torch.no_grad():
+        guess = teacher.eval()(x).argmax(dim=1)
+    right = (guess == torch.tensor([s.scene_label for s in test])).float().mean()
+    assert right >= 0.5
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_committed_teacher_was_trained_on_the_committed_manifest(checkpoint: str) -> None:
+    raw = (SAMPLE / "teachers" / checkpoint / "best.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    record = json.loads(header["__metadata__"]["kd_cache"])
+    digest = hashlib.sha256((SAMPLE / "dataset.json").read_bytes()).hexdigest()
+    assert record["training"]["manifest_sha256"] == digest
+    assert record["class_names"] == list(SCENES)
+
+
+def test_the_whole_sample_is_at_most_8_megabytes() -> None:
+    assert sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file()) <= 8_000_000
+
+
+@pytest.fixture
+def two_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_data, "sample_clips", lambda: sample_clips()[:2])
+
+
+@pytest.mark.usefixtures("two_clips")
+def test_writing_over_itself_leaves_the_same_files_and_no_others(tmp_path: Path) -> None:
+    write_sample(tmp_path)
+    before = _files(tmp_path)
+    write_sample(tmp_path)
+    assert _files(tmp_path) == before
+    assert len(before) == 3
+
+
+@pytest.mark.usefixtures("two_clips")
+@pytest.mark.parametrize("name", ["notes.txt", "dataset.json", "features/mine.npy"])
+def test_a_directory_with_other_files_is_refused_untouched(tmp_path: Path, name: str) -> None:
+    foreign = tmp_path / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("mine")
+    with pytest.raises(UsageError, match=foreign.name):
+        write_sample(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [foreign]
+    assert foreign.read_text() == "mine"
+
+
+def test_a_file_is_refused_as_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "sample").write_text("")
+    with pytest.raises(UsageError, match="not a directory"):
+        write_sample(tmp_path / "sample")
+
+
+@pytest.mark.usefixtures("two_clips")
+def test_a_failed_write_is_reported_and_leaves_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StoreError, match="No space left"):
+        write_sample(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

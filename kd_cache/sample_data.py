@@ -1,10 +1,10 @@
-"""The embedded sample: a small synthetic soundscape set, laid out as TAU Urban Acoustic Scenes is, but made of arithmetic.
+"""The embedded sample: a small synthetic soundscape set, laid out as TAU Urban Acoustic Scenes is, made of arithmetic.
 
 No audio and no third-party data are in it. A clip is a log-mel picture ``[T, F]`` built from what a scene, a city, a
 location and one moment contribute, then heard through a device; twins are one moment heard through two devices.
 
 The same bytes come out on every machine: the randomness of a clip is the SHAKE-256 stream of its *name* (never of its
-position), arithmetic is float64 addition, multiplication, division and floor, which IEEE 754 rounds in one way only
+position), arithmetic is float64 + − × ÷, square root and floor, which IEEE 754 rounds in one way only
 (no exp, sin or matrix product, whose last bits depend on the CPU), sums are exact (`math.fsum`), and what is stored
 is a multiple of 1/64, which float16 holds exactly.
 """
@@ -245,7 +245,7 @@ def _ripple(scene: int, city: int, moment: str) -> Array:
     v = _draws(f"ripple-in/{moment}", 3)
     spacing = _spread(city, 3, u[0], 5, 14)
     # A little more than its own tenth: neighbouring scenes overlap.
-    drift = 0.45 * _spread(scene, 9, 0.5 + 1.05 * (v[0] - 0.5), -1, 1)
+    drift = 0.45 * _spread(scene, 9, 0.5 + 1.12 * (v[0] - 0.5), -1, 1)
     return 3.5 * (0.3 + 0.7 * v[1]) * _wave(_BAND / spacing + drift * _TIME + v[2])
 
 
@@ -303,7 +303,8 @@ def _draws(name: str, count: int) -> list[float]:
 def _noise(name: str, *shape: int) -> Array:
     """Nearly Gaussian noise of variance one: four uniforms summed."""
     u = _uniform(name, 4 * math.prod(shape)).reshape(4, *shape)
-    return (u[0] + u[1] + u[2] + u[3] - 2) * 1.75
+    noise: Array = (u[0] + u[1] + u[2] + u[3] - 2) * 1.75
+    return noise
 
 
 def _uniform(name: str, count: int) -> Array:

@@ -136,7 +136,9 @@ def fit_scene_head(model: CPResNet, clips: Clips, seed: int) -> nn.Linear:
     weight, bias = _ridge((embedding - mean) / scale, clips.scenes.repeat(len(views)))
     head = nn.Linear(len(mean), len(SCENES))
     with torch.no_grad():
-        head.weight.copy_(weight / scale)  # standardisation is folded in: the head takes embeddings as they are
+        head.weight.copy_(
+            weight / scale
+        )  # standardisation is folded in: the head takes embeddings as they are
         head.bias.copy_(bias - (weight / scale * mean).sum(dim=1))
     return head.eval()
 
@@ -210,7 +212,9 @@ def run(bench: Bench, targets: Sequence[str], out: Path | None) -> dict[str, dic
     return figures
 
 
-def _save_city2scene(out: Path, bench: Bench, target: str, model: City2Scene, figures: dict[str, Scores]) -> None:
+def _save_city2scene(
+    out: Path, bench: Bench, target: str, model: City2Scene, figures: dict[str, Scores]
+) -> None:
     tensors = {f"{CITY_ENTRY}.{name}": value for name, value in model.city_model.state_dict().items()}
     tensors |= {f"{HEAD_ENTRY}.{name}": value for name, value in model.scene_head.state_dict().items()}
     accuracy = {

@@ -1,4 +1,4 @@
-"""The dump: read every permitted feature once, score what is not fresh with each teacher that needs it, commit, publish.
+"""The dump: read every permitted feature once, score what is not fresh with each teacher that needs it, publish.
 
 A row is *fresh* if a pack holds it under the teacher's present fingerprint and the feature's present digest. Scored
 rows are committed as small packs (a *shard*) every few seconds; that is all an interruption can lose. A rerun finds
@@ -223,16 +223,15 @@ class _Shard:
         while self._rows:
             teacher, rows = next(iter(self._rows.items()))
             rows.sort(key=lambda row: row[0])
-            keys, inputs = (
-                np.frombuffer(b"".join([row[part] for row in rows]), np.uint8).reshape(-1, 16) for part in (0, 1)
-            )
-            logits = np.stack([row[3] for row in rows])
+            keys = np.frombuffer(b"".join([key for key, _, _, _ in rows]), np.uint8).reshape(-1, 16)
+            inputs = np.frombuffer(b"".join([digest for _, digest, _, _ in rows]), np.uint8).reshape(-1, 16)
+            logits = np.stack([row for _, _, _, row in rows])
             path = write_pack(
                 self._job.folder.packs_path,
                 self._job.origins[teacher],
                 keys,
                 inputs,
-                [row[2] for row in rows],
+                [file for _, _, file, _ in rows],
                 logits.__getitem__,
             )
             self.written.append(path)
@@ -376,6 +375,9 @@ class _Dump:
         for scored in batches:
             for name, logits in scored.logits.items():
                 self._keep_rows(name, scored.numbers, logits)
+            for error in scored.errors.values():
+                for number in scored.numbers:
+                    self._bad(number, TeacherError(f"{shown(self.files[number])}: {error.message}"))
             self.report.samples_scored += len(scored.numbers)
             self.watcher.advance(len(scored.numbers))
             if self.shard.due:

@@ -102,6 +102,19 @@ class Batch:
     rows: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Results of one batch: ``numbers`` of its n samples, and by teacher ``[n, C]`` float32 logits or an error."""
+
+    numbers: list[int]
+    logits: dict[str, np.ndarray] = field(default_factory=dict)
+    errors: dict[str, TeacherError] = field(default_factory=dict)
+
+
+class _UnscoredError(Exception):
+    """A teacher cannot score these samples."""
+
+
 class Engine:
     """Scores batches of fixed shape. Use inside `numerics`.
 
@@ -113,13 +126,14 @@ class Engine:
         self.device = device
         self.teachers = {name: _placed(teacher, device) for name, teacher in teachers.items()}
 
-    def score(self, batch: Batch) -> dict[str, np.ndarray]:
-        """``{teacher: [n, C] float32}`` for the n samples of a batch, in the order of ``batch.rows``.
+    def score(self, batch: Batch) -> Scored:
+        """Score the samples of a batch with its teachers.
 
         Empty slots are filled with a sample that is there: what stands in other slots does not touch a row's bits.
+        A teacher that refuses these features, or returns anything but ``[size, C]``, has an error in the result.
 
         Raises:
-            TeacherError: a teacher failed, or returned anything but ``[size, C]``.
+            TeacherError: a teacher failed in a way that it did not foresee (out of memory, say).
         """
         slots = list(batch.rows)
         filler = batch.rows[slots[0]][1]
@@ -127,15 +141,22 @@ class Engine:
         for slot in range(batch.size):
             padded[slot] = batch.rows[slot][1] if slot in batch.rows else filler
         features = torch.from_numpy(padded).to(self.device)
-        results = {name: self._run(name, features) for name in self.teachers if name in batch.teachers}
-        return {name: logits.float().cpu().numpy()[slots] for name, logits in results.items()}
+        scored = Scored([number for number, _ in batch.rows.values()])
+        for name in self.teachers:
+            if name not in batch.teachers:
+                continue
+            try:
+                scored.logits[name] = self._run(name, features).float().cpu().numpy()[slots]
+            except _UnscoredError as error:
+                scored.errors[name] = TeacherError(str(error))
+        return scored
 
     def _run(self, name: str, features: torch.Tensor) -> torch.Tensor:
         teacher = self.teachers[name]
         try:
             logits = teacher(features)
-        except KDCacheError:
-            raise
+        except KDCacheError as error:
+            raise _UnscoredError(f"teacher {name}: {error.message}") from error
         except Exception as error:
             raise TeacherError(
                 f"teacher {name} failed on features of shape {list(features.shape)}: "
@@ -144,7 +165,7 @@ class Engine:
         expected = (len(features), teacher.num_classes)
         if not isinstance(logits, torch.Tensor) or logits.shape != expected or not logits.is_floating_point():
             found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise TeacherError(f"teacher {name} must return floating-point {list(expected)}, it returned {found}")
+            raise _UnscoredError(f"teacher {name} must return floating-point {list(expected)}, it returned {found}")
         return logits
 
 
@@ -155,14 +176,6 @@ def _placed(teacher: Teacher, device: torch.device) -> Teacher:
     if callable(getattr(moved, "eval", None)):
         moved = moved.eval()
     return moved  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Results of one batch: ``numbers`` as given to `Batcher.add`, ``logits[teacher]`` ``[n, C]`` float32."""
-
-    numbers: list[int]
-    logits: dict[str, np.ndarray]
 
 
 class Batcher:
@@ -186,19 +199,16 @@ class Batcher:
             if len(batches) == self._OPEN:
                 fullest = max(batches, key=lambda batch: len(batch.rows))
                 batches.remove(fullest)
-                yield self._score(fullest)
+                yield self._engine.score(fullest)
             batch = Batch(place.size, teachers)
             batches.append(batch)
         batch.rows[place.slot] = (number, array)
         if len(batch.rows) == batch.size:
             batches.remove(batch)
-            yield self._score(batch)
+            yield self._engine.score(batch)
 
     def finish(self) -> Iterator[Scored]:
         """Score what is still open."""
         for batches in self._open.values():
             while batches:
-                yield self._score(batches.pop(0))
-
-    def _score(self, batch: Batch) -> Scored:
-        return Scored([number for number, _ in batch.rows.values()], self._engine.score(batch))
+                yield self._engine.score(batches.pop(0))

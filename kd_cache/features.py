@@ -184,7 +184,7 @@ def parse_header(content: bytes) -> NpyHeader:
 @lru_cache(maxsize=1024)  # most files of a data set share their header
 def _parsed(text: bytes, offset: int) -> NpyHeader:
     try:
-        fields = ast.literal_eval(text.decode("latin1").strip())
+        fields = ast.literal_eval(text.strip(b" \t\n").decode("latin1"))
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         raise ValueError("its header is not a plain description of an array") from None
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset, default_collate
 from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, UsageError, listed, shown
 from kd_cache.fingerprint import Fingerprint
 from kd_cache.manifest import SOURCE
-from kd_cache.rows import OlderRows, PackRows, TeacherRows
+from kd_cache.rows import Names, OlderRows, PackRows, TeacherRows
 from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, read_older_maps
-from kd_cache.store.keys import KeyFinder, keys_of
+from kd_cache.store.keys import KeyFinder, keys_of_bytes
 from kd_cache.store.pack import Origin
 
 TABLE_BYTES = 1 << 30
@@ -52,10 +52,13 @@ class LogitCache:
         self.num_classes = tables[0].num_classes
         self.dtype = tables[0].dtype
         self._keys = _common_keys([rows.keys for rows in tables])
-        self._positions = [rows.find(self._keys) for rows in tables]
-        self._finder = KeyFinder(self._keys)
+        # Where a teacher's own rows are the common ones, positions are rows.
+        self._positions = [
+            None if len(rows.keys) == len(self._keys) else rows.finder.find(self._keys) for rows in tables
+        ]
+        self._finder = tables[0].finder if self._positions[0] is None else KeyFinder(self._keys)
         size = len(self._keys) * len(tables) * self.num_classes * self.dtype.itemsize
-        self._table = self._gather(slice(None)) if size <= TABLE_BYTES else None
+        self._table = self._gather(None) if size <= TABLE_BYTES else None
         head, separator, target = path.name.partition("2")
         self.target = target if separator and head == SOURCE else None
 
@@ -89,7 +92,7 @@ class LogitCache:
         path = Path(path)
         folder = CacheFolder(path.parent if path.is_file() else path)
         try:
-            index = folder.index()
+            index = folder.index(maps=False)
         except StaleError as error:
             warnings.warn(
                 f"{error.message}. Nothing can be checked: not the teachers' weights, the features, the split or "
@@ -107,7 +110,7 @@ class LogitCache:
     @property
     def files(self) -> list[str]:
         """Files that every opened teacher holds, ordered by key. (Built when asked for.)"""
-        return self._rows_of[0].files(self._positions[0])
+        return self._rows_of[0].files(self._position(0, np.arange(len(self))))
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -125,14 +128,15 @@ class LogitCache:
             MissingLogitsError: listing every missing file and why. With ``on_miss="nan"`` a missing file has row -1.
         """
         asked = list(files)
-        found = self._finder.find(keys_of(asked))
-        self._refuse_collisions(asked, found)
+        names = [file.encode("utf-8", "surrogatepass") for file in asked]
+        found = self._finder.find(keys_of_bytes(names))
+        self._refuse_collisions(names, found)
         missing = np.flatnonzero(found < 0)
         if len(missing) and self._on_miss == "raise":
-            names = [asked[number] for number in missing]
+            reasons = [f"{asked[number]}: {self._why_missing(asked[number])}" for number in missing[:20].tolist()]
             raise MissingLogitsError(
-                f"{len(names)} of {len(asked)} files have no logits in {shown(self.path)}\n"
-                + listed([f"{name}: {self._why_missing(name)}" for name in names[:20]], total=len(names)),
+                f"{len(missing)} of {len(asked)} files have no logits in {shown(self.path)}\n"
+                + listed(reasons, total=len(missing)),
                 hint="Run kd-cache dump with the manifest you train on.",
             )
         if len(missing):
@@ -199,16 +203,30 @@ class LogitCache:
         if self._table is not None:
             return self._table.index_select(0, rows)
         numbers = rows.numpy()
+        if numbers.ndim != 1 or numbers.dtype.kind != "i":
+            raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows must lie in [0, {len(self)}), found {numbers.min()} to {numbers.max()}")
         return self._gather(numbers)
 
-    def _gather(self, rows: Any) -> torch.Tensor:
-        parts = [part.take(positions[rows]) for part, positions in zip(self._rows_of, self._positions, strict=True)]
-        return torch.from_numpy(np.stack(parts, axis=1))
+    def _gather(self, rows: np.ndarray | None) -> torch.Tensor:
+        """Logits ``[B, T, C]`` of rows, or of all of them."""
+        count = len(self) if rows is None else len(rows)
+        out = np.empty((count, len(self._rows_of), self.num_classes), self.dtype)
+        for number, table in enumerate(self._rows_of):
+            if rows is None and self._positions[number] is None:
+                out[:, number] = table.all()
+            else:
+                out[:, number] = table.take(self._position(number, slice(None) if rows is None else rows))
+        return torch.from_numpy(out)
+
+    def _position(self, number: int, rows: Any) -> Any:
+        """Where these rows are in a teacher's own order."""
+        positions = self._positions[number]
+        return rows if positions is None else positions[rows]
 
     def _with_nan(self, rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        missing = rows < 0
+        missing = rows == -1
         logits = torch.full((len(rows), len(self.teachers), self.num_classes), float("nan"), dtype=self._torch_dtype)
         logits[~missing] = self._select(rows[~missing])
         return logits if dtype is None else logits.to(dtype)
@@ -217,32 +235,35 @@ class LogitCache:
     def _torch_dtype(self) -> torch.dtype:
         return torch.float16 if self.dtype.itemsize == 2 else torch.float32
 
-    def _refuse_collisions(self, asked: list[str], found: np.ndarray) -> None:
+    def _refuse_collisions(self, names: list[bytes], found: np.ndarray) -> None:
+        """Refuse a file whose key is that of another file's row."""
         present = np.flatnonzero(found >= 0)
-        stored = self._rows_of[0].files(self._positions[0][found[present]])
-        for number, name in zip(present.tolist(), stored, strict=True):
-            if asked[number] != name:
+        asked = Names.of(names if len(present) == len(names) else [names[number] for number in present.tolist()])
+        for number, rows in enumerate(self._rows_of):
+            positions = self._position(number, found[present])
+            for at in np.flatnonzero(asked.differ_from(rows.names(positions)))[:1].tolist():
+                name, other = names[present[at]].decode("utf-8", "replace"), rows.files(positions[at : at + 1])[0]
                 raise CorruptError(
-                    f"{shown(asked[number])} and {shown(name)} have the same MD5 key; one of them must be renamed"
+                    f"{shown(name)} and {shown(other)} have the same MD5 key; one of them must be renamed"
                 )
 
     def _why_missing(self, file: str) -> str:
         reason = self._index.missing.get(file) if self._index is not None else None
         if reason is not None:
             return f"could not be scored ({reason})"
-        key = keys_of([file])
-        holders = [rows.name for rows in self._rows_of if rows.find(key)[0] >= 0]
-        if holders:
-            return f"only {', '.join(holders)} scored it"
+        key = keys_of_bytes([file.encode("utf-8", "surrogatepass")])
         if any(rows.is_ambiguous(key) for rows in self._rows_of):
             return "its feature changed and a dump has not finished since"
+        holders = [rows.name for rows in self._rows_of if rows.finder.find(key)[0] >= 0]
+        if holders:
+            return f"only {', '.join(holders)} scored it"
         return "not in the cache: not in the manifest of the dump, or not a permitted train sample"
 
 
 def _reopen(path: Path, teachers: tuple[str, ...], on_miss: str, signature: tuple[str, ...]) -> LogitCache:
     folder = CacheFolder(path)
     try:
-        index = folder.index()
+        index = folder.index(maps=False)
         if index is None:
             raise _unfinished(folder)
         tables = _pack_rows(folder, _chosen(index.origins, teachers, folder))
@@ -267,7 +288,7 @@ def _unfinished(folder: CacheFolder) -> MissingLogitsError:
 
 
 def _chosen(origins: Mapping[str, Origin], teachers: Sequence[str] | None, folder: CacheFolder) -> dict[str, Origin]:
-    wanted = list(origins) if teachers is None else list(teachers)
+    wanted = list(origins) if teachers is None else _each_once(teachers)
     unknown = [name for name in wanted if name not in origins]
     if unknown or not wanted:
         raise MissingLogitsError(
@@ -275,6 +296,13 @@ def _chosen(origins: Mapping[str, Origin], teachers: Sequence[str] | None, folde
             f"(it holds {', '.join(origins) or 'none'})"
         )
     return {name: origins[name] for name in wanted}
+
+
+def _each_once(teachers: Sequence[str]) -> list[str]:
+    names = list(teachers)
+    if len(set(names)) != len(names):
+        raise UsageError(f"each teacher can be opened once, found {', '.join(map(shown, names))}")
+    return names
 
 
 def _refuse_unexpected(index: Index, origins: Mapping[str, Origin], expect: Mapping[str, str | Fingerprint]) -> None:
@@ -335,10 +363,12 @@ def _older_rows(
     if expect:
         raise StaleError(f"{shown(folder.path)} was written by an older script: its fingerprints are unknown")
     maps = read_older_maps(folder.index_path)
-    names = list(maps) if teachers is None else list(teachers)
-    for name in names:
-        if name not in maps:
-            raise MissingLogitsError(f"{shown(folder.path)} holds no logits of {shown(name)}")
+    names = list(maps) if teachers is None else _each_once(teachers)
+    unknown = [name for name in names if name not in maps]
+    if unknown or not names:
+        raise MissingLogitsError(
+            f"{shown(folder.path)} holds no logits of {', '.join(map(shown, unknown)) or 'any teacher'}"
+        )
     # Its paths hold only where that script ran; the files are found beside the index, wherever it was moved.
     tables: list[TeacherRows] = [
         OlderRows(name, {file: folder.view_path(name) / Path(path).name for file, path in maps[name].items()})
@@ -353,7 +383,8 @@ def _common_keys(keys: list[np.ndarray]) -> np.ndarray:
     """Keys that all teachers hold, sorted."""
     common = keys[0]
     for other in keys[1:]:
-        common = common[KeyFinder(other).find(common) >= 0]
+        if not np.array_equal(common.view(np.uint64), other.view(np.uint64)):
+            common = common[KeyFinder(other).find(common) >= 0]
     return common
 
 
@@ -388,18 +419,26 @@ class CachedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, number: int) -> tuple[Any, torch.Tensor]:
-        """``(item, logits [T, C])``."""
+    def __getitem__(self, number: Any) -> tuple[Any, torch.Tensor]:
+        """``(item, logits [T, C])``; for a list of numbers (a batch sampler's) what `collate` makes of them."""
+        if isinstance(number, list | tuple) or (isinstance(number, torch.Tensor | np.ndarray) and number.ndim):
+            return self.collate(self.__getitems__([int(one) for one in number]))
         return self.dataset[number], self.cache.batch(self._rows[number].reshape(1), self._dtype)[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> Gathered:
         """A whole batch, its logits gathered at once. torch's DataLoader calls this; ``collate`` takes it."""
         fetch = getattr(self.dataset, "__getitems__", None)
         items = list(fetch(numbers)) if callable(fetch) else [self.dataset[number] for number in numbers]
+        if len(items) != len(numbers):
+            raise UsageError(f"the dataset gave {len(items)} items for {len(numbers)} numbers: whose logits are whose?")
         return Gathered(items, self.cache.batch(self._rows[torch.as_tensor(numbers)], self._dtype))
 
-    def collate(self, batch: Gathered | list[tuple[Any, torch.Tensor]]) -> tuple[Any, torch.Tensor]:
-        """``(base batch, logits [B, T, C])``, whether the batch was gathered at once or item by item."""
+    def collate(
+        self, batch: Gathered | list[tuple[Any, torch.Tensor]] | tuple[Any, torch.Tensor]
+    ) -> tuple[Any, torch.Tensor]:
+        """``(base batch, logits [B, T, C])``, be the batch gathered at once, item by item, or ready already."""
+        if isinstance(batch, tuple):
+            return batch
         if isinstance(batch, Gathered):
             return self._collate(batch.items), batch.logits
         return self._collate([item for item, _ in batch]), torch.stack([logits for _, logits in batch])

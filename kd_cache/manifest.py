@@ -290,10 +290,10 @@ def place_name(text: str) -> str:
 
 def _refuse_duplicates(samples: tuple[Sample, ...], name: str) -> None:
     """Two rows for one file within one split. (One file in two splits is leakage: the guard reports that.)"""
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, str, str | None], str] = {}
     twice = []
     for sample in samples:
-        place = (spelling(sample.file), sample.split)
+        place = (spelling(sample.file), sample.split, sample.listed_in)
         if place in seen:
             first = seen[place]
             twice.append(sample.file if first == sample.file else f"{sample.file} (also written {first})")

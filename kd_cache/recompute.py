@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kd_cache.engine import Batch, Batcher, Engine, Scored, numerics
-from kd_cache.errors import FeatureError, TeacherError
+from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
 from kd_cache.plan import Place
 from kd_cache.store.keys import keys_of
@@ -82,7 +82,10 @@ class Recheck:
             stored = self._union.take(positions[scored.numbers])
             for row, number in enumerate(scored.numbers):
                 array = self._arrays.pop(number)
-                self._compare_row(files[number], scored.logits[self._name][row], stored[row], array)
+                if self._name in scored.errors:
+                    self._result.wrong.append((files[number], scored.errors[self._name].message))
+                else:
+                    self._compare_row(files[number], scored.logits[self._name][row], stored[row], array)
 
     def _compare_row(self, file: str, logits: np.ndarray, stored: np.ndarray, array: np.ndarray) -> None:
         self._result.rows += 1
@@ -104,9 +107,9 @@ class Recheck:
         """How much this teacher's result for one sample varies between a batch of one and a larger one."""
         only_me = frozenset({self._name})
         batches = (Batch(count, only_me, {0: (0, array)}) for count in (1, max(size, _SELF_TEST)))
-        try:
-            alone, among = (self._engine.score(batch)[self._name][0] for batch in batches)
-        except TeacherError:  # a teacher may refuse a batch of one
+        results = [self._engine.score(batch).logits.get(self._name) for batch in batches]
+        alone, among = (None if logits is None else logits[0] for logits in results)
+        if alone is None or among is None:  # a teacher may refuse a batch of one
             return 0.0
         return deviation(among, alone, self._kind)
 

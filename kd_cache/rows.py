@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,45 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
 from kd_cache.features import parse_header
+from kd_cache.manifest import sample_key
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import Pack
 from kd_cache.store.union import Union
-from kd_cache.store.view import read_row_file
+from kd_cache.store.view import read_row_file, view_name
+
+
+_BLOCK = 16_384
+
+
+@dataclass(frozen=True)
+class Names:
+    """UTF-8 manifest paths, each a stretch of one array of bytes."""
+
+    blob: np.ndarray  # [M] u1
+    starts: np.ndarray  # [N] int64
+    lengths: np.ndarray  # [N] int64
+
+    @classmethod
+    def of(cls, names: Sequence[bytes]) -> Names:
+        lengths = np.fromiter(map(len, names), np.int64, len(names))
+        return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum(lengths) - lengths, lengths)
+
+    def differ_from(self, other: Names) -> np.ndarray:
+        """``[N]`` bool: which are not the same bytes."""
+        differ: np.ndarray = self.lengths != other.lengths
+        for length in np.unique(self.lengths[~differ]).tolist():
+            same = np.flatnonzero((self.lengths == length) & ~differ)
+            for start in range(0, len(same), _BLOCK):
+                block = same[start : start + _BLOCK]
+                differ[block] = (self._cut(block, length) != other._cut(block, length)).any(axis=1)
+        return differ
+
+    def _cut(self, numbers: np.ndarray, length: int) -> np.ndarray:
+        """``[n, length]`` u1: the names of these numbers, all of one length."""
+        # Every stretch of that length as one item: taking items is a copy each, without indices for their bytes.
+        windows: np.ndarray = np.ndarray((len(self.blob) - length + 1,), f"V{length}", self.blob, strides=(1,))
+        cut: np.ndarray = windows[self.starts[numbers]].view(np.uint8).reshape(len(numbers), length)
+        return cut
 
 
 class TeacherRows:
@@ -24,15 +60,22 @@ class TeacherRows:
     num_classes: int
     dtype: np.dtype[Any]
     keys: np.ndarray
+    finder: KeyFinder
     signature: tuple[str, ...]
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """``[Q, C]`` logits."""
         raise NotImplementedError
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
+    def all(self) -> np.ndarray:
+        """``[N, C]`` logits of all positions."""
         raise NotImplementedError
 
     def files(self, positions: np.ndarray) -> list[str]:
+        raise NotImplementedError
+
+    def names(self, positions: np.ndarray) -> Names:
+        """The same as `files`, without an object for each."""
         raise NotImplementedError
 
     def is_ambiguous(self, key: np.ndarray) -> bool:
@@ -46,19 +89,27 @@ class PackRows(TeacherRows):
         self.num_classes = union.origin.num_classes
         self.dtype = union.origin.stored
         self.signature = tuple(pack.path.name for pack in union.packs)
-        plain = len(union.packs) == 1
-        self._kept = np.arange(len(union)) if plain else np.flatnonzero(~union.repeats & ~union.ambiguous)
-        self.keys = union.keys[self._kept]
-        self._finder = KeyFinder(self.keys)
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        return self._finder.find(keys)
+        self._pack = union.packs[0] if len(union.packs) == 1 else None
+        self.keys, self.finder = union.keys, union.finder
+        if self._pack is None:
+            self._kept = np.flatnonzero(~union.repeats & ~union.ambiguous)
+            self.keys = union.keys[self._kept]
+            self.finder = KeyFinder(self.keys)
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        return self._union.take(self._kept[positions])
+        return self._union.take(positions if self._pack is not None else self._kept[positions])
+
+    def all(self) -> np.ndarray:
+        return self._union.take(self._kept) if self._pack is None else self._pack.logits
 
     def files(self, positions: np.ndarray) -> list[str]:
-        return [name.decode("utf-8") for name in self._union.file_bytes(self._kept[positions])]
+        return self._union.files(positions if self._pack is not None else self._kept[positions])
+
+    def names(self, positions: np.ndarray) -> Names:
+        if self._pack is None:
+            return Names.of(self._union.file_bytes(self._kept[positions]))
+        starts, ends = (self._pack.file_offsets[part].astype(np.int64) for part in (positions, positions + 1))
+        return Names(self._pack.files_blob, starts, ends - starts)
 
     def is_ambiguous(self, key: np.ndarray) -> bool:
         position = int(self._union.find(key)[0])
@@ -74,31 +125,36 @@ class OlderRows(TeacherRows):
         keys = keys_of(names)
         order = sorted_order(keys)
         self.keys = keys[order]
+        self.finder = KeyFinder(self.keys)
         self._names = [names[number] for number in order]
-        rows = [_older_row(paths[file]) for file in self._names]
+        rows = [_older_row(paths[file], file) for file in self._names]
         if len({(len(row), row.dtype) for row in rows}) != 1:
             raise CorruptError(f"the rows of {shown(name)} differ in length or dtype, or there are none")
         self._logits = np.stack(rows)
         self.num_classes = self._logits.shape[1]
         self.dtype = self._logits.dtype
-        self.signature = (hashlib.sha256(self._logits.tobytes()).hexdigest(),)
-        self._finder = KeyFinder(self.keys)
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        return self._finder.find(keys)
+        self.signature = (hashlib.sha256(self.keys.tobytes() + self._logits.tobytes()).hexdigest(),)
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        return self._logits[positions]
+        return self._logits.take(positions, axis=0)
+
+    def all(self) -> np.ndarray:
+        return self._logits
 
     def files(self, positions: np.ndarray) -> list[str]:
         return [self._names[number] for number in positions.tolist()]
+
+    def names(self, positions: np.ndarray) -> Names:
+        return Names.of([file.encode("utf-8") for file in self.files(positions)])
 
     def is_ambiguous(self, key: np.ndarray) -> bool:
         return False
 
 
-def _older_row(path: Path) -> np.ndarray:
+def _older_row(path: Path, file: str) -> np.ndarray:
     """``[C]`` from a plain ``.npy`` of an older cache."""
+    if path.name != view_name(bytes.fromhex(sample_key(file))):
+        raise CorruptError(f"the index names {shown(path.name)} for {shown(file)}, which is another sample's row")
     content = read_row_file(path)
     if content is None:
         raise MissingLogitsError(f"{shown(path)} is in the index, but not on disk")
@@ -108,4 +164,5 @@ def _older_row(path: Path) -> np.ndarray:
             raise ValueError(f"its shape is {list(header.shape)} and it has {len(content)} bytes, expected [classes]")
     except ValueError as error:
         raise CorruptError(f"{shown(path)}: {error}") from None
-    return np.frombuffer(content, header.dtype, offset=header.offset)
+    row: np.ndarray = np.frombuffer(content, header.dtype, offset=header.offset)
+    return row

@@ -105,9 +105,17 @@ def resolve_factory(name: str) -> Factory:
             )
         factory = known[name].load
         return _callable(name, factory)
-    if "" not in sys.path:
+    return _callable(name, lambda: _import(name))
+
+
+def _import(name: str) -> Any:
+    try:
+        return pkgutil.resolve_name(name)
+    except ModuleNotFoundError:
+        if "" in sys.path:
+            raise
         sys.path.append("")  # a user's module lies in the folder where the command runs
-    return _callable(name, lambda: pkgutil.resolve_name(name))
+        return pkgutil.resolve_name(name)
 
 
 def _callable(name: str, load: Callable[[], Any]) -> Factory:
@@ -144,24 +152,7 @@ def check_teacher(name: str, teacher: Any) -> None:
 
 def teacher_fingerprint(teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Fingerprint:
     """The fingerprint of the rows this teacher makes when computing in ``precision`` and stored as ``dtype``."""
-    who = f"fingerprint_parts() of {type(teacher).__name__}"
-    try:
-        parts = dict(teacher.fingerprint_parts())
-    except KDCacheError:
-        raise
-    except Exception as error:
-        raise TeacherError(f"{who} failed: {type(error).__name__}: {shown(error)}") from error
-    # Parts that kd-cache fills in itself are kept beside its own: whatever a teacher names must count.
-    parts = {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
-    state_dict = getattr(teacher, "state_dict", None)
-    if "weights" not in parts and callable(state_dict):
-        parts["weights"] = weights_digest(state_dict())
-    for part in ("weights", "architecture"):
-        if not parts.get(part):
-            raise TeacherError(f"{who} must name {part!r}")
-    parts.setdefault("feature_spec", "unstated")
-    if any(not isinstance(text, str) for item in parts.items() for text in item):
-        raise TeacherError(f"{who} must map names to texts")
+    parts = _own_parts(teacher)
     names = getattr(teacher, "class_names", None)
     ours = (
         teacher.value_kind,
@@ -172,6 +163,28 @@ def teacher_fingerprint(teacher: Teacher, *, precision: str = "fp32", dtype: str
         str(FORMAT_VERSION),
     )
     return Fingerprint(parts | dict(zip(_OURS, ours, strict=True)))
+
+
+def _own_parts(teacher: Teacher) -> dict[str, str]:
+    """What a teacher says of itself, and its weights."""
+    who = f"fingerprint_parts() of {type(teacher).__name__}"
+    state_dict = getattr(teacher, "state_dict", None)
+    try:
+        parts = dict(teacher.fingerprint_parts())
+        if "weights" not in parts and callable(state_dict):
+            parts["weights"] = weights_digest(state_dict())
+    except KDCacheError:
+        raise
+    except Exception as error:
+        raise TeacherError(f"{who} failed: {type(error).__name__}: {shown(error)}") from error
+    for part in ("weights", "architecture"):
+        if not parts.get(part):
+            raise TeacherError(f"{who} must name {part!r}")
+    parts.setdefault("feature_spec", "unstated")
+    if any(not isinstance(text, str) for item in parts.items() for text in item):
+        raise TeacherError(f"{who} must map names to texts")
+    # A name that kd-cache fills in itself is kept beside its own: whatever a teacher names must count.
+    return {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
 
 
 def teacher_origin(name: str, teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Origin:

@@ -326,6 +326,8 @@ def test_a_teacher_that_breaks_its_contract_stops_with_the_reason(run: Run, worl
     result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
     assert result.exit_code == 1
     assert re.search(BAD_TEACHERS[factory], result.stderr), result.stderr
+    if factory in ("nan", "wrong_shape"):
+        assert any(file in result.stderr for file in world.permitted())
     assert not (world.cache / "cache_index.json").exists()
 
 
@@ -375,6 +377,18 @@ def test_skip_lists_non_finite_logits_for_their_teacher_only(run: Run, world: Wo
     assert bad
     assert len(index["tiny"]) == 20
     assert set(index["bad"]) == set(world.permitted()) - bad
+
+
+def test_skip_lists_samples_that_a_teacher_refuses(run: Run, world: World) -> None:
+    args = ("--teacher", "picky=tiny_teachers:picky", *TINY[:2], "--only", "picky", "--only", "tiny")
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *args, "--on-bad-sample", "skip", "--json")
+    assert result.exit_code == 3
+    short = {file for file in world.permitted() if len(np.load(world.feature(file))) < 16}
+    missing = report(result)["missing"]
+    assert set(missing) == short
+    assert all("at least 16 frames" in reason for reason in missing.values())
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert len(index["tiny"]) == 20
 
 
 def test_a_killed_dump_resumes_to_the_bytes_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:

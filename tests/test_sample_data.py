@@ -97,9 +97,7 @@ def test_unseen_devices_are_only_in_test(samples: tuple[Sample, ...]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_device_covers_all_scenes_and_the_ten_development_cities(
-    samples: tuple[Sample, ...], split: str
-) -> None:
+def test_every_device_covers_all_scenes_and_the_ten_development_cities(samples: tuple[Sample, ...], split: str) -> None:
     development = set(range(len(CITIES))) - {CITIES.index("amsterdam"), CITIES.index("madrid")}
     for device in (SOURCE, *TARGETS):
         held = [s for s in samples if s.split == split and s.device_id == device]
@@ -183,9 +181,7 @@ def test_a_file_is_refused_as_the_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_clips")
-def test_a_failed_write_is_reported_and_leaves_no_partial_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_is_reported_and_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

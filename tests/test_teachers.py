@@ -30,9 +30,7 @@ BLOCK_TENSORS = ("weight", "bias", "running_mean", "running_var")
 # The reference: a plain dict of tensors and the formulas of DOMAIN.md in float64. Nothing of `teachers` is used.
 
 
-def reference_shapes(
-    channels: tuple[int, ...], classes: int, projection: bool = False
-) -> dict[str, list[int]]:
+def reference_shapes(channels: tuple[int, ...], classes: int, projection: bool = False) -> dict[str, list[int]]:
     wide, hidden = channels[-1], max(channels[-1] // 2, 4)
     shapes: dict[str, list[int]] = {}
     for number, (before, after) in enumerate(zip((1, *channels), channels, strict=False), start=1):
@@ -131,9 +129,7 @@ class Compared:
 
     def __init__(self, folder: Path, channels: tuple[int, ...], suffix: str) -> None:
         self.weights = random_weights(reference_shapes(channels, 10))
-        city_classifier = random_weights(
-            linear("classifier.6", self.weights["classifier.6.weight"].shape[1], 12)
-        )
+        city_classifier = random_weights(linear("classifier.6", self.weights["classifier.6.weight"].shape[1], 12))
         self.head = random_weights(linear("scene", channels[-1], 10), seed=1)
         flattened = {f"city_model_state_dict.{n}": t for n, t in (self.weights | city_classifier).items()}
         flattened |= {n.replace("scene.", "scene_head_state_dict."): t for n, t in self.head.items()}

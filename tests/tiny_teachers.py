@@ -1,4 +1,4 @@
-"""Teachers of a user's own, small enough to run in a millisecond: what ``--teacher name=tiny_teachers:linear`` loads."""
+"""Teachers of a user's own that run in a millisecond: what ``--teacher name=tiny_teachers:linear`` loads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from kd_cache import TeacherError
 
 
 class Linear(torch.nn.Module):
@@ -109,3 +111,16 @@ def no_fingerprint(ckpt: Path | None) -> object:
             return features[:, 0, :10]
 
     return Bare()
+
+
+class Picky(Linear):
+    """Refuses short features, as an architecture that pools does."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if features.shape[1] < 16:
+            raise TeacherError("needs at least 16 frames")
+        return super().forward(features)
+
+
+def picky(ckpt: Path | None) -> Linear:
+    return Picky(1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,15 +39,23 @@ def temporary_beside(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` durably: after this returns, ``path`` holds it even if the power fails."""
+def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write ``content``, whole or in pieces, durably: after this returns, ``path`` holds it even if the power fails."""
+    pieces = (content,) if isinstance(content, bytes) else content
     with store_errors(path, "write"), temporary_beside(path) as temporary:
         with temporary.open("xb") as file:
-            file.write(content)
+            file.writelines(pieces)  # buffered, so that it writes everything or raises
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
+
+
+def write_all(file: io.RawIOBase, content: bytes | bytearray) -> None:
+    """Write every byte: one call may write less than it was given, just before a disk is full."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
 
 
 def sync_directory(directory: Path) -> None:
@@ -57,6 +68,18 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Create ``directory`` and its parents; a file in the way is a `StoreError`."""
+    """Create ``directory`` and its parents, durably; a file in the way is a `StoreError`."""
     with store_errors(directory, "create the folder"):
+        created = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
+        for path in created:
+            sync_directory(path.parent)
+
+
+def open_file(path: Path) -> io.FileIO:
+    """Open a plain file for reading, unbuffered. Raises ``OSError`` for anything else, and never waits for a FIFO."""
+    file = io.FileIO(path, "r", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "it is not a regular file")

@@ -52,32 +52,29 @@ class CacheFolder:
     def view_path(self, teacher: str) -> Path:
         return self.path / teacher
 
-    def index(self) -> Index | None:
+    def index(self, *, maps: bool = True) -> Index | None:
         """The checked index, ``None`` if the cache has none (its dump did not finish). Raises as `read_index`."""
         try:
-            return read_index(self.index_path)
+            return read_index(self.index_path, maps=maps)
         except FileNotFoundError:
             return None
 
     def packs(self, teachers: Collection[str] | None = None) -> PackSet:
-        """Open every pack (of these teachers). One that is sealed away meanwhile starts the look anew: no row is missed."""
-        for _ in range(100):
-            try:
-                return self._look(teachers)
-            except FileNotFoundError:
-                continue
-        raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")
+        """Open every pack (of these teachers).
 
-    def _look(self, teachers: Collection[str] | None) -> PackSet:
-        found = PackSet()
-        for path in self.pack_paths():
-            if teachers is not None and teacher_in_name(path) not in teachers:
-                continue
-            try:
-                found.good.append(open_pack(path))
-            except CorruptError as error:
-                found.damaged[path] = error
-        return found
+        Packs may be added and sealed away meanwhile. The look is only over when the folder lists, at its end, what was
+        opened: a row that a seal carries from one pack to another is seen in one of them.
+        """
+        opened: dict[Path, Pack | CorruptError] = {}
+        for _ in range(100):
+            paths = [path for path in self.pack_paths() if teachers is None or teacher_in_name(path) in teachers]
+            if opened.keys() == set(paths):
+                good = [pack for path in paths if isinstance(pack := opened[path], Pack)]
+                damaged = {path: error for path in paths if isinstance(error := opened[path], CorruptError)}
+                return PackSet(good, damaged)
+            found = {path: opened[path] if path in opened else _opened(path) for path in paths}
+            opened = {path: pack for path, pack in found.items() if pack is not None}
+        raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")
 
     def pack_paths(self) -> list[Path]:
         with store_errors(self.packs_path, "list"):
@@ -87,6 +84,16 @@ class CacheFolder:
                 return []
         names = sorted(e.name for e in entries if e.name.endswith(".h5") and not e.name.startswith(TEMPORARY))
         return [self.packs_path / name for name in names]
+
+
+def _opened(path: Path) -> Pack | CorruptError | None:
+    """The pack, what is wrong with it, or ``None`` if it is gone."""
+    try:
+        return open_pack(path)
+    except CorruptError as error:
+        return error
+    except FileNotFoundError:
+        return None
 
 
 def teacher_in_name(path: Path) -> str:

@@ -1,5 +1,4 @@
-"""
-What libhdf5 reads and writes through, so that it never touches a file itself.
+"""What libhdf5 reads and writes through, so that it never touches a file itself.
 
 A write that fails inside libhdf5 (a full disk, a quota, an I/O error) was measured to crash the whole process when the
 HDF5 file is closed. So libhdf5 writes into `Outlet`, which never fails to its face and keeps the first error for the
@@ -16,13 +15,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from kd_cache.store.atomic import write_all
+
 LIBVER = ("v110", "v110")
 """One fixed version of the format, both ends of the range."""
 
 
 class Outlet:
-    """
-    A file to write HDF5 through. After the first error it swallows everything; ``raise_failure`` tells of that error.
+    """A file to write HDF5 through. After the first error it swallows the rest; ``raise_failure`` tells of that error.
 
     Args:
         file: opened for reading and writing, unbuffered.
@@ -65,13 +65,6 @@ class Outlet:
         """Nothing is buffered here; the caller fsyncs."""
 
 
-def write_all(file: io.RawIOBase, content: bytes | bytearray) -> None:
-    """Write every byte: one call may write less than it was given, just before a disk is full."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) or 0 :]
-
-
 class _Image:
     """Bytes in memory that h5py takes for a file. Beyond their end is an error, never garbage."""
 
@@ -91,12 +84,6 @@ class _Image:
         if end > len(self._content):
             raise EOFError(f"{size} bytes at {self._position} end behind the file")
         return self._content[self._position : end].tobytes()
-
-    def write(self, content: bytearray) -> int:
-        raise io.UnsupportedOperation("packs are never changed")
-
-    def flush(self) -> None:
-        """Nothing is ever written."""
 
 
 @contextmanager

@@ -1,14 +1,18 @@
-"""``cache_index.json``: what a finished cache holds, made by what. Written last, atomically, and digested to its last byte.
+"""``cache_index.json``: what a finished cache holds, made by what. Written last, atomically, digested to its last byte.
 
-The maps ``{"city2scene": {file: path}, …}`` are for existing code; kd-cache's own readers use ``kd_cache`` and the packs.
+The maps ``{"city2scene": {file: path}, …}`` are for existing code; kd-cache's own readers use the packs and the entry
+``kd_cache``. That entry stands at the end, so that it can be read without parsing a million paths.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +20,29 @@ import xxhash
 
 from kd_cache.errors import CorruptError, StaleError, StoreError, shown
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint
-from kd_cache.store.atomic import store_errors, write_atomic
+from kd_cache.store.atomic import open_file, write_atomic
 from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
 
 INDEX_NAME = "cache_index.json"
 _UNSET = "0" * 32
 _TAIL = '"digest": "{}"\n }}\n}}\n'
+_END = b'\n "num_samples": '
+_LINES = 16_384
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 RESERVED_NAMES = ("packs", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
 
 
 def is_teacher_name(name: str) -> bool:
-    """A teacher's name becomes a folder, a file name and a key of the index: letters, digits, ``_.-``, nothing taken."""
+    """A teacher's name becomes a folder, a file name and a key of the index: letters, digits, ``_.-``, none taken."""
     return bool(TEACHER_NAME.match(name)) and name.lower() not in RESERVED_NAMES
 
 
 @dataclass(frozen=True)
 class Index:
-    """A checked index: ``maps`` as existing code reads them, ``record`` is the content of ``kd_cache``."""
+    """A checked index: ``maps`` as existing code reads them, ``record`` is the content of ``kd_cache``.
+
+    ``maps`` is empty where the index was read without them.
+    """
 
     path: Path
     num_samples: int
@@ -85,17 +94,35 @@ def origin_entry(origin: Origin) -> dict[str, Any]:
 
 def write_index(path: Path, num_samples: int, maps: Mapping[str, Mapping[str, str]], record: Mapping[str, Any]) -> None:
     """Write the index durably; its digest covers every byte of the file."""
-    kd_cache = {"format_version": FORMAT_VERSION, **record, "digest": _UNSET}
-    text = json.dumps({**maps, "num_samples": num_samples, "kd_cache": kd_cache}, indent=1) + "\n"
+    write_atomic(path, _pieces(num_samples, maps, {"format_version": FORMAT_VERSION, **record, "digest": _UNSET}))
+
+
+def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: Mapping[str, Any]) -> Iterator[bytes]:
+    """The text of ``json.dumps(…, indent=1)``, a block of lines at a time: a million paths would take a gigabyte."""
+    digest = xxhash.xxh3_128()
+    quoted = json.encoder.encode_basestring_ascii
+    text = "{"
+    for teacher, paths in maps.items():
+        text += f"\n {quoted(teacher)}: {{"
+        lines = (f"\n  {quoted(file)}: {quoted(row_file)}" for file, row_file in paths.items())
+        first = True
+        while block := list(islice(lines, _LINES)):
+            text += ("" if first else ",") + ",".join(block)
+            digest.update(piece := text.encode("ascii"))
+            yield piece
+            text, first = "", False
+        text += "}," if first else "\n },"
+    tail = json.dumps({"num_samples": num_samples, "kd_cache": kd_cache}, indent=1)
+    text += tail.removeprefix("{") + "\n"
     unset = _TAIL.format(_UNSET)
     if not text.endswith(unset):
         raise AssertionError("the digest must be the last entry of the index")
-    digest = xxhash.xxh3_128_hexdigest(text.encode("ascii"))
-    write_atomic(path, (text.removesuffix(unset) + _TAIL.format(digest)).encode("ascii"))
+    digest.update(text.encode("ascii"))
+    yield (text.removesuffix(unset) + _TAIL.format(digest.hexdigest())).encode("ascii")
 
 
-def read_index(path: Path) -> Index:
-    """Read and check an index.
+def read_index(path: Path, *, maps: bool = True) -> Index:
+    """Read and check an index, with its maps or, quickly, without them.
 
     Raises:
         FileNotFoundError: there is none.
@@ -103,17 +130,31 @@ def read_index(path: Path) -> Index:
         StoreError: unreadable, or of a newer format.
         CorruptError: not byte for byte as it was written.
     """
+    raw = _read(path)
+    at = -1 if maps else raw.rfind(_END)
+    content = _parse(path, raw[:] if at < 0 else b"{" + raw[at:])
+    if "kd_cache" not in content:
+        _refuse_renamed(path, content)
+        raise StaleError(f"{shown(path)} was written by an older script: it has no kd_cache entry and no packs")
+    _check_version_and_digest(path, raw, content["kd_cache"])
+    return _checked(path, content, maps)
+
+
+def _read(path: Path) -> bytes | mmap.mmap:
     try:
-        raw = path.read_bytes()
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StoreError(f"cannot read the index {shown(path)}: {error.strerror or error}") from error
-    content = _parse(path, raw)
-    if "kd_cache" not in content:
-        raise StaleError(f"{shown(path)} was written by an older script: it has no kd_cache entry and no packs")
-    _check_version_and_digest(path, raw, content["kd_cache"])
-    return _checked(path, content)
+
+
+def _refuse_renamed(path: Path, content: Mapping[str, Any]) -> None:
+    """A flipped bit in the name ``kd_cache`` must not turn a cache into an unchecked one."""
+    if any(isinstance(value, dict) and "format_version" in value for value in content.values()):
+        raise _damaged(path, "the name of its kd_cache entry is not as it was written")
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
@@ -126,28 +167,31 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return content
 
 
-def _check_version_and_digest(path: Path, raw: bytes, record: Any) -> None:
+def _check_version_and_digest(path: Path, raw: bytes | mmap.mmap, record: Any) -> None:
     version = record.get("format_version") if isinstance(record, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise StoreError(
             f"{shown(path)} has format version {version}, this kd-cache reads up to {FORMAT_VERSION}",
             hint="Update kd-cache.",
         )
-    digest = str(record.get("digest")) if isinstance(record, dict) else ""
-    tail = _TAIL.format(digest).encode("utf-8", "replace")
-    unset = raw[: -len(tail)] + _TAIL.format(_UNSET).encode("ascii")
-    if not raw.endswith(tail) or xxhash.xxh3_128_hexdigest(unset) != digest:
+    stated = str(record.get("digest")) if isinstance(record, dict) else ""
+    tail = _TAIL.format(stated).encode("utf-8", "replace")
+    with memoryview(raw) as view:
+        digest = xxhash.xxh3_128(view[: -len(tail)])
+    digest.update(_TAIL.format(_UNSET).encode("ascii"))
+    if raw[-len(tail) :] != tail or digest.hexdigest() != stated:
         raise _damaged(path, "its bytes do not match their digest")
 
 
-def _checked(path: Path, content: dict[str, Any]) -> Index:
+def _checked(path: Path, content: dict[str, Any], maps: bool) -> Index:
     """The digest finds accidents only, so the shape of what is used is checked as well."""
     record = content.pop("kd_cache")
     try:
         index = Index(path, int(content.pop("num_samples")), content, record)
         for name, origin in index.origins.items():
-            known = origin.dtype in STORED and origin.value_kind in VALUE_KINDS
-            if not is_teacher_name(name) or not known or not isinstance(content.get(name), dict):
+            known = origin.dtype in STORED and origin.value_kind in VALUE_KINDS and type(origin.num_classes) is int
+            own = origin.fingerprint.digest == record["teachers"][name]["fingerprint"]
+            if not (is_teacher_name(name) and known and own) or (maps and not isinstance(content.get(name), dict)):
                 raise ValueError(name)
         index.missing  # noqa: B018 (reading it checks it)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,8 +211,7 @@ def read_older_maps(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         CorruptError: it is not such an index.
     """
-    with store_errors(path, "read"):
-        content = _parse(path, path.read_bytes())
+    content = _parse(path, _read(path)[:])
     maps = {name: value for name, value in content.items() if isinstance(value, dict) and is_teacher_name(name)}
     if not maps or not all(isinstance(p, str) for paths in maps.values() for p in paths.values()):
         raise _damaged(path, "it maps no teacher's files to paths")

@@ -10,17 +10,20 @@ Layout of ``<teacher>-<digest>.h5``::
     512   …   HDF5: keys [N,16] u1 (sorted), inputs [N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2,
               file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows
 
-A pack is whole or absent. It is checked before libhdf5 sees it, its structure is checked before a byte is believed, and
-then its datasets are memory-mapped at their offsets: no HDF5 handle stays open.
+A pack is whole or absent. Its bytes are checked before libhdf5 sees them (and libhdf5 sees nothing else), its structure
+is checked before a byte is believed, and then its datasets are views of those bytes: no HDF5 handle stays open.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
+import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,24 +35,29 @@ import xxhash
 
 from kd_cache.errors import CorruptError, KDCacheError, StoreError, shown
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
-from kd_cache.store.atomic import store_errors, sync_directory, temporary_beside
-from kd_cache.store.keys import key_columns
+from kd_cache.store.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
+from kd_cache.store.hdf5_file import Outlet, reading_hdf5, writing_hdf5
+from kd_cache.store.keys import are_ascending
 
 MAGIC = b"KDCPACK\n"
 USER_BLOCK = 512
 _PREAMBLE = struct.Struct("<8sIQ16s")
 MAX_ATTRIBUTE = 60_000
+MAPPED = 1 << 20
+"""Packs of at least this size are memory-mapped. Smaller ones are read: each mapping holds a file descriptor, and an
+interrupted dump can leave thousands of small packs."""
 STORED = {"fp32": "<f4", "fp16": "<f2"}
 VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid")
-# Datasets in the order in which they are written, with dtype and the shape of one entry (None: given by the origin).
-_DATASETS: dict[str, tuple[str | None, tuple[int, ...]]] = {
-    "keys": ("|u1", (16,)),
-    "inputs": ("|u1", (16,)),
-    "checksums": ("<u8", ()),
-    "logits": (None, ()),
-    "file_offsets": ("<u8", ()),
-    "files": ("|u1", ()),
+# Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
+_DATASETS: dict[str, tuple[str | None, int]] = {
+    "keys": ("|u1", 2),
+    "inputs": ("|u1", 2),
+    "checksums": ("<u8", 1),
+    "logits": (None, 2),
+    "file_offsets": ("<u8", 1),
+    "files": ("|u1", 1),
 }
+_ATTRIBUTES = ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype")
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Pack:
-    """One opened pack: every array is a view of the mapped file."""
+    """One opened pack: every array is a read-only view of the file's bytes."""
 
     path: Path
     origin: Origin
@@ -88,10 +96,17 @@ class Pack:
         """The manifest path of a row, UTF-8."""
         return self.files_blob[int(self.file_offsets[row]) : int(self.file_offsets[row + 1])].tobytes()
 
+    def file(self, row: int) -> str:
+        """The manifest path of a row. Raises `CorruptError` if it is not UTF-8."""
+        try:
+            return self.file_bytes(row).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _damaged(self.path, f"the file name of row {row} is not UTF-8") from error
+
     @cached_property
     def files(self) -> list[str]:
         """The manifest paths of all rows."""
-        return [self.file_bytes(row).decode("utf-8") for row in range(len(self))]
+        return [self.file(row) for row in range(len(self))]
 
     def wrong_rows(self, rows: np.ndarray) -> list[int]:
         """Those of ``rows`` whose checksum, or whose key, is not that of what is stored beside it."""
@@ -136,10 +151,13 @@ def write_pack(
     Raises:
         StoreError: naming the path and the cause; nothing is left behind.
     """
+    if not 0 < len(keys) == len(inputs) == len(files) or not are_ascending(keys):
+        raise ValueError("a pack needs at least one row, and as many inputs and files as ascending keys")
     target = directory / f"{origin.teacher}-new.h5"
     with store_errors(directory, "write a pack into"), temporary_beside(target) as temporary:
-        _write_hdf5(temporary, origin, keys, inputs, files, take, block)
-        digest = _seal_user_block(temporary)
+        with temporary.open("x+b", buffering=0) as file:
+            _write_hdf5(file, origin, keys, inputs, files, take, block)
+            digest = _seal_user_block(file)
         final = directory / f"{origin.teacher}-{digest.hex()}.h5"
         try:
             _open_checked(temporary, final.name)
@@ -151,7 +169,7 @@ def write_pack(
 
 
 def _write_hdf5(
-    path: Path,
+    file: io.FileIO,
     origin: Origin,
     keys: np.ndarray,
     inputs: np.ndarray,
@@ -161,15 +179,9 @@ def _write_hdf5(
 ) -> None:
     count = len(keys)
     offsets = np.zeros(count + 1, "<u8")
-    np.cumsum([len(file) for file in files], out=offsets[1:])
-    with h5py.File(
-        path,
-        "x",
-        libver=("v110", "v110"),
-        userblock_size=USER_BLOCK,
-        alignment_threshold=1,
-        alignment_interval=64,
-    ) as pack:
+    np.cumsum([len(name) for name in files], out=offsets[1:])
+    outlet = Outlet(file)
+    with writing_hdf5(outlet, USER_BLOCK) as pack:
         for name, value in _attributes(origin).items():
             pack.attrs[name] = value
         pack.create_dataset("keys", data=keys, track_times=False)
@@ -179,42 +191,45 @@ def _write_hdf5(
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
+            if rows.dtype != origin.stored or rows.shape != (part.stop - start, origin.num_classes):
+                raise ValueError(
+                    f"expected {origin.num_classes} classes of {origin.dtype}, found {rows.dtype} {rows.shape}"
+                )
             logits[part] = rows
             checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows)
+            outlet.raise_failure()
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
         blob = np.frombuffer(b"".join(files), np.uint8)
         pack.create_dataset("files", data=blob, track_times=False)
 
 
 def _attributes(origin: Origin) -> dict[str, np.bytes_]:
-    texts = {
-        "format_version": str(FORMAT_VERSION),
-        "teacher": origin.teacher,
-        "fingerprint": origin.fingerprint.digest,
-        "parts": canonical_json(dict(origin.fingerprint.parts)).decode(),
-        "value_kind": origin.value_kind,
-        "class_names": json.dumps(origin.class_names, ensure_ascii=False),
-        "dtype": origin.dtype,
-    }
-    for name, text in texts.items():
+    texts = (
+        str(FORMAT_VERSION),
+        origin.teacher,
+        origin.fingerprint.digest,
+        canonical_json(dict(origin.fingerprint.parts)).decode(),
+        origin.value_kind,
+        json.dumps(origin.class_names, ensure_ascii=False),
+        origin.dtype,
+    )
+    for name, text in zip(_ATTRIBUTES, texts, strict=True):
         if len(text.encode()) > MAX_ATTRIBUTE:
             raise StoreError(f"{name} of teacher {shown(origin.teacher)} takes more than {MAX_ATTRIBUTE} bytes")
-    return {name: np.bytes_(text.encode()) for name, text in texts.items()}
+    return {name: np.bytes_(text.encode()) for name, text in zip(_ATTRIBUTES, texts, strict=True)}
 
 
-def _seal_user_block(path: Path) -> bytes:
+def _seal_user_block(file: io.FileIO) -> bytes:
     """Fill the user block, fsync, and return the digest."""
-    with path.open("r+b") as file:
-        file.seek(USER_BLOCK)
-        digest = xxhash.xxh3_128()
-        length = 0
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            length += len(chunk)
-        file.seek(0)
-        file.write(_PREAMBLE.pack(MAGIC, FORMAT_VERSION, length, digest.digest()).ljust(USER_BLOCK, b"\0"))
-        file.flush()
-        os.fsync(file.fileno())
+    file.seek(USER_BLOCK)
+    digest = xxhash.xxh3_128()
+    length = 0
+    while chunk := file.read(1 << 22):
+        digest.update(chunk)
+        length += len(chunk)
+    file.seek(0)
+    write_all(file, _PREAMBLE.pack(MAGIC, FORMAT_VERSION, length, digest.digest()).ljust(USER_BLOCK, b"\0"))
+    os.fsync(file.fileno())
     return digest.digest()
 
 
@@ -236,29 +251,38 @@ def open_pack(path: Path) -> Pack:
 
 def _open_checked(path: Path, name: str) -> Pack:
     """`open_pack` for a file that will be called ``name``."""
-    if path.stat().st_size < USER_BLOCK:
-        raise _damaged(path, "it is truncated within its first 512 bytes")
-    content = np.memmap(path, np.uint8, mode="c")
+    content = _content(path)
     digest = _check_user_block(path, content)
     if name.removesuffix(".h5").rpartition("-")[2] != digest.hex():
         raise _damaged(path, f"its name does not carry its digest {digest.hex()}")
     try:
-        with h5py.File(path, "r", libver=("v110", "v110")) as file:
-            origin = _read_origin(path, file)
-            arrays = _map_datasets(path, file, content, origin)
+        with reading_hdf5(content) as file:
+            texts = _read_attributes(path, file)
+            arrays = _view_datasets(path, file, content, np.dtype(STORED[texts["dtype"]]))
+        pack = Pack(path, _origin(path, texts, arrays[3].shape[1]), *arrays)
     except KDCacheError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # what h5py makes of a malformed file is anybody's guess
         raise _damaged(path, f"HDF5 cannot read it ({shown(error)})") from error
-    if name.removesuffix(".h5").rpartition("-")[0] != origin.teacher:
-        raise _damaged(path, f"its name does not carry its teacher {shown(origin.teacher)}")
-    pack = Pack(path, origin, *arrays)
+    if name.removesuffix(".h5").rpartition("-")[0] != pack.origin.teacher:
+        raise _damaged(path, f"its name does not carry its teacher {shown(pack.origin.teacher)}")
     _check_keys_and_offsets(pack)
     return pack
 
 
 def _damaged(path: Path, why: str) -> CorruptError:
     return CorruptError(f"the pack {shown(path)} is damaged: {why}", hint="kd-cache dump scores its rows again.")
+
+
+def _content(path: Path) -> np.ndarray:
+    """The file's bytes, read-only."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < USER_BLOCK:
+            raise _damaged(path, f"it is truncated within its first {USER_BLOCK} bytes")
+        if size < MAPPED:
+            return np.frombuffer(file.readall(), np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _check_user_block(path: Path, content: np.ndarray) -> bytes:
@@ -272,7 +296,7 @@ def _check_user_block(path: Path, content: np.ndarray) -> bytes:
             hint="Update kd-cache.",
         )
     if version != FORMAT_VERSION or any(block[_PREAMBLE.size :]):
-        raise _damaged(path, "its first 512 bytes are not as they were written")
+        raise _damaged(path, f"its first {USER_BLOCK} bytes are not as they were written")
     if length != len(content) - USER_BLOCK:
         raise _damaged(path, f"expected {length + USER_BLOCK} bytes, found {len(content)}")
     if xxhash.xxh3_128_digest(content[USER_BLOCK:].data) != digest:
@@ -280,46 +304,52 @@ def _check_user_block(path: Path, content: np.ndarray) -> bytes:
     return bytes(digest)
 
 
-def _read_origin(path: Path, file: h5py.File) -> Origin:
+def _read_attributes(path: Path, file: Any) -> dict[str, str]:
     texts = {}
-    for name in ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype"):
-        value = file.attrs.get(name)
-        if not isinstance(value, bytes):
+    for name in _ATTRIBUTES:
+        attribute = file.attrs.get_id(name) if name in file.attrs else None
+        if attribute is None or attribute.shape != () or attribute.dtype.kind != "S":
             raise _damaged(path, f"its attribute {name} is missing or not a fixed-length string")
-        texts[name] = value.decode("utf-8")
-    parts, names = json.loads(texts["parts"]), json.loads(texts["class_names"])
-    fingerprint = Fingerprint(parts)
-    if texts["format_version"] != str(FORMAT_VERSION) or fingerprint.digest != texts["fingerprint"]:
-        raise _damaged(path, "its fingerprint is not that of its parts")
+        texts[name] = file.attrs[name].decode("utf-8")
+    if texts["format_version"] != str(FORMAT_VERSION):
+        raise _damaged(path, f"its format version is {shown(texts['format_version'])}, but not in its first bytes")
     if texts["dtype"] not in STORED or texts["value_kind"] not in VALUE_KINDS:
         raise _damaged(path, "its dtype or value kind is unknown")
-    classes = file["logits"].shape[1]
+    return texts
+
+
+def _origin(path: Path, texts: Mapping[str, str], classes: int) -> Origin:
+    parts, names = json.loads(texts["parts"]), json.loads(texts["class_names"])
+    if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
+        raise _damaged(path, "its fingerprint's parts are not texts")
+    fingerprint = Fingerprint(parts)
+    if fingerprint.digest != texts["fingerprint"]:
+        raise _damaged(path, "its fingerprint is not that of its parts")
     if names is not None and (not isinstance(names, list) or len(names) != classes):
         raise _damaged(path, "its class names do not fit its logits")
     kept = None if names is None else tuple(map(str, names))
     return Origin(texts["teacher"], fingerprint, texts["value_kind"], classes, texts["dtype"], kept)
 
 
-def _map_datasets(path: Path, file: h5py.File, content: np.ndarray, origin: Origin) -> list[np.ndarray]:
+def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any]) -> list[np.ndarray]:
     if set(file) != set(_DATASETS):
         raise _damaged(path, f"expected the datasets {', '.join(_DATASETS)}, found {shown(', '.join(file))}")
-    arrays = []
-    for name, (dtype, _) in _DATASETS.items():
+    for name in _DATASETS:  # all links before any is followed
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise _damaged(path, f"{name} is a link to elsewhere")
-        arrays.append(_map_dataset(path, file[name], content, np.dtype(dtype or origin.stored)))
-    count = len(arrays[0])
-    shapes = [(count, *entry) for _, entry in _DATASETS.values()]
-    shapes[3] = (count, origin.num_classes)
-    shapes[4] = (count + 1,)
-    shapes[5] = arrays[5].shape[:1]
-    if [array.shape for array in arrays] != shapes:
+    arrays = [
+        _view_dataset(path, file[name], content, np.dtype(dtype or stored), axes)
+        for name, (dtype, axes) in _DATASETS.items()
+    ]
+    count, classes = arrays[3].shape
+    expected = [(count, 16), (count, 16), (count,), (count, classes), (count + 1,), arrays[5].shape]
+    if [array.shape for array in arrays] != expected:
         raise _damaged(path, "its datasets disagree about the number of rows")
     return arrays
 
 
-def _map_dataset(path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """The dataset's bytes in the mapped file, if they are stored there plainly: contiguous, unfiltered, written."""
+def _view_dataset(path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype[Any], axes: int) -> np.ndarray:
+    """The dataset's bytes in the file, if they are stored there plainly: contiguous, unfiltered, written."""
     plain = isinstance(dataset, h5py.Dataset) and dataset.dtype == dtype
     settings = dataset.id.get_create_plist() if plain else None
     if (
@@ -327,9 +357,10 @@ def _map_dataset(path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype[
         or settings.get_layout() != h5py.h5d.CONTIGUOUS
         or settings.get_external_count()
         or settings.get_nfilters()
+        or len(dataset.shape) != axes
     ):
-        raise _damaged(path, f"{shown(dataset.name)} is not a plain contiguous dataset of {dtype}")
-    size = dataset.size * dtype.itemsize
+        raise _damaged(path, f"{shown(dataset.name)} is not a plain contiguous dataset of {dtype} with {axes} axes")
+    size = math.prod(dataset.shape) * dtype.itemsize
     offset = dataset.id.get_offset()
     if offset is None or offset % 64 or offset + size > len(content) or dataset.id.get_storage_size() != size:
         raise _damaged(path, f"{shown(dataset.name)} does not lie in the file")
@@ -337,9 +368,7 @@ def _map_dataset(path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype[
 
 
 def _check_keys_and_offsets(pack: Pack) -> None:
-    high, low = key_columns(pack.keys)
-    ascending = (high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))
-    if not ascending.all():
+    if not are_ascending(pack.keys):
         raise _damaged(pack.path, "its keys are not sorted")
     offsets = pack.file_offsets
     if offsets[0] != 0 or offsets[-1] != len(pack.files_blob) or (offsets[1:] < offsets[:-1]).any():

@@ -15,7 +15,7 @@ from kd_cache.store.union import Union
 
 @dataclass(frozen=True)
 class Sealed:
-    """What a seal did: the wanted rows that no pack holds, how many stored rows it left out, and repeats that differ."""
+    """What a seal did: wanted rows that no pack holds, how many stored rows it left out, and repeats that differ."""
 
     path: Path | None
     absent: np.ndarray  # [Q] bool, of the wanted keys
@@ -57,10 +57,9 @@ def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.nd
 
 def _single_pack(union: Union, positions: np.ndarray) -> Path | None:
     """The pack that already is the result."""
-    numbers = np.unique(union.pack_no[positions])
-    if len(numbers) == 1 and len(union.packs[numbers[0]]) == len(positions):
-        return union.packs[numbers[0]].path
-    return None
+    numbers = set(union.pack_no[positions].tolist())
+    packs = [union.packs[number] for number in numbers]
+    return packs[0].path if len(packs) == 1 and len(packs[0]) == len(positions) else None
 
 
 def _remove(directory: Path, paths: list[Path]) -> None:

@@ -22,15 +22,13 @@ class Union:
         self.packs = sorted(packs, key=lambda pack: pack.path.name)
         if not self.packs:
             raise ValueError("a union needs at least one pack")
-        sizes = [len(pack) for pack in self.packs]
-        keys = np.concatenate([pack.keys for pack in self.packs])
-        pack_no = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        row_no = np.concatenate([np.arange(size, dtype=np.int64) for size in sizes])
-        if len(self.packs) > 1:
-            order = sorted_order(keys)  # stable, so equal keys stay in the order of their packs
-            keys, pack_no, row_no = keys[order], pack_no[order], row_no[order]
-        self.keys, self.pack_no, self.row_no = keys, pack_no, row_no
-        self._finder = KeyFinder(keys)
+        self._single = len(self.packs) == 1
+        self.keys = self.packs[0].keys
+        if not self._single:
+            keys = np.concatenate([pack.keys for pack in self.packs])
+            self._order: np.ndarray = sorted_order(keys)  # stable, so equal keys stay in the order of their packs
+            self.keys = keys[self._order]
+        self.finder = KeyFinder(self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -40,25 +38,38 @@ class Union:
         return self.packs[0].origin
 
     @cached_property
+    def pack_no(self) -> np.ndarray:
+        """``[M]`` int32, the pack of each position."""
+        return self._merged([np.full(len(pack), number, np.int32) for number, pack in enumerate(self.packs)])
+
+    @cached_property
+    def row_no(self) -> np.ndarray:
+        """``[M]`` int64, the row of each position in its pack."""
+        return self._merged([np.arange(len(pack)) for pack in self.packs])
+
+    @cached_property
     def inputs(self) -> np.ndarray:
         """``[M, 16]`` u1, the input digest of each position."""
-        out = np.empty((len(self), 16), np.uint8)
-        for number, pack in enumerate(self.packs):
-            mine = self.pack_no == number
-            out[mine] = pack.inputs[self.row_no[mine]]
-        return out
+        return self._merged([pack.inputs for pack in self.packs])
+
+    def _merged(self, columns: list[np.ndarray]) -> np.ndarray:
+        """A column of every pack, in the order of the positions."""
+        if self._single:
+            return columns[0]
+        merged: np.ndarray = np.concatenate(columns)[self._order]
+        return merged
 
     @cached_property
     def repeats(self) -> np.ndarray:
         """``[M]`` bool: the key is the same as the position's before."""
         same = np.zeros(len(self), bool)
-        high, low = self._finder.high, self._finder.low
-        same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        if not self._single:
+            same[1:] = (self.keys[1:] == self.keys[:-1]).all(axis=1)
         return same
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """First position of each of ``[Q, 16]`` keys, ``-1`` where there is none."""
-        return self._finder.find(keys)
+        return self.finder.find(keys)
 
     def match(self, keys: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         """First position with this key *and* this input digest, ``-1`` where there is none: the fresh rows."""
@@ -76,9 +87,12 @@ class Union:
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """``[Q, C]`` rows as stored."""
+        if self._single:
+            return self.packs[0].logits.take(positions, axis=0)
         out = np.empty((len(positions), self.origin.num_classes), self.origin.stored)
-        for number in np.unique(self.pack_no[positions]):
-            mine = np.flatnonzero(self.pack_no[positions] == number)
+        numbers = self.pack_no[positions]
+        for number in np.unique(numbers):
+            mine = np.flatnonzero(numbers == number)
             out[mine] = self.packs[number].logits[self.row_no[positions[mine]]]
         return out
 
@@ -89,9 +103,16 @@ class Union:
             for pack, row in zip(self.pack_no[positions].tolist(), self.row_no[positions].tolist(), strict=True)
         ]
 
+    def files(self, positions: np.ndarray) -> list[str]:
+        """The manifest path of each position. Raises `CorruptError` if one is not UTF-8."""
+        pairs = zip(self.pack_no[positions].tolist(), self.row_no[positions].tolist(), strict=True)
+        return [self.packs[pack].file(row) for pack, row in pairs]
+
     @cached_property
     def ambiguous(self) -> np.ndarray:
         """``[M]`` bool: the key was scored from more than one input, and nothing here says which is current."""
+        if self._single:
+            return np.zeros(len(self), bool)
         starts = np.flatnonzero(~self.repeats)
         group = np.cumsum(~self.repeats) - 1
         differs = (self.inputs != self.inputs[starts[group]]).any(axis=1)
@@ -99,9 +120,9 @@ class Union:
 
     def disagreements(self) -> list[str]:
         """Files scored twice from one input with different results (the first pack by name is served)."""
-        again = np.flatnonzero(self.repeats & ~self.ambiguous)
-        starts = np.flatnonzero(~self.repeats)
-        first = starts[(np.cumsum(~self.repeats) - 1)[again]]
+        again = np.flatnonzero(self.repeats)
+        first = self.match(self.keys[again], self.inputs[again])
         item = self.origin.stored.itemsize
         ours, theirs = (self.take(part).view(f"u{item}") for part in (again, first))
-        return [name.decode() for name in self.file_bytes(again[(ours != theirs).any(axis=1)])]
+        differing = again[(ours != theirs).any(axis=1)]
+        return list(dict.fromkeys(self.files(differing)))

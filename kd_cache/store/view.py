@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.errors import MissingLogitsError, shown
-from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors
+from kd_cache.errors import CorruptError, MissingLogitsError, shown
+from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, write_all
 
 
 @lru_cache(maxsize=16)
@@ -40,16 +42,17 @@ def write_rows(directory: Path, keys: np.ndarray, rows: np.ndarray) -> int:
     make_directory(directory)
     written = 0
     temporary = directory / f"{TEMPORARY}{os.getpid()}-{os.urandom(8).hex()}"
-    with store_errors(directory, "write the view in"):
-        try:
-            for key, row in zip(keys, rows, strict=True):
-                content = row_file_bytes(row)
+    try:
+        for key, row in zip(keys, rows, strict=True):
+            content = row_file_bytes(row)
+            path = directory / view_name(key.tobytes())
+            with store_errors(path, "write"):
                 with temporary.open("wb", buffering=0) as file:
-                    file.write(content)
-                temporary.replace(directory / view_name(key.tobytes()))
-                written += len(content)
-        finally:
-            temporary.unlink(missing_ok=True)
+                    write_all(file, content)
+                temporary.replace(path)
+            written += len(content)
+    finally:
+        temporary.unlink(missing_ok=True)
     return written
 
 
@@ -63,22 +66,41 @@ def stored_names(directory: Path) -> set[str]:
 
 
 def read_row_file(path: Path) -> bytes | None:
-    """The bytes of a row's file, ``None`` if there is none; never more than 16 MiB of it."""
+    """The bytes of a row's file, ``None`` if there is none; never more than 16 MiB of it.
+
+    Raises:
+        CorruptError: a link, a folder or a FIFO stands in its place; it is not followed.
+        StoreError: it cannot be read.
+    """
     with store_errors(path, "read"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+                raise _in_the_way(path) from None
+            raise
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise _in_the_way(path)
             return os.read(descriptor, 1 << 24)
         finally:
             os.close(descriptor)
 
 
+def _in_the_way(path: Path) -> CorruptError:
+    return CorruptError(f"{shown(path)} is a link, a folder or a device, expected a plain file", hint="Remove it.")
+
+
 def differing(directory: Path, keys: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bool]]:
     """``(number, is_missing)`` of each row whose file is absent or not byte for byte the row's."""
     for number, (key, row) in enumerate(zip(keys, rows, strict=True)):
-        content = read_row_file(directory / view_name(key.tobytes()))
+        try:
+            content = read_row_file(directory / view_name(key.tobytes()))
+        except CorruptError:
+            yield number, False
+            continue
         if content != row_file_bytes(row):
             yield number, content is None
 

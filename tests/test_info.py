@@ -1,0 +1,103 @@
+"""``kd-cache info`` and what the command line shows."""
+
+from __future__ import annotations
+
+import json
+
+from conftest import TINY, Run, World
+
+from kd_cache.cli.console import size
+
+
+def test_info_tells_what_a_cache_holds_made_from_what_and_by_which_settings(run: Run, dump: Run, world: World) -> None:
+    dump("--dtype", "fp16", "--seed", 7)
+    shown = run("info").stdout
+    for fact in ("tiny", "other", "linear/1", "10 logits, fp16", str(world.json_path), "12 of A, 8 of b", "seed=7"):
+        assert fact in shown
+    content = json.loads(run("info", "cache/A2b", "--json").stdout)["caches"][0]
+    assert content["num_samples"] == 20
+    assert content["settings"]["values"]["seed"] == 7
+    assert content["settings"]["sources"]["seed"] == "commandline"
+    assert len(content["settings"]["sha256"]) == 64
+    assert content["environment"]["torch"]
+    assert content["teachers"]["tiny"]["parts"]["precision"] == "fp32"
+    assert content["teachers"]["tiny"]["storage_cost"]["rows"] == 20
+
+
+def test_what_a_user_runs_is_never_written_into_a_cache(run: Run, dump: Run, world: World) -> None:
+    dump()
+    assert "tiny_teachers" not in (world.cache / "cache_index.json").read_text()
+    for pack in world.packs().values():
+        assert b"tiny_teachers" not in pack
+
+
+def test_info_lists_every_cache_under_a_root(run: Run, dump: Run, world: World) -> None:
+    dump()
+    run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
+    assert [cache["path"] for cache in json.loads(run("info", "--json").stdout)["caches"]] == ["cache/A2b", "cache/A2c"]
+
+
+def test_info_says_when_there_is_none_or_it_is_unfinished_or_damaged(run: Run, dump: Run, world: World) -> None:
+    assert run("info").exit_code == 3
+    dump()
+    index = world.cache / "cache_index.json"
+    content = index.read_bytes()
+    index.write_bytes(content[:-9])
+    assert run("info", "cache/A2b").exit_code == 4
+    index.unlink()
+    result = run("info", "cache/A2b")
+    assert (result.exit_code, "unfinished" in result.stderr) == (3, True)
+
+
+def test_quiet_prints_nothing_and_json_prints_only_json(run: Run, dump: Run, world: World) -> None:
+    result = dump("--quiet")
+    assert (result.stdout, result.stderr) == ("", "")
+    result = run("verify", *TINY, "--quiet")
+    assert (result.stdout, result.stderr) == ("", "")
+    assert json.loads(dump("--json", "--quiet").stdout)["samples_scored"] == 0
+
+
+def test_debug_shows_the_traceback_that_is_hidden_otherwise(run: Run, world: World) -> None:
+    import pytest
+
+    from kd_cache import ManifestError
+
+    assert run("dump", "--target", "b", "--json-path", "nowhere.json").exit_code == 2
+    with pytest.raises(ManifestError):
+        run("dump", "--target", "b", "--json-path", "nowhere.json", "--debug")
+
+
+def test_an_unexpected_error_is_one_line_and_exit_1(run: Run, dump: Run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import kd_cache.dump
+
+    def surprise(*_: object) -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(kd_cache.dump, "dump_logits", surprise)
+    result = dump()
+    assert result.exit_code == 1
+    assert "unexpected ZeroDivisionError: surprise" in result.stderr
+    assert "--debug" in result.stderr
+
+
+def test_terminal_escapes_in_names_are_never_printed_raw(run: Run, world: World) -> None:
+    file = world.add(50, "b", "train")
+    evil = "x/\x1b[31mred\x07.npy"
+    world.feature(file).rename(world.root / evil)
+    next(row for row in world.rows if row["file"] == file)["file"] = evil
+    world.feature(evil).write_bytes(b"broken")
+    world.write()
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny")
+    assert result.exit_code == 1
+    assert "\x1b" not in result.stderr
+    assert "\\x1b[31mred" in result.stderr
+
+
+def test_bytes_are_shown_for_a_person() -> None:
+    assert [size(count) for count in (0, 999, 1000, 2_500_000, 7_000_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.0 KB",
+        "2.5 MB",
+        "7.0 GB",
+    ]

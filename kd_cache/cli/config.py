@@ -13,7 +13,6 @@ import typer
 import yaml
 
 from kd_cache.errors import KDCacheError, UsageError, shown
-from kd_cache.fingerprint import canonical_json
 
 DEFAULT_FILE = Path("kd-cache.yaml")
 
@@ -112,6 +111,8 @@ def given(ctx: typer.Context, name: str) -> bool:
 
 def resolved_settings(ctx: typer.Context) -> dict[str, Any]:
     """Every option's value and where it came from, and a SHA-256 over the values."""
+    from kd_cache.fingerprint import canonical_json  # brings numpy, which --help must not wait for
+
     values = {name: _plain(value) for name, value in sorted(ctx.params.items())}
     sources = {name: source.name.lower() for name in values if (source := ctx.get_parameter_source(name)) is not None}
     return {"values": values, "sources": sources, "sha256": hashlib.sha256(canonical_json(values)).hexdigest()}

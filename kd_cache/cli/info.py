@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kd_cache.cli import options as opt
 from kd_cache.cli.console import Screen, reporting_errors, size, table
 from kd_cache.errors import MissingLogitsError, shown
-from kd_cache.store.folder import CacheFolder, find_caches
-from kd_cache.store.index import Index
+
+if TYPE_CHECKING:
+    from kd_cache.store.folder import CacheFolder
+    from kd_cache.store.index import Index
 
 EXAMPLES = """Examples:
 
@@ -30,6 +32,8 @@ def info_command(
     debug: opt.DebugOption = False,
 ) -> None:
     """Tell what a cache holds, made from what, when, by which settings."""
+    from kd_cache.store.folder import CacheFolder, find_caches
+
     with Screen(quiet=False, as_json=as_json) as screen:
         folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
         if CacheFolder(path).index_path.is_file():

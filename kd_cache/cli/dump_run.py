@@ -1,0 +1,292 @@
+"""What ``kd-cache dump`` does, once its options are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import randbits
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import kd_cache
+from kd_cache.cli import options as opt
+from kd_cache.cli.config import given, resolved_settings
+from kd_cache.cli.console import Screen, size, table
+from kd_cache.cli.inputs import Inputs, data_paths, load_inputs
+from kd_cache.cli.report import problem_table, verify_table
+from kd_cache.cli.teachers import BUILT_IN, load_teachers, teacher_specs
+from kd_cache.errors import StoreError, shown, worst_exit_code
+from kd_cache.teacher import Teacher, TeacherSpec
+
+if TYPE_CHECKING:
+    from kd_cache.dump import DumpJob, DumpReport
+    from kd_cache.verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """The command's options, by their names."""
+
+    target: opt.Target
+    json_path: Path | None
+    data_root: Path | None
+    num_scenes: int
+    num_cities: int
+    allow_shared_locations: bool
+    allow_outside: list[Path]
+    on_bad_sample: opt.BadSample
+    city2scene_teacher_ckpt: Path | None
+    scene_teacher_ckpt: Path | None
+    teacher: list[str]
+    only: list[str]
+    cache_root: Path
+    dtype: opt.DType
+    use_fp16: bool
+    skip_existing: bool
+    files: bool
+    num_verify: int
+    device: str
+    precision: opt.Precision
+    batch_size: int | None
+    workers: int
+    seed: int
+    shard_size: int
+    shard_seconds: float
+    config: Path | None
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    debug: bool
+
+
+def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
+    """Guard, load, score, verify, report. Exits with the command's status if that is not 0."""
+    with Screen(quiet=options.quiet, as_json=options.as_json) as screen:
+        inputs = load_inputs(
+            options.target,
+            options.json_path,
+            options.data_root,
+            num_scenes=options.num_scenes,
+            num_cities=options.num_cities,
+            allow_shared_locations=options.allow_shared_locations,
+            allow_outside=options.allow_outside,
+        )
+        _announce(screen, inputs)
+        _refuse_file_as_root(options.cache_root)
+        code = _dry_run(ctx, options, inputs, screen) if options.dry_run else _dump(ctx, options, inputs, screen)
+    if code:
+        raise typer.Exit(code)
+
+
+def _dry_run(ctx: typer.Context, options: DumpOptions, inputs: Inputs, screen: Screen) -> int:
+    from kd_cache.dump import plan_dump
+
+    report = plan_dump(_job(ctx, options, inputs))
+    screen.result(_plan_table(report), _plan_line(report))
+    screen.result_json({"dry_run": True, **_as_json(report)})
+    return 3 if report.missing else 0
+
+
+def _dump(ctx: typer.Context, options: DumpOptions, inputs: Inputs, screen: Screen) -> int:
+    from kd_cache.dump import dump_logits
+
+    job = _job(ctx, options, inputs)
+    report = dump_logits(job, screen)
+    verified = _verify(job, options.num_verify, screen)
+    _print_report(screen, job, report, verified)
+    return worst_exit_code([3 if report.missing else 0, 0 if verified is None else verified.exit_code])
+
+
+def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs) -> DumpJob:
+    specs = teacher_specs(
+        options.target,
+        {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
+        options.teacher,
+        options.only,
+        own_data=given(ctx, "json_path") or given(ctx, "data_root"),
+    )
+    # What can fail without torch, which takes seconds to import, has failed by now.
+    from kd_cache.dump import DumpJob
+    from kd_cache.engine import resolve_device
+
+    device = resolve_device(options.device)
+    teachers = load_teachers(specs, options.num_scenes, options.num_cities)
+    return DumpJob(
+        cache_root=options.cache_root,
+        manifest=inputs.manifest,
+        selection=inputs.selection,
+        source=inputs.source,
+        teachers=teachers,
+        device=device,
+        dtype="fp16" if options.use_fp16 else options.dtype,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        skip_existing=options.skip_existing,
+        files=options.files,
+        on_bad_sample=options.on_bad_sample,
+        workers=options.workers,
+        seed=options.seed,
+        shard_size=options.shard_size,
+        shard_seconds=options.shard_seconds,
+        notes={spec.name: {"source": _described(spec, teachers[spec.name])} for spec in specs},
+        record=_record(ctx, options, specs),
+    )
+
+
+def _announce(screen: Screen, inputs: Inputs) -> None:
+    selection = inputs.selection
+    counts = ", ".join(f"{count:,} of {device}" for device, count in selection.per_device.items())
+    screen.remark(f"A → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})")
+    if selection.located < selection.locatable:
+        unknown = selection.locatable - selection.located
+        screen.note(
+            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location (neither a field "
+            "nor a TAU file name does), so shared locations among them cannot be seen"
+        )
+    if selection.shared_locations:
+        screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
+
+
+def _refuse_file_as_root(cache_root: Path) -> None:
+    if cache_root.exists() and not cache_root.is_dir():
+        raise StoreError(f"the cache root {shown(cache_root)} is a file, expected a folder", hint="Pass --cache-root.")
+
+
+def _described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
+    """Where a teacher came from, for the index: never anything that a reader would run."""
+    source: dict[str, Any] = {"built_in": spec.name in BUILT_IN}
+    if spec.checkpoint is not None:
+        source["checkpoint"] = str(spec.checkpoint.absolute())
+        if spec.checkpoint.is_file():
+            with spec.checkpoint.open("rb") as file:
+                source["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    read_from = getattr(teacher, "source", None)
+    if isinstance(read_from, str):
+        source["read_from"] = read_from
+    return source
+
+
+def _record(ctx: typer.Context, options: DumpOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+    """What the index keeps of the run. `kd-cache verify` takes its paths from here, so they are absolute."""
+    json_path, data_root = data_paths(options.json_path, options.data_root)
+    settings = resolved_settings(ctx)
+    # A user's own factory is code; what a cache says must never be run, so it is not even written down.
+    for part in ("values", "sources"):
+        settings[part].pop("teacher", None)
+    settings["paths"] = {
+        "json_path": str(json_path.absolute()),
+        "data_root": str(data_root.absolute()),
+        "allow_outside": [str(path.absolute()) for path in options.allow_outside],
+        "checkpoints": {spec.name: str(spec.checkpoint.absolute()) for spec in specs if spec.checkpoint is not None},
+    }
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"tool": f"kd-cache {kd_cache.__version__}", "created": created, "settings": settings}
+
+
+def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
+    from kd_cache.verify import VerifyJob, verify_cache
+
+    if count == 0:
+        return None
+    unchecked = dict.fromkeys(_others(job), ("it was not part of this dump", False))
+    return verify_cache(
+        VerifyJob(
+            job.folder,
+            job.manifest,
+            job.selection,
+            job.source,
+            teachers=job.teachers,
+            unchecked=unchecked,
+            n=count,
+            seed=randbits(32),
+        ),
+        screen,
+    )
+
+
+def _others(job: DumpJob) -> list[str]:
+    index = job.folder.index()
+    return [] if index is None else [name for name in index.origins if name not in job.teachers]
+
+
+def _print_report(screen: Screen, job: DumpJob, report: DumpReport, verified: VerifyReport | None) -> None:
+    screen.result(_summary_table(report), *_summary_lines(job, report))
+    if verified is not None:
+        screen.result("", verify_table(verified))
+        if verified.problems:
+            screen.result("", problem_table(verified.problems))
+    content = _as_json(report)
+    content["verification"] = None if verified is None else verified.as_json()
+    screen.result_json(content)
+
+
+def _summary_table(report: DumpReport) -> Any:
+    rows = []
+    for name, result in report.teachers.items():
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in result.rescored.items())
+        rescored = f"{result.rescored.total():,}" + (f" ({reasons})" if reasons else "")
+        rows.append([name, f"{result.scored:,}", f"{result.skipped:,}", rescored, f"{result.dropped:,}"])
+    columns = ["Teacher", "Scored", "Skipped (fresh)", "Rescored (stale)", "Dropped"]
+    return table(f"{shown(report.cache)}: {report.permitted:,} permitted samples", columns, rows)
+
+
+def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
+    lines = []
+    if report.samples_scored == 0:
+        lines.append("Nothing to score: every permitted sample is cached and fresh.")
+    else:
+        lines.append(
+            f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {report.rate:,.0f} samples/s "
+            f"on {job.device}, {job.precision}, stored as {job.dtype}"
+        )
+    if report.published is not None:
+        done = report.published
+        lines.append(
+            f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed"
+            f"; {done.num_samples:,} samples complete"
+        )
+    for name, result in report.teachers.items():
+        if result.cost is not None and result.cost.rows:
+            cost = result.cost.as_json()
+            measured = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
+            lines.append(f"{name}: fp16 cost over {cost['rows']:,} rows: {measured}")
+    for number, (file, reason) in enumerate(report.missing.items()):
+        if number == 20:
+            lines.append(f"… and {len(report.missing) - 20:,} more missing samples")
+            break
+        lines.append(f"missing: {file}: {reason}")
+    return lines
+
+
+def _plan_table(report: DumpReport) -> Any:
+    rows = [
+        [name, f"{result.scored:,}", f"{result.skipped:,}", f"{result.rescored.total():,}", f"{result.dropped:,}"]
+        for name, result in report.teachers.items()
+    ]
+    columns = ["Teacher", "To score", "Fresh", "Stale", "To drop"]
+    return table(f"{shown(report.cache)}: what kd-cache dump would do", columns, rows)
+
+
+def _plan_line(report: DumpReport) -> str:
+    return f"{report.samples_scored:,} samples to read and score, about {size(report.bytes_planned)} of logits to store"
+
+
+def _as_json(report: DumpReport) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "cache": str(report.cache),
+        "permitted": report.permitted,
+        "per_device": report.per_device,
+        "teachers": {name: result.as_json() for name, result in report.teachers.items()},
+        "samples_scored": report.samples_scored,
+        "missing": report.missing,
+        "seconds": report.seconds,
+        "samples_per_second": report.rate,
+    }
+    if report.published is None:
+        return content | {"bytes": report.bytes_planned}
+    done: Mapping[str, Any] = vars(report.published)
+    return content | {"bytes": report.published.pack_bytes, "published": dict(done)}

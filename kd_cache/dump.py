@@ -112,9 +112,8 @@ class TeacherReport:
     cost: StorageCost | None = None
 
     def count(self, state: str) -> None:
-        if state == FRESH:
-            self.skipped += 1
-        elif state == NEW:
+        """One more sample was scored, because it was new or for the reason given."""
+        if state == NEW:
             self.scored += 1
         else:
             self.rescored[state] += 1
@@ -260,6 +259,7 @@ class _Dump:
         self.known = {name: _Known(origin, self.packs, self.keys) for name, origin in self.origins.items()}
         self.inputs = np.zeros((len(self.files), 16), np.uint8)
         self.readable = np.zeros(len(self.files), bool)
+        self.due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
         self.plan: BatchPlan | None = None
         self.places = Places()
         self.shard = _Shard(job)
@@ -287,6 +287,7 @@ class _Dump:
             self.report.samples_scored += bool(needed)
             for name in needed:
                 origin = self.origins[name]
+                self.report.teachers[name].count(self.due[number][name])
                 self.report.bytes_planned += origin.num_classes * origin.stored.itemsize
         self._count_dropped()
         return self.report
@@ -303,6 +304,11 @@ class _Dump:
         self._count_dropped()
         replaced = [] if self.job.skip_existing else [path for path in before if path not in self.shard.written]
         self.report.published = self._publish(replaced)
+        for name in self.others:
+            if left_out := self.report.published.left_out[name]:
+                self.watcher.note(
+                    f"{name}: {left_out} rows went, no longer permitted or no longer fresh; it was not asked"
+                )
         self._clean_up()
         return self.report
 
@@ -358,13 +364,14 @@ class _Dump:
             return error
 
     def _needed(self, number: int, digest: bytes) -> frozenset[str]:
-        needed = set()
+        """The teachers that must score this sample. Why is counted when they have."""
         for name, known in self.known.items():
             state = self._state(known, number, digest)
-            self.report.teachers[name].count(state)
-            if state != FRESH:
-                needed.add(name)
-        return frozenset(needed)
+            if state == FRESH:
+                self.report.teachers[name].skipped += 1
+            else:
+                self.due.setdefault(number, {})[name] = state
+        return frozenset(self.due.get(number, ()))
 
     def _state(self, known: _Known, number: int, digest: bytes) -> str:
         if self.job.skip_existing:
@@ -378,6 +385,8 @@ class _Dump:
             for error in scored.errors.values():
                 for number in scored.numbers:
                     self._bad(number, TeacherError(f"{shown(self.files[number])}: {error.message}"))
+            for number in scored.numbers:
+                del self.due[number]
             self.report.samples_scored += len(scored.numbers)
             self.watcher.advance(len(scored.numbers))
             if self.shard.due:
@@ -391,6 +400,7 @@ class _Dump:
         for row, number in enumerate(numbers):
             if fits[row]:
                 self.shard.add(name, self.files[number], self.inputs[number].tobytes(), stored[row])
+                self.report.teachers[name].count(self.due[number][name])
                 continue
             largest = np.abs(logits[row]).max()
             reason = f"do not fit {self.job.dtype} (largest {largest:.6g}); use --dtype fp32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,7 +293,7 @@ def test_a_module_is_accepted() -> None:
         ("text", "must be callable and have num_classes"),
         (3, "must be callable and have num_classes"),
         (lambda features: features, "must be callable and have num_classes"),
-        (made(__call__=...), "must be callable and have num_classes"),
+        (SimpleNamespace(num_classes=3, value_kind="logits"), "must be callable and have num_classes"),
         (made(num_classes=...), "num_classes, an integer ≥ 1; found None"),
         (made(num_classes=0), "found 0"),
         (made(num_classes=-3), "found -3"),

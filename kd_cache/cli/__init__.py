@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -40,9 +41,15 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 interrupted."""
+    """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 interrupted, 143 terminated."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM, as job schedulers send it: unwind, so that a dump commits what it has scored."""
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
     """Entry point of ``kd-cache``."""
+    signal.signal(signal.SIGTERM, _terminate)
     app()

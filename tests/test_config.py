@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from kd_cache.cli import app as real_app
 from kd_cache.cli import options as opt
 from kd_cache.cli.config import given, resolved_settings
+from kd_cache.errors import UsageError
 
 app = typer.Typer()
 
@@ -402,6 +403,12 @@ def test_resolved_settings_have_values_sources_and_a_hash_of_the_values(monkeypa
     assert {name: source for name, source in found["sources"].items() if name != "config"} == expected
     text = json.dumps(found["values"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert found["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_path_that_no_json_can_keep_is_a_usage_error() -> None:
+    result = CliRunner().invoke(app, ["show", "--cache-root", "caf\udce9"])
+    assert isinstance(result.exception, UsageError)
+    assert r"cache_root is caf\udce9, which is not UTF-8" in result.exception.message
 
 
 def test_equal_values_have_equal_hashes_wherever_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,11 @@ def test_a_sample_whose_split_contradicts_its_list_is_leakage(listed: str, says:
     assert f"odd/one.npy: in the list {listed}, but its split says {says}" in leak(**lists)
 
 
+def test_a_contradiction_is_leakage_also_where_it_repeats_a_row() -> None:
+    message = leak(train=[*PAIR, row("odd/one.npy")], test=[row("odd/one.npy", split="train")])
+    assert "odd/one.npy: in the list test, but its split says train" in message
+
+
 def test_a_split_that_agrees_with_its_list_is_fine() -> None:
     assert len(select(manifest(train=list(PAIR), test=[row("t.npy", split="test")]), "b").files) == 2
 
@@ -252,6 +257,7 @@ TAU_NAMES = {
     "a word before": "logmel_park-vienna-12-345-a.npy",
     "no suffix": "park-vienna-12-345-a",
     "a folder per clip": "park-vienna-12-345-a/logmel.npy",
+    "the last of two": "park-paris-1-2-a/park-vienna-12-345-a.npy",
 }
 
 

@@ -41,7 +41,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 interrupted, 143 terminated."""
+    """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 Ctrl-C, 143 SIGTERM."""
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -110,11 +110,19 @@ def given(ctx: typer.Context, name: str) -> bool:
 
 
 def resolved_settings(ctx: typer.Context) -> dict[str, Any]:
-    """Every option's value and where it came from, and a SHA-256 over the values."""
+    """Every option's value and where it came from, and a SHA-256 over the values.
+
+    Raises `UsageError` for a value that is not Unicode (a path whose bytes are not UTF-8): no JSON can keep it.
+    """
     from kd_cache.fingerprint import canonical_json  # brings numpy, which --help must not wait for
 
     values = {name: _plain(value) for name, value in sorted(ctx.params.items())}
     sources = {name: source.name.lower() for name in values if (source := ctx.get_parameter_source(name)) is not None}
+    for name, value in values.items():
+        try:
+            canonical_json(value)
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{name} is {shown(value)}, which is not UTF-8") from error
     return {"values": values, "sources": sources, "sha256": hashlib.sha256(canonical_json(values)).hexdigest()}
 
 

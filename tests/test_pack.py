@@ -104,7 +104,7 @@ def test_the_documented_layout_is_all_a_reader_needs(packs: Path) -> None:
 def test_the_bytes_of_a_pack_stay_the_same(packs: Path, dtype: str, digest: str, fingerprint: str) -> None:
     """Known answers.
 
-    If one changes, every sealed pack of every user gets another name and other bytes although its rows are the same: two
+    If one changes, every sealed pack of every user gets another name and other bytes although its rows are equal: two
     machines no longer agree, and a fingerprint that changes means a cache that is scored again.
     """
     files = sorted(["a/x.npy", "a/y.npy", "b/ü.npy"], key=md5)

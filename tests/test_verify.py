@@ -276,3 +276,14 @@ def test_half_precision_rows_may_differ_by_one_step_more() -> None:
     row = np.array([1.0, -1.0, 3.0], np.float16)
     assert agrees(np.nextafter(row, np.float16(9)), row, "logits", 1e-5)
     assert not agrees(row + np.float16(0.02), row * np.float16(1.02), "logits", 1e-5)
+
+
+def test_the_dumps_seed_in_a_settings_file_does_not_fix_what_verify_draws(verify: Run, world: World) -> None:
+    (world.root / "kd-cache.yaml").write_text("seed: 42\n")
+    assert len({json.loads(verify("--n", 5, "--json").stdout)["seed"] for _ in range(3)}) == 3
+
+
+def test_a_leaking_manifest_is_reported_even_where_there_is_no_cache(run: Run, world: World) -> None:
+    world.add(60, "s5", "train")
+    world.write()
+    assert run("verify", "--target", "b", "--json-path", world.json_path).exit_code == 6

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def _applicable(ctx: typer.Context, settings: dict[str, Any], path: Path) -> dic
     parent = ctx.parent.command if ctx.parent is not None else None
     commands = getattr(parent, "commands", {ctx.command.name: ctx.command})
     known = {spelled for command in commands.values() for spelled in _spellings(command)}
-    mine = _spellings(ctx.command)
+    # A name means the setting that is called so: "seed" is the dump's, not the one verify draws its samples with.
+    names = {parameter.name for command in commands.values() for parameter in command.params}
+    mine = {key: found for key, found in _spellings(ctx.command).items() if key == found.name or key not in names}
     chosen: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in known:
@@ -109,14 +112,14 @@ def given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name not in ("DEFAULT",)
 
 
-def resolved_settings(ctx: typer.Context) -> dict[str, Any]:
-    """Every option's value and where it came from, and a SHA-256 over the values.
+def resolved_settings(ctx: typer.Context, without: Collection[str] = ()) -> dict[str, Any]:
+    """Every option's value and where it came from, ``without`` left out, and a SHA-256 over the values.
 
     Raises `UsageError` for a value that is not Unicode (a path whose bytes are not UTF-8): no JSON can keep it.
     """
     from kd_cache.fingerprint import canonical_json  # brings numpy, which --help must not wait for
 
-    values = {name: _plain(value) for name, value in sorted(ctx.params.items())}
+    values = {name: _plain(value) for name, value in sorted(ctx.params.items()) if name not in without}
     sources = {name: source.name.lower() for name in values if (source := ctx.get_parameter_source(name)) is not None}
     for name, value in values.items():
         try:

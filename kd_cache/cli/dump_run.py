@@ -173,10 +173,8 @@ def _described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
 def _record(ctx: typer.Context, options: DumpOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
     """What the index keeps of the run. `kd-cache verify` takes its paths from here, so they are absolute."""
     json_path, data_root = data_paths(options.json_path, options.data_root)
-    settings = resolved_settings(ctx)
     # A user's own factory is code; what a cache says must never be run, so it is not even written down.
-    for part in ("values", "sources"):
-        settings[part].pop("teacher", None)
+    settings = resolved_settings(ctx, without=["teacher"])
     settings["paths"] = {
         "json_path": str(json_path.absolute()),
         "data_root": str(data_root.absolute()),

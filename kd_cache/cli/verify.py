@@ -65,7 +65,8 @@ def verify_command(
             rich_help_panel=opt.CACHE,
         ),
     ] = False,
-    seed: Annotated[
+    # Not "seed": in a settings file that is the dump's, and would take the freshness out of every draw.
+    verify_seed: Annotated[
         int | None,
         typer.Option(
             "--seed",
@@ -87,11 +88,23 @@ def verify_command(
     teacher: opt.TeacherOption = [],  # noqa: B006
     dtype: Annotated[
         opt.DType | None,
-        typer.Option("--dtype", help="Storage type to expect.  [default: as dumped]", rich_help_panel=opt.CACHE),
+        typer.Option(
+            "--dtype",
+            help="Storage type to expect.  [default: as dumped]",
+            envvar="KD_CACHE_DTYPE",
+            show_envvar=False,
+            rich_help_panel=opt.CACHE,
+        ),
     ] = None,
     precision: Annotated[
         opt.Precision | None,
-        typer.Option("--precision", help="Compute precision to expect.  [default: as dumped]", rich_help_panel=opt.RUN),
+        typer.Option(
+            "--precision",
+            help="Compute precision to expect.  [default: as dumped]",
+            envvar="KD_CACHE_PRECISION",
+            show_envvar=False,
+            rich_help_panel=opt.RUN,
+        ),
     ] = None,
     device: opt.DeviceOption = "auto",
     config: opt.ConfigOption = None,

@@ -30,7 +30,7 @@ def run_verify(ctx: typer.Context) -> None:
     options = ctx.params
     with Screen(quiet=options["quiet"], as_json=options["as_json"]) as screen:
         folders = _caches(Path(options["cache_root"]), options["target"])
-        drawn = randbits(32) if options["seed"] is None else options["seed"]
+        drawn = randbits(32) if options["verify_seed"] is None else options["verify_seed"]
         reports = [_verify_one(ctx, folder, drawn, screen) for folder in folders]
         for report in reports:
             for note in report.notes:
@@ -66,7 +66,9 @@ class _Saved:
     teachers: Sequence[str]
 
 
-def _saved(index: Index) -> _Saved:
+def _saved(index: Index | None) -> _Saved:
+    if index is None:
+        return _Saved({}, {}, ())
     settings = index.record["settings"]
     return _Saved(settings["values"], settings["paths"], list(index.origins))
 
@@ -79,7 +81,7 @@ def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Scre
     if target not in TARGETS:
         raise UsageError(f"{shown(folder.path)} is not named after a target ({', '.join(TARGETS)})")
     index, problem = open_index(folder)
-    if index is None:
+    if index is None and not given(ctx, "json_path"):
         return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=problem)
     saved = _saved(index)
     inputs = _inputs(ctx, saved, target)

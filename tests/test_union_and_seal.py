@@ -1,0 +1,430 @@
+"""The union of packs, and sealing them into one: the same rows whatever packs they came in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
+
+from kd_cache.errors import StoreError
+from kd_cache.store import folder as folder_module
+from kd_cache.store.folder import CacheFolder, find_caches
+from kd_cache.store.keys import KeyFinder, are_ascending, keys_of, sorted_order
+from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.seal import Sealed, seal
+from kd_cache.store.union import Union
+
+SCENE = origin()
+NO_ROWS = Rows.of([])
+
+
+@pytest.fixture
+def packs(tmp_path: Path) -> Path:
+    (tmp_path / "packs").mkdir()
+    return tmp_path / "packs"
+
+
+def seal_all(directory: Path, rows: Rows, paths: list[Path]) -> Sealed:
+    return seal(directory, [open_pack(path) for path in paths], rows.keys, rows.inputs)
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_the_md5_of_the_path_as_written() -> None:
+    known = {  # by md5sum
+        "": "d41d8cd98f00b204e9800998ecf8427e",
+        "x/y.npy": "3b43e1bfadcd868c5ec6e675763f6fad",
+        "./x/y.npy": "43e40ca37c2ead3bdc266991b7d8175f",
+        "métro.npy": "fc4aad6580c122ddf3d1e4602691df19",
+    }
+    assert [key.tobytes().hex() for key in keys_of(known)] == list(known.values())
+    assert keys_of([]).shape == (0, 16)
+
+
+# Keys out of few halves, so that many share their first eight bytes, which the search looks at first.
+HALVES = [bytes(8), b"\0" * 7 + b"\1", b"\x80" + bytes(7), b"\xff" * 8]
+ONE_KEY = st.builds(
+    lambda high, low: high + low, st.sampled_from(HALVES), st.sampled_from(HALVES) | st.binary(min_size=8, max_size=8)
+)
+
+
+@given(st.lists(ONE_KEY, max_size=40), st.lists(ONE_KEY, max_size=20))
+def test_finding_keys_agrees_with_a_dictionary(stored: list[bytes], asked: list[bytes]) -> None:
+    ordered = sorted(stored)
+    first = {key: position for position, key in reversed(list(enumerate(ordered)))}
+    asked = asked + stored[:5]
+    found = KeyFinder(byte_rows(ordered)).find(byte_rows(asked))
+    assert found.tolist() == [first.get(key, -1) for key in asked]
+    assert [stored[at] for at in sorted_order(byte_rows(stored))] == ordered
+    assert are_ascending(byte_rows(ordered)) == (len(set(stored)) == len(stored))
+    if stored != ordered:
+        assert not are_ascending(byte_rows(stored))
+
+
+# -- union ------------------------------------------------------------------------------------------------------------
+
+
+def rows_with_keys(keys: list[bytes], inputs: list[bytes], seed: int) -> Rows:
+    """Rows under any keys; the format does not ask them to be the MD5 of their names until they are verified."""
+    rows = Rows.of(names(len(keys)), seed=seed)
+    return Rows(rows.files, byte_rows(keys), byte_rows(inputs), rows.logits)
+
+
+@given(
+    st.lists(
+        st.dictionaries(ONE_KEY, st.sampled_from([b"1" * 16, b"2" * 16]), min_size=1, max_size=8),
+        min_size=1,
+        max_size=4,
+    ),
+    st.lists(st.tuples(ONE_KEY, st.sampled_from([b"1" * 16, b"2" * 16, b"3" * 16])), max_size=10),
+)
+@settings(max_examples=40)
+def test_find_and_match_agree_with_a_dictionary(
+    contents: list[dict[bytes, bytes]], asked: list[tuple[bytes, bytes]]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = []
+        for seed, content in enumerate(contents):
+            keys = sorted(content)
+            made.append(rows_with_keys(keys, [content[key] for key in keys], seed).write(Path(folder), SCENE))
+        opened = [open_pack(path) for path in set(made)]
+        union = Union(opened)
+        expected: list[tuple[bytes, bytes, str, bytes]] = sorted(
+            (pack.keys[row].tobytes(), pack.inputs[row].tobytes(), pack.path.name, pack.logits[row].tobytes())
+            for pack in opened
+            for row in range(len(pack))
+        )
+        expected.sort(key=lambda row: (row[0], row[2]))  # by key, then by pack name
+        assert [key.tobytes() for key in union.keys] == [row[0] for row in expected]
+        assert [one.tobytes() for one in union.inputs] == [row[1] for row in expected]
+        assert union.take(np.arange(len(union))).tobytes() == b"".join(row[3] for row in expected)
+        first: dict[bytes, int] = {}
+        fresh: dict[tuple[bytes, bytes], int] = {}
+        versions: dict[bytes, set[bytes]] = {}
+        for position, (key, digest, _, _) in enumerate(expected):
+            first.setdefault(key, position)
+            fresh.setdefault((key, digest), position)
+            versions.setdefault(key, set()).add(digest)
+        asked = asked + [(row[0], row[1]) for row in expected[:3]]
+        keys, inputs = (byte_rows([pair[part] for pair in asked]) for part in (0, 1))
+        assert union.find(keys).tolist() == [first.get(key, -1) for key, _ in asked]
+        assert union.match(keys, inputs).tolist() == [fresh.get(pair, -1) for pair in asked]
+        assert union.repeats.tolist() == [first[row[0]] != position for position, row in enumerate(expected)]
+        assert union.ambiguous.tolist() == [len(versions[row[0]]) > 1 for row in expected]
+
+
+def test_a_union_of_nothing_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        Union([])
+
+
+def test_the_same_sample_scored_from_another_input_is_ambiguous_and_each_input_finds_its_own(packs: Path) -> None:
+    old, new = Rows.of(names(6)), Rows.of(names(2, 2), seed=1, inputs=1)
+    union = Union([open_pack(rows.write(packs, SCENE)) for rows in (old, new)])
+    assert len(union) == 8
+    ambiguous = {name for name, doubted in zip(union.files(np.arange(8)), union.ambiguous, strict=True) if doubted}
+    assert ambiguous == set(new.files)
+    for rows in (old, new):
+        assert union.take(union.match(rows.keys, rows.inputs)).tobytes() == rows.logits.tobytes()
+    assert union.disagreements() == []
+
+
+def test_the_same_input_with_other_bytes_is_served_from_the_first_pack_by_name_and_reported(packs: Path) -> None:
+    mine, theirs = Rows.of(names(5)), Rows.of(names(3, 3), seed=1)
+    by_name = {rows.write(packs, SCENE).name: rows for rows in (mine, theirs)}
+    both = sorted(set(names(5)) & set(names(3, 3)))
+    union = Union([open_pack(packs / name) for name in sorted(by_name, reverse=True)])
+    assert sorted(union.disagreements()) == both
+    first = by_name[min(by_name)].by_file()
+    for file in both:
+        position = union.find(keys_of([file]))
+        np.testing.assert_array_equal(union.take(position)[0], first[file])
+
+
+def test_negative_zero_and_other_nans_are_other_bytes(packs: Path) -> None:
+    mine, theirs = Rows.of(["a", "b"]), Rows.of(["a", "b"])
+    mine.logits[:] = [[0.0, np.nan, 1], [1, 2, np.nan]]
+    theirs.logits[:] = [[-0.0, np.nan, 1], [1, 2, np.nan]]
+    union = Union([open_pack(rows.write(packs, SCENE)) for rows in (mine, theirs)])
+    assert union.disagreements() == [mine.files[0]]
+
+
+def test_a_disagreement_is_reported_once_and_also_beside_another_input(packs: Path) -> None:
+    versions = [Rows.of(["a"], seed=seed) for seed in range(3)] + [Rows.of(["a"], seed=3, inputs=1)]
+    union = Union([open_pack(rows.write(packs, SCENE)) for rows in versions])
+    assert union.ambiguous.all()
+    assert union.disagreements() == ["a"]
+
+
+# -- seal -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_any_partition_in_any_order_seals_to_the_bytes_of_one_pack(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 30))
+    dtype = data.draw(st.sampled_from(["fp32", "fp16"]))
+    rows, made_by = Rows.of(names(count), 4, dtype), origin("city2scene", 4, dtype)
+    owners = data.draw(st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=count, max_size=count))
+    parts = [[row for row in range(count) if part in owners[row]] for part in range(5)]
+    parts = data.draw(st.permutations([part for part in parts if part]))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
+        whole = rows.write(Path(other), made_by)
+        paths = [rows.part(part).write(Path(folder), made_by) for part in parts]
+        paths = data.draw(st.permutations(sorted(set(paths))))
+        sealed = seal_all(Path(folder), rows, paths)
+        assert sealed.path is not None
+        assert (sealed.absent.any(), sealed.left_out, sealed.disagreements) == (False, 0, [])
+        assert snapshot(Path(folder)) == snapshot(Path(other)) == {sealed.path.name: whole.read_bytes()}
+
+
+def test_a_seal_keeps_the_wanted_rows_alone(packs: Path) -> None:
+    rows = Rows.of(names(10))
+    changed = Rows.of([rows.files[4]], inputs=1)  # its feature is another now
+    wanted = Rows.of([*rows.files[:4], rows.files[4], "never/scored.npy"])
+    wanted.inputs = wanted.inputs.copy()
+    wanted.inputs[wanted.files.index(rows.files[4])] = changed.inputs[0]
+    paths = [rows.part(range(6)).write(packs, SCENE), rows.part(range(3, 10)).write(packs, SCENE)]
+    sealed = seal_all(packs, wanted, paths)
+    assert {wanted.files[n] for n in np.flatnonzero(sealed.absent)} == {rows.files[4], "never/scored.npy"}
+    assert sealed.left_out == 6
+    assert sealed.path is not None
+    assert open_pack(sealed.path).files == rows.files[:4]
+    assert os.listdir(packs) == [sealed.path.name]
+
+
+def test_a_seal_that_keeps_nothing_leaves_nothing(packs: Path) -> None:
+    path = Rows.of(names(3)).write(packs, SCENE)
+    sealed = seal_all(packs, Rows.of(["other.npy"]), [path])
+    assert (sealed.path, sealed.left_out, sealed.absent.tolist()) == (None, 3, [True])
+    assert os.listdir(packs) == []
+    sealed = seal(packs, [], NO_ROWS.keys, NO_ROWS.inputs)
+    assert (sealed.path, len(sealed.absent), sealed.left_out) == (None, 0, 0)
+
+
+def test_a_sealed_pack_is_not_written_again(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows.of(names(9))
+    path = rows.write(packs, SCENE)
+
+    def never(*args: object) -> None:
+        raise AssertionError("nothing was to be written")
+
+    before = path.stat()
+    seal_all(packs, rows, [path])
+    assert path.stat().st_ino == before.st_ino
+    monkeypatch.setattr("kd_cache.store.seal.write_pack", never)
+    assert seal_all(packs, rows, [path]).path == path
+
+
+def test_a_seal_whose_result_is_one_of_its_packs_keeps_that(packs: Path) -> None:
+    rows = Rows.of(names(9))
+    paths = [rows.write(packs, SCENE), rows.part([0, 5]).write(packs, SCENE), rows.part([3]).write(packs, SCENE)]
+    content = paths[0].read_bytes()
+    assert seal_all(packs, rows, paths).path == paths[0]
+    assert snapshot(packs) == {paths[0].name: content}
+
+
+def test_a_seal_removes_exactly_what_it_merged(packs: Path) -> None:
+    rows = Rows.of(names(8))
+    merged = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
+    opened = [open_pack(path) for path in merged]
+    others = [
+        rows.write(packs, origin("city2scene")),  # another teacher
+        rows.write(packs, origin(weights="trained again")),  # another fingerprint
+        Rows.of(names(2, 20)).write(packs, SCENE),  # a dump at work committed this after the seal looked
+    ]
+    (packs / ".tmp-1-someone-else.h5").write_bytes(b"half a pack")
+    kept = snapshot(packs)
+    sealed = seal(packs, opened, rows.keys, rows.inputs)
+    assert sealed.path is not None
+    gone = {path.name for path in merged}
+    assert set(snapshot(packs)) == kept.keys() - gone | {sealed.path.name}
+    assert all(path.read_bytes() == kept[path.name] for path in others)
+
+
+def test_a_seal_that_cannot_write_removes_nothing(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows.of(names(8))
+    paths = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
+    before = snapshot(packs)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"):
+            seal_all(packs, rows, paths)
+    assert snapshot(packs) == before
+
+
+def test_a_seal_is_durable_before_it_removes_anything(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows.of(names(8))
+    paths = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
+    calls: list[str] = []
+    fsync, unlink, replace = os.fsync, Path.unlink, Path.replace
+
+    def on_fsync(descriptor: int) -> None:
+        calls.append("fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
+        fsync(descriptor)
+
+    def on_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("scene-"):
+            calls.append("remove")
+        unlink(path, missing_ok)
+
+    def on_replace(path: Path, target: Path) -> Path:
+        calls.append("put in place")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", on_fsync)
+    monkeypatch.setattr(Path, "unlink", on_unlink)
+    monkeypatch.setattr(Path, "replace", on_replace)
+    seal_all(packs, rows, paths)
+    assert calls == ["fsync file", "put in place", "fsync folder", "remove", "remove", "fsync folder"]
+
+
+def test_two_seals_at_once_leave_the_same_union(packs: Path) -> None:
+    rows = Rows.of(names(12))
+    early = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
+    first = [open_pack(path) for path in early]
+    late = rows.part(range(8, 12)).write(packs, SCENE)
+    second = [open_pack(path) for path in [*early, late]]
+    seal(packs, first, rows.keys[:8], rows.inputs[:8])
+    sealed = seal(packs, second, rows.keys, rows.inputs)  # two of its packs are gone by now
+    union = CacheFolder(packs.parent).packs().union(SCENE)
+    assert union is not None
+    assert union.take(union.match(rows.keys, rows.inputs)).tobytes() == rows.logits.tobytes()
+    assert (len(os.listdir(packs)), sealed.left_out) == (2, 0)
+
+
+# -- looking while others work ----------------------------------------------------------------------------------------
+
+
+def test_a_pack_that_is_sealed_away_while_looking_is_looked_for_anew(
+    packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows.of(names(9))
+    paths = [rows.part(range(start, 9, 3)).write(packs, SCENE) for start in range(3)]
+    genuine = open_pack
+    opened: list[Path] = []
+
+    def sealed_meanwhile(path: Path) -> Pack:
+        if len(opened) == 1:
+            seal_all(packs, rows, paths)
+        opened.append(path)
+        return genuine(path)
+
+    monkeypatch.setattr(folder_module, "open_pack", sealed_meanwhile)
+    found = CacheFolder(packs.parent).packs()
+    assert (len(found.good), found.damaged) == (1, {})
+    assert found.good[0].files == rows.files
+
+
+def test_a_listing_that_a_seal_tore_misses_no_row(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may list neither what was removed nor what was added while it was read."""
+    rows = Rows.of(names(9))
+    whole = rows.write(packs, SCENE)
+    other = Rows.of(names(2, 30)).write(packs, SCENE)
+    genuine = CacheFolder.pack_paths
+    looks: list[list[Path]] = [[other]]
+    monkeypatch.setattr(CacheFolder, "pack_paths", lambda folder: looks.pop() if looks else genuine(folder))
+    assert {pack.path for pack in CacheFolder(packs.parent).packs().good} == {whole, other}
+
+
+def test_packs_that_never_stop_changing_are_an_error_and_no_endless_loop(
+    packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = (packs / f"scene-{number:032x}.h5" for number in range(1000))
+    monkeypatch.setattr(CacheFolder, "pack_paths", lambda folder: [next(looks)])
+    with pytest.raises(StoreError, match="keep changing"):
+        CacheFolder(packs.parent).packs()
+
+
+def test_readers_see_every_row_while_packs_are_split_and_sealed(packs: Path) -> None:
+    rows = Rows.of(names(30))
+    rows.write(packs, SCENE)
+    stop = threading.Event()
+    wrong: list[str] = []
+    looks: list[int] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            found = CacheFolder(packs.parent).packs()
+            union = found.union(SCENE)
+            held = None if union is None else union.match(rows.keys, rows.inputs)
+            if held is None or union is None or found.damaged or (held < 0).any():
+                wrong.append(f"{found}")
+            elif union.take(held).tobytes() != rows.logits.tobytes():
+                wrong.append("other rows")
+            looks.append(1)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    shuffled = np.random.default_rng(0)
+    try:
+        for _ in range(12):
+            (whole,) = packs.glob("scene-*.h5")
+            numbers = shuffled.permutation(30)
+            paths = [rows.part(numbers[start::3]).write(packs, SCENE) for start in range(3)]
+            whole.unlink()
+            seal_all(packs, rows, paths)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert wrong == []
+    assert len(looks) > 3
+
+
+def test_a_damaged_pack_is_listed_with_its_error_beside_the_good_ones(packs: Path) -> None:
+    good = Rows.of(names(4)).write(packs, SCENE)
+    bad = Rows.of(names(4, 9)).write(packs, SCENE)
+    with flipping(bad) as flip:
+        flip(8 * 2000)
+        found = CacheFolder(packs.parent).packs()
+    assert [pack.path for pack in found.good] == [good]
+    assert list(found.damaged) == [bad]
+    assert str(bad) in found.damaged[bad].message
+
+
+def test_only_packs_are_looked_at_and_only_those_of_the_teachers_asked_for(packs: Path) -> None:
+    rows = Rows.of(names(4))
+    scene, city = rows.write(packs, SCENE), rows.write(packs, origin("city-2-scene"))
+    for name in (".tmp-1-2.h5", "notes.txt", "scene-abc.h5.bak"):
+        (packs / name).write_bytes(b"?")
+    folder = CacheFolder(packs.parent)
+    assert {pack.path for pack in folder.packs().good} == {scene, city}
+    assert [pack.path for pack in folder.packs(["city-2-scene"]).good] == [city]
+    assert folder.packs([]).good == []
+    assert folder.packs().of(origin(weights="other")) == []
+    assert folder.packs().union(Origin("city", SCENE.fingerprint, "logits", 3, "fp32")) is None
+
+
+def test_a_folder_without_packs_has_none_and_an_unreadable_one_is_an_error(tmp_path: Path) -> None:
+    assert CacheFolder(tmp_path / "nothing").packs().good == []
+    (tmp_path / "packs").write_text("a file")
+    with pytest.raises(StoreError, match="packs"):
+        CacheFolder(tmp_path).packs()
+
+
+def test_caches_are_the_a2_folders_with_an_index(tmp_path: Path) -> None:
+    for name in ("A2b", "A2c", "A2s1", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("A2b", "A2s1", "other"):
+        (tmp_path / name / "cache_index.json").touch()
+    (tmp_path / "A2file").touch()
+    assert [folder.path.name for folder in find_caches(tmp_path)] == ["A2b", "A2s1"]
+    assert find_caches(tmp_path / "nothing") == []
+    with pytest.raises(StoreError):
+        find_caches(tmp_path / "A2file")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_cache.manifest import CITIES, SCENES, SOURCE, TARGETS, Sample, load_manifest
-from teachers.builtin import ARCHITECTURE_VERSION, City2Scene
-from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, save_checkpoint
+from teachers.builtin import ARCHITECTURE_VERSION, City2Scene, LoadedTeacher
+from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, load_teacher, save_checkpoint
 from teachers.cp_resnet import CPResNet
 
-EPOCHS = 20
+EPOCHS = 30
 SEED = 0
 BATCH = 32
 PEAK_LEARNING_RATE = 3e-3
@@ -136,9 +137,7 @@ def fit_scene_head(model: CPResNet, clips: Clips, seed: int) -> nn.Linear:
     weight, bias = _ridge((embedding - mean) / scale, clips.scenes.repeat(len(views)))
     head = nn.Linear(len(mean), len(SCENES))
     with torch.no_grad():
-        head.weight.copy_(
-            weight / scale
-        )  # standardisation is folded in: the head takes embeddings as they are
+        head.weight.copy_(weight / scale)  # standardisation is folded in: the head takes embeddings as they are
         head.bias.copy_(bias - (weight / scale * mean).sum(dim=1))
     return head.eval()
 
@@ -189,59 +188,41 @@ class Bench:
         with torch.no_grad():
             return float((model(clips.features).argmax(dim=1) == labels).float().mean())
 
-    def scores(self, scene: CPResNet, city2scene: City2Scene, target: str) -> dict[str, Scores]:
+    def scores(self, scene: LoadedTeacher, city2scene: LoadedTeacher, target: str) -> dict[str, Scores]:
         """City, City2Scene and scene accuracy on A and on the target."""
-        judged = {"city": city2scene.city_model, "city2scene": city2scene, "scene": scene}
+        judged: dict[str, nn.Module] = {"city": city2scene.backbone, "city2scene": city2scene, "scene": scene}
         return {
             name: Scores(*(self.accuracy(model, device, of=_LABELS[name]) for device in (SOURCE, target)))
             for name, model in judged.items()
         }
 
 
-def run(bench: Bench, targets: Sequence[str], out: Path | None) -> dict[str, dict[str, Scores]]:
-    """Train every teacher, save what is asked for under ``out``, and return the figures by target."""
-    scene = bench.fit_scene()
+def run(bench: Bench, targets: Sequence[str], out: Path) -> dict[str, dict[str, Scores]]:
+    """Train every teacher, save it under ``out``, and return the figures of what was saved, by target."""
+    scene = _saved_scene(out, bench, bench.fit_scene())
     figures = {}
     for target in targets:
-        city2scene = bench.fit_city2scene(target)
+        city2scene = _saved_city2scene(out, bench, target, bench.fit_city2scene(target))
         figures[target] = bench.scores(scene, city2scene, target)
-        if out is not None:
-            _save_city2scene(out, bench, target, city2scene, figures[target])
-    if out is not None:
-        _save_scene(out, bench, scene)
     return figures
 
 
-def _save_city2scene(
-    out: Path, bench: Bench, target: str, model: City2Scene, figures: dict[str, Scores]
-) -> None:
+def _saved_scene(out: Path, bench: Bench, model: CPResNet) -> LoadedTeacher:
+    path = out / "teacher_scene" / "global" / CHECKPOINT
+    return _saved(path, model.state_dict(), bench, "scene", "all")
+
+
+def _saved_city2scene(out: Path, bench: Bench, target: str, model: City2Scene) -> LoadedTeacher:
     tensors = {f"{CITY_ENTRY}.{name}": value for name, value in model.city_model.state_dict().items()}
     tensors |= {f"{HEAD_ENTRY}.{name}": value for name, value in model.scene_head.state_dict().items()}
-    accuracy = {
-        "scene, A test": figures["city2scene"].source,
-        f"scene, {target} test": figures["city2scene"].target,
-        "city, A test": figures["city"].source,
-        f"city, {target} test": figures["city"].target,
-    }
     path = out / "teacher_city2scene" / f"A2{target}" / CHECKPOINT
-    _save(path, tensors, bench, "city2scene", target, accuracy)
+    return _saved(path, tensors, bench, "city2scene", target)
 
 
-def _save_scene(out: Path, bench: Bench, model: CPResNet) -> None:
-    accuracy = {f"scene, {device} test": bench.accuracy(model, device) for device in (SOURCE, *TARGETS)}
-    _save(out / "teacher_scene" / "global" / CHECKPOINT, model.state_dict(), bench, "scene", "all", accuracy)
-
-
-def _save(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    bench: Bench,
-    role: str,
-    target: str,
-    accuracy: dict[str, float],
-) -> None:
+def _saved(path: Path, tensors: Mapping[str, Tensor], bench: Bench, role: str, target: str) -> LoadedTeacher:
+    """Save the weights as float16, half the bytes, and return the teacher that the file holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python -m teachers.train_sample --target {target} --seed {bench.seed} --epochs {bench.epochs}"
+    rounded = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     record = {
         "architecture": "cp_resnet",
         "architecture_version": ARCHITECTURE_VERSION,
@@ -249,14 +230,14 @@ def _save(
         "class_names": list(SCENES),
         "value_kind": "logits",
         "training": {
-            "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
-            "command": command,
+            "command": f"python -m teachers.train_sample --target {target} --seed {bench.seed} --epochs {bench.epochs}",
             "epochs": bench.epochs,
             "manifest_sha256": bench.digest,
             "seed": bench.seed,
         },
     }
-    save_checkpoint(path, tensors, record)
+    save_checkpoint(path, rounded, record)
+    return load_teacher(path, role=role)
 
 
 def table(runs: Mapping[str, dict[str, dict[str, Scores]]]) -> str:
@@ -283,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.shuffle_labels:
         out = options.out or options.root / "teachers"
         runs["true"] = run(Bench(options.root, **settings), targets, out)
-    runs["shuffled"] = run(Bench(options.root, **settings, shuffle=True), targets, None)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs["shuffled"] = run(Bench(options.root, **settings, shuffle=True), targets, Path(scratch))
     sys.stdout.write(f"Accuracy in per cent on test locations, seed {options.seed}\n\n{table(runs)}\n")
 
 

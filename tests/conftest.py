@@ -1,4 +1,4 @@
-"""Small worlds to cache: a manifest, features and teachers in a temporary folder, and the command line to run on them."""
+"""Small worlds to cache: a manifest, features and teachers in a temporary folder, and the command line to run there."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """Run ``kd-cache`` in this process, in the test's folder; ``result.exit_code``, ``.stdout`` and ``.stderr`` tell."""
+    """Run ``kd-cache`` in this process, in the test's folder. See ``result.exit_code``, ``.stdout`` and ``.stderr``."""
     monkeypatch.chdir(tmp_path)
     for name in ("COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)

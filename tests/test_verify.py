@@ -266,7 +266,7 @@ def test_a_moved_cache_and_moved_data_verify_with_their_new_paths(
 def test_tolerance_is_relative_to_the_centred_row() -> None:
     row = np.array([100.0, 101.0, 102.0])
     assert agrees(row + 5e-6, row, "logits", 1e-5)  # a shift of all logits changes nothing
-    assert not agrees(row + [0, 0, 1e-4], row, "logits", 1e-5)
+    assert not agrees(row + np.array([0, 0, 1e-4]), row, "logits", 1e-5)
     assert not agrees(row * np.nan, row, "logits", 1e-5)
     assert deviation(row + 7.0, row, "logits") < 1e-12
     assert deviation(np.array([0.5, 0.5]), np.array([0.4, 0.6]), "probs") == pytest.approx(1 / 6)

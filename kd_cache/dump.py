@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +34,14 @@ from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, load_plan
 from kd_cache.publish import Promise, Published, drop_forbidden, publish
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
-from kd_cache.store.atomic import make_directory
+from kd_cache.store.atomic import make_directory, store_errors
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin, write_pack
 from kd_cache.store.union import Union
 from kd_cache.teacher import Teacher, teacher_origin
+from kd_cache.value_kind import contradiction
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
@@ -253,6 +255,8 @@ class _Dump:
             if name not in self.origins
         }
         self.packs = self.folder.packs()
+        if self.earlier is None and self.folder.index_path.exists():
+            self.others = self._teachers_in_packs()
         for error in self.packs.damaged.values():
             watcher.note(error.message)
         self.keys = keys_of(self.files)
@@ -273,16 +277,18 @@ class _Dump:
     # -- the two ways to run ------------------------------------------------------------------------------------------
 
     def survey(self) -> DumpReport:
-        """Count without scoring. Features are read only where a stored row could be fresh."""
+        """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
         for number, file in enumerate(self.files):
-            held = {name for name, known in self.known.items() if known.holds(number) and self.job.skip_existing}
+            held = self.job.skip_existing and any(known.holds(number) for known in self.known.values())
             digest = b""
-            if held:
-                try:
+            try:
+                if held:
                     digest = self.job.source.read(file).digest
-                except FeatureError as error:
-                    self._bad(number, error)
-                    continue
+                else:
+                    self.job.source.shape(file)
+            except FeatureError as error:
+                self._bad(number, error)
+                continue
             needed = self._needed(number, digest)
             self.report.samples_scored += bool(needed)
             for name in needed:
@@ -301,6 +307,11 @@ class _Dump:
         finally:
             self.shard.commit()  # also when stopping: what was scored is kept
         self.report.seconds = time.monotonic() - began
+        if not self.readable.any():
+            raise FeatureError(
+                f"none of the {len(self.files)} features can be read; the cache stays as it is",
+                hint="Check --data-root.",
+            )
         self._count_dropped()
         replaced = [] if self.job.skip_existing else [path for path in before if path not in self.shard.written]
         self.report.published = self._publish(replaced)
@@ -323,6 +334,7 @@ class _Dump:
             for number, feature in self._read_ahead():
                 if isinstance(feature, FeatureError):
                     self._bad(number, feature)
+                    self._rank_unreadable(number)
                     continue
                 self.inputs[number] = np.frombuffer(feature.digest, np.uint8)
                 self.readable[number] = True
@@ -339,6 +351,11 @@ class _Dump:
                     what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
                     self._bad(number, FeatureError(f"feature {shown(self.files[number])} {what}"))
             self._keep(batcher.finish())
+
+    def _rank_unreadable(self, number: int) -> None:
+        """A feature with a good header keeps its rank, so that its neighbours keep theirs when it is mended."""
+        with suppress(FeatureError):
+            self.places.next_rank(self.job.source.shape(self.files[number]))
 
     def _read_ahead(self) -> Iterator[tuple[int, Feature | FeatureError]]:
         """Each permitted sample's feature, read once, a few ahead of its use."""
@@ -384,7 +401,7 @@ class _Dump:
                 self._keep_rows(name, scored.numbers, logits)
             for error in scored.errors.values():
                 for number in scored.numbers:
-                    self._bad(number, TeacherError(f"{shown(self.files[number])}: {error.message}"))
+                    self._bad(number, TeacherError(f"{error.message} (sample {shown(self.files[number])})"))
             for number in scored.numbers:
                 del self.due[number]
             self.report.samples_scored += len(scored.numbers)
@@ -396,6 +413,12 @@ class _Dump:
         with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
             stored = logits.astype(self.origins[name].stored)
         good = np.isfinite(logits).all(axis=1)
+        wrong = contradiction(self.origins[name].value_kind, logits[good])
+        if wrong is not None:
+            raise TeacherError(
+                f"teacher {name} says value_kind {self.origins[name].value_kind}, but its rows {wrong}",
+                hint="Return raw logits, or declare the value_kind that the teacher returns.",
+            )
         fits = np.isfinite(stored).all(axis=1)
         for row, number in enumerate(numbers):
             if fits[row]:
@@ -413,10 +436,9 @@ class _Dump:
     def _bad(self, number: int, error: KDCacheError) -> None:
         """A sample that cannot be scored: stop, or list it as missing."""
         if self.job.on_bad_sample == "stop":
-            raise type(error)(
-                error.message,
-                hint=error.hint or "Mend or remove the sample, or pass --on-bad-sample skip to leave it out.",
-            )
+            what = "the sample" if isinstance(error, FeatureError) else "the teacher, or the sample"
+            hint = error.hint or f"Mend {what}, or pass --on-bad-sample skip to leave such samples out."
+            raise type(error)(error.message, hint=hint)
         self.report.missing.setdefault(self.files[number], error.message)
         if isinstance(error, FeatureError):
             self.readable[number] = False
@@ -427,17 +449,20 @@ class _Dump:
     def _planned(self, shape: Shape) -> BatchPlan:
         """The plan, made or extended where it does not cover ``shape`` yet."""
         if self.plan is None:
-            self.plan = self._saved_plan()
+            self.plan = self._saved_plan(shape[1])
         if self.plan is None or not self.plan.covers([shape]):
             self.plan = self._make_plan(earlier=self.plan)
         return self.plan
 
-    def _saved_plan(self) -> BatchPlan | None:
+    def _saved_plan(self, bins: int) -> BatchPlan | None:
         """The plan of the rows that are kept; none where there are no such rows."""
         saved = load_plan(self.folder.plan_path) if self.packs.good and self.job.skip_existing else None
-        if saved is None or self.job.batch_size in (None, saved.batch_size):
+        asked = any(known.union is not None for known in self.known.values())
+        if saved is None or (saved.bins != bins and not asked):
+            return None
+        if self.job.batch_size in (None, saved.batch_size):
             return saved
-        if any(known.union is not None for known in self.known.values()):
+        if asked or any(self.packs.of(origin) for origin in self.others.values()):
             self.watcher.note(f"the batch size stays {saved.batch_size}, with which this cache was begun")
             return saved
         return None
@@ -466,6 +491,9 @@ class _Dump:
     def _publish(self, replaced: list[Path]) -> Published:
         from kd_cache.engine import environment
 
+        self._look_again_for_others()
+        make_directory(self.folder.path)
+        plan = self.plan or load_plan(self.folder.plan_path)
         record = {
             **self.job.record,
             "adaptation": self.folder.path.name,
@@ -479,22 +507,38 @@ class _Dump:
                 "shared_locations": len(self.job.selection.shared_locations),
             },
             "missing": self.report.missing,
-            "plan": None if self.plan is None else self.plan.as_json(),
+            "plan": None if plan is None else plan.as_json(),
             "environment": environment(self.job.device),
         }
         entries = {name: self._entry(name) for name in (*self.origins, *self.others)}
         return publish(
             self.folder,
             f"{self.job.cache_root}/{self.folder.path.name}",
-            self.origins | self.others,
+            self._ordered_origins(),
             self._promise(),
             record,
             entries,
             earlier=self.earlier,
             files=self.job.files,
+            asked=self.origins,
+            missing=self.report.missing,
             replaced=replaced,
             watcher=self.watcher,
         )
+
+    def _look_again_for_others(self) -> None:
+        """Another dump may have finished meanwhile: its teachers stay in the index."""
+        with suppress(CorruptError, StaleError):
+            self.earlier = self.folder.index() or self.earlier
+        if self.earlier is not None:
+            found = {name: origin for name, origin in self.earlier.origins.items() if name not in self.origins}
+            self.others = self.others | found
+
+    def _ordered_origins(self) -> dict[str, Origin]:
+        """All teachers in the order of this job where it has all, else in the order readers are used to."""
+        merged = self.origins | self.others
+        before = list(self.earlier.origins) if self.earlier and self.others else []
+        return {name: merged[name] for name in dict.fromkeys([*before, *merged]) if name in merged}
 
     def _promise(self) -> Promise:
         """In the manifest's order, in which the index lists them."""
@@ -505,19 +549,22 @@ class _Dump:
     def _entry(self, name: str) -> dict[str, Any]:
         """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing."""
         before = self.earlier.record["teachers"].get(name, {}) if self.earlier else {}
-        entry = {key: before[key] for key in ("source", "storage_cost") if key in before}
+        same = before.get("fingerprint") == (self.origins | self.others)[name].fingerprint.digest
+        entry = {key: before[key] for key in ("source", "storage_cost") if same and key in before}
         report = self.report.teachers.get(name)
         if report is not None and report.cost is not None and report.cost.rows:
             entry["storage_cost"] = report.cost.as_json()
         return entry | dict(self.job.notes.get(name, {}))
 
     def _clean_up(self) -> None:
-        """Remove what this dump made useless: damaged packs of the teachers just scored, forbidden old rows."""
+        """Remove what this dump made useless: damaged packs (but those of teachers not asked), forbidden old rows."""
         current = self.report.published.packs.values() if self.report.published else ()
         for path in self.packs.damaged:
             # Scoring the same rows again gives the same name: then the damaged file has been replaced already.
-            if teacher_in_name(path) in self.origins and path.name not in current:
-                path.unlink(missing_ok=True)
+            elsewhere = teacher_in_name(path) in self.others
+            if not elsewhere and path.name not in current and not path.is_dir():
+                with store_errors(path, "remove"):
+                    path.unlink(missing_ok=True)
         gone = drop_forbidden(self.folder, self.packs, self.origins | self.others, self.files)
         if gone:
             self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
@@ -526,6 +573,20 @@ class _Dump:
 
     def _cost(self, origin: Origin) -> StorageCost | None:
         return StorageCost(origin.value_kind) if origin.dtype == "fp16" else None
+
+    def _teachers_in_packs(self) -> dict[str, Origin]:
+        """The teachers not asked, as a damaged index cannot name them: from their packs, if these agree."""
+        found: dict[str, dict[str, Origin]] = {}
+        for pack in self.packs.good:
+            if pack.origin.teacher not in self.origins:
+                found.setdefault(pack.origin.teacher, {})[pack.origin.fingerprint.digest] = pack.origin
+        for name, origins in found.items():
+            if len(origins) > 1:
+                raise CorruptError(
+                    f"the index is damaged, and {name} has rows of {len(origins)} fingerprints: which is current?",
+                    hint=f"Dump with {name} among the teachers (without --only, or with --teacher {name}=…).",
+                )
+        return {name: next(iter(origins.values())) for name, origins in sorted(found.items())}
 
     def _earlier_index(self) -> Index | None:
         for name in self.job.teachers:
@@ -536,7 +597,7 @@ class _Dump:
         try:
             index = self.folder.index()
         except StaleError as error:
-            if self.job.skip_existing:
+            if self.job.skip_existing and not self.folder.pack_paths():
                 raise StaleError(
                     error.message,
                     hint="Its rows cannot be checked. Dump into another --cache-root, adopt them, "
@@ -551,4 +612,9 @@ class _Dump:
                 ) from error
             self.watcher.note(f"{error.message}; it is written anew from the packs")
             return None
+        if index is not None and index.record.get("adaptation", self.folder.path.name) != self.folder.path.name:
+            raise StaleError(
+                f"{shown(self.folder.path)} holds the cache of {shown(index.record.get('adaptation'))}",
+                hint="It was copied or renamed; give the folder its own name back, or dump into another --cache-root.",
+            )
         return index

@@ -17,6 +17,7 @@ from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
 from kd_cache.plan import Place, Shape
 from kd_cache.teacher import Teacher
 
+_ERROR = 2  # torch's debug mode: an operation without a deterministic implementation is an error
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,11 +67,10 @@ def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_deterministic_debug_mode(),
     )
     tf32 = precision == "tf32"
-    _set_numerics(tf32, tf32, False, True, False)
+    _set_numerics(tf32, tf32, False, _ERROR)
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
@@ -83,14 +83,15 @@ def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
         _set_numerics(*before)
 
 
-def _set_numerics(matmul_tf32: bool, cudnn_tf32: bool, benchmark: bool, deterministic: bool, warn_only: bool) -> None:
+def _set_numerics(matmul_tf32: bool, cudnn_tf32: bool, benchmark: bool, deterministic: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
     torch.backends.cudnn.allow_tf32 = cudnn_tf32
     torch.backends.cudnn.benchmark = benchmark
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    # Not use_deterministic_algorithms: that imports the whole compiler, more than a second, to set the same flag.
+    torch.set_deterministic_debug_mode(deterministic)
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Samples of one shape on their way through the same teachers, each at its own slot of ``size``.
 
@@ -181,14 +182,18 @@ def _placed(teacher: Teacher, device: torch.device) -> Teacher:
 class Batcher:
     """Puts samples into batches of one shape, each at its planned slot, and scores a batch when it is full.
 
-    Where only some samples are to be scored, a few batches are kept open at once, so that little of them stays empty.
+    Where only some samples are to be scored, a few batches are kept open at once, so that little of them stays empty;
+    never more than ``most_samples`` samples or ``most_bytes`` bytes of features (or two batches) wait.
     """
 
     _OPEN = 8
+    _MOST_BYTES = 256 << 20
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, most_bytes: int = _MOST_BYTES, most_samples: int = 1024) -> None:
         self._engine = engine
+        self._most = (most_bytes, most_samples)
         self._open: dict[tuple[Shape, frozenset[str]], list[Batch]] = {}
+        self._bytes = self._samples = 0
 
     def add(self, number: int, array: np.ndarray, teachers: frozenset[str], place: Place) -> Iterator[Scored]:
         """Take one sample for these teachers; gives what had to be scored to make room, or has become full."""
@@ -197,18 +202,31 @@ class Batcher:
         batch = next((batch for batch in batches if place.slot not in batch.rows), None)
         if batch is None:
             if len(batches) == self._OPEN:
-                fullest = max(batches, key=lambda batch: len(batch.rows))
-                batches.remove(fullest)
-                yield self._engine.score(fullest)
+                yield self._score(max(batches, key=lambda batch: len(batch.rows)), batches)
             batch = Batch(place.size, teachers)
             batches.append(batch)
         batch.rows[place.slot] = (number, array)
+        self._bytes += array.nbytes
+        self._samples += 1
         if len(batch.rows) == batch.size:
-            batches.remove(batch)
-            yield self._engine.score(batch)
+            yield self._score(batch, batches)
+        room = (max(self._most[0], 2 * place.size * array.nbytes), max(self._most[1], 2 * place.size))
+        while self._bytes > room[0] or self._samples > room[1]:
+            # Many shapes with few samples each: what waits must not grow with the data set.
+            fullest, among = max(
+                ((batch, batches) for batches in self._open.values() for batch in batches),
+                key=lambda pair: len(pair[0].rows) / pair[0].size,
+            )
+            yield self._score(fullest, among)
 
     def finish(self) -> Iterator[Scored]:
         """Score what is still open."""
         for batches in self._open.values():
             while batches:
-                yield self._engine.score(batches.pop(0))
+                yield self._score(batches[0], batches)
+
+    def _score(self, batch: Batch, among: list[Batch]) -> Scored:
+        among.remove(batch)
+        self._bytes -= sum(array.nbytes for _, array in batch.rows.values())
+        self._samples -= len(batch.rows)
+        return self._engine.score(batch)

@@ -9,6 +9,7 @@ for batch, logits in loader:  # logits [B, T, C], teachers in the order of cache
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,8 @@ class LogitCache:
         self._finder = tables[0].finder if self._positions[0] is None else KeyFinder(self._keys)
         size = len(self._keys) * len(tables) * self.num_classes * self.dtype.itemsize
         self._table = self._gather(None) if size <= TABLE_BYTES else None
-        head, separator, target = path.name.partition("2")
+        adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
+        head, separator, target = adaptation.partition("2")
         self.target = target if separator and head == SOURCE else None
 
     @classmethod
@@ -89,7 +91,7 @@ class LogitCache:
         """
         if on_miss not in ("raise", "nan"):
             raise UsageError(f"on_miss is {on_miss!r}, expected raise or nan")
-        path = Path(path)
+        path = Path(path).expanduser()
         folder = CacheFolder(path.parent if path.is_file() else path)
         try:
             index = folder.index(maps=False)
@@ -127,6 +129,8 @@ class LogitCache:
         Raises:
             MissingLogitsError: listing every missing file and why. With ``on_miss="nan"`` a missing file has row -1.
         """
+        if isinstance(files, str):
+            raise UsageError(f"expected a list of files, found the one text {shown(files)}; put it in a list")
         asked = list(files)
         names = [file.encode("utf-8", "surrogatepass") for file in asked]
         found = self._finder.find(keys_of_bytes(names))
@@ -147,12 +151,14 @@ class LogitCache:
             )
         return torch.from_numpy(found)
 
-    def batch(self, rows: torch.Tensor | Sequence[str], dtype: torch.dtype | None = None) -> torch.Tensor:
+    def batch(self, rows: torch.Tensor | np.ndarray | Sequence[str], dtype: torch.dtype | None = None) -> torch.Tensor:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
         Raises:
             MissingLogitsError, IndexError: a file without logits, a row that is none.
         """
+        if isinstance(rows, np.ndarray):
+            rows = torch.from_numpy(rows)
         numbers = rows if isinstance(rows, torch.Tensor) else self.rows(rows)
         if self._on_miss == "nan" and bool((numbers < 0).any()):
             return self._with_nan(numbers, dtype)
@@ -311,6 +317,11 @@ def _refuse_unexpected(index: Index, origins: Mapping[str, Origin], expect: Mapp
             raise UsageError(f"expect names {shown(name)}, which is not among the opened teachers {', '.join(origins)}")
         found = origins[name].fingerprint
         digest = wanted.digest if isinstance(wanted, Fingerprint) else wanted.lower()
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise UsageError(
+                f"{name}: expected a fingerprint of 64 hex digits, found {shown(wanted)}",
+                hint="kd-cache info --json prints it whole.",
+            )
         if digest == found.digest:
             continue
         parts = wanted if isinstance(wanted, Fingerprint) else index.known_fingerprint(name, digest)
@@ -389,11 +400,20 @@ def _common_keys(keys: list[np.ndarray]) -> np.ndarray:
 
 
 class Gathered:
-    """One batch on its way from ``__getitems__`` to ``collate``: base items, and their logits ``[B, T, C]``."""
+    """One batch on its way from ``__getitems__`` to ``collate``: base items, and their logits ``[B, T, C]``.
+
+    To any other collate function it is a list of ``(item, logits [T, C])``.
+    """
 
     def __init__(self, items: list[Any], logits: torch.Tensor) -> None:
         self.items = items
         self.logits = logits
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> tuple[Any, torch.Tensor]:
+        return self.items[number], self.logits[number]
 
 
 class CachedDataset(Dataset[Any]):

@@ -96,7 +96,7 @@ def load_manifest(path: str | Path, *, num_scenes: int = 10, num_cities: int = 1
         ManifestError: unreadable, not UTF-8 JSON, duplicate keys, a wrong type, a label out of range, no split, a
             device that contradicts its domain, or two rows for one file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         raw = _read_plain(path)
     except (OSError, ValueError) as error:

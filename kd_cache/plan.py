@@ -18,9 +18,13 @@ from typing import Any
 
 from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
-from kd_cache.store.atomic import write_atomic
+from kd_cache.store.atomic import open_file, write_atomic
 
 Shape = tuple[int, int]
+
+_MOST_BYTES = 1 << 24
+_MOST_SAMPLES = 1 << 16
+"""No batch is larger: a damaged plan must not ask for all the memory there is."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,21 @@ class BatchPlan:
 def load_plan(path: Path) -> BatchPlan | None:
     """The saved plan; ``None`` when there is none or it cannot be used (a plan can always be made again)."""
     try:
-        content = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            content = json.loads(file.read(_MOST_BYTES))
+        most = _positive(content["batch_size"], _MOST_SAMPLES)
         sizes = {}
         for text, size in content["batches"].items():
             frames, _, bins = text.partition("x")
-            sizes[int(frames), int(bins)] = _positive(size)
-        return BatchPlan(_positive(content["batch_size"]), _positive(content["bins"]), sizes)
+            sizes[int(frames), int(bins)] = _positive(size, most)
+        return BatchPlan(most, _positive(content["bins"]), sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _positive(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("expected a positive integer")
+def _positive(value: Any, most: int = 1 << 30) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"expected an integer from 1 to {most}")
     return value
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
 from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, PackSet
 from kd_cache.store.index import Index, origin_entry, write_index
@@ -35,11 +36,12 @@ class Promise:
     inputs: np.ndarray
     known: np.ndarray
 
-    def sorted_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and inputs ``[Q, 16]`` of the files with known features, keys ascending."""
-        keys = keys_of(self.files)[self.known]
+    def sorted_rows(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Keys and inputs ``[Q, 16]`` and names of the files with known features, keys ascending."""
+        known = np.flatnonzero(self.known)
+        keys = keys_of(self.files)[known]
         order = sorted_order(keys)
-        return keys[order], self.inputs[self.known][order]
+        return keys[order], self.inputs[known][order], [self.files[number] for number in known[order]]
 
 
 @dataclass
@@ -65,6 +67,8 @@ def publish(
     *,
     earlier: Index | None,
     files: bool,
+    asked: Collection[str],
+    missing: Collection[str],
     replaced: Sequence[Path] = (),
     watcher: Watcher,
 ) -> Published:
@@ -77,19 +81,25 @@ def publish(
         record: what ``kd_cache`` says besides the teachers.
         entries: further content of a teacher's entry.
         files: whether the cache has a view.
+        asked: the teachers just scored: each must hold every row of the promise, but for the ``missing`` files.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
+
+    Raises:
+        MissingLogitsError: rows that were scored or fresh a moment ago are gone (another dump with another manifest,
+            damage); the index stays as it was.
+        StoreError: the cache cannot be written.
     """
     done = Published()
-    keys, inputs = promise.sorted_rows()
     sealed: dict[str, Pack | None] = {}
-    packs = folder.packs()
     for name, origin in origins.items():
-        mine = [pack for pack in packs.of(origin) if pack.path not in replaced]
-        result = seal(folder.packs_path, mine, keys, inputs)
-        _tell(watcher, name, result)
-        sealed[name] = None if result.path is None else open_pack(result.path)
-        done.left_out[name] = result.left_out
-    _count(done, sealed)
+        expected = set(missing) if name in asked else None
+        sealed[name] = _seal_teacher(folder, origin, promise, replaced, expected, done, watcher)
+    for path in replaced:
+        if path.name not in done.packs.values():
+            with store_errors(path, "remove"):
+                path.unlink(missing_ok=True)
+    held = [set() if pack is None else set(pack.files) for pack in sealed.values()]
+    done.num_samples = len(set.intersection(*held)) if held else 0
     maps = _bring_view_in_line(folder, shown_path, sealed, promise.files, files, done, watcher)
     teachers = {
         name: {**origin_entry(origin), **entries.get(name, {}), "rows": done.rows[name], "pack": done.packs.get(name),
@@ -97,20 +107,54 @@ def publish(
         for name, origin in origins.items()
     }  # fmt: skip
     write_index(folder.index_path, done.num_samples, maps, {**record, "files": files, "teachers": teachers})
-    for path in replaced:
-        if path.name not in done.packs.values():
-            with store_errors(path, "remove"):
-                path.unlink(missing_ok=True)
     return done
+
+
+def _seal_teacher(
+    folder: CacheFolder,
+    origin: Origin,
+    promise: Promise,
+    replaced: Sequence[Path],
+    missing: set[str] | None,
+    done: Published,
+    watcher: Watcher,
+) -> Pack | None:
+    """Seal one teacher's packs and open the result, again where another dump seals at the same time."""
+    name = origin.teacher
+    keys, inputs, files = promise.sorted_rows()
+    for _ in range(100):
+        packs = folder.packs([name])
+        mine = [pack for pack in packs.of(origin) if pack.path not in replaced]
+        result = seal(folder.packs_path, mine, keys, inputs)
+        lost = [] if missing is None else [files[row] for row in np.flatnonzero(result.absent)]
+        lost = [file for file in lost if missing is None or file not in missing]
+        if lost:
+            damaged = "".join(f"\n{error.message}" for error in packs.damaged.values())
+            raise MissingLogitsError(
+                f"{name}: {len(lost)} rows that this dump scored or found are gone{damaged}\n{listed(lost)}",
+                hint="Did another dump run here with another manifest? Run the same command again.",
+            )
+        try:
+            pack = None if result.path is None else open_pack(result.path)
+            done.pack_bytes += 0 if pack is None else pack.path.stat().st_size
+        except FileNotFoundError:
+            continue  # sealed away by another dump; its pack holds the rows now
+        _tell(watcher, name, result)
+        done.left_out[name] = result.left_out
+        done.rows[name] = 0 if pack is None else len(pack)
+        if pack is not None:
+            done.packs[name] = pack.path.name
+        return pack
+    raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
 
 def drop_forbidden(folder: CacheFolder, packs: PackSet, origins: Mapping[str, Origin], files: Sequence[str]) -> int:
     """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
-    current = {origin.fingerprint.digest for origin in origins.values()}
     permitted = {key.tobytes() for key in keys_of(files)}
     gone = 0
     for pack in packs.good:
-        if pack.origin.fingerprint.digest in current and pack.origin.teacher in origins:
+        current = origins.get(pack.origin.teacher)
+        if current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest:
             continue
         if any(key.tobytes() not in permitted for key in pack.keys):
             gone += len(pack)
@@ -127,16 +171,6 @@ def _tell(watcher: Watcher, name: str, result: Sealed) -> None:
         )
 
 
-def _count(done: Published, sealed: Mapping[str, Pack | None]) -> None:
-    for name, pack in sealed.items():
-        done.rows[name] = 0 if pack is None else len(pack)
-        if pack is not None:
-            done.packs[name] = pack.path.name
-            done.pack_bytes += pack.path.stat().st_size
-    held = [set() if pack is None else set(pack.files) for pack in sealed.values()]
-    done.num_samples = len(set.intersection(*held)) if held else 0
-
-
 def _bring_view_in_line(
     folder: CacheFolder,
     shown_path: str,
@@ -147,6 +181,11 @@ def _bring_view_in_line(
     watcher: Watcher,
 ) -> dict[str, dict[str, str]]:
     """Write what the view lacks, remove what it must not have, and return the index's maps."""
+    for directory in folder.view_folders():
+        if directory.is_symlink():
+            raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
+        if directory.name not in sealed:
+            done.view_removed += _prune_view(directory, set())  # of a teacher that no index promises
     if wanted:
         watcher.stage("writing .npy files", sum(done.rows.values()))
     maps: dict[str, dict[str, str]] = {}

@@ -18,7 +18,6 @@ from kd_cache.store.pack import Pack
 from kd_cache.store.union import Union
 from kd_cache.store.view import read_row_file, view_name
 
-
 _BLOCK = 16_384
 
 

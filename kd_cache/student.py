@@ -18,7 +18,7 @@ from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
 from kd_cache.splits import refuse_outside, select
 
 IGNORED = -100
-"""The label that torch's losses ignore. Scene labels of target-domain samples are this: they must never reach a loss."""
+"""The label that torch's losses ignore: scene labels of target-domain samples are this, and never reach a loss."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -114,7 +114,7 @@ def student_loader(
     manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
     target = _target(cache, target)
-    root = Path(data_root)
+    root = Path(data_root).expanduser()
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)
     samples: Sequence[Sample] = selection.samples
     if files is not None:

@@ -89,9 +89,11 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise UsageError(
             f'--teacher {shown(text)}: "{shown(name)}" cannot be a teacher\'s name (letters, digits, _ . -)'
         )
+    if name == "ckpt":  # a list in a settings file splits at its commas
+        raise UsageError(f"--teacher {shown(text)}: a teacher cannot be called ckpt; put NAME=…,ckpt=PATH in quotes")
     if named and not factory:
         raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=")
-    return TeacherSpec(name, factory or name, Path(checkpoint) if separator else None)
+    return TeacherSpec(name, factory or name, Path(checkpoint).expanduser() if separator else None)
 
 
 def resolve_factory(name: str) -> Factory:

@@ -7,7 +7,7 @@ the exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 MISS, CORRUPT, STALE, LEAK, UNCHECKED = "miss", "corrupt", "stale", "leak", "unchecked"
+_ALL_ROWS = "(all rows)"
+_SEVERITY = (LEAK, CORRUPT, STALE, MISS, UNCHECKED)
 EXIT_CODES = {MISS: 3, CORRUPT: 4, STALE: 5, LEAK: 6, UNCHECKED: 1}
 
 
@@ -57,6 +59,7 @@ class VerifyJob:
         n: how many random samples; ``None`` takes every one and looks for surplus rows and files too.
         precision: compute precision to expect; by default the one each row was made in.
         recompute: score the samples again and compare.
+        only: audit just these teachers' rows; all by default.
     """
 
     folder: CacheFolder
@@ -70,6 +73,7 @@ class VerifyJob:
     precision: str | None = None
     dtype: str | None = None
     recompute: bool = False
+    only: Collection[str] | None = None
     device: torch.device | None = None
 
 
@@ -80,7 +84,7 @@ class TeacherResult:
     checked: int = 0
     hits: int = 0
     intact: int = 0
-    fresh: int = 0
+    fresh: int | None = 0
     rows: int = 0
     forbidden: int = 0
     view: int | None = None
@@ -104,6 +108,11 @@ class VerifyReport:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def worst_first(self) -> list[Problem]:
+        """The problems by severity: leaks, damage, stale rows, misses, what could not be checked."""
+        return sorted(self.problems, key=lambda problem: list(_SEVERITY).index(problem.kind))
+
+    @property
     def exit_code(self) -> int:
         return worst_exit_code(EXIT_CODES[problem.kind] for problem in self.problems)
 
@@ -116,7 +125,7 @@ class VerifyReport:
             "all": self.everything,
             "exit_code": self.exit_code,
             "teachers": {name: vars(result) for name, result in self.teachers.items()},
-            "problems": [vars(problem) for problem in self.problems],
+            "problems": [vars(problem) for problem in self.worst_first],
             "notes": self.notes,
         }
 
@@ -134,7 +143,11 @@ def open_index(folder: CacheFolder) -> tuple[Index | None, list[Problem]]:
         kind = {4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)
         return None, [Problem(kind, "", shown(folder.index_path), shown(error.message))]
     if index is not None:
-        return index, []
+        adaptation = str(index.record.get("adaptation", folder.path.name))
+        if adaptation == folder.path.name:
+            return index, []
+        reason = f"this folder holds the cache of {adaptation}: it was copied or renamed"
+        return None, [Problem(STALE, "", shown(folder.index_path), shown(reason))]
     exists = folder.packs_path.is_dir()
     reason = "the dump did not finish; run it again" if exists else "there is no cache here; run kd-cache dump"
     return None, [Problem(MISS, "", shown(folder.index_path), reason)]
@@ -166,8 +179,11 @@ class _Audit:
             self._problem(CORRUPT, "", str(path), error.message)
         digests = self._feature_digests(index)
         for name, origin in index.origins.items():
+            if self.job.only is not None and name not in self.job.only:
+                continue
             self._audit_teacher(index, packs, name, origin, digests)
         self._look_for_forbidden_rows(packs)
+        self._look_for_forbidden_entries(index)
         self._compare_manifest(index)
         if self.job.n is None:
             self._look_the_other_way(index)
@@ -206,6 +222,7 @@ class _Audit:
     ) -> None:
         result = self.report.teachers[name] = TeacherResult(checked=len(self.files))
         fresh_teacher = self._check_fingerprint(name, origin, result)
+        fresh = 0
         union = packs.union(origin)
         result.rows = 0 if union is None else int((~union.repeats).sum())
         found = np.full(len(self.files), -1, np.int64) if union is None else union.find(self.keys)
@@ -225,7 +242,8 @@ class _Audit:
             if stale is not None:
                 self._problem(STALE, name, file, stale)
             elif fresh_teacher and digests[number] is not None:
-                result.fresh += 1
+                fresh += 1
+        result.fresh = fresh if name in self.job.teachers else None
         if index.record["files"] and union is not None:
             result.view = self._audit_view(index, name, union, found)
 
@@ -235,7 +253,7 @@ class _Audit:
         if teacher is None:
             reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
             if is_problem:
-                self._problem(UNCHECKED, name, name, f"its fingerprint cannot be checked: {reason}")
+                self._problem(UNCHECKED, name, _ALL_ROWS, f"its fingerprint cannot be checked: {reason}")
             else:
                 self.report.notes.append(f"{name}: its fingerprint was not checked: {reason}")
             return False
@@ -248,7 +266,7 @@ class _Audit:
             return True
         self.changed.add(name)
         reason = f"the teacher changed since the dump ({origin.fingerprint.difference(now)}); run kd-cache dump"
-        self._problem(STALE, name, name, reason)
+        self._problem(STALE, name, _ALL_ROWS, reason)
         return False
 
     def _wrong_positions(self, union: Union | None, found: np.ndarray) -> set[int]:
@@ -309,21 +327,25 @@ class _Audit:
         if index.record["manifest"]["sha256"] != self.job.manifest.digest:
             self.report.notes.append("the manifest is not byte for byte the one that was dumped")
 
-    def _look_the_other_way(self, index: Index) -> None:
-        """Index → manifest and disk → index: entries and files that nothing promises."""
+    def _look_for_forbidden_entries(self, index: Index) -> None:
+        """Index → manifest: entries of samples that are not permitted."""
         permitted = set(self.all_files)
-        forbidden = {view_name(key.tobytes()) for key in keys_of(s.file for s in self.job.manifest)}
-        forbidden -= {view_name(key.tobytes()) for key in keys_of(self.all_files)}
         for name in index.origins:
             for file in index.maps[name]:
                 if file not in permitted:
                     self._problem(LEAK, name, file, "the index names it, but the manifest does not permit it")
-            promised = {path.rpartition("/")[2] for path in index.maps[name].values()}
-            for surplus in sorted(stored_names(self.job.folder.view_path(name)) - promised):
+
+    def _look_the_other_way(self, index: Index) -> None:
+        """Disk → index: row files that nothing promises, in every folder that may hold some."""
+        forbidden = {view_name(key.tobytes()) for key in keys_of(s.file for s in self.job.manifest)}
+        forbidden -= {view_name(key.tobytes()) for key in keys_of(self.all_files)}
+        for directory in self.job.folder.view_folders():
+            name = directory.name
+            promised = {path.rpartition("/")[2] for path in index.maps.get(name, {}).values()}
+            for surplus in sorted(stored_names(directory) - promised):
                 kind = LEAK if surplus in forbidden else STALE
-                self._problem(
-                    kind, name, f"{name}/{surplus}", "nothing promises this file; run kd-cache dump, or remove it"
-                )
+                reason = "nothing promises this file; run kd-cache dump, or remove it"
+                self._problem(kind, name, f"{name}/{surplus}", reason)
 
     # -- scoring again ------------------------------------------------------------------------------------------------
 

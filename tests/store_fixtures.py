@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,15 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pytest
 import xxhash
 
 from kd_cache.fingerprint import Fingerprint
 from kd_cache.store.index import origin_entry, write_index
 from kd_cache.store.pack import Origin, write_pack
+
+# Python 3.12 warns of any fork in a process with threads; torch has threads, and DataLoader forks.
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 
 NUMPY_OF = {"fp32": "<f4", "fp16": "<f2"}
 
@@ -105,7 +110,8 @@ class MadeCache:
             for name, rows in self.rows.items()
         }
         common = set.intersection(*[set(rows.files) for rows in self.rows.values()])
-        content = {"files": True, "missing": {}, "manifest": {"sha256": ""}, **record, "teachers": entries}
+        content = {"adaptation": "A2b", "files": True, "missing": {}, "manifest": {"sha256": ""}}
+        content |= record | {"teachers": entries}
         write_index(self.path / "cache_index.json", len(common), maps, content)
 
 
@@ -211,3 +217,14 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
     }
+
+
+@contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """A disk that is full, for real: the kernel writes up to ``size`` bytes of a file, then refuses."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -449,3 +449,185 @@ def test_the_worst_of_several_exit_codes_wins() -> None:
     assert worst_exit_code([3, 5, 4]) == 4
     assert worst_exit_code([3, 5, 4, 6]) == 6
     assert worst_exit_code([]) == 0
+
+
+# What attacks found; each of these once lost rows, served wrong ones or blocked a cache.
+
+
+def test_a_data_root_without_any_feature_leaves_the_cache_alone(dump: Run, world: World, tmp_path: Path) -> None:
+    dump()
+    before = {path: path.read_bytes() for path in world.cache.rglob("*") if path.is_file()}
+    (tmp_path / "unmounted").mkdir()
+    result = dump("--data-root", tmp_path / "unmounted", "--on-bad-sample", "skip")
+    assert result.exit_code == 1
+    assert "none of the 20 features can be read" in result.stderr
+    assert {path: path.read_bytes() for path in world.cache.rglob("*") if path.is_file()} == before
+
+
+def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stays(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kd_cache.publish
+
+    dump()
+    index = (world.cache / "cache_index.json").read_bytes()
+    world.add(70, "b", "train")
+    world.write()
+    seal = kd_cache.publish.seal
+
+    def damaged(directory: Path, packs: list, keys: np.ndarray, inputs: np.ndarray) -> object:  # type: ignore[type-arg]
+        return seal(directory, [pack for pack in packs if len(pack) > 1], keys, inputs)
+
+    monkeypatch.setattr(kd_cache.publish, "seal", damaged)
+    result = dump("--num-verify", 0)
+    assert result.exit_code == 3
+    assert "park" in result.stderr or "1 rows" in result.stderr
+    assert (world.cache / "cache_index.json").read_bytes() == index
+    monkeypatch.undo()
+
+
+def only(world: World, name: str, *args: object) -> tuple[object, ...]:
+    return ("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", name, *args)
+
+
+def test_a_teacher_that_another_dump_finished_meanwhile_stays_in_the_index(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kd_cache.dump
+
+    publish = kd_cache.dump._Dump._publish
+
+    def late(self: object, replaced: list[Path]) -> object:
+        monkeypatch.setattr(kd_cache.dump._Dump, "_publish", publish)
+        assert run(*only(world, "other")).exit_code == 0  # a whole dump, while the first is about to publish
+        return publish(self, replaced)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kd_cache.dump._Dump, "_publish", late)
+    assert run(*only(world, "tiny")).exit_code == 0
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    assert set(index["kd_cache"]["teachers"]) == {"tiny", "other"}
+    assert index["num_samples"] == 20
+
+
+def test_a_damaged_index_does_not_forget_the_teachers_that_are_not_asked(run: Run, dump: Run, world: World) -> None:
+    dump()
+    index = world.cache / "cache_index.json"
+    index.write_bytes(index.read_bytes()[:-40] + b"x" * 40)
+    assert run(*only(world, "tiny")).exit_code == 0
+    content = json.loads(index.read_text())
+    assert set(content["kd_cache"]["teachers"]) == {"tiny", "other"}
+    assert len(content["other"]) == 20
+
+
+def test_row_files_of_teachers_that_no_index_names_are_found_and_pruned(run: Run, dump: Run, world: World) -> None:
+    dump()
+    (world.cache / "cache_index.json").unlink()
+    gone = world.permitted()[-1]
+    next(row for row in world.rows if row["file"] == gone)["split"] = "test"
+    world.write()
+    assert run(*only(world, "tiny")).exit_code == 0
+    assert not world.view("other", gone).exists()
+    np.save(world.view("other", gone), np.zeros(10, np.float32))
+    assert run("verify", *TINY, "--all").exit_code == 6
+
+
+def test_teachers_that_swap_their_weights_leave_no_forbidden_row_behind(run: Run, dump: Run, world: World) -> None:
+    dump()
+    gone = world.permitted()[-1]
+    next(row for row in world.rows if row["file"] == gone)["split"] = "test"
+    world.write()
+    swapped = ("--teacher", "tiny=tiny_teachers:other", "--teacher", "other=tiny_teachers:linear")
+    args = ("--json-path", world.json_path, *swapped)
+    assert run("dump", "--target", "b", *args, "--only", "tiny", "--only", "other").exit_code == 0
+    assert run("verify", *args, "--all").exit_code == 0
+
+
+def test_another_number_of_bins_is_a_new_plan_for_a_new_teacher(run: Run, dump: Run, world: World) -> None:
+    dump()
+    for file in world.permitted():
+        world.write_feature(file, np.ones((12, 40), np.float32))
+    wide = ("--teacher", "tiny=tiny_teachers:wide", "--only", "tiny")
+    assert run("dump", "--target", "b", "--json-path", world.json_path, *wide).exit_code == 0
+
+
+def test_a_view_that_is_a_link_is_refused(dump: Run, world: World, tmp_path: Path) -> None:
+    dump()
+    shutil.move(world.cache / "tiny", tmp_path / "elsewhere")
+    (world.cache / "tiny").symlink_to(tmp_path / "elsewhere")
+    result = dump()
+    assert result.exit_code == 1
+    assert "is a link" in result.stderr
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 20
+
+
+def test_a_plan_of_absurd_sizes_or_kind_is_made_anew(dump: Run, world: World) -> None:
+    dump()
+    plan = world.cache / "plan.json"
+    world.add(80, "b", "train")
+    world.write()
+    plan.write_text('{"batch_size": 1000000000, "bins": 20, "batches": {"12x20": 1000000000}}')
+    assert dump().exit_code == 0
+    world.add(81, "b", "train")
+    world.write()
+    plan.unlink()
+    os.mkfifo(plan)
+    assert dump().exit_code == 0
+
+
+def test_a_cache_under_another_targets_name_is_refused(run: Run, dump: Run, world: World) -> None:
+    dump()
+    shutil.copytree(world.cache, world.root / "cache" / "A2c")
+    for command in (("dump", "--only", "tiny"), ("verify",)):
+        result = run(*command, "--target", "c", "--json-path", world.json_path, *TINY)
+        assert result.exit_code == 5
+        assert "A2b" in result.output
+
+
+@pytest.mark.parametrize("factory", ["softmax", "log_softmax"])
+def test_probabilities_declared_as_logits_are_refused(run: Run, world: World, factory: str) -> None:
+    args = ("--teacher", f"soft=tiny_teachers:{factory}", "--only", "soft")
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
+    assert result.exit_code == 1
+    assert "not logits" in result.stderr
+
+
+def test_waiting_features_do_not_grow_with_the_data_set() -> None:
+    from kd_cache.engine import Batcher, Engine, numerics
+    from kd_cache.plan import Place
+
+    cpu = torch.device("cpu")
+    with numerics(cpu, "fp32", 1):
+        batcher = Batcher(Engine({"tiny": Linear(1)}, cpu), most_samples=16)
+        waiting, scored = 0, []
+        for number in range(200):  # five samples of each of 40 lengths: no batch of eight ever fills
+            array = np.zeros((number % 40 + 1, 20), np.float32)
+            scored += batcher.add(number, array, frozenset({"tiny"}), Place(8, number // 40))
+            waiting = max(waiting, number + 1 - sum(len(batch.numbers) for batch in scored))
+        scored += batcher.finish()
+    assert waiting <= 17
+    assert sorted(number for batch in scored for number in batch.numbers) == list(range(200))
+
+
+def test_ones_own_teacher_may_take_a_built_in_name(run: Run, world: World) -> None:
+    args = ("--json-path", world.json_path, "--teacher", "scene=tiny_teachers:linear")
+    assert run("dump", "--target", "b", *args, "--only", "scene").exit_code == 0
+    assert run("verify", *args, "--recompute").exit_code == 0
+    result = run("verify")
+    assert (result.exit_code, "not checked" in result.stdout) == (0, True)
+
+
+def test_dtype_nearer_to_the_person_wins_over_use_fp16_in_the_file(dump: Run, world: World) -> None:
+    (world.root / "kd-cache.yaml").write_text("use_fp16: true\n")
+    dump("--dtype", "fp32")
+    assert np.load(world.view("tiny", world.permitted()[0])).dtype == np.float32
+    dump()
+    assert np.load(world.view("tiny", world.permitted()[0])).dtype == np.float16
+    assert dump("--dtype", "fp32", "--use-fp16").exit_code == 2
+
+
+def test_a_home_folder_in_a_settings_file_is_found(dump: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(world.root / "home"))
+    (world.root / "kd-cache.yaml").write_text("cache_root: ~/caches\n")
+    assert dump().exit_code == 0
+    assert (world.root / "home" / "caches" / "A2b" / "cache_index.json").is_file()
+    assert not (world.root / "~").exists()

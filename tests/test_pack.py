@@ -24,6 +24,7 @@ from store_fixtures import Rows, byte_rows, checksums, flipping, forge, md5, nam
 
 from kd_cache.errors import CorruptError, KDCacheError, StoreError
 from kd_cache.fingerprint import Fingerprint
+from kd_cache.store import hdf5_file
 from kd_cache.store import pack as pack_module
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.pack import Origin, open_pack, row_checksums, write_pack
@@ -568,6 +569,49 @@ def test_an_interrupt_between_two_blocks_leaves_nothing(packs: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_pack(packs, SCENE, FIVE.keys, FIVE.inputs, [b"x"] * 5, interrupted, block=2)
     assert os.listdir(packs) == []
+
+
+@pytest.mark.parametrize("method", ["seek", "write", "truncate", "flush"])
+def test_an_interrupt_at_any_moment_of_writing_leaves_nothing(packs: Path, method: str) -> None:
+    genuine = getattr(hdf5_file.Outlet, method)
+    ended = set()
+    for moment in range(1, 30):
+        calls = 0
+
+        def interrupted(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == moment:  # noqa: B023 (called in this turn of the loop only)
+                raise KeyboardInterrupt
+            return genuine(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hdf5_file.Outlet, method, interrupted)
+            try:
+                FIVE.write(packs, SCENE).unlink()
+                ended.add("whole")
+            except (KeyboardInterrupt, StoreError) as error:
+                ended.add(type(error).__name__)
+        assert os.listdir(packs) == [], moment
+    assert "whole" in ended
+    assert len(ended) > 1
+
+
+def test_an_interrupt_while_a_pack_is_read_is_no_damage(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump rescores and removes what is damaged."""
+    path = FIVE.write(packs, SCENE)
+    genuine = hdf5_file._Image.read
+    for moment in range(8):
+        calls = iter(range(100))
+
+        def interrupted(image: object, size: int) -> bytes:
+            if next(calls) == moment:  # noqa: B023 (called in this turn of the loop only)
+                raise KeyboardInterrupt
+            return genuine(image, size)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(hdf5_file._Image, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_pack(path)
 
 
 FILL_THE_DISK = """

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
 
 from kd_cache.errors import StoreError
+from kd_cache.store import atomic
 from kd_cache.store import folder as folder_module
 from kd_cache.store.folder import CacheFolder, find_caches
 from kd_cache.store.keys import KeyFinder, are_ascending, keys_of, sorted_order
@@ -416,6 +417,17 @@ def test_a_folder_without_packs_has_none_and_an_unreadable_one_is_an_error(tmp_p
     (tmp_path / "packs").write_text("a file")
     with pytest.raises(StoreError, match="packs"):
         CacheFolder(tmp_path).packs()
+
+
+def test_new_folders_are_durable_before_anything_is_put_into_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(atomic, "sync_directory", synced.append)
+    atomic.make_directory(tmp_path / "cache" / "A2b" / "packs")
+    assert set(synced) == {tmp_path, tmp_path / "cache", tmp_path / "cache" / "A2b"}
+    atomic.make_directory(tmp_path / "cache")
+    assert len(synced) == 3
 
 
 def test_caches_are_the_a2_folders_with_an_index(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_moved_cache_and_moved_data_verify_with_their_new_paths(
     world.json_path.unlink()
     assert run("verify", "--cache-root", tmp_path / "elsewhere" / "cache").exit_code == 2
     moved = ("--cache-root", tmp_path / "elsewhere" / "cache", "--json-path", tmp_path / "data" / "manifest.json")
-    assert run("verify", *TINY, *moved, "--all").exit_code == 0
+    assert run("verify", *TINY, *moved, "--data-root", tmp_path / "data", "--all").exit_code == 0
 
 
 def test_tolerance_is_relative_to_the_centred_row() -> None:

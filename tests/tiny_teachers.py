@@ -124,3 +124,27 @@ class Picky(Linear):
 
 def picky(ckpt: Path | None) -> Linear:
     return Picky(1)
+
+
+def wide(ckpt: Path | None) -> Linear:
+    return Linear(1, bins=40)
+
+
+class Soft(Linear):
+    """Ends in a softmax, and calls that logits."""
+
+    def __init__(self, log: bool) -> None:
+        super().__init__(1)
+        self.log = log
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(features)
+        return logits.log_softmax(1) if self.log else logits.softmax(1)
+
+
+def softmax(ckpt: Path | None) -> Linear:
+    return Soft(log=False)
+
+
+def log_softmax(ckpt: Path | None) -> Linear:
+    return Soft(log=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -52,4 +54,7 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point of ``kd-cache``."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not fail a finished dump
     app()

@@ -108,8 +108,13 @@ def _text(where: str, value: Any) -> str:
 
 def given(ctx: typer.Context, name: str) -> bool:
     """Whether a person set this option: on the command line, in the environment or in the file."""
+    return source_name(ctx, name) != "DEFAULT"
+
+
+def source_name(ctx: typer.Context, name: str) -> str:
+    """Where an option's value is from: ``COMMANDLINE``, ``ENVIRONMENT``, ``DEFAULT_MAP`` (the file) or ``DEFAULT``."""
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT",)
+    return "DEFAULT" if source is None else str(source.name)
 
 
 def resolved_settings(ctx: typer.Context, without: Collection[str] = ()) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -144,6 +144,8 @@ def dump_command(
         int,
         typer.Option(
             "--seed",
+            min=0,
+            max=2**63 - 1,
             help="Seed of torch's random numbers, for teachers that use any.",
             envvar="KD_CACHE_SEED",
             show_envvar=False,
@@ -196,4 +198,11 @@ def dump_command(
     # Everything else needs numpy, and then torch: --help must not wait for them.
     from kd_cache.cli.dump_run import DumpOptions, run_dump
 
-    run_dump(options.pop("ctx"), DumpOptions(**options))
+    run_dump(options.pop("ctx"), DumpOptions(**{name: _at_home(value) for name, value in options.items()}))
+
+
+def _at_home(value: Any) -> Any:
+    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return value.expanduser() if isinstance(value, Path) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,12 +14,12 @@ import typer
 
 import kd_cache
 from kd_cache.cli import options as opt
-from kd_cache.cli.config import given, resolved_settings
+from kd_cache.cli.config import given, resolved_settings, source_name
 from kd_cache.cli.console import Screen, size, table
 from kd_cache.cli.inputs import Inputs, data_paths, load_inputs
 from kd_cache.cli.report import problem_table, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers, teacher_specs
-from kd_cache.errors import StoreError, shown, worst_exit_code
+from kd_cache.errors import StoreError, UsageError, shown, worst_exit_code
 from kd_cache.teacher import Teacher, TeacherSpec
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs) -> DumpJob:
         source=inputs.source,
         teachers=teachers,
         device=device,
-        dtype="fp16" if options.use_fp16 else options.dtype,
+        dtype=_storage(ctx, options),
         precision=options.precision,
         batch_size=options.batch_size,
         skip_existing=options.skip_existing,
@@ -133,8 +133,19 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs) -> DumpJob:
         shard_size=options.shard_size,
         shard_seconds=options.shard_seconds,
         notes={spec.name: {"source": _described(spec, teachers[spec.name])} for spec in specs},
-        record=_record(ctx, options, specs),
+        record=_record(ctx, options),
     )
+
+
+def _storage(ctx: typer.Context, options: DumpOptions) -> str:
+    """``--dtype`` and ``--use-fp16`` are one setting: the one given nearer (command line, environment, file) counts."""
+    if not options.use_fp16 or options.dtype == "fp16":
+        return options.dtype
+    nearest = ["COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP", "DEFAULT"]
+    ranks = [nearest.index(source_name(ctx, name)) for name in ("dtype", "use_fp16")]
+    if ranks[0] == ranks[1]:
+        raise UsageError("--use-fp16 and --dtype fp32 contradict each other; give one of them")
+    return "fp32" if ranks[0] < ranks[1] else "fp16"
 
 
 def _announce(screen: Screen, inputs: Inputs) -> None:
@@ -144,8 +155,8 @@ def _announce(screen: Screen, inputs: Inputs) -> None:
     if selection.located < selection.locatable:
         unknown = selection.locatable - selection.located
         screen.note(
-            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location (neither a field "
-            "nor a TAU file name does), so shared locations among them cannot be seen"
+            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location: whether they "
+            "share one cannot be checked"
         )
     if selection.shared_locations:
         screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
@@ -158,7 +169,7 @@ def _refuse_file_as_root(cache_root: Path) -> None:
 
 def _described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
     """Where a teacher came from, for the index: never anything that a reader would run."""
-    source: dict[str, Any] = {"built_in": spec.name in BUILT_IN}
+    source: dict[str, Any] = {"built_in": spec.factory == BUILT_IN.get(spec.name)}
     if spec.checkpoint is not None:
         source["checkpoint"] = str(spec.checkpoint.absolute())
         if spec.checkpoint.is_file():
@@ -170,7 +181,7 @@ def _described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
     return source
 
 
-def _record(ctx: typer.Context, options: DumpOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+def _record(ctx: typer.Context, options: DumpOptions) -> dict[str, Any]:
     """What the index keeps of the run. `kd-cache verify` takes its paths from here, so they are absolute."""
     json_path, data_root = data_paths(options.json_path, options.data_root)
     # A user's own factory is code; what a cache says must never be run, so it is not even written down.
@@ -179,7 +190,6 @@ def _record(ctx: typer.Context, options: DumpOptions, specs: Sequence[TeacherSpe
         "json_path": str(json_path.absolute()),
         "data_root": str(data_root.absolute()),
         "allow_outside": [str(path.absolute()) for path in options.allow_outside],
-        "checkpoints": {spec.name: str(spec.checkpoint.absolute()) for spec in specs if spec.checkpoint is not None},
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {"tool": f"kd-cache {kd_cache.__version__}", "created": created, "settings": settings}
@@ -198,7 +208,7 @@ def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
             job.selection,
             job.source,
             teachers=job.teachers,
-            unchecked=unchecked,
+            only=list(job.teachers),
             n=count,
             seed=randbits(32),
         ),
@@ -206,17 +216,12 @@ def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
     )
 
 
-def _others(job: DumpJob) -> list[str]:
-    index = job.folder.index()
-    return [] if index is None else [name for name in index.origins if name not in job.teachers]
-
-
 def _print_report(screen: Screen, job: DumpJob, report: DumpReport, verified: VerifyReport | None) -> None:
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
         screen.result("", verify_table(verified))
         if verified.problems:
-            screen.result("", problem_table(verified.problems))
+            screen.result("", problem_table(verified.worst_first))
     content = _as_json(report)
     content["verification"] = None if verified is None else verified.as_json()
     screen.result_json(content)
@@ -234,9 +239,9 @@ def _summary_table(report: DumpReport) -> Any:
 
 def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     lines = []
-    if report.samples_scored == 0:
+    if report.samples_scored == 0 and not report.missing:
         lines.append("Nothing to score: every permitted sample is cached and fresh.")
-    else:
+    elif report.samples_scored:
         lines.append(
             f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {report.rate:,.0f} samples/s "
             f"on {job.device}, {job.precision}, stored as {job.dtype}"
@@ -256,7 +261,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
         if number == 20:
             lines.append(f"… and {len(report.missing) - 20:,} more missing samples")
             break
-        lines.append(f"missing: {file}: {reason}")
+        lines.append(f"missing: {shown(file)}: {shown(reason)}")
     return lines
 
 

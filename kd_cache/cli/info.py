@@ -32,16 +32,15 @@ def info_command(
     debug: opt.DebugOption = False,
 ) -> None:
     """Tell what a cache holds, made from what, when, by which settings."""
-    from kd_cache.store.folder import CacheFolder, find_caches
+    from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
+    path = path.expanduser()
     with Screen(quiet=False, as_json=as_json) as screen:
         folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
         if CacheFolder(path).index_path.is_file():
             folders = [CacheFolder(path)]
         if not folders:
-            raise MissingLogitsError(
-                f"there is no cache at {shown(path)}", hint="Make one with kd-cache dump --target b."
-            )
+            raise no_finished_cache(path)
         described = []
         for folder in folders:
             index = folder.index()

@@ -17,7 +17,7 @@ def verify_table(report: VerifyReport) -> Any:
     checks: dict[str, Callable[[TeacherResult], str]] = {
         "Hits": lambda result: _share(result.hits, result.checked),
         "Intact": lambda result: _share(result.intact, result.hits),
-        "Fresh": lambda result: _share(result.fresh, result.hits),
+        "Fresh": lambda result: "not checked" if result.fresh is None else _share(result.fresh, result.hits),
         "Permitted rows": lambda result: _share(result.rows - result.forbidden, result.rows),
         "View equals pack": lambda result: "no view" if result.view is None else _share(result.view, result.hits),
     }

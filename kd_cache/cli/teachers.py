@@ -37,7 +37,8 @@ def teacher_specs(
         CheckpointError: a built-in teacher without checkpoint.
     """
     further = [parse_teacher(text) for text in own]
-    names = [*BUILT_IN, *(spec.name for spec in further)]
+    own_names = [spec.name for spec in further]
+    names = [*(name for name in BUILT_IN if name not in own_names), *own_names]  # one's own replaces a built-in one
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two teachers are called {name}; give --teacher another NAME")
@@ -48,7 +49,7 @@ def teacher_specs(
     built_in = [
         TeacherSpec(name, factory, checkpoints.get(name) or _default_checkpoint(name, target, own_data))
         for name, factory in BUILT_IN.items()
-        if name in wanted
+        if name in wanted and name not in own_names
     ]
     return built_in + [spec for spec in further if spec.name in wanted]
 
@@ -71,7 +72,7 @@ def load_teachers(specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int
     loaded = {}
     for spec in specs:
         teacher = spec.load()
-        if spec.name in BUILT_IN:
+        if spec.factory == BUILT_IN.get(spec.name):
             _check_size(spec, "scenes", teacher.num_classes, num_scenes)
             cities = getattr(teacher, "num_cities", None)
             if cities is not None:

@@ -70,6 +70,8 @@ def verify_command(
         int | None,
         typer.Option(
             "--seed",
+            min=0,
+            max=2**63 - 1,
             help="Which samples to draw.  [default: fresh randomness, printed]",
             envvar="KD_CACHE_VERIFY_SEED",
             show_envvar=False,

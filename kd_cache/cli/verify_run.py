@@ -15,9 +15,9 @@ from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import Inputs, load_inputs
 from kd_cache.cli.report import problem_table, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers
-from kd_cache.errors import MissingLogitsError, UsageError, shown, worst_exit_code
+from kd_cache.errors import worst_exit_code
 from kd_cache.manifest import SOURCE, TARGETS
-from kd_cache.store.folder import CacheFolder, find_caches
+from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 
@@ -29,7 +29,7 @@ def run_verify(ctx: typer.Context) -> None:
     """Audit each cache and report. Exits with the command's status if that is not 0."""
     options = ctx.params
     with Screen(quiet=options["quiet"], as_json=options["as_json"]) as screen:
-        folders = _caches(Path(options["cache_root"]), options["target"])
+        folders = _caches(Path(options["cache_root"]).expanduser(), options["target"], screen)
         drawn = randbits(32) if options["verify_seed"] is None else options["verify_seed"]
         reports = [_verify_one(ctx, folder, drawn, screen) for folder in folders]
         for report in reports:
@@ -38,7 +38,7 @@ def run_verify(ctx: typer.Context) -> None:
             if report.teachers:
                 screen.result(verify_table(report))
             if report.problems:
-                screen.result("", problem_table(report.problems))
+                screen.result("", problem_table(report.worst_first))
             screen.result("")
         code = worst_exit_code(report.exit_code for report in reports)
         screen.result_json({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]})
@@ -46,14 +46,16 @@ def run_verify(ctx: typer.Context) -> None:
         raise typer.Exit(code)
 
 
-def _caches(root: Path, target: str | None) -> list[CacheFolder]:
+def _caches(root: Path, target: str | None, screen: Screen) -> list[CacheFolder]:
     if target is not None:
         return [CacheFolder(root / f"{SOURCE}2{target}")]
-    folders = find_caches(root)
+    found = find_caches(root)
+    folders = [folder for folder in found if folder.path.name.removeprefix(f"{SOURCE}2") in TARGETS]
+    for folder in found:
+        if folder not in folders:
+            screen.note(f"{folder.path} is not named after a target ({', '.join(TARGETS)}) and is passed over")
     if not folders:
-        raise MissingLogitsError(
-            f"there is no finished cache under {shown(root)}", hint="Make one with kd-cache dump --target b."
-        )
+        raise no_finished_cache(root)
     return folders
 
 
@@ -64,13 +66,18 @@ class _Saved:
     values: Mapping[str, Any]
     paths: Mapping[str, Any]
     teachers: Sequence[str]
+    checkpoints: Mapping[str, str]
+    built_in: Sequence[str]
 
 
 def _saved(index: Index | None) -> _Saved:
     if index is None:
-        return _Saved({}, {}, ())
+        return _Saved({}, {}, (), {}, ())
     settings = index.record["settings"]
-    return _Saved(settings["values"], settings["paths"], list(index.origins))
+    sources = {name: entry.get("source", {}) for name, entry in index.record["teachers"].items()}
+    checkpoints = {name: source["checkpoint"] for name, source in sources.items() if "checkpoint" in source}
+    built_in = [name for name, source in sources.items() if source.get("built_in") and name in BUILT_IN]
+    return _Saved(settings["values"], settings["paths"], list(index.origins), checkpoints, built_in)
 
 
 def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
@@ -78,8 +85,6 @@ def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Scre
 
     options = ctx.params
     target = folder.path.name.removeprefix(f"{SOURCE}2")
-    if target not in TARGETS:
-        raise UsageError(f"{shown(folder.path)} is not named after a target ({', '.join(TARGETS)})")
     index, problem = open_index(folder)
     if index is None and not given(ctx, "json_path"):
         return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=problem)
@@ -116,16 +121,14 @@ def _inputs(ctx: typer.Context, saved: _Saved, target: str) -> Inputs:
 
     json_path = chosen("json_path", saved.paths)
     data_root = chosen("data_root", saved.paths)
-    if given(ctx, "json_path") and not given(ctx, "data_root"):
-        data_root = None  # another manifest comes with its own folder
     return load_inputs(
         target,
-        None if json_path is None else Path(json_path),
-        None if data_root is None else Path(data_root),
+        None if json_path is None else Path(json_path).expanduser(),
+        None if data_root is None else Path(data_root).expanduser(),
         num_scenes=chosen("num_scenes", saved.values),
         num_cities=chosen("num_cities", saved.values),
         allow_shared_locations=chosen("allow_shared_locations", saved.values),
-        allow_outside=[Path(path) for path in chosen("allow_outside", saved.paths)],
+        allow_outside=[Path(path).expanduser() for path in chosen("allow_outside", saved.paths)],
     )
 
 
@@ -137,14 +140,14 @@ def _teachers(ctx: typer.Context, saved: _Saved) -> tuple[dict[str, Teacher], di
     for name in saved.teachers:
         if name in own:
             specs.append(own[name])
-        elif name in BUILT_IN:
+        elif name in saved.built_in:
             option = f"{name}_teacher_ckpt"
-            path = ctx.params[option] if given(ctx, option) else saved.paths.get("checkpoints", {}).get(name)
-            if path is None or not Path(path).is_file():
+            path = ctx.params[option] if given(ctx, option) else saved.checkpoints.get(name)
+            if path is None or not Path(path).expanduser().is_file():
                 where = "its checkpoint was not saved with the cache" if path is None else f"{path} does not exist"
                 unchecked[name] = (f"{where}; pass --{option.replace('_', '-')}", True)
             else:
-                specs.append(TeacherSpec(name, BUILT_IN[name], Path(path)))
+                specs.append(TeacherSpec(name, BUILT_IN[name], Path(path).expanduser()))
         else:
             unchecked[name] = ("it is your own; pass it with --teacher", False)
     scenes, cities = (

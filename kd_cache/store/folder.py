@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd_cache.errors import CorruptError, StoreError, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.store.atomic import TEMPORARY, store_errors
 from kd_cache.store.index import INDEX_NAME, Index, read_index
 from kd_cache.store.pack import Origin, Pack, open_pack
@@ -52,6 +53,12 @@ class CacheFolder:
     def view_path(self, teacher: str) -> Path:
         return self.path / teacher
 
+    def view_folders(self) -> list[Path]:
+        """Every folder that may hold row files, whatever the index says: all but the packs'."""
+        with store_errors(self.path, "list"):
+            entries = [entry for entry in os.scandir(self.path) if entry.is_dir() and entry.name != "packs"]
+        return sorted(self.path / entry.name for entry in entries)
+
     def index(self, *, maps: bool = True) -> Index | None:
         """The checked index, ``None`` if the cache has none (its dump did not finish). Raises as `read_index`."""
         try:
@@ -89,6 +96,8 @@ class CacheFolder:
 def _opened(path: Path) -> Pack | CorruptError | None:
     """The pack, what is wrong with it, or ``None`` if it is gone."""
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return CorruptError(f"the pack {shown(path)} is damaged: it is not a regular file", hint="Remove it.")
         return open_pack(path)
     except CorruptError as error:
         return error
@@ -99,6 +108,19 @@ def _opened(path: Path) -> Pack | CorruptError | None:
 def teacher_in_name(path: Path) -> str:
     """Whose pack this is, by its file name alone (all that a damaged one can tell)."""
     return path.name.rpartition("-")[0]
+
+
+def no_finished_cache(root: Path) -> MissingLogitsError:
+    """There is none under this root; whether one was begun makes the difference."""
+    with store_errors(root, "list"):
+        names = sorted(entry.name for entry in os.scandir(root)) if root.is_dir() else []
+    begun = [name for name in names if name.startswith("A2") and CacheFolder(root / name).packs_path.is_dir()]
+    if begun:
+        return MissingLogitsError(
+            f"no cache under {shown(root)} is finished; begun: {', '.join(map(shown, begun))}",
+            hint="Run the same kd-cache dump again; it continues where it stopped.",
+        )
+    return MissingLogitsError(f"there is no cache under {shown(root)}", hint="Make one with kd-cache dump --target b.")
 
 
 def find_caches(root: Path) -> list[CacheFolder]:

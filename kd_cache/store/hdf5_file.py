@@ -7,6 +7,7 @@ caller; and it reads from bytes that are already in memory and checked, so that 
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,8 +97,14 @@ def reading_hdf5(content: np.ndarray) -> Iterator[Any]:
 @contextmanager
 def writing_hdf5(outlet: Outlet, user_block: int) -> Iterator[Any]:
     """A new HDF5 file behind a user block, datasets aligned to 64 bytes. Raises what kept it from being written."""
-    with h5py.File(
+    file = h5py.File(
         outlet, "w", libver=LIBVER, userblock_size=user_block, alignment_threshold=1, alignment_interval=64
-    ) as file:
+    )
+    try:
         yield file
+    finally:
+        try:
+            file.close()
+        except RuntimeError as error:  # an interrupt between two writes
+            raise OSError(errno.EIO, f"HDF5 was interrupted ({error})") from error
     outlet.raise_failure()

@@ -6,8 +6,8 @@ The maps ``{"city2scene": {file: path}, …}`` are for existing code; kd-cache's
 
 from __future__ import annotations
 
+import io
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,8 +26,10 @@ from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
 INDEX_NAME = "cache_index.json"
 _UNSET = "0" * 32
 _TAIL = '"digest": "{}"\n }}\n}}\n'
+_UNSET_TAIL = _TAIL.format(_UNSET).encode("ascii")
 _END = b'\n "num_samples": '
 _LINES = 16_384
+_BLOCK = 1 << 22
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 RESERVED_NAMES = ("packs", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
 
@@ -114,7 +116,7 @@ def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: M
         text += "}," if first else "\n },"
     tail = json.dumps({"num_samples": num_samples, "kd_cache": kd_cache}, indent=1)
     text += tail.removeprefix("{") + "\n"
-    unset = _TAIL.format(_UNSET)
+    unset = _UNSET_TAIL.decode("ascii")
     if not text.endswith(unset):
         raise AssertionError("the digest must be the last entry of the index")
     digest.update(text.encode("ascii"))
@@ -130,25 +132,45 @@ def read_index(path: Path, *, maps: bool = True) -> Index:
         StoreError: unreadable, or of a newer format.
         CorruptError: not byte for byte as it was written.
     """
-    raw = _read(path)
-    at = -1 if maps else raw.rfind(_END)
-    content = _parse(path, raw[:] if at < 0 else b"{" + raw[at:])
+    raw, digest = _read(path, maps)
+    content = _parse(path, raw)
     if "kd_cache" not in content:
         _refuse_renamed(path, content)
         raise StaleError(f"{shown(path)} was written by an older script: it has no kd_cache entry and no packs")
-    _check_version_and_digest(path, raw, content["kd_cache"])
+    _check_version_and_digest(path, raw, digest, content["kd_cache"])
     return _checked(path, content, maps)
 
 
-def _read(path: Path) -> bytes | mmap.mmap:
+def _read(path: Path, maps: bool) -> tuple[bytes, str]:
+    """The text, without the maps if they are not asked for, and the digest that the file's bytes have."""
     try:
         with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+            digest = xxhash.xxh3_128()
+            raw = file.readall() if maps else _end(file, digest)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StoreError(f"cannot read the index {shown(path)}: {error.strerror or error}") from error
+    if maps:
+        digest.update(memoryview(raw)[: -len(_UNSET_TAIL)])
+    digest.update(_UNSET_TAIL)
+    return raw, digest.hexdigest()
+
+
+def _end(file: io.FileIO, digest: Any) -> bytes:
+    """The text from ``num_samples`` on as an object of its own; all bytes but the tail go through the digest."""
+    size = os.fstat(file.fileno()).st_size
+    buffer = memoryview(bytearray(_BLOCK))
+    left = size - len(_UNSET_TAIL)
+    while left > 0 and (count := file.readinto(buffer[: min(left, _BLOCK)])):
+        digest.update(buffer[:count])
+        left -= count
+    end = os.pread(file.fileno(), _BLOCK, max(0, size - _BLOCK))
+    at = end.rfind(_END)
+    if at >= 0:
+        return b"{" + end[at:]
+    file.seek(0)
+    return file.readall()
 
 
 def _refuse_renamed(path: Path, content: Mapping[str, Any]) -> None:
@@ -167,19 +189,14 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return content
 
 
-def _check_version_and_digest(path: Path, raw: bytes | mmap.mmap, record: Any) -> None:
+def _check_version_and_digest(path: Path, raw: bytes, digest: str, record: Any) -> None:
     version = record.get("format_version") if isinstance(record, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise StoreError(
             f"{shown(path)} has format version {version}, this kd-cache reads up to {FORMAT_VERSION}",
             hint="Update kd-cache.",
         )
-    stated = str(record.get("digest")) if isinstance(record, dict) else ""
-    tail = _TAIL.format(stated).encode("utf-8", "replace")
-    with memoryview(raw) as view:
-        digest = xxhash.xxh3_128(view[: -len(tail)])
-    digest.update(_TAIL.format(_UNSET).encode("ascii"))
-    if raw[-len(tail) :] != tail or digest.hexdigest() != stated:
+    if not raw.endswith(_TAIL.format(digest).encode("ascii")):
         raise _damaged(path, "its bytes do not match their digest")
 
 
@@ -211,7 +228,7 @@ def read_older_maps(path: Path) -> dict[str, dict[str, str]]:
     Raises:
         CorruptError: it is not such an index.
     """
-    content = _parse(path, _read(path)[:])
+    content = _parse(path, _read(path, maps=True)[0])
     maps = {name: value for name, value in content.items() if isinstance(value, dict) and is_teacher_name(name)}
     if not maps or not all(isinstance(p, str) for paths in maps.values() for p in paths.values()):
         raise _damaged(path, "it maps no teacher's files to paths")

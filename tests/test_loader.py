@@ -1,0 +1,796 @@
+"""Serving logits: every row joined to its own file, or a typed error that says why not."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from store_fixtures import (
+    MadeCache,
+    Rows,
+    byte_rows,
+    flipping,
+    forks,
+    make_cache,
+    md5,
+    names,
+    origin,
+    snapshot,
+    two_teachers,
+)
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    WeightedRandomSampler,
+    random_split,
+)
+
+from kd_cache import loader as loader_module
+from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError
+from kd_cache.fingerprint import Fingerprint
+from kd_cache.loader import CachedDataset, LogitCache
+from kd_cache.store.pack import write_pack
+
+TORCH = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@pytest.fixture(params=["table", "mapped"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small caches are one table in memory, large ones are gathered from the mapped packs."""
+    if request.param == "mapped":
+        monkeypatch.setattr(loader_module, "TABLE_BYTES", 0)
+    return str(request.param)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> MadeCache:
+    return two_teachers(tmp_path / "A2b")
+
+
+def shuffled(files: Sequence[str], seed: int = 0) -> list[str]:
+    return [files[number] for number in np.random.default_rng(seed).permutation(len(files))]
+
+
+def same(logits: torch.Tensor, expected: np.ndarray) -> None:
+    assert logits.is_contiguous()
+    np.testing.assert_array_equal(logits.numpy(), expected)
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("packs", [1, 3])
+def test_rows_and_batches_are_those_of_the_plain_files(tmp_path: Path, mode: str, dtype: str, packs: int) -> None:
+    made = two_teachers(tmp_path / "A2b", dtype=dtype, packs=packs)
+    opened = LogitCache.open(made.path)
+    assert (opened.teachers, opened.num_classes, len(opened)) == (("city2scene", "scene"), 3, 40)
+    assert (opened._table is None) == (mode == "mapped")
+    files = shuffled(names(40))[:25]
+    rows = opened.rows(files)
+    assert (rows.dtype, rows.shape) == (torch.int64, (25,))
+    batch = opened.batch(rows)
+    assert batch.dtype == TORCH[dtype]
+    same(batch, made.stacked(files))
+    same(opened.batch(files), made.stacked(files))
+    same(opened.batch(rows, torch.float64), made.stacked(files).astype("f8"))
+    same(opened.batch(rows[:0]), np.empty((0, 2, 3)))
+    same(opened.batch(rows.repeat(2)), made.stacked(files + files))
+    assert sorted(opened.files, key=md5) == opened.files
+    assert set(opened.files) == set(names(40))
+    same(opened.batch(torch.arange(40)), made.stacked(opened.files))
+
+
+def test_a_cache_opens_by_folder_or_index_by_text_or_path(cache: MadeCache) -> None:
+    expected = cache.stacked(names(3))
+    for path in (cache.path, cache.path / "cache_index.json", str(cache.path), f"{cache.path}/cache_index.json"):
+        opened = LogitCache.open(path)
+        assert (opened.path, opened.target) == (cache.path, "b")
+        same(opened.batch(names(3)), expected)
+
+
+def test_teachers_come_in_the_order_asked_for(cache: MadeCache, mode: str) -> None:
+    for teachers in (["scene", "city2scene"], ["scene"], ("city2scene",)):
+        opened = LogitCache.open(cache.path, teachers)
+        assert opened.teachers == tuple(teachers)
+        same(opened.batch(names(7)), cache.stacked(names(7), teachers))
+
+
+def test_a_teacher_that_is_not_there_or_asked_for_twice_is_refused(cache: MadeCache) -> None:
+    with pytest.raises(MissingLogitsError, match=r"no logits of city .*it holds city2scene, scene"):
+        LogitCache.open(cache.path, ["scene", "city"])
+    with pytest.raises(MissingLogitsError, match="no logits of any teacher"):
+        LogitCache.open(cache.path, [])
+    with pytest.raises(UsageError, match="once"):
+        LogitCache.open(cache.path, ["scene", "scene"])
+    with pytest.raises(UsageError, match="on_miss"):
+        LogitCache.open(cache.path, on_miss="zero")
+
+
+def test_the_whole_table_can_be_had_at_once(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path)
+    files = shuffled(names(40))[:9]
+    same(opened.tensor(), cache.stacked(opened.files))
+    same(opened.tensor(files=files), cache.stacked(files))
+    same(opened.tensor(["scene"], files).contiguous(), cache.stacked(files, ["scene"]))
+    reversed_teachers = opened.tensor(["scene", "city2scene"], files, device=torch.device("cpu"))
+    same(reversed_teachers.contiguous(), cache.stacked(files, ["scene", "city2scene"]))
+    with pytest.raises(MissingLogitsError, match="not opened: city;"):
+        opened.tensor(["city"])
+
+
+def test_what_a_batch_gives_may_be_changed_without_changing_the_cache(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path)
+    expected = cache.stacked(names(5))
+    opened.batch(names(5)).zero_()
+    opened.tensor().zero_()
+    same(opened.batch(names(5)), expected)
+
+
+def test_a_moved_copied_or_read_only_cache_opens(cache: MadeCache, tmp_path: Path) -> None:
+    expected = cache.stacked(names(5))
+    copied = shutil.copytree(cache.path, tmp_path / "elsewhere" / "mine")
+    shutil.move(cache.path, tmp_path / "A2c")
+    for path in (copied, tmp_path / "A2c"):
+        for file in path.rglob("*"):
+            file.chmod(0o555 if file.is_dir() else 0o444)
+        path.chmod(0o555)
+        before = snapshot(path)
+        same(LogitCache.open(path).batch(names(5)), expected)
+        assert snapshot(path) == before
+        path.chmod(0o755)
+    assert [LogitCache.open(path).target for path in (copied, tmp_path / "A2c")] == ["b", "b"]  # what was dumped
+
+
+def test_a_cache_without_a_view_serves_the_same(cache: MadeCache, mode: str) -> None:
+    expected = cache.stacked(names(40))
+    shutil.rmtree(cache.path / "scene")
+    shutil.rmtree(cache.path / "city2scene")
+    same(LogitCache.open(cache.path).batch(names(40)), expected)
+
+
+def test_opening_builds_no_object_per_row(tmp_path: Path) -> None:
+    count = 20_000
+    files = sorted(names(count), key=md5)
+    keys = byte_rows([md5(file) for file in files])
+    logits = np.arange(3 * count, dtype="<f4").reshape(count, 3)
+    (tmp_path / "packs").mkdir()
+    made_by = origin("scene")
+    write_pack(tmp_path / "packs", made_by, keys, keys, [file.encode() for file in files], logits.__getitem__)
+    made = MadeCache(tmp_path, {"scene": Rows(files, keys, keys, logits)}, {"scene": made_by})
+    made.write_index()
+    LogitCache.open(tmp_path)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    opened = LogitCache.open(tmp_path)
+    assert sys.getallocatedblocks() - before < count // 10
+    same(opened.batch(files[::-1]), logits[::-1][:, None])
+
+
+# -- refusing ---------------------------------------------------------------------------------------------------------
+
+
+def test_expected_fingerprints_are_accepted_as_digits_or_parts(cache: MadeCache) -> None:
+    mine = {name: made_by.fingerprint for name, made_by in cache.origins.items()}
+    assert LogitCache.open(cache.path).fingerprints == {name: one.digest for name, one in mine.items()}
+    assert list(LogitCache.open(cache.path, ["scene"]).fingerprints) == ["scene"]
+    for expect in (mine, LogitCache.open(cache.path).fingerprints, {"scene": mine["scene"].digest.upper()}):
+        LogitCache.open(cache.path, expect=expect)
+
+
+def test_another_fingerprint_is_refused_and_the_part_is_named(cache: MadeCache) -> None:
+    held = cache.origins["scene"].fingerprint
+    earlier = Fingerprint(dict(held.parts) | {"weights": "the first training"})
+    cache.write_index(entries={"scene": {"earlier": [dict(earlier.parts)]}})
+    for expected in (earlier, earlier.digest, earlier.digest.upper()):
+        with pytest.raises(StaleError) as caught:
+            LogitCache.open(cache.path, expect={"scene": expected})
+        assert "scene: expected" in caught.value.message
+        assert "weights: the first training → weights of scene" in caught.value.message
+        assert "architecture:" not in caught.value.message
+    with pytest.raises(StaleError, match=r"no teacher with that fingerprint.*architecture: tiny/1"):
+        LogitCache.open(cache.path, expect={"scene": "0" * 64})
+    for nonsense in ("", "abc", "0" * 63, "g" * 64, "0" * 65):
+        with pytest.raises(UsageError, match="expected a fingerprint of 64 hex digits"):
+            LogitCache.open(cache.path, expect={"scene": nonsense})
+    with pytest.raises(UsageError, match="expect names city"):
+        LogitCache.open(cache.path, expect={"city": "0" * 64})
+    with pytest.raises(UsageError, match="expect names city2scene"):
+        LogitCache.open(cache.path, ["scene"], expect={"city2scene": "0" * 64})
+
+
+def test_values_of_another_kind_are_refused_and_never_converted(tmp_path: Path) -> None:
+    rows = Rows.of(names(4))
+    made = make_cache(
+        tmp_path / "A2b",
+        {"scene": rows, "old": rows},
+        {"scene": origin("scene"), "old": origin("old", kind="log_probs")},
+    )
+    with pytest.raises(UsageError, match="old stores log_probs, not logits"):
+        LogitCache.open(made.path)
+    LogitCache.open(made.path, ["scene"])
+    same(LogitCache.open(made.path, ["old"], value_kind="log_probs").batch(names(4)), made.stacked(names(4), ["old"]))
+
+
+@pytest.mark.parametrize("other", [("scene", 4, "fp32"), ("scene", 3, "fp16")])
+def test_teachers_of_another_size_or_dtype_are_opened_separately(tmp_path: Path, other: tuple[str, int, str]) -> None:
+    rows = {"city": Rows.of(names(4)), "scene": Rows.of(names(4), *other[1:])}
+    made = make_cache(tmp_path / "A2b", rows, {"city": origin("city"), "scene": origin(*other)})
+    with pytest.raises(UsageError, match=f"city: 3 classes, fp32, scene: {other[1]} classes, {other[2]}"):
+        LogitCache.open(made.path)
+    for name in rows:
+        same(LogitCache.open(made.path, [name]).batch(names(4)), made.stacked(names(4), [name]))
+
+
+def test_no_cache_and_an_unfinished_one_are_told_apart(cache: MadeCache, tmp_path: Path) -> None:
+    with pytest.raises(MissingLogitsError, match="there is no cache at"):
+        LogitCache.open(tmp_path / "nothing")
+    with pytest.raises(KeyError, match="there is no cache at"):
+        LogitCache.open(tmp_path)
+    (cache.path / "cache_index.json").unlink()
+    with pytest.raises(MissingLogitsError, match="did not finish"):
+        LogitCache.open(cache.path)
+
+
+def test_a_flipped_bit_anywhere_is_refused_by_name(cache: MadeCache) -> None:
+    for path in [cache.path / "cache_index.json", *(cache.path / "packs").iterdir()]:
+        with flipping(path) as flip:
+            for bit in range(0, 8 * path.stat().st_size, 1009):
+                flip(bit)
+                with pytest.raises((CorruptError, StoreError)) as caught:
+                    LogitCache.open(cache.path)
+                assert str(path) in caught.value.message
+    LogitCache.open(cache.path)
+
+
+def test_a_damaged_pack_of_a_teacher_that_is_not_opened_does_not_matter(cache: MadeCache) -> None:
+    (pack,) = (cache.path / "packs").glob("scene-*")
+    pack.write_bytes(pack.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=pack.name):
+        LogitCache.open(cache.path)
+    same(LogitCache.open(cache.path, ["city2scene"]).batch(names(3)), cache.stacked(names(3), ["city2scene"]))
+
+
+def test_packs_that_are_gone_are_missed(cache: MadeCache) -> None:
+    (pack,) = (cache.path / "packs").glob("scene-*")
+    pack.unlink()
+    with pytest.raises(MissingLogitsError, match="no rows of scene"):
+        LogitCache.open(cache.path)
+
+
+def test_packs_of_another_fingerprint_are_invisible(cache: MadeCache, mode: str) -> None:
+    """A rescoring at work: its rows become current when the index is written."""
+    new = Rows.of(names(40), seed=9)
+    new.write(cache.path / "packs", origin("scene", weights="trained again"))
+    same(LogitCache.open(cache.path).batch(names(40)), cache.stacked(names(40)))
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_is_none_is_refused(cache: MadeCache, mode: str) -> None:
+    for on_miss in ("raise", "nan"):
+        opened = LogitCache.open(cache.path, on_miss=on_miss)
+        for wrong in ([40], [0, -2], [3, 1 << 40], [-41]):
+            with pytest.raises(IndexError):
+                opened.batch(torch.tensor(wrong))
+        for wrong_shape in (torch.zeros(2, 2, dtype=torch.int64), torch.ones(40, dtype=torch.bool), torch.zeros(2)):
+            with pytest.raises((IndexError, RuntimeError)):
+                opened.batch(wrong_shape)
+    with pytest.raises(IndexError):
+        LogitCache.open(cache.path).batch(torch.tensor([-1]))
+
+
+def test_a_miss_lists_every_file_and_why(tmp_path: Path) -> None:
+    rows = {"city2scene": Rows.of(names(10)), "scene": Rows.of(names(8))}
+    made = make_cache(tmp_path / "A2b", rows, {name: origin(name) for name in rows})
+    again = Rows.of(names(2), inputs=1)
+    again.write(made.path / "packs", made.origins["scene"])
+    made.write_index(missing={"x/gone.npy": "feature x/gone.npy does not exist"})
+    opened = LogitCache.open(made.path)
+    assert set(opened.files) == set(names(6, 2))
+    with pytest.raises(MissingLogitsError) as caught:
+        opened.rows([*names(10), "x/gone.npy", "x/new.npy", "x/\ud800.npy", "x/\x1b[31m.npy"])
+    lines = caught.value.message.splitlines()
+    assert lines[0] == f"8 of 14 files have no logits in {made.path}"
+    changed, unknown = "its feature changed and a dump has not finished since", "not in the cache: not in the manifest"
+    for file, reason in {
+        "x/clip-0-a.npy": changed,
+        "x/clip-1-a.npy": changed,
+        "x/clip-8-a.npy": "only city2scene scored it",
+        "x/clip-9-a.npy": "only city2scene scored it",
+        "x/gone.npy": "could not be scored (feature x/gone.npy does not exist)",
+        "x/new.npy": unknown,
+        r"x/\ud800.npy": unknown,
+        r"x/\x1b[31m.npy": unknown,
+    }.items():
+        assert any(line.startswith(f"  {file}: {reason}") for line in lines), file
+    with pytest.raises(KeyError):
+        opened.batch(["x/new.npy"])
+
+
+def test_the_twentieth_miss_is_the_last_one_listed(cache: MadeCache) -> None:
+    with pytest.raises(MissingLogitsError) as caught:
+        LogitCache.open(cache.path).rows(names(150))
+    assert caught.value.message.count("\n  x/clip-") == 20
+    assert "110 of 150 files" in caught.value.message
+    assert "… and 90 more (110 in all)" in caught.value.message
+
+
+def test_no_files_are_no_rows(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path)
+    assert opened.rows([]).shape == (0,)
+    assert opened.batch([]).shape == (0, 2, 3)
+
+
+def test_one_text_is_no_list_of_files(cache: MadeCache) -> None:
+    for call in (LogitCache.open(cache.path).rows, LogitCache.open(cache.path).batch):
+        with pytest.raises(UsageError, match="put it in a list"):
+            call("x/clip-0-a.npy")
+
+
+def test_rows_may_be_a_numpy_array(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path)
+    same(opened.batch(opened.rows(names(9)).numpy()), cache.stacked(names(9)))
+
+
+def test_another_spelling_of_a_path_is_another_file(cache: MadeCache) -> None:
+    opened = LogitCache.open(cache.path)
+    for spelling in ("./x/clip-0-a.npy", "x//clip-0-a.npy", "X/clip-0-a.npy", "clip-0-a.npy", "x/clip-0-a.npy "):
+        with pytest.raises(MissingLogitsError):
+            opened.rows([spelling])
+
+
+def test_nan_on_request_is_counted_announced_and_never_another_row(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path, on_miss="nan")
+    files = ["x/new.npy", *names(3), "x/newer.npy"]
+    with pytest.warns(UserWarning, match=r"2 of 5 files have no logits in .*; they are served as NaN"):
+        rows = opened.rows(files)
+    assert (opened.misses, (rows == -1).tolist()) == (2, [True, False, False, False, True])
+    batch = opened.batch(rows)
+    same(batch[1:4], cache.stacked(names(3)))
+    assert batch[[0, 4]].isnan().all()
+    assert opened.batch(rows, torch.float16).dtype == torch.float16
+    with pytest.warns(UserWarning, match="2 of 5"):
+        assert opened.batch(files)[0].isnan().all()
+    assert opened.misses == 4
+    same(opened.batch(opened.rows(names(3))), cache.stacked(names(3)))
+    assert opened.misses == 4
+
+
+def test_two_files_with_one_key_are_an_error_and_not_each_others_row(
+    cache: MadeCache, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two paths of equal MD5 can be made; kd-cache keeps the paths, so it notices."""
+    genuine = hashlib.md5
+    twins = {b"x/twin1-a.npy": names(1)[0].encode(), b"x/a-longer-twin.npy": names(1)[0].encode()}
+
+    def colliding(name: bytes, usedforsecurity: bool = True) -> Any:
+        return genuine(twins.get(name, name), usedforsecurity=usedforsecurity)
+
+    for packs in (1, 2):
+        opened = LogitCache.open(two_teachers(cache.path.parent / f"{packs}" / "A2b", packs=packs).path)
+        with monkeypatch.context() as patch:
+            patch.setattr(hashlib, "md5", colliding)
+            for twin in twins:
+                with pytest.raises(CorruptError, match=f"{twin.decode()} and x/clip-0-a.npy have the same MD5 key"):
+                    opened.rows([*names(40, 0), twin.decode()])
+            opened.rows(names(40))
+
+
+def test_an_ambiguous_row_is_refused_until_a_dump_says_which_is_current(cache: MadeCache, mode: str) -> None:
+    changed = Rows.of(names(2), seed=5, inputs=1)
+    changed.write(cache.path / "packs", cache.origins["scene"])
+    opened = LogitCache.open(cache.path)
+    assert len(opened) == 38
+    with pytest.raises(MissingLogitsError, match="its feature changed and a dump has not finished since"):
+        opened.rows(names(1))
+    same(opened.batch(names(38, 2)), cache.stacked(names(38, 2)))
+    same(LogitCache.open(cache.path, ["city2scene"]).batch(names(40)), cache.stacked(names(40), ["city2scene"]))
+
+
+def test_overlapping_packs_of_equal_rows_serve_them_once(cache: MadeCache, mode: str) -> None:
+    cache.rows["scene"].part([1, 5, 6]).write(cache.path / "packs", cache.origins["scene"])
+    opened = LogitCache.open(cache.path)
+    assert len(opened) == 40
+    same(opened.batch(names(40)), cache.stacked(names(40)))
+
+
+@pytest.mark.parametrize("held", [(range(10), range(5, 15)), (range(10), range(3, 5)), (range(2, 4), range(10))])
+def test_teachers_that_hold_different_files_share_those_of_both(
+    tmp_path: Path, mode: str, held: tuple[range, range]
+) -> None:
+    everything = Rows.of(names(15))
+    rows = {f"t{n}": everything.part([everything.files.index(names(15)[i]) for i in one]) for n, one in enumerate(held)}
+    made = make_cache(tmp_path / "A2b", rows, {name: origin(name) for name in rows})
+    opened = LogitCache.open(made.path)
+    both = [names(15)[number] for number in held[0] if number in held[1]]
+    assert set(opened.files) == set(both)
+    same(opened.batch(both), made.stacked(both))
+    same(opened.tensor(), made.stacked(opened.files))
+
+
+# -- older scripts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> MadeCache:
+    """What an older script leaves: plain files and a plain index whose paths hold where it ran."""
+    made = two_teachers(tmp_path / "cache" / "A2b")
+    shutil.rmtree(made.path / "packs")
+    rewrite_older(made)
+    return made
+
+
+def rewrite_older(made: MadeCache, **changes: dict[str, str]) -> None:
+    maps = {
+        teacher: {file: f"old/place/{teacher}/{md5(file).hex()}.npy" for file in rows.files}
+        for teacher, rows in made.rows.items()
+    }
+    for teacher, change in changes.items():
+        maps[teacher] |= change
+    (made.path / "cache_index.json").write_text(json.dumps({**maps, "num_samples": 40}))
+
+
+def open_older(path: Path, *args: Any, **options: Any) -> LogitCache:
+    with pytest.warns(UserWarning, match="older script.*Nothing can be checked: not the teachers' weights"):
+        return LogitCache.open(path, *args, **options)
+
+
+def test_an_older_cache_opens_with_a_warning_and_serves_its_rows(older: MadeCache, mode: str) -> None:
+    opened = open_older(older.path)
+    assert (opened.teachers, opened.target, opened.fingerprints) == (("city2scene", "scene"), "b", {})
+    moved = shutil.copytree(older.path, older.path.parent / "mine")
+    assert open_older(moved).target is None  # nothing but the folder's name could say it
+    files = shuffled(names(40))
+    same(opened.batch(files), older.stacked(files))
+    same(opened.tensor(["scene"]).contiguous(), older.stacked(opened.files, ["scene"]))
+    same(open_older(older.path, ["scene"]).batch(files), older.stacked(files, ["scene"]))
+    with pytest.raises(MissingLogitsError, match=r"x/new\.npy: not in the cache"):
+        opened.rows(["x/new.npy"])
+
+
+def test_an_older_cache_cannot_promise_a_fingerprint(older: MadeCache) -> None:
+    with pytest.raises(StaleError, match="fingerprints are unknown"):
+        open_older(older.path, expect={"scene": "0" * 64})
+
+
+def test_an_older_cache_lacks_what_it_lacks(older: MadeCache) -> None:
+    with pytest.raises(MissingLogitsError, match="no logits of city"):
+        open_older(older.path, ["city"])
+    with pytest.raises(MissingLogitsError, match="any teacher"):
+        open_older(older.path, [])
+    (older.path / "scene" / f"{md5(names(1)[0]).hex()}.npy").unlink()
+    with pytest.raises(MissingLogitsError, match="in the index, but not on disk"):
+        open_older(older.path)
+    open_older(older.path, ["city2scene"])
+
+
+def test_an_older_index_that_gives_a_file_anothers_row_is_refused(older: MadeCache) -> None:
+    one, two = names(2)
+    rewrite_older(older, scene={one: f"old/place/scene/{md5(two).hex()}.npy"})
+    with pytest.raises(CorruptError, match="another sample's row"):
+        open_older(older.path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: np.save(path, np.zeros((1, 3), "f4")),
+        lambda path: np.save(path, np.zeros(4, "f4")),
+        lambda path: np.save(path, np.zeros(3, "f2")),
+        lambda path: np.save(path, np.zeros(3, "f8")),
+        lambda path: np.save(path, np.array([None] * 3), allow_pickle=True),
+        lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
+def test_a_malformed_row_of_an_older_cache_is_refused(older: MadeCache, damage: Callable[[Path], Any]) -> None:
+    damage(older.path / "scene" / f"{md5(names(1)[0]).hex()}.npy")
+    with pytest.raises(CorruptError, match="scene"):
+        open_older(older.path)
+
+
+def test_older_teachers_of_different_size_are_opened_separately(older: MadeCache) -> None:
+    for file in names(40):
+        np.save(older.path / "scene" / f"{md5(file).hex()}.npy", np.zeros(5, "f4"))
+    with pytest.raises(UsageError, match="separately"):
+        open_older(older.path)
+    assert open_older(older.path, ["scene"]).num_classes == 5
+
+
+# -- to other processes -----------------------------------------------------------------------------------------------
+
+
+def sent(cache: LogitCache) -> LogitCache:
+    return pickle.loads(pickle.dumps(cache))  # noqa: S301 (made here)
+
+
+def test_a_pickled_cache_is_small_and_serves_the_same_rows(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path, ["scene", "city2scene"])
+    rows = opened.rows(names(40))
+    assert len(pickle.dumps(opened)) < 2000
+    other = sent(opened)
+    assert (other.teachers, other.path, other.target) == (opened.teachers, opened.path, "b")
+    same(other.batch(rows), cache.stacked(names(40), ["scene", "city2scene"]))
+    with pytest.warns(UserWarning, match="NaN"):
+        assert sent(LogitCache.open(cache.path, on_miss="nan")).rows(["x/new.npy"]).tolist() == [-1]
+
+
+def test_a_pickled_older_cache_serves_the_same_rows(older: MadeCache) -> None:
+    opened = open_older(older.path)
+    same(sent(opened).batch(opened.rows(names(40))), older.stacked(names(40)))
+
+
+def changed_row(made: MadeCache) -> None:
+    Rows.of(names(1), seed=7, inputs=1).write(made.path / "packs", made.origins["scene"])
+
+
+def more_rows(made: MadeCache) -> None:
+    Rows.of(names(1, 99)).write(made.path / "packs", made.origins["scene"])
+
+
+def sealed_anew(made: MadeCache) -> None:
+    (pack,) = (made.path / "packs").glob("scene-*")
+    pack.unlink()
+    made.rows["scene"].part(range(39)).write(made.path / "packs", made.origins["scene"])
+
+
+def another_teacher(made: MadeCache) -> None:
+    made.origins["scene"] = origin("scene", weights="trained again")
+    Rows.of(names(40), seed=8).write(made.path / "packs", made.origins["scene"])
+    made.write_index()
+
+
+def overwritten_by_the_older_script(made: MadeCache) -> None:
+    rewrite_older(made)
+
+
+@pytest.mark.parametrize(
+    "change", [changed_row, more_rows, sealed_anew, another_teacher, overwritten_by_the_older_script]
+)
+def test_row_numbers_never_meet_another_generation_of_the_cache(
+    cache: MadeCache, change: Callable[[MadeCache], None]
+) -> None:
+    pickled = pickle.dumps(LogitCache.open(cache.path))
+    change(cache)
+    with pytest.raises(StaleError, match="changed while it was being read"):
+        pickle.loads(pickled)  # noqa: S301 (made here)
+
+
+def test_a_cache_that_vanished_is_missed_where_it_is_needed(cache: MadeCache) -> None:
+    pickled = pickle.dumps(LogitCache.open(cache.path))
+    (cache.path / "cache_index.json").unlink()
+    with pytest.raises(MissingLogitsError, match="did not finish"):
+        pickle.loads(pickled)  # noqa: S301 (made here)
+
+
+def test_an_older_cache_whose_rows_or_files_changed_is_stale(older: MadeCache) -> None:
+    pickled = pickle.dumps(open_older(older.path))
+    new = "x/new.npy"
+    np.save(older.path / "scene" / f"{md5(new).hex()}.npy", np.zeros(3, "f4"))
+    rewrite_older(older, scene={new: f"{md5(new).hex()}.npy"})
+    with pytest.raises(StaleError, match="changed"):
+        pickle.loads(pickled)  # noqa: S301 (made here)
+
+
+def test_an_opened_cache_survives_what_happens_on_disk(cache: MadeCache, mode: str) -> None:
+    opened = LogitCache.open(cache.path)
+    expected = cache.stacked(names(40))
+    shutil.rmtree(cache.path)
+    same(opened.batch(names(40)), expected)
+
+
+# -- attach -----------------------------------------------------------------------------------------------------------
+
+
+class Numbers(Dataset[int]):
+    """Item i is the number of its file."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, at: int) -> int:
+        return self.numbers[at]
+
+
+class Batched(Numbers):
+    """Fetches a batch at once, as torch's DataLoader asks for it."""
+
+    def __getitems__(self, at: list[int]) -> list[int]:
+        return [self.numbers[one] for one in at]
+
+
+class Forgetful(Numbers):
+    """Leaves out what it could not read: then nothing says whose logits are whose."""
+
+    def __getitems__(self, at: list[int]) -> list[int]:
+        return [self.numbers[one] for one in at][1:]
+
+
+ORDER = [int(number) for number in np.random.default_rng(3).permutation(40)]
+BASES: dict[str, Callable[[], Dataset[int]]] = {
+    "plain": lambda: Numbers(ORDER),
+    "batched": lambda: Batched(ORDER),
+    "subset": lambda: Subset(Numbers(range(40)), ORDER),
+    "concat": lambda: ConcatDataset([Numbers(ORDER[:15]), Batched(ORDER[15:])]),
+}
+Around = Callable[[CachedDataset], Dataset[Any]]
+AROUND: dict[str, Around] = {
+    "itself": lambda data: data,
+    "subset": lambda data: Subset(data, [*range(30, 40), *range(20)]),
+    "subset of a subset": lambda data: Subset(Subset(data, list(range(1, 40))), [5, 3, 38, 3]),
+    "split": lambda data: random_split(data, [10, 30])[1],
+    "concat": lambda data: ConcatDataset([Subset(data, [7, 8, 9]), data]),
+}
+DRAWN: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "in order": lambda data: {"batch_size": 7},
+    "shuffled": lambda data: {"batch_size": 7, "shuffle": True},
+    "last dropped": lambda data: {"batch_size": 7, "drop_last": True},
+    "weighted": lambda data: {"batch_size": 7, "sampler": WeightedRandomSampler(np.ones(len(data)), 50)},
+    "by batch sampler": lambda data: {"batch_sampler": BatchSampler(RandomSampler(data), 7, drop_last=False)},
+    "batches as items": lambda data: {"batch_size": None, "sampler": BatchSampler(RandomSampler(data), 7, False)},
+    "one by one": lambda data: {"batch_size": None},
+    "of one": lambda data: {"batch_size": 1},
+}
+
+
+def check_joined(cache: MadeCache, loader: DataLoader[Any]) -> int:
+    """Every row of every batch must be that of its own file; gives the number of rows seen."""
+    seen = 0
+    for numbers, logits in loader:
+        items = torch.as_tensor(numbers).reshape(-1).tolist()
+        rows = logits.reshape(-1, 2, 3)
+        assert rows.dtype == torch.float32
+        np.testing.assert_array_equal(rows.numpy(), cache.stacked([names(40)[number] for number in items]))
+        seen += len(items)
+    return seen
+
+
+def attached(cache: MadeCache, base: str, dtype: torch.dtype | None = torch.float32) -> CachedDataset:
+    return LogitCache.open(cache.path).attach(BASES[base](), [names(40)[number] for number in ORDER], dtype=dtype)
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+@pytest.mark.parametrize("base", BASES)
+def test_every_row_is_its_own_files_however_batches_are_drawn(
+    cache: MadeCache, mode: str, base: str, drawn: str
+) -> None:
+    data = attached(cache, base)
+    options = DRAWN[drawn](data)
+    seen = check_joined(cache, DataLoader(data, collate_fn=data.collate, **options))
+    assert seen == {"last dropped": 35, "weighted": 50}.get(drawn, 40)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_torchs_own_collate_joins_them_too(cache: MadeCache, around: str) -> None:
+    whole = AROUND[around](attached(cache, "batched"))
+    assert check_joined(cache, DataLoader(whole, 7, shuffle=True)) == len(whole)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("base", ["plain", "batched"])
+def test_every_row_is_its_own_files_whatever_is_around(cache: MadeCache, base: str, around: str) -> None:
+    data = attached(cache, base)
+    whole = AROUND[around](data)
+    seen = check_joined(cache, DataLoader(whole, 7, shuffle=True, collate_fn=data.collate))
+    assert seen == len(whole)  # type: ignore[arg-type]
+
+
+@forks
+@pytest.mark.parametrize(
+    ("base", "around", "drawn"),
+    [
+        ("plain", "itself", "shuffled"),
+        ("batched", "itself", "weighted"),
+        ("concat", "subset", "shuffled"),
+        ("subset", "concat", "in order"),
+        ("plain", "itself", "batches as items"),
+        ("plain", "itself", "one by one"),
+    ],
+)
+def test_two_forked_workers_give_the_same(cache: MadeCache, mode: str, base: str, around: str, drawn: str) -> None:
+    data = attached(cache, base)
+    whole = AROUND[around](data)
+    options = DRAWN[drawn](whole) | {"num_workers": 2, "multiprocessing_context": "fork"}
+    check_joined(cache, DataLoader(whole, collate_fn=data.collate, **options))
+
+
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_two_workers_that_open_the_cache_themselves_give_the_same(cache: MadeCache, start: str) -> None:
+    data = attached(cache, "concat")
+    whole = AROUND["concat"](data)
+    loader = DataLoader(
+        whole, 7, shuffle=True, collate_fn=data.collate, num_workers=2, multiprocessing_context=start,
+        persistent_workers=True,
+    )  # fmt: skip
+    assert [check_joined(cache, loader) for _ in range(2)] == [43, 43]
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
+def test_pinned_batches_are_the_same(cache: MadeCache) -> None:
+    data = attached(cache, "plain")
+    assert check_joined(cache, DataLoader(data, 7, collate_fn=data.collate, pin_memory=True)) == 40
+
+
+def test_single_items_come_with_their_logits(cache: MadeCache, mode: str) -> None:
+    data = attached(cache, "plain")
+    assert len(data) == 40
+    for at in (0, 17, 39):
+        for index in (at, np.int64(at), torch.tensor(at)):
+            item, logits = data[index]
+            assert item == ORDER[at]
+            same(logits, cache.stacked([names(40)[ORDER[at]]])[0])
+    numbers, logits = data[[3, 1]]
+    assert numbers.tolist() == [ORDER[3], ORDER[1]]
+    same(logits, cache.stacked([names(40)[number] for number in numbers]))
+
+
+def test_the_stored_dtype_or_another_is_given(tmp_path: Path) -> None:
+    made = two_teachers(tmp_path / "A2b", dtype="fp16")
+    for dtype, expected in ((None, torch.float16), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        data = attached(made, "plain", dtype)
+        assert data[3][1].dtype == expected
+        assert data.collate(data.__getitems__([1, 2]))[1].dtype == expected
+
+
+def test_a_collate_of_ones_own_gets_the_items_alone(cache: MadeCache) -> None:
+    data = LogitCache.open(cache.path).attach(Numbers(range(40)), names(40), collate=lambda items: ["mine", *items])
+    (first, logits), *_ = DataLoader(data, 4, collate_fn=data.collate)
+    assert first == ["mine", 0, 1, 2, 3]
+    same(logits, cache.stacked(names(4)))
+
+
+def test_a_dataset_that_returns_fewer_items_is_refused(cache: MadeCache) -> None:
+    data = LogitCache.open(cache.path).attach(Forgetful(range(40)), names(40))
+    with pytest.raises(UsageError, match="gave 6 items for 7"):
+        list(DataLoader(data, 7, collate_fn=data.collate))
+
+
+def test_wrong_keys_are_refused_at_once(cache: MadeCache) -> None:
+    opened = LogitCache.open(cache.path)
+    with pytest.raises(UsageError, match="40 items, found 39 keys"):
+        opened.attach(Numbers(range(40)), names(39))
+    with pytest.raises(MissingLogitsError, match=r"x/new\.npy"):
+        opened.attach(Numbers(range(2)), [names(1)[0], "x/new.npy"])
+
+
+@forks
+def test_nan_rows_of_missing_files_reach_the_batch(cache: MadeCache) -> None:
+    opened = LogitCache.open(cache.path, on_miss="nan")
+    with pytest.warns(UserWarning, match="1 of 3 files"):
+        data = opened.attach(Numbers([0, 1, 2]), [names(1)[0], "x/new.npy", names(3)[2]])
+    for workers in (0, 2):
+        options = {"multiprocessing_context": "fork"} if workers else {}
+        ((_, logits),) = DataLoader(data, 3, collate_fn=data.collate, num_workers=workers, **options)  # type: ignore[arg-type]
+        assert logits.isnan().all(dim=(1, 2)).tolist() == [False, True, False]
+        same(logits[[0, 2]], cache.stacked([names(1)[0], names(3)[2]]))
+
+
+@forks
+def test_an_error_of_the_dataset_in_a_worker_arrives_as_itself(cache: MadeCache) -> None:
+    data = LogitCache.open(cache.path).attach(Forgetful(range(40)), names(40))
+    loader = DataLoader(data, 7, collate_fn=data.collate, num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(KDCacheError, match="gave 6 items for 7"):
+        list(loader)

@@ -200,7 +200,6 @@ def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
 
     if count == 0:
         return None
-    unchecked = dict.fromkeys(_others(job), ("it was not part of this dump", False))
     return verify_cache(
         VerifyJob(
             job.folder,

@@ -56,9 +56,9 @@ def test_the_demos_student_loop_learns_from_the_cache(root: Path) -> None:
     shown = subprocess.run(
         [sys.executable, str(REPO / "docs/student_loop.py")], cwd=root, capture_output=True, text=True, check=True
     )
-    losses = [float(text) for text in re.findall(r"loss (\d+\.\d+)", shown.stdout)]
-    assert len(losses) == 5
-    assert losses[-1] < losses[0]
+    agreement = [int(text) for text in re.findall(r"on (\d+)%", shown.stdout)]
+    assert len(agreement) == 10
+    assert agreement[-1] > max(agreement[0], 40)
 
 
 def options_of(name: str) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LOG_SECONDS = 5.0
+_PIPE_WIDTH = 160
 
 
 def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -68,7 +70,8 @@ class Screen(Watcher):
         self.as_json = as_json
         self.quiet = quiet
         self.stderr = Console(stderr=True, soft_wrap=True)
-        self.stdout = Console(soft_wrap=not sys.stdout.isatty())
+        # In a pipe there is no edge to keep: names stay whole, so that they can be searched for.
+        self.stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
         self._progress: Progress | None = None
         self._task: Any = None
         self._name, self._total, self._done = "", 0, 0
@@ -124,8 +127,11 @@ class Screen(Watcher):
         self._close()
         if self.quiet or self.as_json:
             return
-        for table in tables:
-            self.stdout.print(Text(table) if isinstance(table, str) else table)
+        for part in tables:
+            if isinstance(part, str):
+                self.stdout.print(Text(shown(part)), soft_wrap=True)
+            else:
+                self.stdout.print(part)
 
     def result_json(self, content: Any) -> None:
         """What the command was asked for, for a program: the only thing on standard output."""

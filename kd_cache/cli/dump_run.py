@@ -17,7 +17,7 @@ from kd_cache.cli import options as opt
 from kd_cache.cli.config import given, resolved_settings, source_name
 from kd_cache.cli.console import Screen, size, table
 from kd_cache.cli.inputs import Inputs, data_paths, load_inputs
-from kd_cache.cli.report import problem_table, verify_table
+from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers, teacher_specs
 from kd_cache.errors import StoreError, UsageError, shown, worst_exit_code
 from kd_cache.teacher import Teacher, TeacherSpec
@@ -218,9 +218,7 @@ def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
 def _print_report(screen: Screen, job: DumpJob, report: DumpReport, verified: VerifyReport | None) -> None:
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
-        screen.result("", verify_table(verified))
-        if verified.problems:
-            screen.result("", problem_table(verified.worst_first))
+        screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
     content = _as_json(report)
     content["verification"] = None if verified is None else verified.as_json()
     screen.result_json(content)

@@ -29,12 +29,15 @@ def verify_table(report: VerifyReport) -> Any:
     return table(title, ["", *report.teachers], rows)
 
 
-def problem_table(problems: Sequence[Problem], most: int = 20) -> Any:
-    """The first problems, and how many more there are."""
-    rows = [[problem.kind, problem.teacher, problem.file, problem.reason] for problem in problems[:most]]
+def problem_lines(problems: Sequence[Problem], most: int = 20) -> list[str]:
+    """One line per problem, the first of them: a table would fold long names, and nobody could search for them."""
+    lines = [f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}, the worst first:"] if problems else []
+    for problem in problems[:most]:
+        where = f"{problem.teacher}: " if problem.teacher else ""
+        lines.append(f"  {problem.kind}: {where}{problem.file}: {problem.reason}")
     if len(problems) > most:
-        rows.append(["…", "", f"and {len(problems) - most:,} more", "--json lists them all"])
-    return table(f"{len(problems):,} problems", ["Kind", "Teacher", "File", "Reason"], rows)
+        lines.append(f"  … and {len(problems) - most:,} more; --json lists them all")
+    return lines
 
 
 def _share(count: int, total: int) -> str:

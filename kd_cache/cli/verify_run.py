@@ -13,7 +13,7 @@ import typer
 from kd_cache.cli.config import given
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import Inputs, load_inputs
-from kd_cache.cli.report import problem_table, verify_table
+from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers
 from kd_cache.errors import worst_exit_code
 from kd_cache.manifest import SOURCE, TARGETS
@@ -37,8 +37,7 @@ def run_verify(ctx: typer.Context) -> None:
                 screen.note(note)
             if report.teachers:
                 screen.result(verify_table(report))
-            if report.problems:
-                screen.result("", problem_table(report.worst_first))
+            screen.result(*problem_lines(report.worst_first))
             screen.result("")
         code = worst_exit_code(report.exit_code for report in reports)
         screen.result_json({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]})

@@ -29,17 +29,18 @@ from kd_cache.errors import (
     shown,
 )
 from kd_cache.features import Feature, FeatureSource
+from kd_cache.known import ASKED, FRESH, NEW, Known
 from kd_cache.manifest import SOURCE, Manifest, sample_key
 from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, load_plan
 from kd_cache.publish import Promise, Published, drop_forbidden, publish
+from kd_cache.shard import Shard
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.atomic import make_directory, store_errors
-from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
+from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of
-from kd_cache.store.pack import Origin, write_pack
-from kd_cache.store.union import Union
+from kd_cache.store.pack import Origin
 from kd_cache.teacher import Teacher, teacher_origin
 from kd_cache.value_kind import contradiction
 from kd_cache.watch import Watcher
@@ -49,10 +50,6 @@ if TYPE_CHECKING:
 
     from kd_cache.engine import Scored
 
-FRESH = "fresh"
-NEW = "new"
-FEATURE_CHANGED = "its feature changed"
-ASKED = "asked for"
 DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
 
 
@@ -166,80 +163,6 @@ def plan_dump(job: DumpJob) -> DumpReport:
     return _Dump(job, Watcher()).survey()
 
 
-class _Known:
-    """What the cache already holds of one teacher."""
-
-    def __init__(self, origin: Origin, packs: PackSet, keys: np.ndarray) -> None:
-        self.union = packs.union(origin)
-        self.first = np.full(len(keys), -1, np.int64) if self.union is None else self.union.find(keys)
-        self.superseded: dict[int, str] = {}
-        for pack in packs.good:
-            other = pack.origin
-            if other.teacher == origin.teacher and other.fingerprint.digest != origin.fingerprint.digest:
-                reason = ", ".join(other.fingerprint.differing_parts(origin.fingerprint)) + " changed"
-                for number in np.flatnonzero(Union([pack]).find(keys) >= 0).tolist():
-                    self.superseded[number] = reason
-
-    def holds(self, number: int) -> bool:
-        """A row of the present fingerprint exists, fresh or not."""
-        return bool(self.first[number] >= 0)
-
-    def state(self, number: int, digest: bytes) -> str:
-        """`FRESH`, `NEW`, or why the sample must be scored again."""
-        if not self.holds(number) or self.union is None:
-            return self.superseded.get(number, NEW)
-        position = int(self.first[number])
-        wanted = np.frombuffer(digest, np.uint8)
-        while True:
-            if (self.union.inputs[position] == wanted).all():
-                return FRESH
-            position += 1
-            if position >= len(self.union) or not self.union.repeats[position]:
-                return FEATURE_CHANGED
-
-
-class _Shard:
-    """Scored rows that are not committed yet."""
-
-    def __init__(self, job: DumpJob) -> None:
-        self._job = job
-        self._rows: dict[str, list[tuple[bytes, bytes, bytes, np.ndarray]]] = {}
-        self._since = time.monotonic()
-        self.written: list[Path] = []
-
-    def add(self, teacher: str, file: str, digest: bytes, row: np.ndarray) -> None:
-        name = file.encode()
-        self._rows.setdefault(teacher, []).append((keys_of([file]).tobytes(), digest, name, row))
-
-    @property
-    def due(self) -> bool:
-        largest = max(map(len, self._rows.values()), default=0)
-        late = time.monotonic() - self._since >= self._job.shard_seconds
-        return largest >= self._job.shard_size or (late and largest > 0)
-
-    def commit(self) -> None:
-        """One durable pack per teacher; after this returns its rows survive a crash."""
-        if self._rows:
-            make_directory(self._job.folder.packs_path)
-        while self._rows:
-            teacher, rows = next(iter(self._rows.items()))
-            rows.sort(key=lambda row: row[0])
-            keys = np.frombuffer(b"".join([key for key, _, _, _ in rows]), np.uint8).reshape(-1, 16)
-            inputs = np.frombuffer(b"".join([digest for _, digest, _, _ in rows]), np.uint8).reshape(-1, 16)
-            logits = np.stack([row for _, _, _, row in rows])
-            path = write_pack(
-                self._job.folder.packs_path,
-                self._job.origins[teacher],
-                keys,
-                inputs,
-                [file for _, _, file, _ in rows],
-                logits.__getitem__,
-            )
-            self.written.append(path)
-            del self._rows[teacher]
-        self._since = time.monotonic()
-
-
 class _Dump:
     def __init__(self, job: DumpJob, watcher: Watcher) -> None:
         self.job = job
@@ -260,13 +183,13 @@ class _Dump:
         for error in self.packs.damaged.values():
             watcher.note(error.message)
         self.keys = keys_of(self.files)
-        self.known = {name: _Known(origin, self.packs, self.keys) for name, origin in self.origins.items()}
+        self.known = {name: Known(origin, self.packs, self.keys) for name, origin in self.origins.items()}
         self.inputs = np.zeros((len(self.files), 16), np.uint8)
         self.readable = np.zeros(len(self.files), bool)
         self.due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
         self.plan: BatchPlan | None = None
         self.places = Places()
-        self.shard = _Shard(job)
+        self.shard = Shard(job.folder.packs_path, job.origins, job.shard_size, job.shard_seconds)
         self.report = DumpReport(
             self.folder.path,
             len(self.files),
@@ -390,7 +313,7 @@ class _Dump:
                 self.due.setdefault(number, {})[name] = state
         return frozenset(self.due.get(number, ()))
 
-    def _state(self, known: _Known, number: int, digest: bytes) -> str:
+    def _state(self, known: Known, number: int, digest: bytes) -> str:
         if self.job.skip_existing:
             return known.state(number, digest)
         return ASKED if known.holds(number) or number in known.superseded else NEW

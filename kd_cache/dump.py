@@ -452,7 +452,7 @@ class _Dump:
     def _look_again_for_others(self) -> None:
         """Another dump may have finished meanwhile: its teachers stay in the index."""
         with suppress(CorruptError, StaleError):
-            self.earlier = self.folder.index() or self.earlier
+            self.earlier = self.folder.index(maps=False) or self.earlier
         if self.earlier is not None:
             found = {name: origin for name, origin in self.earlier.origins.items() if name not in self.origins}
             self.others = self.others | found
@@ -518,7 +518,7 @@ class _Dump:
         if self.job.cache_root.exists() and not self.job.cache_root.is_dir():
             raise StoreError(f"the cache root {shown(self.job.cache_root)} is a file, expected a folder")
         try:
-            index = self.folder.index()
+            index = self.folder.index(maps=False)
         except StaleError as error:
             if self.job.skip_existing and not self.folder.pack_paths():
                 raise StaleError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
 from kd_cache.cli import app
@@ -20,7 +20,7 @@ REPO = Path(__file__).parent.parent
 SAMPLE = REPO / "data" / "sample"
 
 # Machines under load must not fail a property; time is never what a test asserts.
-settings.register_profile("any-machine", deadline=None)
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
 Run = Callable[..., Result]

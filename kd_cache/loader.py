@@ -181,6 +181,17 @@ class LogitCache:
             logits = logits[:, [self.teachers.index(name) for name in wanted]]
         return logits.to(device)
 
+    def input_digests(self, rows: torch.Tensor) -> np.ndarray | None:
+        """``[B, teachers, 16]`` u1: the digest of the features that each teacher scored, by rows from `rows`.
+
+        `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
+        script, which kept none.
+        """
+        numbers = rows.numpy()
+        parts = [part.inputs(self._position(number, numbers)) for number, part in enumerate(self._rows_of)]
+        known = [part for part in parts if part is not None]
+        return np.stack(known, axis=1) if len(known) == len(parts) else None
+
     def attach(
         self,
         dataset: Dataset[Any],

@@ -80,6 +80,10 @@ class TeacherRows:
     def is_ambiguous(self, key: np.ndarray) -> bool:
         raise NotImplementedError
 
+    def inputs(self, positions: np.ndarray) -> np.ndarray | None:
+        """``[Q, 16]`` u1, the digests of the features that were scored; ``None`` where nobody knows them."""
+        return None
+
 
 class PackRows(TeacherRows):
     def __init__(self, packs: Sequence[Pack]) -> None:
@@ -97,6 +101,10 @@ class PackRows(TeacherRows):
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         return self._union.take(positions if self._pack is not None else self._kept[positions])
+
+    def inputs(self, positions: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._union.inputs[positions if self._pack is not None else self._kept[positions]]
+        return found
 
     def all(self) -> np.ndarray:
         return self._union.take(self._kept) if self._pack is None else self._pack.logits

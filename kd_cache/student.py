@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kd_cache.errors import UsageError, shown
+from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.features import FeatureSource
 from kd_cache.loader import CachedDataset, Gathered, LogitCache
 from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
@@ -24,20 +25,42 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FeatureDataset(Dataset[tuple[torch.Tensor, Sample]]):
-    """``(features [T, F] float32, Sample)`` of manifest samples."""
+    """``(features [T, F] float32, Sample)`` of manifest samples.
 
-    def __init__(self, source: FeatureSource, samples: Sequence[Sample], transform: Transform | None = None) -> None:
+    With ``scored`` (``[N, teachers, 16]`` u1, and ``[N]`` bool saying where it counts) a feature that is not the one
+    the teachers scored is a `StaleError`.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        samples: Sequence[Sample],
+        transform: Transform | None = None,
+        scored: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         self.source = source
         self.samples = samples
         self.transform = transform
+        self.scored = scored
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, Sample]:
         sample = self.samples[number]
-        features = torch.from_numpy(self.source.read(sample.file).array.astype(np.float32))
+        feature = self.source.read(sample.file)
+        if self.scored is not None and self.scored[1][number]:
+            self._refuse_another(sample, feature.digest, self.scored[0][number])
+        features = torch.from_numpy(feature.array.astype(np.float32))
         return (features if self.transform is None else self.transform(features)), sample
+
+    def _refuse_another(self, sample: Sample, digest: bytes, scored: np.ndarray) -> None:
+        if (scored != np.frombuffer(digest, np.uint8)).any():
+            raise StaleError(
+                f"feature {shown(sample.file)} is not the one that the teachers scored",
+                hint="Run kd-cache dump again. If your student's front end differs on purpose, pass "
+                "check_features=False.",
+            )
 
 
 def collate_samples(items: list[tuple[torch.Tensor, Sample]]) -> dict[str, Any]:
@@ -86,6 +109,7 @@ def student_loader(
     allow_shared_locations: bool = False,
     allow_outside: Sequence[str | Path] = (),
     dtype: torch.dtype | None = torch.float32,
+    check_features: bool = True,
     **loader_options: Any,
 ) -> DataLoader[dict[str, Any]]:
     """A DataLoader over the permitted train samples of A and the target, with the teachers' logits.
@@ -100,6 +124,8 @@ def student_loader(
         transform: applied to each feature ``[T, F]`` float32, in the worker.
         allow_shared_locations, allow_outside: as for the dump.
         dtype: of the logits; ``None`` keeps the stored one.
+        check_features: refuse a feature that is not the one the teachers scored. Turn it off where the student's
+            front end differs from the teachers'.
         loader_options: passed to ``torch.utils.data.DataLoader`` (``pin_memory``, ``drop_last``, ``generator``, …).
 
     Yields dicts: ``features`` [B, T, F] float32 (padded to the longest of the batch), ``num_frames`` [B],
@@ -110,6 +136,7 @@ def student_loader(
     Raises:
         DataLeakageError: the manifest leaks, or ``files`` names a sample that is not permitted.
         MissingLogitsError: the cache lacks a sample.
+        StaleError: while iterating, a feature changed since the dump.
     """
     manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
@@ -122,7 +149,8 @@ def student_loader(
         refuse_outside(selection, wanted)
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
-    base = FeatureDataset(FeatureSource(root, allow_outside), samples, transform)
+    scored = _scored(cache, samples) if check_features else None
+    base = FeatureDataset(FeatureSource(root, allow_outside), samples, transform, scored)
     data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate_samples)
     return DataLoader(
         data,
@@ -132,6 +160,18 @@ def student_loader(
         collate_fn=_StudentCollate(data),
         **loader_options,
     )
+
+
+def _scored(cache: LogitCache, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The input digests of these samples' rows, and where there is a row (``on_miss="nan"`` allows for none)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attach resolves the same files, warns and counts
+        misses = cache.misses
+        rows = cache.rows([sample.file for sample in samples])
+        cache.misses = misses
+    present = (rows >= 0).numpy()
+    digests = cache.input_digests(rows.clamp(min=0)) if present.any() else None
+    return None if digests is None else (digests, present)
 
 
 def _target(cache: LogitCache, target: str | None) -> str:

@@ -17,7 +17,14 @@ from tiny_teachers import Linear
 from torch.utils.data import DataLoader, SequentialSampler
 
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.errors import DataLeakageError, FeatureError, ManifestError, MissingLogitsError, UsageError
+from kd_cache.errors import (
+    DataLeakageError,
+    FeatureError,
+    ManifestError,
+    MissingLogitsError,
+    StaleError,
+    UsageError,
+)
 from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
 from kd_cache.manifest import load_manifest, sample_key
@@ -203,7 +210,7 @@ def test_a_transform_changes_the_features_and_nothing_else(shared: World, worker
 def test_half_precision_features_are_trained_on_as_float32(own: World) -> None:
     file = own.permitted()[0]
     own.write_feature(file, np.load(own.feature(file)).astype(np.float16))
-    (batch,) = loader_of(own, files=[file])
+    (batch,) = loader_of(own, files=[file], check_features=False)
     assert batch["features"].dtype == torch.float32
     np.testing.assert_array_equal(batch["features"][0].numpy(), np.load(own.feature(file)).astype(np.float32))
 
@@ -350,3 +357,13 @@ def test_features_outside_the_root_are_read_only_where_that_is_allowed(own: Worl
         list(loader_of(own))
     for batch in loader_of(own, allow_outside=[tmp_path / "elsewhere"]):
         check(own, batch)
+
+
+def test_a_feature_that_changed_since_the_dump_is_refused_unless_the_front_end_differs_on_purpose(own: World) -> None:
+    changed = own.permitted()[0]
+    own.write_feature(changed, np.ones((12, 20), np.float32))
+    loader = student_loader(own.json_path, own.root, own.cache, 64)
+    with pytest.raises(StaleError, match=changed):
+        list(loader)
+    (batch,) = student_loader(own.json_path, own.root, own.cache, 64, check_features=False)
+    assert changed in batch["path"]

@@ -124,3 +124,11 @@ def test_imports_point_down() -> None:
     for path in library:
         known = {name for name in imports(path) if name.startswith("kd_cache")}
         assert known <= {"kd_cache.errors", "kd_cache.fingerprint"}, path
+
+
+def test_both_sides_of_the_import_border_mean_the_same_classes() -> None:
+    from kd_cache import manifest
+    from teachers import builtin
+
+    assert tuple(builtin.SCENES) == manifest.SCENES
+    assert tuple(builtin.CITIES) == manifest.CITIES

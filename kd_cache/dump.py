@@ -24,7 +24,6 @@ from kd_cache.errors import (
     FeatureError,
     KDCacheError,
     StaleError,
-    StoreError,
     TeacherError,
     shown,
 )
@@ -37,7 +36,7 @@ from kd_cache.shard import Shard
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.atomic import make_directory, store_errors
-from kd_cache.store.folder import CacheFolder, teacher_in_name
+from kd_cache.store.folder import CacheFolder, refuse_file_as_root, teacher_in_name
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
@@ -282,8 +281,9 @@ class _Dump:
 
     def _read_ahead(self) -> Iterator[tuple[int, Feature | FeatureError]]:
         """Each permitted sample's feature, read once, a few ahead of its use."""
+        read = self.job.source.try_read
         if self.job.workers == 0:
-            yield from ((number, self._read(file)) for number, file in enumerate(self.files))
+            yield from ((number, read(file)) for number, file in enumerate(self.files))
             return
         waiting: deque[Future[Feature | FeatureError]] = deque()
         with ThreadPoolExecutor(self.job.workers, thread_name_prefix="read") as pool:
@@ -291,17 +291,11 @@ class _Dump:
                 upcoming = iter(self.files)
                 for number in range(len(self.files)):
                     while len(waiting) < 16 * self.job.workers and (file := next(upcoming, None)) is not None:
-                        waiting.append(pool.submit(self._read, file))
+                        waiting.append(pool.submit(read, file))
                     yield number, waiting.popleft().result()
             finally:
                 for future in waiting:
                     future.cancel()
-
-    def _read(self, file: str) -> Feature | FeatureError:
-        try:
-            return self.job.source.read(file)
-        except FeatureError as error:
-            return error
 
     def _needed(self, number: int, digest: bytes) -> frozenset[str]:
         """The teachers that must score this sample. Why is counted when they have."""
@@ -373,7 +367,7 @@ class _Dump:
         """The plan, made or extended where it does not cover ``shape`` yet."""
         if self.plan is None:
             self.plan = self._saved_plan(shape[1])
-        if self.plan is None or not self.plan.covers([shape]):
+        if self.plan is None or shape not in self.plan.batches:
             self.plan = self._make_plan(earlier=self.plan)
         return self.plan
 
@@ -515,8 +509,7 @@ class _Dump:
         for name in self.job.teachers:
             if not is_teacher_name(name):
                 raise TeacherError(f"{shown(name)!r} cannot be a teacher's name (letters, digits, _ . -)")
-        if self.job.cache_root.exists() and not self.job.cache_root.is_dir():
-            raise StoreError(f"the cache root {shown(self.job.cache_root)} is a file, expected a folder")
+        refuse_file_as_root(self.job.cache_root)
         try:
             index = self.folder.index(maps=False)
         except StaleError as error:

@@ -86,6 +86,13 @@ class FeatureSource:
             raise self._error(file, error) from None
         return Feature(array, input_digest(array))
 
+    def try_read(self, file: str) -> Feature | FeatureError:
+        """As `read`, with the error as the result: for those who go on without the sample."""
+        try:
+            return self.read(file)
+        except FeatureError as error:
+            return error
+
     def shape(self, file: str) -> tuple[int, int]:
         """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
         try:

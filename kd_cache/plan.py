@@ -61,9 +61,6 @@ class BatchPlan:
         size = self.batches.get(shape, 1)
         return Place(size, rank % size)
 
-    def covers(self, shapes: Iterable[Shape]) -> bool:
-        return all(shape in self.batches for shape in shapes)
-
     def as_json(self) -> dict[str, Any]:
         sizes = {f"{frames}x{bins}": size for (frames, bins), size in sorted(self.batches.items())}
         return {"batch_size": self.batch_size, "bins": self.bins, "batches": sizes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Promise:
     inputs: np.ndarray
     known: np.ndarray
 
+    @cached_property
     def sorted_rows(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Keys and inputs ``[Q, 16]`` and names of the files with known features, keys ascending."""
         known = np.flatnonzero(self.known)
@@ -121,7 +123,7 @@ def _seal_teacher(
 ) -> Pack | None:
     """Seal one teacher's packs and open the result, again where another dump seals at the same time."""
     name = origin.teacher
-    keys, inputs, files = promise.sorted_rows()
+    keys, inputs, files = promise.sorted_rows
     for _ in range(100):
         packs = folder.packs([name])
         mine = [pack for pack in packs.of(origin) if pack.path not in replaced]

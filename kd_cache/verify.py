@@ -110,7 +110,7 @@ class VerifyReport:
     @property
     def worst_first(self) -> list[Problem]:
         """The problems by severity: leaks, damage, stale rows, misses, what could not be checked."""
-        return sorted(self.problems, key=lambda problem: list(_SEVERITY).index(problem.kind))
+        return sorted(self.problems, key=lambda problem: _SEVERITY.index(problem.kind))
 
     @property
     def exit_code(self) -> int:
@@ -158,11 +158,11 @@ class _Audit:
         self.job = job
         self.watcher = watcher
         self.all_files = job.selection.files
-        everything = job.n is None or job.n >= len(self.all_files)
-        self.numbers = list(range(len(self.all_files)))
-        if not everything and job.n is not None:
-            self.numbers = sorted(random.Random(job.seed).sample(self.numbers, job.n))  # noqa: S311 (no secret)
-        self.files = [self.all_files[number] for number in self.numbers]
+        self.files = self.all_files
+        if job.n is not None and job.n < len(self.all_files):
+            drawn = random.Random(job.seed).sample(range(len(self.all_files)), job.n)  # noqa: S311 (no secret)
+            self.files = [self.all_files[number] for number in sorted(drawn)]
+        self.permitted = {key.tobytes() for key in keys_of(self.all_files)}
         self.keys = keys_of(self.files)
         self.changed: set[str] = set()
         self.report = VerifyReport(
@@ -202,18 +202,12 @@ class _Audit:
         digests: list[bytes | None] = []
         known_missing = index.missing
         for file in self.files:
-            feature = self._read(file)
+            feature = self.job.source.try_read(file)
             if isinstance(feature, FeatureError) and file not in known_missing:
                 self._problem(UNCHECKED, "", file, f"its freshness cannot be checked: {feature.message}")
             digests.append(feature.digest if isinstance(feature, Feature) else None)
             self.watcher.advance(1)
         return digests
-
-    def _read(self, file: str) -> Feature | FeatureError:
-        try:
-            return self.job.source.read(file)
-        except FeatureError as error:
-            return error
 
     # -- one teacher --------------------------------------------------------------------------------------------------
 
@@ -313,10 +307,9 @@ class _Audit:
     # -- what nothing promises ----------------------------------------------------------------------------------------
 
     def _look_for_forbidden_rows(self, packs: PackSet) -> None:
-        permitted = {key.tobytes() for key in keys_of(self.all_files)}
         for pack in packs.good:
             for row, key in enumerate(pack.keys):
-                if key.tobytes() not in permitted:
+                if key.tobytes() not in self.permitted:
                     file = pack.file_bytes(row).decode("utf-8", "replace")
                     reason = f"{pack.path.name} holds it, but the manifest does not permit it; run kd-cache dump"
                     self._problem(LEAK, pack.origin.teacher, file, reason)
@@ -337,8 +330,8 @@ class _Audit:
 
     def _look_the_other_way(self, index: Index) -> None:
         """Disk → index: row files that nothing promises, in every folder that may hold some."""
-        forbidden = {view_name(key.tobytes()) for key in keys_of(s.file for s in self.job.manifest)}
-        forbidden -= {view_name(key.tobytes()) for key in keys_of(self.all_files)}
+        listed = {key.tobytes() for key in keys_of(sample.file for sample in self.job.manifest)}
+        forbidden = {view_name(key) for key in listed - self.permitted}
         for directory in self.job.folder.view_folders():
             name = directory.name
             promised = {path.rpartition("/")[2] for path in index.maps.get(name, {}).values()}

@@ -149,7 +149,7 @@ def test_a_regenerated_feature_is_found_and_it_alone_is_rescored(root: Path) -> 
     assert content["teachers"]["scene"]["rescored"] == {"its feature changed": 1}
 
 
-def test_row_into_train(content: dict[str, Any]) -> str:
+def held_out_row_into_train(content: dict[str, Any]) -> str:
     row = content["test"][0]
     content["train"].append(row)  # its split still says test
     return str(row["file"])
@@ -175,12 +175,9 @@ def one_location_in_both(content: dict[str, Any]) -> str:
     return str(row["file"])
 
 
-test_row_into_train.__test__ = False  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     "leak",
-    [test_row_into_train, unseen_device_into_train, one_file_under_two_spellings, one_location_in_both],
+    [held_out_row_into_train, unseen_device_into_train, one_file_under_two_spellings, one_location_in_both],
     ids=lambda leak: leak.__name__,
 )
 def test_leakage_exits_6_with_the_samples_name_and_the_cache_root_unchanged(

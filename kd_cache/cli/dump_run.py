@@ -19,7 +19,8 @@ from kd_cache.cli.console import Screen, size, table
 from kd_cache.cli.inputs import Inputs, data_paths, load_inputs
 from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers, teacher_specs
-from kd_cache.errors import StoreError, UsageError, shown, worst_exit_code
+from kd_cache.errors import UsageError, shown, worst_exit_code
+from kd_cache.store.folder import refuse_file_as_root
 from kd_cache.teacher import Teacher, TeacherSpec
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
             allow_outside=options.allow_outside,
         )
         _announce(screen, inputs)
-        _refuse_file_as_root(options.cache_root)
+        refuse_file_as_root(options.cache_root)
         code = _dry_run(ctx, options, inputs, screen) if options.dry_run else _dump(ctx, options, inputs, screen)
     if code:
         raise typer.Exit(code)
@@ -160,11 +161,6 @@ def _announce(screen: Screen, inputs: Inputs) -> None:
         )
     if selection.shared_locations:
         screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
-
-
-def _refuse_file_as_root(cache_root: Path) -> None:
-    if cache_root.exists() and not cache_root.is_dir():
-        raise StoreError(f"the cache root {shown(cache_root)} is a file, expected a folder", hint="Pass --cache-root.")
 
 
 def _described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def teacher_in_name(path: Path) -> str:
     return path.name.rpartition("-")[0]
 
 
+def refuse_file_as_root(root: Path) -> None:
+    """Raise `StoreError` if a file stands where the folder of caches is to be."""
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"the cache root {shown(root)} is a file, expected a folder", hint="Pass --cache-root.")
+
+
 def no_finished_cache(root: Path) -> MissingLogitsError:
     """There is none under this root; whether one was begun makes the difference."""
     with store_errors(root, "list"):

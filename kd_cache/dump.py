@@ -19,24 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kd_cache.accuracy import refuse_wrong_joins
 from kd_cache.errors import (
     CorruptError,
     FeatureError,
     KDCacheError,
     StaleError,
     TeacherError,
+    UsageError,
     shown,
 )
 from kd_cache.features import Feature, FeatureSource
+from kd_cache.finish import Ending, describe, finish
 from kd_cache.known import ASKED, FRESH, NEW, Known
 from kd_cache.manifest import SOURCE, Manifest, sample_key
+from kd_cache.pending import PendingRecord
 from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, load_plan
-from kd_cache.publish import Promise, Published, drop_forbidden, publish
+from kd_cache.publish import Published
 from kd_cache.shard import Shard
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
-from kd_cache.store.atomic import make_directory, store_errors
-from kd_cache.store.folder import CacheFolder, refuse_file_as_root, teacher_in_name
+from kd_cache.store.atomic import make_directory
+from kd_cache.store.folder import CacheFolder, refuse_file_as_root
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
@@ -64,6 +68,7 @@ class DumpJob:
         shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
         workers: threads that read features ahead; 0 reads in place.
         on_bad_sample: ``stop`` at a sample that cannot be scored, or ``skip`` it and list it as missing.
+        part: ``(i, n)`` scores part i of n (0 ≤ i < n), commits it, and leaves view and index to a seal.
         record: what the index keeps about the run (settings, policy, tool version).
     """
 
@@ -83,6 +88,7 @@ class DumpJob:
     seed: int = 42
     shard_size: int = 4096
     shard_seconds: float = 5.0
+    part: tuple[int, int] | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -128,10 +134,14 @@ class TeacherReport:
 
 @dataclass
 class DumpReport:
-    """What a dump did, or with ``dry_run`` would do. ``missing`` maps files that could not be scored to the reason."""
+    """What a dump did, or with ``dry_run`` would do. ``missing`` maps files that could not be scored to the reason.
+
+    ``part_size`` is the number of samples in this process's part, all of them where the work was not split.
+    """
 
     cache: Path
     permitted: int
+    part_size: int
     per_device: dict[str, int]
     teachers: dict[str, TeacherReport]
     missing: dict[str, str] = field(default_factory=dict)
@@ -149,8 +159,11 @@ class DumpReport:
 def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
     """Run a dump to its end: every permitted sample scored or listed as missing, packs sealed, view and index written.
 
+    With ``part`` only that part is scored, and nothing is sealed: `kd_cache.seal_cache` does that when all are done.
+
     Raises:
         StaleError: the cache was written by an older script (and ``skip_existing`` is on).
+        CorruptError: logits that the cache holds were joined to wrong rows.
         FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``; what was scored before stays committed.
         StoreError: the cache cannot be written.
     """
@@ -167,6 +180,7 @@ class _Dump:
         self.job = job
         self.watcher = watcher
         self.folder = job.folder
+        self.begun = time.time_ns()
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files = sorted(job.selection.files, key=sample_key)
         self.earlier = self._earlier_index()
@@ -181,7 +195,10 @@ class _Dump:
             self.others = self._teachers_in_packs()
         for error in self.packs.damaged.values():
             watcher.note(error.message)
+        kept = self.others | (self.origins if job.skip_existing else {})
+        refuse_wrong_joins(self.folder, self.packs, self.earlier, kept)
         self.keys = keys_of(self.files)
+        self.part = self._part()
         self.known = {name: Known(origin, self.packs, self.keys) for name, origin in self.origins.items()}
         self.inputs = np.zeros((len(self.files), 16), np.uint8)
         self.readable = np.zeros(len(self.files), bool)
@@ -189,9 +206,11 @@ class _Dump:
         self.plan: BatchPlan | None = None
         self.places = Places()
         self.shard = Shard(job.folder.packs_path, job.origins, job.shard_size, job.shard_seconds)
+        self.pending = PendingRecord(job.folder, self.origins, self._record())
         self.report = DumpReport(
             self.folder.path,
             len(self.files),
+            len(self.part),
             job.selection.per_device,
             {name: TeacherReport(cost=self._cost(origin)) for name, origin in self.origins.items()},
         )
@@ -200,7 +219,8 @@ class _Dump:
 
     def survey(self) -> DumpReport:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
-        for number, file in enumerate(self.files):
+        for number in self.part:
+            file = self.files[number]
             held = self.job.skip_existing and any(known.holds(number) for known in self.known.values())
             digest = b""
             try:
@@ -227,36 +247,45 @@ class _Dump:
         try:
             self._score_all()
         finally:
-            self.shard.commit()  # also when stopping: what was scored is kept
+            self._commit()  # also when stopping: what was scored is kept
         self.report.seconds = time.monotonic() - began
-        if not self.readable.any():
+        if self.part and not self.readable.any():
             raise FeatureError(
-                f"none of the {len(self.files)} features can be read; the cache stays as it is",
+                f"none of the {len(self.part)} features can be read; the cache stays as it is",
                 hint="Check --data-root.",
             )
+        if self.job.part is not None:
+            self.pending.write(self._entries(), self.report.missing)
+            return self.report
         self._count_dropped()
         replaced = [] if self.job.skip_existing else [path for path in before if path not in self.shard.written]
         self.report.published = self._publish(replaced)
-        for name in self.others:
-            if left_out := self.report.published.left_out[name]:
-                self.watcher.note(
-                    f"{name}: {left_out} rows went, no longer permitted or no longer fresh; it was not asked"
-                )
-        self._clean_up()
         return self.report
+
+    def _commit(self) -> None:
+        """Make what was scored durable; before the first time, say what is being made."""
+        if self.shard.is_empty:
+            return
+        if not self.pending.is_written:
+            self.pending.write(self._entries(), {})
+        self.shard.commit()
+        self.watcher.saved()
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def _score_all(self) -> None:
         from kd_cache.engine import Batcher, Engine, numerics
 
-        self.watcher.stage("scoring", len(self.files))
+        self.watcher.stage("scoring", len(self.part))
         with numerics(self.job.device, self.job.precision, self.job.seed):
             batcher = Batcher(Engine(self.job.teachers, self.job.device))
             for number, feature in self._read_ahead():
+                if feature is None:
+                    self._rank_unread(number)
+                    continue
                 if isinstance(feature, FeatureError):
                     self._bad(number, feature)
-                    self._rank_unreadable(number)
+                    self._rank_unread(number)
                     continue
                 self.inputs[number] = np.frombuffer(feature.digest, np.uint8)
                 self.readable[number] = True
@@ -274,24 +303,28 @@ class _Dump:
                     self._bad(number, FeatureError(f"feature {shown(self.files[number])} {what}"))
             self._keep(batcher.finish())
 
-    def _rank_unreadable(self, number: int) -> None:
-        """A feature with a good header keeps its rank, so that its neighbours keep theirs when it is mended."""
+    def _rank_unread(self, number: int) -> None:
+        """A feature with a good header has its rank, be it another part's or unreadable: its neighbours keep theirs."""
         with suppress(FeatureError):
             self.places.next_rank(self.job.source.shape(self.files[number]))
 
-    def _read_ahead(self) -> Iterator[tuple[int, Feature | FeatureError]]:
-        """Each permitted sample's feature, read once, a few ahead of its use."""
+    def _read_ahead(self) -> Iterator[tuple[int, Feature | FeatureError | None]]:
+        """Each permitted sample's feature, read once, a few ahead of its use; ``None`` for those of other parts."""
         read = self.job.source.try_read
         if self.job.workers == 0:
-            yield from ((number, read(file)) for number, file in enumerate(self.files))
+            for number, file in enumerate(self.files):
+                yield number, read(file) if number in self.part else None
             return
         waiting: deque[Future[Feature | FeatureError]] = deque()
         with ThreadPoolExecutor(self.job.workers, thread_name_prefix="read") as pool:
             try:
-                upcoming = iter(self.files)
+                upcoming = iter(self.part)
                 for number in range(len(self.files)):
-                    while len(waiting) < 16 * self.job.workers and (file := next(upcoming, None)) is not None:
-                        waiting.append(pool.submit(read, file))
+                    if number not in self.part:
+                        yield number, None
+                        continue
+                    while len(waiting) < 16 * self.job.workers and (ahead := next(upcoming, None)) is not None:
+                        waiting.append(pool.submit(read, self.files[ahead]))
                     yield number, waiting.popleft().result()
             finally:
                 for future in waiting:
@@ -324,7 +357,7 @@ class _Dump:
             self.report.samples_scored += len(scored.numbers)
             self.watcher.advance(len(scored.numbers))
             if self.shard.due:
-                self.shard.commit()
+                self._commit()
 
     def _keep_rows(self, name: str, numbers: list[int], logits: np.ndarray) -> None:
         with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
@@ -372,8 +405,9 @@ class _Dump:
         return self.plan
 
     def _saved_plan(self, bins: int) -> BatchPlan | None:
-        """The plan of the rows that are kept; none where there are no such rows."""
-        saved = load_plan(self.folder.plan_path) if self.packs.good and self.job.skip_existing else None
+        """The plan of the rows that are kept, or that other processes are making; none where there are no such rows."""
+        begun = self.packs.good or self.folder.pending_path.exists()
+        saved = load_plan(self.folder.plan_path) if begun and self.job.skip_existing else None
         asked = any(known.union is not None for known in self.known.values())
         if saved is None or (saved.bins != bins and not asked):
             return None
@@ -406,87 +440,62 @@ class _Dump:
                 self.report.teachers.setdefault(name, TeacherReport()).dropped = len(keys)
 
     def _publish(self, replaced: list[Path]) -> Published:
+        position = {file: number for number, file in enumerate(self.files)}
+        order = [position[file] for file in self.job.selection.files]  # the manifest's, in which the index lists them
+        end = Ending(
+            self.folder,
+            self._shown_path,
+            self.job.manifest,
+            self.job.selection,
+            self.inputs[order],
+            self.readable[order],
+            self.origins,
+            self._record(),
+            self.job.files,
+            self.packs,
+            others=self.others,
+            entries=self._entries(),
+            missing=self.report.missing,
+            earlier=self.earlier,
+            replaced=replaced,
+        )
+        return finish(end, self.watcher)
+
+    @property
+    def _shown_path(self) -> str:
+        return f"{self.job.cache_root}/{self.folder.path.name}"
+
+    def _record(self) -> dict[str, Any]:
+        """What index and pending record keep of this run, besides its results."""
         from kd_cache.engine import environment
 
-        self._look_again_for_others()
-        make_directory(self.folder.path)
-        plan = self.plan or load_plan(self.folder.plan_path)
-        record = {
-            **self.job.record,
-            "adaptation": self.folder.path.name,
-            "num_permitted": len(self.files),
-            "per_device": self.job.selection.per_device,
-            "manifest": {"path": str(self.job.manifest.path), "sha256": self.job.manifest.digest},
-            "split_policy": {
-                "selected": [SOURCE, self.job.selection.target],
-                "split": "train",
-                "locations_known": [self.job.selection.located, self.job.selection.locatable],
-                "shared_locations": len(self.job.selection.shared_locations),
-            },
-            "missing": self.report.missing,
-            "plan": None if plan is None else plan.as_json(),
-            "environment": environment(self.job.device),
-        }
-        entries = {name: self._entry(name) for name in (*self.origins, *self.others)}
-        return publish(
-            self.folder,
-            f"{self.job.cache_root}/{self.folder.path.name}",
-            self._ordered_origins(),
-            self._promise(),
-            record,
-            entries,
-            earlier=self.earlier,
-            files=self.job.files,
-            asked=self.origins,
-            missing=self.report.missing,
-            replaced=replaced,
-            watcher=self.watcher,
-        )
+        described = describe(self.folder, self.job.manifest, self.job.selection, self.job.record)
+        own = {"environment": environment(self.job.device), "files": self.job.files, "shown_path": self._shown_path}
+        part = {} if self.job.part is None else {"part": list(self.job.part)}
+        return {"begun": self.begun, **described, **own, **part}
 
-    def _look_again_for_others(self) -> None:
-        """Another dump may have finished meanwhile: its teachers stay in the index."""
-        with suppress(CorruptError, StaleError):
-            self.earlier = self.folder.index(maps=False) or self.earlier
-        if self.earlier is not None:
-            found = {name: origin for name, origin in self.earlier.origins.items() if name not in self.origins}
-            self.others = self.others | found
-
-    def _ordered_origins(self) -> dict[str, Origin]:
-        """All teachers in the order of this job where it has all, else in the order readers are used to."""
-        merged = self.origins | self.others
-        before = list(self.earlier.origins) if self.earlier and self.others else []
-        return {name: merged[name] for name in dict.fromkeys([*before, *merged]) if name in merged}
-
-    def _promise(self) -> Promise:
-        """In the manifest's order, in which the index lists them."""
-        position = {file: number for number, file in enumerate(self.files)}
-        order = [position[file] for file in self.job.selection.files]
-        return Promise(self.job.selection.files, self.inputs[order], self.readable[order])
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing."""
-        before = self.earlier.record["teachers"].get(name, {}) if self.earlier else {}
-        same = before.get("fingerprint") == (self.origins | self.others)[name].fingerprint.digest
-        entry = {key: before[key] for key in ("source", "storage_cost") if same and key in before}
-        report = self.report.teachers.get(name)
-        if report is not None and report.cost is not None and report.cost.rows:
-            entry["storage_cost"] = report.cost.as_json()
-        return entry | dict(self.job.notes.get(name, {}))
-
-    def _clean_up(self) -> None:
-        """Remove what this dump made useless: damaged packs (but those of teachers not asked), forbidden old rows."""
-        current = self.report.published.packs.values() if self.report.published else ()
-        for path in self.packs.damaged:
-            # Scoring the same rows again gives the same name: then the damaged file has been replaced already.
-            elsewhere = teacher_in_name(path) in self.others
-            if not elsewhere and path.name not in current and not path.is_dir():
-                with store_errors(path, "remove"):
-                    path.unlink(missing_ok=True)
-        gone = drop_forbidden(self.folder, self.packs, self.origins | self.others, self.files)
-        if gone:
-            self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """What this run adds to its teachers' entries."""
+        entries = {}
+        for name, report in self.report.teachers.items():
+            entries[name] = dict(self.job.notes.get(name, {}))
+            if report.cost is not None and report.cost.rows:
+                entries[name]["storage_cost"] = report.cost.as_json()
+        return entries
 
     # -- the beginning ------------------------------------------------------------------------------------------------
+
+    def _part(self) -> range:
+        """The samples to score, by number: neighbours in key order, so that few batches are shared between parts."""
+        number, count = self.job.part or (0, 1)
+        if not 0 <= number < count:
+            raise UsageError(f"part {number} of {count} does not exist; the first is 0/{count}")
+        if self.job.part is not None and not self.job.skip_existing:
+            raise UsageError(
+                "a part cannot score again what is fresh: nobody could tell its rows from those of before",
+                hint="Dump with --no-skip-existing in one process, or remove the cache.",
+            )
+        return range(len(self.files) * number // count, len(self.files) * (number + 1) // count)
 
     def _cost(self, origin: Origin) -> StorageCost | None:
         return StorageCost(origin.value_kind) if origin.dtype == "fp16" else None

@@ -22,8 +22,9 @@ from kd_cache.fingerprint import input_digest
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000
-MAX_BYTES = 1 << 28
-"""A feature file above this is refused: one second of log-mel takes about 25 kB."""
+MAX_BYTES = 1 << 24
+"""A feature file above this is refused by default: one second of log-mel takes about 25 kB, and a dump holds dozens."""
+MAX_LENGTH = 1 << 28
 MAX_DIMENSIONS = 8
 DTYPES = ("<f4", "<f2")
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -60,13 +61,15 @@ class FeatureSource:
     Args:
         root: data root; relative files lie below it.
         allow_outside: further folders or files that absolute files and links may lead to.
+        max_bytes: a larger file is refused unread.
 
     Raises:
         UsageError: the root is not a folder.
     """
 
-    def __init__(self, root: str | Path, allow_outside: Iterable[str | Path] = ()) -> None:
+    def __init__(self, root: str | Path, allow_outside: Iterable[str | Path] = (), max_bytes: int = MAX_BYTES) -> None:
         self.root = Path(root)
+        self.max_bytes = max_bytes
         if not self.root.is_dir():
             raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
         self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
@@ -109,7 +112,7 @@ class FeatureSource:
     def _bytes(self, file: str) -> bytes:
         descriptor = self._open(file)
         try:
-            return _read_all(descriptor, os.fstat(descriptor).st_size)
+            return _read_all(descriptor, os.fstat(descriptor).st_size, self.max_bytes)
         finally:
             os.close(descriptor)
 
@@ -202,7 +205,7 @@ def _parsed(text: bytes, offset: int) -> NpyHeader:
     if type(fortran) is not bool:
         raise ValueError("fortran_order in its header must be True or False")
     sizes = isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS
-    if not sizes or not all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape):
+    if not sizes or not all(type(n) is int and 0 <= n <= MAX_LENGTH for n in shape):
         raise ValueError(f"its shape is not a tuple of at most {MAX_DIMENSIONS} possible sizes ({_said(text)})")
     return NpyHeader(np.dtype(descr), shape, fortran, offset)
 
@@ -227,16 +230,16 @@ def _check_array(array: np.ndarray) -> None:
     _frames_and_bins(array.shape)
     finite = np.isfinite(array)
     if not finite.all():
-        frame, band = np.argwhere(~finite)[0]
+        frame, band = divmod(int(finite.argmin()), array.shape[1])
         raise ValueError(f"its value at frame {frame}, bin {band} is {array[frame, band]}, expected finite numbers")
 
 
-def _read_all(descriptor: int, size: int) -> bytes:
-    if size > MAX_BYTES:
-        raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
+def _read_all(descriptor: int, size: int, most: int) -> bytes:
+    if size > most:
+        raise ValueError(f"it has {size} bytes, expected at most {most}; --max-feature-bytes permits more")
     parts = []
     while chunk := os.read(descriptor, size + 1):
         parts.append(chunk)
-        if sum(map(len, parts)) > MAX_BYTES:
+        if sum(map(len, parts)) > most:
             raise ValueError("it grows while it is read")
     return parts[0] if len(parts) == 1 else b"".join(parts)

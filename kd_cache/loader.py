@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,27 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, UsageError, listed, shown
+from kd_cache.errors import (
+    CorruptError,
+    KDCacheError,
+    MissingLogitsError,
+    StaleError,
+    StoreError,
+    UsageError,
+    listed,
+    shown,
+)
 from kd_cache.fingerprint import Fingerprint
 from kd_cache.manifest import SOURCE
 from kd_cache.rows import Names, OlderRows, PackRows, TeacherRows
+from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, read_older_maps
 from kd_cache.store.keys import KeyFinder, keys_of_bytes
-from kd_cache.store.pack import Origin
+from kd_cache.store.pack import CHECKS, Origin
 
+FULLY_CHECKED = 10**9
+"""Packs of up to so many bytes together are checked when they are opened, larger ones as they are read."""
 TABLE_BYTES = 1 << 30
 """Up to this size all rows are gathered into one ``[N, T, C]`` table when a cache is opened."""
 
@@ -43,8 +56,11 @@ class LogitCache:
         misses: how many files without logits were resolved, to be served as NaN (only with ``on_miss="nan"``).
     """
 
-    def __init__(self, path: Path, tables: Sequence[TeacherRows], index: Index | None, on_miss: str) -> None:
+    def __init__(
+        self, path: Path, tables: Sequence[TeacherRows], index: Index | None, on_miss: str, verify: str
+    ) -> None:
         self.path = path
+        self._verify = verify
         self.misses = 0
         self._rows_of = tables
         self._index = index
@@ -59,7 +75,8 @@ class LogitCache:
         ]
         self._finder = tables[0].finder if self._positions[0] is None else KeyFinder(self._keys)
         size = len(self._keys) * len(tables) * self.num_classes * self.dtype.itemsize
-        self._table = self._gather(None) if size <= TABLE_BYTES else None
+        # A table of everything would touch, and so check, everything now: that is not what lazy asks for.
+        self._table = self._gather(None) if size <= TABLE_BYTES and verify != "lazy" else None
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
         head, separator, target = adaptation.partition("2")
         self.target = target if separator and head == SOURCE else None
@@ -73,6 +90,7 @@ class LogitCache:
         *,
         value_kind: str = "logits",
         on_miss: str = "raise",
+        verify: str = "auto",
     ) -> LogitCache:
         """Open ``cache/A2b``. Every byte is checked against its digest before a value is believed.
 
@@ -82,6 +100,8 @@ class LogitCache:
             expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
             value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
             on_miss: ``raise``, or ``nan`` to get NaN rows for files without logits, counted in ``misses``.
+            verify: ``full`` checks every byte now; ``lazy`` checks each block of rows when it is first read; ``off``
+                believes the disk; ``auto`` is full up to 1 GB of packs and lazy above.
 
         Raises:
             MissingLogitsError: no cache there, an unfinished one, or a teacher it does not hold.
@@ -91,23 +111,30 @@ class LogitCache:
         """
         if on_miss not in ("raise", "nan"):
             raise UsageError(f"on_miss is {on_miss!r}, expected raise or nan")
+        if verify not in ("auto", *CHECKS):
+            raise UsageError(f"verify is {verify!r}, expected auto, {', '.join(CHECKS)}")
         path = Path(path).expanduser()
         folder = CacheFolder(path.parent if path.is_file() else path)
         try:
-            index = folder.index(maps=False)
+            generation = _look(folder, teachers, verify)
         except StaleError as error:
             warnings.warn(
                 f"{error.message}. Nothing can be checked: not the teachers' weights, the features, the split or "
                 f"the bytes.",
                 stacklevel=2,
             )
-            return cls(folder.path, _older_rows(folder, teachers, expect), None, on_miss)
-        if index is None:
-            raise _unfinished(folder)
-        origins = _chosen(index.origins, teachers, folder)
-        _refuse_unexpected(index, origins, expect or {})
+            return cls(folder.path, _older_rows(folder, teachers, expect), None, on_miss, verify)
+        origins = generation.origins
+        _refuse_unexpected(generation.index, origins, expect or {})
         _refuse_mixture(origins, value_kind)
-        return cls(folder.path, _pack_rows(folder, origins), index, on_miss)
+        for name in origins:
+            if "adopted" in generation.index.record["teachers"][name]:
+                warnings.warn(
+                    f"the rows of {name} were adopted from elsewhere and never verified; kd-cache repair --recompute "
+                    "does that",
+                    stacklevel=2,
+                )
+        return cls(folder.path, generation.rows, generation.index, on_miss, verify)
 
     @property
     def files(self) -> list[str]:
@@ -210,7 +237,7 @@ class LogitCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers open the packs themselves; the signature makes sure that row numbers mean the same there.
-        state = (self.path, self.teachers, self._on_miss, self._signature())
+        state = (self.path, self.teachers, self._on_miss, self._verify, self._signature())
         return _reopen, state
 
     def _signature(self) -> tuple[str, ...]:
@@ -277,22 +304,53 @@ class LogitCache:
         return "not in the cache: not in the manifest of the dump, or not a permitted train sample"
 
 
-def _reopen(path: Path, teachers: tuple[str, ...], on_miss: str, signature: tuple[str, ...]) -> LogitCache:
+def _reopen(path: Path, teachers: tuple[str, ...], on_miss: str, verify: str, signature: tuple[str, ...]) -> LogitCache:
     folder = CacheFolder(path)
+    index: Index | None
     try:
-        index = folder.index(maps=False)
-        if index is None:
-            raise _unfinished(folder)
-        tables = _pack_rows(folder, _chosen(index.origins, teachers, folder))
+        generation = _look(folder, teachers, verify)
+        index, tables = generation.index, generation.rows
     except StaleError:
         index, tables = None, _older_rows(folder, teachers, None)
-    cache = LogitCache(path, tables, index, on_miss)
+    cache = LogitCache(path, tables, index, on_miss, verify)
     if cache._signature() != signature:
         raise StaleError(
             f"{shown(path)} changed while it was being read: row numbers resolved before no longer hold",
             hint="Open it anew; do not dump into a cache that a running training reads with worker processes.",
         )
     return cache
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """An index and the rows that it finds."""
+
+    index: Index
+    origins: dict[str, Origin]
+    rows: list[TeacherRows]
+
+
+def _look(folder: CacheFolder, teachers: Sequence[str] | None, verify: str) -> _Generation:
+    """One generation of the cache: looks again if the index was written anew before all its rows were opened."""
+    for _ in range(100):
+        state = folder.index_state()
+        index = folder.index(maps=False)
+        if index is None:
+            raise _unfinished(folder)
+        origins = _chosen(index.origins, teachers, folder)
+        rows: list[TeacherRows] = []
+        problem: KDCacheError | None = None
+        try:
+            rows = _pack_rows(folder, index, origins, verify)
+        except (CorruptError, MissingLogitsError) as error:
+            problem = error
+        told = index.record["teachers"]
+        whole = problem is None and all(len(part.keys) >= told[part.name]["rows"] for part in rows)
+        if whole or folder.index_state() == state:
+            if problem is not None:
+                raise problem
+            return _Generation(index, origins, rows)
+    raise StoreError(f"{shown(folder.path)} keeps changing; try again when the dumps are done")
 
 
 def _unfinished(folder: CacheFolder) -> MissingLogitsError:
@@ -362,11 +420,18 @@ def _refuse_mixture(origins: Mapping[str, Origin], value_kind: str) -> None:
         )
 
 
-def _pack_rows(folder: CacheFolder, origins: Mapping[str, Origin]) -> list[TeacherRows]:
-    packs = folder.packs(origins)
-    for path, error in packs.damaged.items():
+def _pack_rows(folder: CacheFolder, index: Index, origins: Mapping[str, Origin], verify: str) -> list[TeacherRows]:
+    try:
+        permitted = folder.permitted(index)
+    except FileNotFoundError as error:
+        raise CorruptError(
+            f"{shown(folder.path)}: the list of permitted samples that its index names is not there",
+            hint="kd-cache seal writes it again.",
+        ) from error
+    packs = folder.packs(origins, _check(folder, origins, verify))
+    for path, damage in packs.damaged.items():
         if teacher_in_name(path) in origins:
-            raise error
+            raise damage
     tables: list[TeacherRows] = []
     for name, origin in origins.items():
         mine = packs.of(origin)
@@ -375,8 +440,17 @@ def _pack_rows(folder: CacheFolder, origins: Mapping[str, Origin]) -> list[Teach
                 f"{shown(folder.path)} holds no rows of {name} as its index describes them",
                 hint="Restore its packs, or run kd-cache dump again.",
             )
-        tables.append(PackRows(mine))
+        tables.append(PackRows(mine, permitted))
     return tables
+
+
+def _check(folder: CacheFolder, origins: Mapping[str, Origin], verify: str) -> str:
+    """How packs are checked: what ``auto`` means depends on how much there is to read."""
+    if verify != "auto":
+        return verify
+    with store_errors(folder.packs_path, "look at"):
+        size = sum(path.stat().st_size for path in folder.pack_paths() if teacher_in_name(path) in origins)
+    return "full" if size <= FULLY_CHECKED else "lazy"
 
 
 def _older_rows(

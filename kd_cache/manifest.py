@@ -39,6 +39,8 @@ CITIES = (
 )  # fmt: skip
 
 LISTS = ("train", "val", "test")
+MAX_BYTES = 1 << 30
+"""A manifest above this is refused by default: a million samples take about 200 MB."""
 
 _CITY_AND_NUMBER = re.compile(r"(.*)-([0-9]+)\Z", re.DOTALL)
 
@@ -85,20 +87,23 @@ def spelling(file: str) -> str:
     return path[1:] if path.startswith("//") else path  # POSIX lets "//x" mean something else; no system here does
 
 
-def load_manifest(path: str | Path, *, num_scenes: int = 10, num_cities: int = 12) -> Manifest:
+def load_manifest(
+    path: str | Path, *, num_scenes: int = 10, num_cities: int = 12, max_bytes: int = MAX_BYTES
+) -> Manifest:
     """Read and check a dataset JSON.
 
     Args:
         path: the file.
         num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``.
+        max_bytes: a larger file is refused unread.
 
     Raises:
-        ManifestError: unreadable, not UTF-8 JSON, duplicate keys, a wrong type, a label out of range, no split, a
-            device that contradicts its domain, or two rows for one file.
+        ManifestError: unreadable, too large, not UTF-8 JSON, duplicate keys, a wrong type, a label out of range, no
+            split, a device that contradicts its domain, or two rows for one file.
     """
     path = Path(path).expanduser()
     try:
-        raw = _read_plain(path)
+        raw = _read_plain(path, max_bytes)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ManifestError(
@@ -109,12 +114,20 @@ def load_manifest(path: str | Path, *, num_scenes: int = 10, num_cities: int = 1
     return Manifest(samples, hashlib.sha256(raw).hexdigest(), path)
 
 
-def _read_plain(path: Path) -> bytes:
+def _read_plain(path: Path, most: int) -> bytes:
     """The bytes of a regular file: opening anything else could block, or never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is not a regular file")
-        return file.read()
+        if found.st_size > most:
+            raise ValueError(
+                f"it has {found.st_size} bytes, expected at most {most}; --max-manifest-bytes permits more"
+            )
+        raw = file.read(found.st_size + 1)  # a read that names no size would go on for as long as the file grows
+        if len(raw) != found.st_size:
+            raise ValueError("it changes while it is read")
+        return raw
 
 
 def parse_manifest(raw: bytes, name: str, *, num_scenes: int = 10, num_cities: int = 12) -> tuple[Sample, ...]:

@@ -1,4 +1,8 @@
-"""Making rows current: seal each teacher's packs, bring the view in line with them, write the index last."""
+"""Making rows current: seal each teacher's packs, bring the view in line with them, write the index.
+
+What the new index makes superfluous goes only once it stands: whenever a machine stops, the index on disk finds its
+rows.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from kd_cache.accuracy import measure
 from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
 from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, PackSet
-from kd_cache.store.index import Index, origin_entry, write_index
+from kd_cache.store.index import Index, IndexChangedError, State, origin_entry, write_index
 from kd_cache.store.keys import keys_of, sorted_order
 from kd_cache.store.pack import Origin, Pack, open_pack
-from kd_cache.store.seal import Sealed, seal
+from kd_cache.store.permitted import Permitted
+from kd_cache.store.seal import Sealed, remove_files, seal
+from kd_cache.store.union import Union
 from kd_cache.store.view import differing, stored_names, view_name, write_rows
 from kd_cache.watch import Watcher
 
@@ -30,12 +37,14 @@ _EARLIER = 20
 class Promise:
     """The rows a cache is to hold: permitted files (manifest order) and the digest of each one's current features.
 
-    ``known[i]`` is False where the feature could not be read: such a file keeps no row.
+    ``known[i]`` is False where the feature could not be read: such a file keeps no row. ``permitted`` are all files,
+    with or without a row, and their labels.
     """
 
     files: Sequence[str]
     inputs: np.ndarray
     known: np.ndarray
+    permitted: Permitted
 
     @cached_property
     def sorted_rows(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -72,6 +81,7 @@ def publish(
     asked: Collection[str],
     missing: Collection[str],
     replaced: Sequence[Path] = (),
+    state: State,
     watcher: Watcher,
 ) -> Published:
     """Seal, rebuild the view, write the index.
@@ -85,31 +95,97 @@ def publish(
         files: whether the cache has a view.
         asked: the teachers just scored: each must hold every row of the promise, but for the ``missing`` files.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
+        state: of the index as ``earlier`` was read, so that nobody else's index is overwritten.
 
     Raises:
+        IndexChangedError: the index is another by now.
         MissingLogitsError: rows that were scored or fresh a moment ago are gone (another dump with another manifest,
             damage); the index stays as it was.
         StoreError: the cache cannot be written.
     """
     done = Published()
     sealed: dict[str, Pack | None] = {}
+    superfluous = set(replaced)
     for name, origin in origins.items():
         expected = set(missing) if name in asked else None
-        sealed[name] = _seal_teacher(folder, origin, promise, replaced, expected, done, watcher)
-    for path in replaced:
-        if path.name not in done.packs.values():
-            with store_errors(path, "remove"):
-                path.unlink(missing_ok=True)
+        sealed[name], merged = _seal_teacher(folder, origin, promise, replaced, expected, done, watcher)
+        superfluous.update(merged)
     held = [set() if pack is None else set(pack.files) for pack in sealed.values()]
     done.num_samples = len(set.intersection(*held)) if held else 0
     maps = _bring_view_in_line(folder, shown_path, sealed, promise.files, files, done, watcher)
-    teachers = {
-        name: {**origin_entry(origin), **entries.get(name, {}), "rows": done.rows[name], "pack": done.packs.get(name),
-               "earlier": _earlier_parts(earlier, origin)}
-        for name, origin in origins.items()
-    }  # fmt: skip
-    write_index(folder.index_path, done.num_samples, maps, {**record, "files": files, "teachers": teachers})
+    record = {
+        **record,
+        "files": files,
+        "permitted": {"file": promise.permitted.write(folder.path), "count": len(promise.permitted)},
+        "teachers": {
+            name: _entry(origin, entries.get(name, {}), sealed[name], earlier, promise.permitted)
+            for name, origin in origins.items()
+        },
+    }
+    write_index(folder.index_path, done.num_samples, maps, record, state=state)
+    current = set(done.packs.values())
+    remove_files(folder.packs_path, sorted(path for path in superfluous if path.name not in current))
     return done
+
+
+def make_view(folder: CacheFolder, shown_path: str, watcher: Watcher) -> Published:
+    """Write the view of a finished cache from the packs that its index names, and name it in the index.
+
+    What the index says besides stays as it is. A view that is there already is brought in line.
+
+    Raises:
+        MissingLogitsError: there is no index, or a pack that it names is gone.
+        CorruptError: a damaged index or pack; nothing is written then.
+        StoreError: the cache cannot be written, or another process wrote the index meanwhile.
+    """
+    state = folder.index_state()
+    index = folder.index(maps=False)
+    if index is None:
+        raise MissingLogitsError(f"{shown(folder.path)} has no index: its dump did not finish", hint="Run it again.")
+    sealed = {name: _named_pack(folder, entry) for name, entry in index.record["teachers"].items()}
+    done = Published(num_samples=index.num_samples)
+    for name, pack in sealed.items():
+        done.rows[name] = 0 if pack is None else len(pack)
+    files = {file for pack in sealed.values() if pack is not None for file in pack.files}
+    ordered = sorted(files, key=lambda file: keys_of([file]).tobytes())  # nothing here knows the manifest's order
+    maps = _bring_view_in_line(folder, shown_path, sealed, ordered, True, done, watcher)
+    kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
+    try:
+        write_index(folder.index_path, index.num_samples, maps, {**kept, "files": True}, state=state)
+    except IndexChangedError as error:
+        raise StoreError(
+            f"the index {shown(folder.index_path)} changed while the view was written",
+            hint="Run the same command again.",
+        ) from error
+    return done
+
+
+def _named_pack(folder: CacheFolder, entry: Mapping[str, Any]) -> Pack | None:
+    """The pack that an index entry names, checked."""
+    if entry["pack"] is None:
+        return None
+    try:
+        return open_pack(folder.packs_path / entry["pack"])
+    except FileNotFoundError as error:
+        raise MissingLogitsError(
+            f"{shown(folder.path)} lacks the pack {shown(entry['pack'])} that its index names",
+            hint="Restore it, or run kd-cache dump again.",
+        ) from error
+
+
+def _entry(
+    origin: Origin, further: Mapping[str, Any], pack: Pack | None, earlier: Index | None, permitted: Permitted
+) -> dict[str, Any]:
+    """A teacher's entry in the index."""
+    accuracy = measure(None if pack is None else Union([pack]), permitted)
+    return {
+        **origin_entry(origin),
+        **further,
+        "rows": 0 if pack is None else len(pack),
+        "pack": None if pack is None else pack.path.name,
+        "accuracy": accuracy.as_json(),
+        "earlier": _earlier_parts(earlier, origin),
+    }
 
 
 def _seal_teacher(
@@ -120,8 +196,11 @@ def _seal_teacher(
     missing: set[str] | None,
     done: Published,
     watcher: Watcher,
-) -> Pack | None:
-    """Seal one teacher's packs and open the result, again where another dump seals at the same time."""
+) -> tuple[Pack | None, list[Path]]:
+    """Seal one teacher's packs and open the result, again where another dump seals at the same time.
+
+    Returns the pack, and the packs that it stands for.
+    """
     name = origin.teacher
     keys, inputs, files = promise.sorted_rows
     for _ in range(100):
@@ -146,7 +225,7 @@ def _seal_teacher(
         done.rows[name] = 0 if pack is None else len(pack)
         if pack is not None:
             done.packs[name] = pack.path.name
-        return pack
+        return pack, result.merged
     raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
 

@@ -47,7 +47,9 @@ class Recheck:
     def __init__(self, teacher: Teacher, union: Union, places: Mapping[str, Place], device: torch.device) -> None:
         self._teacher, self._union, self._places, self._device = teacher, union, places, device
         self._name = union.origin.teacher
-        self._precision = union.origin.fingerprint.parts["precision"]
+        # Of rows that were adopted from elsewhere nobody knows the precision; fp32 is what most scripts compute in.
+        precision = union.origin.fingerprint.parts.get("precision")
+        self._precision = precision if precision in TOLERANCE else "fp32"
         self._kind = union.origin.value_kind
         self._noise: float | None = None
         self._arrays: dict[int, np.ndarray] = {}

@@ -15,6 +15,7 @@ from kd_cache.features import parse_header
 from kd_cache.manifest import sample_key
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import Pack
+from kd_cache.store.permitted import Permitted
 from kd_cache.store.union import Union
 from kd_cache.store.view import read_row_file, view_name
 
@@ -86,41 +87,61 @@ class TeacherRows:
 
 
 class PackRows(TeacherRows):
-    def __init__(self, packs: Sequence[Pack]) -> None:
+    """Rows of packs of one origin: of those the ``permitted``, of a sample scored from two inputs none."""
+
+    def __init__(self, packs: Sequence[Pack], permitted: Permitted | None = None) -> None:
         self._union = union = Union(packs)
         self.name = union.origin.teacher
         self.num_classes = union.origin.num_classes
         self.dtype = union.origin.stored
         self.signature = tuple(pack.path.name for pack in union.packs)
-        self._pack = union.packs[0] if len(union.packs) == 1 else None
+        self._kept = _kept(union, permitted)
+        self._pack = union.packs[0] if self._kept is None else None
         self.keys, self.finder = union.keys, union.finder
-        if self._pack is None:
-            self._kept = np.flatnonzero(~union.repeats & ~union.ambiguous)
+        if self._kept is not None:
             self.keys = union.keys[self._kept]
             self.finder = KeyFinder(self.keys)
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        return self._union.take(positions if self._pack is not None else self._kept[positions])
+        return self._union.take(self._positions(positions))
 
     def inputs(self, positions: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._union.inputs[positions if self._pack is not None else self._kept[positions]]
+        found: np.ndarray = self._union.inputs[self._positions(positions)]
         return found
 
     def all(self) -> np.ndarray:
-        return self._union.take(self._kept) if self._pack is None else self._pack.logits
+        if self._pack is not None and self._pack.unchecked is None:
+            return self._pack.logits
+        return self._union.take(self._positions(np.arange(len(self.keys))))
 
     def files(self, positions: np.ndarray) -> list[str]:
-        return self._union.files(positions if self._pack is not None else self._kept[positions])
+        return self._union.files(self._positions(positions))
+
+    def _positions(self, positions: np.ndarray) -> np.ndarray:
+        """Where these are in the union."""
+        found: np.ndarray = positions if self._kept is None else self._kept[positions]
+        return found
 
     def names(self, positions: np.ndarray) -> Names:
         if self._pack is None:
-            return Names.of(self._union.file_bytes(self._kept[positions]))
+            return Names.of(self._union.file_bytes(self._positions(positions)))
         starts, ends = (self._pack.file_offsets[part].astype(np.int64) for part in (positions, positions + 1))
         return Names(self._pack.files_blob, starts, ends - starts)
 
     def is_ambiguous(self, key: np.ndarray) -> bool:
         position = int(self._union.find(key)[0])
         return position >= 0 and bool(self._union.ambiguous[position])
+
+
+def _kept(union: Union, permitted: Permitted | None) -> np.ndarray | None:
+    """The positions of a union that are served; ``None`` where all of one pack are."""
+    allowed = permitted is None or permitted.has_keys(union.keys)
+    if allowed and len(union.packs) == 1:
+        return None
+    kept = ~union.repeats & ~union.ambiguous
+    if not allowed and permitted is not None:
+        kept &= KeyFinder(permitted.keys).find(union.keys) >= 0
+    return None if len(union.packs) == 1 and kept.all() else np.flatnonzero(kept)
 
 
 class OlderRows(TeacherRows):

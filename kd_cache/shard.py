@@ -30,6 +30,10 @@ class Shard:
         self._rows.setdefault(teacher, []).append((keys_of([file]).tobytes(), digest, name, row))
 
     @property
+    def is_empty(self) -> bool:
+        return not self._rows
+
+    @property
     def due(self) -> bool:
         largest = max(map(len, self._rows.values()), default=0)
         late = time.monotonic() - self._since >= self._seconds

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_cache.errors import FeatureError, KDCacheError, shown, worst_exit_code
+from kd_cache.accuracy import alarm, changed_labels, labels_of, measure, stored_accuracy
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown, worst_exit_code
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.manifest import Manifest, sample_key
 from kd_cache.plan import load_plan, places_of
 from kd_cache.splits import Selection
-from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
+from kd_cache.store.permitted import Permitted
 from kd_cache.store.union import Union
 from kd_cache.store.view import differing, stored_names, view_name
 from kd_cache.teacher import Teacher, teacher_fingerprint
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 MISS, CORRUPT, STALE, LEAK, UNCHECKED = "miss", "corrupt", "stale", "leak", "unchecked"
+# What a problem is about; `kd-cache repair` scores rows, features and teachers again and rebuilds the rest from packs.
+ROW, TEACHER, PACK, VIEW, INDEX, FEATURE, LABEL = "row", "teacher", "pack", "view", "index", "feature", "label"
 _ALL_ROWS = "(all rows)"
 _SEVERITY = (LEAK, CORRUPT, STALE, MISS, UNCHECKED)
 EXIT_CODES = {MISS: 3, CORRUPT: 4, STALE: 5, LEAK: 6, UNCHECKED: 1}
@@ -40,13 +44,15 @@ EXIT_CODES = {MISS: 3, CORRUPT: 4, STALE: 5, LEAK: 6, UNCHECKED: 1}
 class Problem:
     """One thing that is wrong.
 
-    ``file`` is a manifest path or a path in the cache; ``teacher`` is empty where the whole cache is meant.
+    ``file`` is a manifest path or a path in the cache; ``teacher`` is empty where the whole cache is meant. ``about``
+    is ``row``, ``teacher`` (all its rows), ``pack``, ``view``, ``index``, ``feature`` or ``label``.
     """
 
     kind: str
     teacher: str
     file: str
     reason: str
+    about: str
 
 
 @dataclass(frozen=True)
@@ -141,16 +147,16 @@ def open_index(folder: CacheFolder) -> tuple[Index | None, list[Problem]]:
         index = folder.index()
     except KDCacheError as error:
         kind = {4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)
-        return None, [Problem(kind, "", shown(folder.index_path), shown(error.message))]
+        return None, [Problem(kind, "", shown(folder.index_path), shown(error.message), INDEX)]
     if index is not None:
         adaptation = str(index.record.get("adaptation", folder.path.name))
         if adaptation == folder.path.name:
             return index, []
         reason = f"this folder holds the cache of {adaptation}: it was copied or renamed"
-        return None, [Problem(STALE, "", shown(folder.index_path), shown(reason))]
+        return None, [Problem(STALE, "", shown(folder.index_path), shown(reason), INDEX)]
     exists = folder.packs_path.is_dir()
     reason = "the dump did not finish; run it again" if exists else "there is no cache here; run kd-cache dump"
-    return None, [Problem(MISS, "", shown(folder.index_path), reason)]
+    return None, [Problem(MISS, "", shown(folder.index_path), reason, INDEX)]
 
 
 class _Audit:
@@ -176,12 +182,17 @@ class _Audit:
             return self.report
         packs = self.job.folder.packs()
         for path, error in packs.damaged.items():
-            self._problem(CORRUPT, "", str(path), error.message)
+            self._problem(CORRUPT, teacher_in_name(path), str(path), error.message, PACK)
+        permitted = self._permitted_then(index)
+        if permitted is not None:
+            self._compare_labels(index, packs, permitted)
         digests = self._feature_digests(index)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:
                 continue
             self._audit_teacher(index, packs, name, origin, digests)
+            if permitted is not None:
+                self._compare_accuracy(index, packs, permitted, name, origin)
         self._look_for_forbidden_rows(packs)
         self._look_for_forbidden_entries(index)
         self._compare_manifest(index)
@@ -191,8 +202,43 @@ class _Audit:
             self._recompute(index, packs)
         return self.report
 
-    def _problem(self, kind: str, teacher: str, file: str, reason: str) -> None:
-        self.report.problems.append(Problem(kind, teacher, shown(file), shown(reason)))
+    def _problem(self, kind: str, teacher: str, file: str, reason: str, about: str = ROW) -> None:
+        self.report.problems.append(Problem(kind, teacher, shown(file), shown(reason), about))
+
+    # -- what the rows are worth --------------------------------------------------------------------------------------
+
+    def _permitted_then(self, index: Index) -> Permitted | None:
+        """The permitted samples and labels of the dump."""
+        try:
+            return self.job.folder.permitted(index)
+        except FileNotFoundError:
+            path = self.job.folder.path / index.record["permitted"]["file"]
+            self._problem(CORRUPT, "", str(path), "the index names it, but it is not there; run kd-cache seal", INDEX)
+        except CorruptError as error:
+            path = self.job.folder.path / index.record["permitted"]["file"]
+            self._problem(CORRUPT, "", str(path), error.message, INDEX)
+        return None
+
+    def _compare_labels(self, index: Index, packs: PackSet, then: Permitted) -> None:
+        """Labels are no part of a row, but an accuracy measured with others says nothing any more."""
+        now = Permitted.of(*labels_of(self.job.selection))
+        changed = changed_labels(then, now)
+        if not changed:
+            return
+        moved = []
+        for name, origin in index.origins.items():
+            before = stored_accuracy(index.record["teachers"][name])
+            if before is not None:
+                moved.append(f"{name} {before.share} → {measure(packs.union(origin), now).share}")
+        file_of = {key.tobytes(): file for key, file in zip(keys_of(self.all_files), self.all_files, strict=True)}
+        for key, old, new in changed:
+            reason = f"its scene label was {old} at the dump and is {new} now (accuracy: {', '.join(moved)})"
+            self._problem(STALE, "", file_of[key], f"{reason}; run kd-cache repair", LABEL)
+
+    def _compare_accuracy(self, index: Index, packs: PackSet, then: Permitted, name: str, origin: Origin) -> None:
+        wrong = alarm(packs.union(origin), then, index.record["teachers"][name])
+        if wrong is not None:
+            self._problem(CORRUPT, name, _ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
 
     # -- features -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +250,7 @@ class _Audit:
         for file in self.files:
             feature = self.job.source.try_read(file)
             if isinstance(feature, FeatureError) and file not in known_missing:
-                self._problem(UNCHECKED, "", file, f"its freshness cannot be checked: {feature.message}")
+                self._problem(UNCHECKED, "", file, f"its freshness cannot be checked: {feature.message}", FEATURE)
             digests.append(feature.digest if isinstance(feature, Feature) else None)
             self.watcher.advance(1)
         return digests
@@ -215,7 +261,13 @@ class _Audit:
         self, index: Index, packs: PackSet, name: str, origin: Origin, digests: Sequence[bytes | None]
     ) -> None:
         result = self.report.teachers[name] = TeacherResult(checked=len(self.files))
-        fresh_teacher = self._check_fingerprint(name, origin, result)
+        entry = index.record["teachers"][name]
+        if "adopted" in entry:
+            reason = "they were adopted from elsewhere and never verified; run kd-cache repair --recompute"
+            self._problem(UNCHECKED, name, _ALL_ROWS, reason, TEACHER)
+            fresh_teacher = False
+        else:
+            fresh_teacher = self._check_fingerprint(name, origin, result)
         fresh = 0
         union = packs.union(origin)
         result.rows = 0 if union is None else int((~union.repeats).sum())
@@ -237,7 +289,7 @@ class _Audit:
                 self._problem(STALE, name, file, stale)
             elif fresh_teacher and digests[number] is not None:
                 fresh += 1
-        result.fresh = fresh if name in self.job.teachers else None
+        result.fresh = fresh if name in self.job.teachers and "adopted" not in entry else None
         if index.record["files"] and union is not None:
             result.view = self._audit_view(index, name, union, found)
 
@@ -247,7 +299,7 @@ class _Audit:
         if teacher is None:
             reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
             if is_problem:
-                self._problem(UNCHECKED, name, _ALL_ROWS, f"its fingerprint cannot be checked: {reason}")
+                self._problem(UNCHECKED, name, _ALL_ROWS, f"its fingerprint cannot be checked: {reason}", TEACHER)
             else:
                 self.report.notes.append(f"{name}: its fingerprint was not checked: {reason}")
             return False
@@ -260,7 +312,7 @@ class _Audit:
             return True
         self.changed.add(name)
         reason = f"the teacher changed since the dump ({origin.fingerprint.difference(now)}); run kd-cache dump"
-        self._problem(STALE, name, _ALL_ROWS, reason)
+        self._problem(STALE, name, _ALL_ROWS, reason, TEACHER)
         return False
 
     def _wrong_positions(self, union: Union | None, found: np.ndarray) -> set[int]:
@@ -291,16 +343,15 @@ class _Audit:
             file = self.files[number]
             expected = f"{name}/{view_name(self.keys[number].tobytes())}"
             if not paths.get(file, "").endswith(expected):
-                self._problem(MISS, name, file, "the index does not name its .npy file; run kd-cache dump")
+                self._problem(MISS, name, file, "the index does not name its .npy file; run kd-cache seal", VIEW)
                 bad.add(number)
         rows = union.take(found[present])
         for position, is_missing in differing(directory, self.keys[present], rows):
             number = int(present[position])
             path = f"{name}/{view_name(self.keys[number].tobytes())}"
             what = "is missing" if is_missing else "differs from the pack"
-            self._problem(
-                MISS if is_missing else CORRUPT, name, self.files[number], f"{path} {what}; run kd-cache dump"
-            )
+            kind = MISS if is_missing else CORRUPT
+            self._problem(kind, name, self.files[number], f"{path} {what}; run kd-cache seal", VIEW)
             bad.add(number)
         return len(present) - len(bad)
 
@@ -312,7 +363,7 @@ class _Audit:
                 if key.tobytes() not in self.permitted:
                     file = pack.file_bytes(row).decode("utf-8", "replace")
                     reason = f"{pack.path.name} holds it, but the manifest does not permit it; run kd-cache dump"
-                    self._problem(LEAK, pack.origin.teacher, file, reason)
+                    self._problem(LEAK, pack.origin.teacher, file, reason, PACK)
                     if pack.origin.teacher in self.report.teachers:
                         self.report.teachers[pack.origin.teacher].forbidden += 1
 
@@ -326,7 +377,7 @@ class _Audit:
         for name in index.origins:
             for file in index.maps[name]:
                 if file not in permitted:
-                    self._problem(LEAK, name, file, "the index names it, but the manifest does not permit it")
+                    self._problem(LEAK, name, file, "the index names it, but the manifest does not permit it", INDEX)
 
     def _look_the_other_way(self, index: Index) -> None:
         """Disk → index: row files that nothing promises, in every folder that may hold some."""
@@ -338,7 +389,7 @@ class _Audit:
             for surplus in sorted(stored_names(directory) - promised):
                 kind = LEAK if surplus in forbidden else STALE
                 reason = "nothing promises this file; run kd-cache dump, or remove it"
-                self._problem(kind, name, f"{name}/{surplus}", reason)
+                self._problem(kind, name, f"{name}/{surplus}", reason, VIEW)
 
     # -- scoring again ------------------------------------------------------------------------------------------------
 

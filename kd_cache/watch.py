@@ -12,5 +12,8 @@ class Watcher:
     def advance(self, count: int) -> None:
         """So many more samples of the current stage are done."""
 
+    def saved(self) -> None:
+        """Everything that the current stage has advanced over is durable from now on."""
+
     def note(self, text: str) -> None:
         """Something a person should know: what was found, decided or healed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from kd_cache.errors import CheckpointError
 from teachers.builtin import City2Scene, LoadedTeacher
 from teachers.checkpoint import load_teacher, save_checkpoint
+from teachers.checkpoint_file import checkpoint_limit
 from teachers.cnn14 import CNN14
 from teachers.cp_resnet import CPResNet
 
@@ -20,6 +21,7 @@ __all__ = [
     "CPResNet",
     "City2Scene",
     "LoadedTeacher",
+    "checkpoint_limit",
     "city",
     "city2scene",
     "load_teacher",

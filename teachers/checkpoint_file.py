@@ -3,43 +3,81 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import pickle
-import pickletools
 import re
 import stat
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import IO, Any, Final
 
-import numpy as np
 import torch
 from safetensors.torch import load as tensors_of_safetensors
 
 from kd_cache.errors import CheckpointError, listed, shown
+from teachers.pickle_scan import PickleScan, unlisted
 
 RECORD_ENTRY: Final = "kd_cache"
 MOST_BYTES: Final = 4 << 30
-"""Larger files are refused unread: CNN14 has 0.32 GB of weights, 1 GB with its optimizer."""
-MOST_HEADER: Final = 100_000_000
-LEGACY_PICKLES: Final = 5  # magic number, protocol, machine, the object, the keys of its storages
+"""Larger files are refused unread: CNN14 has 0.32 GB of weights, 1 GB with its optimizer. See `checkpoint_limit`."""
+MOST_HEADER: Final = 4 << 20
+"""A safetensors header takes some 100 bytes per tensor. (The format allows 100 MB, which may parse into gigabytes.)"""
 MOST_PICKLE: Final = 4 << 20
 """A state dict takes some 250 bytes of pickle per tensor; a longer one only keeps the reader busy."""
-WEIGHTS_GLOBAL: Final = re.compile(r"collections\.OrderedDict|torch\.\w+Storage|torch\._utils\._rebuild_\w+")
+LEGACY_PICKLES: Final = 5  # magic number, protocol, machine, the object, the keys of its storages
+WEIGHTS_GLOBAL: Final = re.compile(
+    r"collections\.(OrderedDict|Counter)|torch\.\w+Storage|torch\.(Size|device)|torch\.serialization\._get_layout"
+    r"|torch\.(b?float|u?int|complex|bool)\w*|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
+    r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state|sparse_tensor|meta_tensor_no_storage)"
+)
+"""What weights need, and what training scripts keep beside them. torch allows more, ``bytearray`` for example."""
 
 AGAIN: Final = "Copy the file again from where it was made, or write it again with teachers.save_checkpoint."
 
-_SCALAR: Final = np.float64(0).__reduce__()[0]
+_FORMATS: Final = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "b1": "?"}
+
+
+class _NumberKind:
+    """Stands for ``numpy.dtype`` in a pickle: a plain kind of number, or an error."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.format = "<" + _FORMATS[code]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            self.format = ">" + self.format[1:]
+
+
+def _number(kind: _NumberKind, content: bytes) -> float:
+    """Stands for ``numpy``'s ``scalar``, which would allocate and zero whatever size a dtype asks for."""
+    found: float = struct.unpack(kind.format, content)[0]
+    return found
+
+
 NUMBERS: Final[list[Any]] = [
-    np.dtype,
-    _SCALAR,
-    (_SCALAR, "numpy.core.multiarray.scalar"),  # where numpy before 2 kept it
-    *(np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType, np.dtypes.BoolDType),
+    (_NumberKind, "numpy.dtype"),
+    (_number, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),  # where numpy before 2 kept it
 ]
-"""Training scripts save ``val_acc`` as they got it from numpy: plain numbers of these kinds are let through."""
+"""Training scripts save ``val_acc`` as they got it from numpy: plain numbers are let through, as Python's."""
+
+_most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=MOST_BYTES)
+
+
+@contextlib.contextmanager
+def checkpoint_limit(most_bytes: int) -> Iterator[None]:
+    """Within it, checkpoints of up to so many bytes are read.
+
+    For whoever loads teachers through their factories: ``factory(ckpt)`` has no room for a limit.
+    """
+    token = _most_bytes.set(most_bytes)
+    try:
+        yield
+    finally:
+        _most_bytes.reset(token)
 
 
 def read_content(path: str | os.PathLike[str]) -> tuple[dict[Any, Any], int]:
@@ -81,10 +119,11 @@ def _parsed(file: IO[bytes], size: int) -> object:
     file.seek(0)
     if not head:
         raise CheckpointError("the file is empty", hint=AGAIN)
-    if size > MOST_BYTES:
+    if size > _most_bytes.get():
         raise CheckpointError(
-            f"the file has {size} bytes; teachers of up to {MOST_BYTES} are read",
-            hint="Save the weights alone, without optimizer state, with teachers.save_checkpoint.",
+            f"the file has {size} bytes; teachers of up to {_most_bytes.get()} are read",
+            hint="Save the weights alone, without optimizer state, with teachers.save_checkpoint; "
+            "--max-checkpoint-bytes permits more.",
         )
     # A safetensors file starts with the length of its header as 8 bytes, little-endian, then the JSON itself.
     if head[8:9] == b"{" and head[6:8] == b"\0\0":
@@ -124,73 +163,86 @@ def _from_safetensors(file: IO[bytes], size: int) -> dict[str, Any]:
     return {**tensors, RECORD_ENTRY: metadata[RECORD_ENTRY]} if RECORD_ENTRY in metadata else tensors
 
 
+class _Sparing:
+    """A file that gives at most `MOST_PICKLE` bytes at once: nothing else bounds the directory of a zip file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(MOST_PICKLE + 1 if size < 0 else min(size, MOST_PICKLE + 1))
+        if len(content) > MOST_PICKLE:
+            raise _too_large()
+        return content
+
+
+def _too_large() -> CheckpointError:
+    return CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
+
+
 def _from_zip(file: IO[bytes], size: int) -> object:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(_Sparing(file)) as archive:
         members = archive.infolist()
-    names = {member.filename.rpartition("/")[2] for member in members}
-    if "data.pkl" not in names or "constants.pkl" in names:
-        kind = "a TorchScript archive" if "constants.pkl" in names else "another zip file"
-        raise CheckpointError(f"expected a file of torch.save, found {kind}", hint=AGAIN)
-    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-    if packed or sum(member.file_size for member in members) > size:
-        raise CheckpointError(
-            "the zip members are compressed or overlap; torch.save writes neither, and they could"
-            f" unpack to any size\n{listed(packed)}".rstrip(),
-            hint=AGAIN,
-        )
-    pickles = [member for member in members if member.filename.endswith("data.pkl")]
-    if sum(member.file_size for member in pickles) > MOST_PICKLE:
-        raise CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
-    with zipfile.ZipFile(file) as archive:
-        called, _ = _globals_in(archive.read(pickles[0]))
+        names = {member.filename.rpartition("/")[2] for member in members}
+        if "data.pkl" not in names or "constants.pkl" in names:
+            kind = "a TorchScript archive" if "constants.pkl" in names else "another zip file"
+            raise CheckpointError(f"expected a file of torch.save, found {kind}", hint=AGAIN)
+        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(member.file_size for member in members) > size:
+            raise CheckpointError(
+                "the zip members are compressed or overlap; torch.save writes neither, and they could"
+                f" unpack to any size\n{listed(packed)}".rstrip(),
+                hint=AGAIN,
+            )
+        # torch's reader takes a name in any case for the same, and one of several as it likes.
+        pickles = [member for member in members if member.filename.lower().endswith("data.pkl")]
+        if len(pickles) > 1:
+            raise CheckpointError(f"expected one pickle, found {len(pickles)}", hint=AGAIN)
+        if pickles[0].file_size > MOST_PICKLE:
+            raise _too_large()
+        _refuse_harm(archive.read(pickles[0]), 1)
     file.seek(0)
-    return _weights_only(file, called)
+    return _weights_only(file)
 
 
 def _from_legacy_pickle(file: IO[bytes]) -> object:
     """Files of torch.save before 1.6, several pickles in a row, then the numbers; and any plain pickle."""
     start = file.read(MOST_PICKLE)
-    called, pickles = _globals_in(start)
-    if len(start) == MOST_PICKLE and pickles < LEGACY_PICKLES:
-        raise CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
+    _refuse_harm(start, LEGACY_PICKLES)
     file.seek(0)
-    return _weights_only(file, called)
+    return _weights_only(file)
 
 
-def _weights_only(file: IO[bytes], called: set[str]) -> object:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
-            # What torch warns of here, a newer protocol, it then refuses with an error where it matters.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:
-        foreign = sorted(name for name in called if not WEIGHTS_GLOBAL.fullmatch(name))
-        if not foreign:
-            raise
+def _refuse_harm(content: bytes, pickles: int) -> None:
+    """Refuse pickles that call more than weights need, or would take all the memory or all the time there is."""
+    scan = PickleScan(content, pickles)
+    foreign = unlisted(scan.calls, WEIGHTS_GLOBAL, [*(name for _, name in NUMBERS), *_trusted()])
+    if foreign:
         raise CheckpointError(
             f"this pickle calls more than weights need; it was refused and nothing ran:\n{listed(foreign)}",
             hint="Ask for a .safetensors file. If you trust this one, load it inside"
             " torch.serialization.safe_globals([...]) and save it again with teachers.save_checkpoint.",
-        ) from error
+        )
+    if scan.excess:
+        raise CheckpointError(f"the file's structure is larger than weights need: {scan.excess}", hint=AGAIN)
+    if scan.whole < pickles:
+        if len(content) >= MOST_PICKLE:
+            raise _too_large()
+        raise CheckpointError("the file is damaged or not a checkpoint: its pickle breaks off", hint=AGAIN)
 
 
-def _globals_in(pickled: bytes) -> tuple[set[str], int]:
-    """What the pickles at the start of ``pickled`` refer to, without running them; how many there are."""
-    names: set[str] = set()
-    pickles = 0
-    words: list[str] = []
-    stream = io.BytesIO(pickled)
-    with contextlib.suppress(Exception):  # the end of the pickles, or damage, which torch.load reports
-        while pickles < LEGACY_PICKLES:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in {"GLOBAL", "INST"}:
-                    names.add(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.add(".".join(words[-2:]))
-                elif isinstance(argument, str):
-                    words = [*words[-1:], argument]
-            pickles += 1
-    return names, pickles
+def _trusted() -> Iterator[str]:
+    """The names that the user allows, by ``torch.serialization.safe_globals``."""
+    for item in torch.serialization.get_safe_globals():
+        yield item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
+
+
+def _weights_only(file: IO[bytes]) -> object:
+    with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
+        # What torch warns of here, a newer protocol, it then refuses with an error where it matters.
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
 
 
 def _brief(error: BaseException) -> str:

@@ -334,9 +334,8 @@ def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: 
 
 
 def test_a_file_without_end_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MAX_BYTES", 5000)
     monkeypatch.setattr(features.os, "read", lambda _, count: bytes(count))
-    assert "grows while it is read" in refusal(FeatureSource(root), "x/good.npy")
+    assert "grows while it is read" in refusal(FeatureSource(root, max_bytes=5000), "x/good.npy")
 
 
 def test_short_reads_are_completed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

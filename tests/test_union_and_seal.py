@@ -21,7 +21,7 @@ from kd_cache.store import folder as folder_module
 from kd_cache.store.folder import CacheFolder, find_caches
 from kd_cache.store.keys import KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.store.pack import Origin, Pack, open_pack
-from kd_cache.store.seal import Sealed, seal
+from kd_cache.store.seal import Sealed, remove_files, seal
 from kd_cache.store.union import Union
 
 SCENE = origin()
@@ -35,7 +35,14 @@ def packs(tmp_path: Path) -> Path:
 
 
 def seal_all(directory: Path, rows: Rows, paths: list[Path]) -> Sealed:
-    return seal(directory, [open_pack(path) for path in paths], rows.keys, rows.inputs)
+    """Seal, and remove what the result stands for."""
+    return seal_and_remove(directory, [open_pack(path) for path in paths], rows)
+
+
+def seal_and_remove(directory: Path, opened: list[Pack], rows: Rows) -> Sealed:
+    sealed = seal(directory, opened, rows.keys, rows.inputs)
+    remove_files(directory, sealed.merged)
+    return sealed
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -246,7 +253,7 @@ def test_a_seal_removes_exactly_what_it_merged(packs: Path) -> None:
     ]
     (packs / ".tmp-1-someone-else.h5").write_bytes(b"half a pack")
     kept = snapshot(packs)
-    sealed = seal(packs, opened, rows.keys, rows.inputs)
+    sealed = seal_and_remove(packs, opened, rows)
     assert sealed.path is not None
     gone = {path.name for path in merged}
     assert set(snapshot(packs)) == kept.keys() - gone | {sealed.path.name}
@@ -300,8 +307,8 @@ def test_two_seals_at_once_leave_the_same_union(packs: Path) -> None:
     first = [open_pack(path) for path in early]
     late = rows.part(range(8, 12)).write(packs, SCENE)
     second = [open_pack(path) for path in [*early, late]]
-    seal(packs, first, rows.keys[:8], rows.inputs[:8])
-    sealed = seal(packs, second, rows.keys, rows.inputs)  # two of its packs are gone by now
+    seal_and_remove(packs, first, rows.part(range(8)))
+    sealed = seal_and_remove(packs, second, rows)  # two of its packs are gone by now
     union = CacheFolder(packs.parent).packs().union(SCENE)
     assert union is not None
     assert union.take(union.match(rows.keys, rows.inputs)).tobytes() == rows.logits.tobytes()
@@ -319,7 +326,7 @@ def test_a_pack_that_is_sealed_away_while_looking_is_looked_for_anew(
     genuine = open_pack
     opened: list[Path] = []
 
-    def sealed_meanwhile(path: Path) -> Pack:
+    def sealed_meanwhile(path: Path, check: str) -> Pack:
         if len(opened) == 1:
             seal_all(packs, rows, paths)
         opened.append(path)

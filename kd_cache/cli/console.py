@@ -95,13 +95,14 @@ class Screen(Watcher):
             MofNCompleteColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[saved]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.stderr,
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task(name, total=total, rate="")
+        self._task = self._progress.add_task(name, total=total, rate="", saved="")
 
     def advance(self, count: int) -> None:
         self._done += count
@@ -113,6 +114,12 @@ class Screen(Watcher):
             self._logged = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
             self.remark(f"{self._name}: {self._done:,}/{self._total:,} · {rate:,.0f} samples/s · ETA {left:,.0f} s")
+
+    def saved(self) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, saved=f"saved {self._done:,}")
+        else:
+            self.remark(f"saved: {self._done:,}/{self._total:,} samples")
 
     def note(self, text: str) -> None:
         self.remark(f"note: {text}")

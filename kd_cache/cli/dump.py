@@ -18,23 +18,15 @@ kd-cache dump --target s1 --json-path dataset.json --data-root features --dtype 
 
 kd-cache dump --target b --teacher big=my_teachers:big,ckpt=big.pt --only big
 
+kd-cache dump --target b --shard 0/4
+
 kd-cache dump --target b --dry-run --json"""
 
 
 @reporting_errors
 def dump_command(
     ctx: typer.Context,
-    target: Annotated[
-        opt.Target,
-        typer.Option(
-            "--target",
-            "--target-name",
-            help="Target device; the cache holds train samples of A and of it.",
-            envvar="KD_CACHE_TARGET",
-            show_envvar=False,
-            rich_help_panel=opt.DATA,
-        ),
-    ],
+    target: opt.RequiredTargetOption,
     json_path: opt.JsonPathOption = None,
     data_root: opt.DataRootOption = None,
     num_scenes: opt.NumScenesOption = 10,
@@ -129,17 +121,7 @@ def dump_command(
             rich_help_panel=opt.RUN,
         ),
     ] = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers",
-            min=0,
-            help="Threads that read features ahead.",
-            envvar="KD_CACHE_WORKERS",
-            show_envvar=False,
-            rich_help_panel=opt.RUN,
-        ),
-    ] = 2,
+    workers: opt.WorkersOption = 2,
     seed: Annotated[
         int,
         typer.Option(
@@ -174,6 +156,18 @@ def dump_command(
             rich_help_panel=opt.RUN,
         ),
     ] = 5.0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="i/n",
+            help="Score part i of n (from 0/n) and leave the rest to others; kd-cache seal makes all parts current.  "
+            "[default: RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything]",
+            envvar="KD_CACHE_SHARD",
+            show_envvar=False,
+            rich_help_panel=opt.RUN,
+        ),
+    ] = None,
     config: opt.ConfigOption = None,
     dry_run: Annotated[
         bool,

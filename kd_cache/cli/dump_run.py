@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,11 +18,14 @@ from kd_cache.cli import options as opt
 from kd_cache.cli.config import given, resolved_settings, source_name
 from kd_cache.cli.console import Screen, size, table
 from kd_cache.cli.inputs import Inputs, data_paths, load_inputs
+from kd_cache.cli.parts import part_of
 from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.teachers import BUILT_IN, load_teachers, teacher_specs
 from kd_cache.errors import UsageError, shown, worst_exit_code
 from kd_cache.store.folder import refuse_file_as_root
 from kd_cache.teacher import Teacher, TeacherSpec
+
+Part = tuple[int, int] | None
 
 if TYPE_CHECKING:
     from kd_cache.dump import DumpJob, DumpReport
@@ -57,6 +61,7 @@ class DumpOptions:
     seed: int
     shard_size: int
     shard_seconds: float
+    shard: str | None
     config: Path | None
     dry_run: bool
     as_json: bool
@@ -66,6 +71,7 @@ class DumpOptions:
 
 def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
     """Guard, load, score, verify, report. Exits with the command's status if that is not 0."""
+    part, said = part_of(options.shard)
     with Screen(quiet=options.quiet, as_json=options.as_json) as screen:
         inputs = load_inputs(
             options.target,
@@ -77,32 +83,39 @@ def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
             allow_outside=options.allow_outside,
         )
         _announce(screen, inputs)
+        if part is not None:
+            screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
         refuse_file_as_root(options.cache_root)
-        code = _dry_run(ctx, options, inputs, screen) if options.dry_run else _dump(ctx, options, inputs, screen)
+        code = (
+            _dry_run(ctx, options, inputs, part, screen)
+            if options.dry_run
+            else _dump(ctx, options, inputs, part, screen)
+        )
     if code:
         raise typer.Exit(code)
 
 
-def _dry_run(ctx: typer.Context, options: DumpOptions, inputs: Inputs, screen: Screen) -> int:
+def _dry_run(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part, screen: Screen) -> int:
     from kd_cache.dump import plan_dump
 
-    report = plan_dump(_job(ctx, options, inputs))
+    report = plan_dump(_job(ctx, options, inputs, part))
     screen.result(_plan_table(report), _plan_line(report))
     screen.result_json({"dry_run": True, **_as_json(report)})
     return 3 if report.missing else 0
 
 
-def _dump(ctx: typer.Context, options: DumpOptions, inputs: Inputs, screen: Screen) -> int:
+def _dump(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part, screen: Screen) -> int:
     from kd_cache.dump import dump_logits
 
-    job = _job(ctx, options, inputs)
+    job = _job(ctx, options, inputs, part)
     report = dump_logits(job, screen)
-    verified = _verify(job, options.num_verify, screen)
+    # A part has no index yet; what it wrote was read back before it was put in place.
+    verified = None if part is not None else _verify(job, options.num_verify, screen)
     _print_report(screen, job, report, verified)
     return worst_exit_code([3 if report.missing else 0, 0 if verified is None else verified.exit_code])
 
 
-def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs) -> DumpJob:
+def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
     specs = teacher_specs(
         options.target,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
@@ -133,6 +146,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs) -> DumpJob:
         seed=options.seed,
         shard_size=options.shard_size,
         shard_seconds=options.shard_seconds,
+        part=part,
         notes={spec.name: {"source": _described(spec, teachers[spec.name])} for spec in specs},
         record=_record(ctx, options),
     )
@@ -181,7 +195,8 @@ def _record(ctx: typer.Context, options: DumpOptions) -> dict[str, Any]:
     """What the index keeps of the run. `kd-cache verify` takes its paths from here, so they are absolute."""
     json_path, data_root = data_paths(options.json_path, options.data_root)
     # A user's own factory is code; what a cache says must never be run, so it is not even written down.
-    settings = resolved_settings(ctx, without=["teacher"])
+    # Nor is the part: what all parts make together is what one process makes.
+    settings = resolved_settings(ctx, without=["teacher", "shard"])
     settings["paths"] = {
         "json_path": str(json_path.absolute()),
         "data_root": str(data_root.absolute()),
@@ -227,13 +242,15 @@ def _summary_table(report: DumpReport) -> Any:
         rescored = f"{result.rescored.total():,}" + (f" ({reasons})" if reasons else "")
         rows.append([name, f"{result.scored:,}", f"{result.skipped:,}", rescored, f"{result.dropped:,}"])
     columns = ["Teacher", "Scored", "Skipped (fresh)", "Rescored (stale)", "Dropped"]
-    return table(f"{shown(report.cache)}: {report.permitted:,} permitted samples", columns, rows)
+    part = "" if report.part_size == report.permitted else f", {report.part_size:,} of them in this part"
+    return table(f"{shown(report.cache)}: {report.permitted:,} permitted samples{part}", columns, rows)
 
 
 def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     lines = []
     if report.samples_scored == 0 and not report.missing:
-        lines.append("Nothing to score: every permitted sample is cached and fresh.")
+        what = "permitted sample" if job.part is None else "sample of this part"
+        lines.append(f"Nothing to score: every {what} is cached and fresh.")
     elif report.samples_scored:
         lines.append(
             f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {report.rate:,.0f} samples/s "
@@ -245,6 +262,8 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed"
             f"; {done.num_samples:,} samples complete"
         )
+    if job.part is not None:
+        lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():
         if result.cost is not None and result.cost.rows:
             cost = result.cost.as_json()
@@ -256,6 +275,11 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             break
         lines.append(f"missing: {shown(file)}: {shown(reason)}")
     return lines
+
+
+def _seal_command(job: DumpJob) -> str:
+    root = "" if str(job.cache_root) == "cache" else f" --cache-root {shlex.quote(str(job.cache_root))}"
+    return f"kd-cache seal --target {job.selection.target}{root}"
 
 
 def _plan_table(report: DumpReport) -> Any:
@@ -275,6 +299,7 @@ def _as_json(report: DumpReport) -> dict[str, Any]:
     content: dict[str, Any] = {
         "cache": str(report.cache),
         "permitted": report.permitted,
+        "part_size": report.part_size,
         "per_device": report.per_device,
         "teachers": {name: result.as_json() for name, result in report.teachers.items()},
         "samples_scored": report.samples_scored,

@@ -16,6 +16,17 @@ BadSample = Literal["stop", "skip"]
 
 DATA, TEACHERS, CACHE, RUN, OUTPUT = "Data", "Teachers", "Cache", "Run", "Output"
 
+RequiredTargetOption = Annotated[
+    Target,
+    typer.Option(
+        "--target",
+        "--target-name",
+        help="Target device; the cache holds train samples of A and of it.",
+        envvar="KD_CACHE_TARGET",
+        show_envvar=False,
+        rich_help_panel=DATA,
+    ),
+]
 JsonPathOption = Annotated[
     Path | None,
     typer.Option(
@@ -139,6 +150,17 @@ DeviceOption = Annotated[
         metavar="auto|cpu|cuda[:i]",
         help="Where the teachers run.",
         envvar="KD_CACHE_DEVICE",
+        show_envvar=False,
+        rich_help_panel=RUN,
+    ),
+]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Threads that read features ahead.",
+        envvar="KD_CACHE_WORKERS",
         show_envvar=False,
         rich_help_panel=RUN,
     ),

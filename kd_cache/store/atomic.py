@@ -7,7 +7,7 @@ import io
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,19 +34,26 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
     try:
         yield temporary
-    finally:
-        with suppress(FileNotFoundError):
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what the user must read, not that the disk is gone for good
             temporary.unlink()
+        raise
+    temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write ``content``, whole or in pieces, durably: after this returns, ``path`` holds it even if the power fails."""
+def write_atomic(path: Path, content: bytes | Iterable[bytes], before: Callable[[], None] | None = None) -> None:
+    """Write ``content``, whole or in pieces, durably: after this returns, ``path`` holds it even if the power fails.
+
+    ``before`` is called when all is written, just before it is put in place; what it raises keeps the old file.
+    """
     pieces = (content,) if isinstance(content, bytes) else content
     with store_errors(path, "write"), temporary_beside(path) as temporary:
         with temporary.open("xb") as file:
             file.writelines(pieces)  # buffered, so that it writes everything or raises
             file.flush()
             os.fsync(file.fileno())
+        if before is not None:
+            before()
         temporary.replace(path)
         sync_directory(path.parent)
 

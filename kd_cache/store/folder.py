@@ -10,8 +10,9 @@ from pathlib import Path
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.store.atomic import TEMPORARY, store_errors
-from kd_cache.store.index import INDEX_NAME, Index, read_index
+from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
 from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.permitted import Permitted, read_permitted
 from kd_cache.store.union import Union
 
 
@@ -50,14 +51,30 @@ class CacheFolder:
     def plan_path(self) -> Path:
         return self.path / "plan.json"
 
+    @property
+    def pending_path(self) -> Path:
+        """Where dumps that no index tells of yet say what they are making."""
+        return self.path / "pending"
+
     def view_path(self, teacher: str) -> Path:
         return self.path / teacher
 
     def view_folders(self) -> list[Path]:
-        """Every folder that may hold row files, whatever the index says: all but the packs'."""
+        """Every folder that may hold row files, whatever the index says: all but our own."""
+        ours = (self.packs_path.name, self.pending_path.name)
         with store_errors(self.path, "list"):
-            entries = [entry for entry in os.scandir(self.path) if entry.is_dir() and entry.name != "packs"]
+            entries = [entry for entry in os.scandir(self.path) if entry.is_dir() and entry.name not in ours]
         return sorted(self.path / entry.name for entry in entries)
+
+    def permitted(self, index: Index) -> Permitted | None:
+        """The permitted samples that the index names; ``None`` where it names none (kd-cache 0.1 wrote none).
+
+        Raises:
+            FileNotFoundError: it is gone: another index may have been written meanwhile.
+            CorruptError, StoreError: as `read_permitted`.
+        """
+        entry = index.record.get("permitted")
+        return None if entry is None else read_permitted(self.path / entry["file"])
 
     def index(self, *, maps: bool = True) -> Index | None:
         """The checked index, ``None`` if the cache has none (its dump did not finish). Raises as `read_index`."""
@@ -66,8 +83,8 @@ class CacheFolder:
         except FileNotFoundError:
             return None
 
-    def packs(self, teachers: Collection[str] | None = None) -> PackSet:
-        """Open every pack (of these teachers).
+    def packs(self, teachers: Collection[str] | None = None, check: str = "full") -> PackSet:
+        """Open every pack (of these teachers); ``check`` is that of `open_pack`.
 
         Packs may be added and sealed away meanwhile. The look is only over when the folder lists, at its end, what was
         opened: a row that a seal carries from one pack to another is seen in one of them.
@@ -79,9 +96,14 @@ class CacheFolder:
                 good = [pack for path in paths if isinstance(pack := opened[path], Pack)]
                 damaged = {path: error for path in paths if isinstance(error := opened[path], CorruptError)}
                 return PackSet(good, damaged)
-            found = {path: opened[path] if path in opened else _opened(path) for path in paths}
+            found = {path: opened[path] if path in opened else _opened(path, check) for path in paths}
             opened = {path: pack for path, pack in found.items() if pack is not None}
         raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")
+
+    def index_state(self) -> State:
+        """What tells this version of the index from others; for `write_index`."""
+        with store_errors(self.index_path, "look at"):
+            return index_state(self.index_path)
 
     def pack_paths(self) -> list[Path]:
         with store_errors(self.packs_path, "list"):
@@ -93,12 +115,12 @@ class CacheFolder:
         return [self.packs_path / name for name in names]
 
 
-def _opened(path: Path) -> Pack | CorruptError | None:
+def _opened(path: Path, check: str) -> Pack | CorruptError | None:
     """The pack, what is wrong with it, or ``None`` if it is gone."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return CorruptError(f"the pack {shown(path)} is damaged: it is not a regular file", hint="Remove it.")
-        return open_pack(path)
+        return open_pack(path, check)
     except CorruptError as error:
         return error
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import xxhash
@@ -22,6 +23,7 @@ from kd_cache.errors import CorruptError, StaleError, StoreError, shown
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint
 from kd_cache.store.atomic import open_file, write_atomic
 from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
+from kd_cache.store.permitted import PERMITTED_NAME
 
 INDEX_NAME = "cache_index.json"
 _UNSET = "0" * 32
@@ -31,7 +33,7 @@ _END = b'\n "num_samples": '
 _LINES = 16_384
 _BLOCK = 1 << 22
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-RESERVED_NAMES = ("packs", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
+RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
 
 
 def is_teacher_name(name: str) -> bool:
@@ -94,9 +96,43 @@ def origin_entry(origin: Origin) -> dict[str, Any]:
     }
 
 
-def write_index(path: Path, num_samples: int, maps: Mapping[str, Mapping[str, str]], record: Mapping[str, Any]) -> None:
-    """Write the index durably; its digest covers every byte of the file."""
-    write_atomic(path, _pieces(num_samples, maps, {"format_version": FORMAT_VERSION, **record, "digest": _UNSET}))
+class IndexChangedError(Exception):
+    """Another process wrote the index meanwhile; not for users: whoever writes looks again."""
+
+
+State = tuple[int, int, int] | None
+
+
+def index_state(path: Path) -> State:
+    """What tells one version of an index from another: every write makes a new file. ``None`` if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def write_index(
+    path: Path,
+    num_samples: int,
+    maps: Mapping[str, Mapping[str, str]],
+    record: Mapping[str, Any],
+    *,
+    state: State | EllipsisType = ...,
+) -> None:
+    """Write the index durably; its digest covers every byte of the file.
+
+    Raises:
+        IndexChangedError: ``state`` was given (from `index_state`), and the index is another by now.
+        StoreError: it cannot be written.
+    """
+
+    def unchanged() -> None:
+        if state is not ... and index_state(path) != state:
+            raise IndexChangedError
+
+    pieces = _pieces(num_samples, maps, {"format_version": FORMAT_VERSION, **record, "digest": _UNSET})
+    write_atomic(path, pieces, unchanged)
 
 
 def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: Mapping[str, Any]) -> Iterator[bytes]:
@@ -160,7 +196,7 @@ def _read(path: Path, maps: bool) -> tuple[bytes, str]:
 def _end(file: io.FileIO, digest: Any) -> bytes:
     """The text from ``num_samples`` on as an object of its own; all bytes but the tail go through the digest."""
     size = os.fstat(file.fileno()).st_size
-    buffer = memoryview(bytearray(_BLOCK))
+    buffer = memoryview(bytearray(min(size, _BLOCK)))
     left = size - len(_UNSET_TAIL)
     while left > 0 and (count := file.readinto(buffer[: min(left, _BLOCK)])):
         digest.update(buffer[:count])
@@ -211,6 +247,9 @@ def _checked(path: Path, content: dict[str, Any], maps: bool) -> Index:
             if not (is_teacher_name(name) and known and own) or (maps and not isinstance(content.get(name), dict)):
                 raise ValueError(name)
         index.missing  # noqa: B018 (reading it checks it)
+        permitted = record.get("permitted")
+        if permitted is not None and not PERMITTED_NAME.match(permitted["file"]):
+            raise ValueError("permitted")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"an entry is missing or malformed ({shown(error)})") from error
     return index

@@ -24,7 +24,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,9 @@ MAX_ATTRIBUTE = 60_000
 MAPPED = 1 << 20
 """Packs of at least this size are memory-mapped. Smaller ones are read: each mapping holds a file descriptor, and an
 interrupted dump can leave thousands of small packs."""
+CHECKED_AT_ONCE = 512
+"""Rows whose checksums are compared together where a pack is checked as it is read."""
+CHECKS = ("full", "lazy", "off")
 STORED = {"fp32": "<f4", "fp16": "<f2"}
 VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid")
 # Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
@@ -88,6 +91,19 @@ class Pack:
     logits: np.ndarray  # [N, C]
     file_offsets: np.ndarray  # [N + 1] u8
     files_blob: np.ndarray  # [M] u1
+    unchecked: np.ndarray | None = None  # [blocks] bool: nobody has looked at these yet; None where all is checked
+
+    def touch(self, rows: np.ndarray) -> None:
+        """Check the blocks in which ``rows`` lie, each the first time. Raises `CorruptError`."""
+        if self.unchecked is None:
+            return
+        blocks = np.unique(rows // CHECKED_AT_ONCE)
+        for block in blocks[self.unchecked[blocks]].tolist():
+            start = block * CHECKED_AT_ONCE
+            wrong = self.wrong_rows(np.arange(start, min(start + CHECKED_AT_ONCE, len(self))))
+            if wrong:
+                raise _damaged(self.path, f"row {wrong[0]} does not match its checksum")
+            self.unchecked[block] = False
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -233,8 +249,12 @@ def _seal_user_block(file: io.FileIO) -> bytes:
     return digest.digest()
 
 
-def open_pack(path: Path) -> Pack:
-    """Open and check a pack: user block, digest of every byte, structure.
+def open_pack(path: Path, check: str = "full") -> Pack:
+    """Open a pack and check its structure.
+
+    Args:
+        check: ``full`` compares the digest of every byte at once; ``lazy`` leaves that, and `Pack.touch` compares the
+            checksums of rows when they are first read; ``off`` compares none.
 
     Raises:
         CorruptError: naming the file and what is wrong with it.
@@ -242,17 +262,19 @@ def open_pack(path: Path) -> Pack:
         FileNotFoundError: it is not there (any more).
     """
     try:
-        return _open_checked(path, path.name)
+        return _open_checked(path, path.name, check)
     except (FileNotFoundError, KDCacheError):
         raise
     except OSError as error:
         raise StoreError(f"cannot read the pack {shown(path)}: {error.strerror or error}") from error
 
 
-def _open_checked(path: Path, name: str) -> Pack:
+def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     """`open_pack` for a file that will be called ``name``."""
     content = _content(path)
     digest = _check_user_block(path, content)
+    if check == "full" and xxhash.xxh3_128_digest(content[USER_BLOCK:].data) != digest:
+        raise _damaged(path, "its bytes do not match their digest")
     if name.removesuffix(".h5").rpartition("-")[2] != digest.hex():
         raise _damaged(path, f"its name does not carry its digest {digest.hex()}")
     try:
@@ -267,6 +289,8 @@ def _open_checked(path: Path, name: str) -> Pack:
     if name.removesuffix(".h5").rpartition("-")[0] != pack.origin.teacher:
         raise _damaged(path, f"its name does not carry its teacher {shown(pack.origin.teacher)}")
     _check_keys_and_offsets(pack)
+    if check == "lazy":
+        pack = replace(pack, unchecked=np.ones(-(-len(pack) // CHECKED_AT_ONCE), bool))
     return pack
 
 
@@ -291,6 +315,8 @@ def _check_user_block(path: Path, content: np.ndarray) -> bytes:
     if magic != MAGIC:
         raise _damaged(path, "it does not start as a pack does")
     if version > FORMAT_VERSION and not any(block[_PREAMBLE.size :]):
+        if _is_of_this_version(path, content, digest):
+            raise _damaged(path, "it has this kd-cache's format, but its first bytes name a newer one")
         raise StoreError(
             f"the pack {shown(path)} has format version {version}, this kd-cache reads up to {FORMAT_VERSION}",
             hint="Update kd-cache.",
@@ -299,9 +325,19 @@ def _check_user_block(path: Path, content: np.ndarray) -> bytes:
         raise _damaged(path, f"its first {USER_BLOCK} bytes are not as they were written")
     if length != len(content) - USER_BLOCK:
         raise _damaged(path, f"expected {length + USER_BLOCK} bytes, found {len(content)}")
-    if xxhash.xxh3_128_digest(content[USER_BLOCK:].data) != digest:
-        raise _damaged(path, "its bytes do not match their digest")
     return bytes(digest)
+
+
+def _is_of_this_version(path: Path, content: np.ndarray, digest: bytes) -> bool:
+    """Whether only the version in the user block is wrong: a flipped bit must not pass for a pack of the future."""
+    if xxhash.xxh3_128_digest(content[USER_BLOCK:].data) != digest:
+        return False
+    try:
+        with reading_hdf5(content) as file:
+            _read_attributes(path, file)
+    except Exception:  # noqa: BLE001 (a newer format may be anything)
+        return False
+    return True
 
 
 def _read_attributes(path: Path, file: Any) -> dict[str, str]:

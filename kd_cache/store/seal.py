@@ -1,8 +1,8 @@
-"""Sealing: many packs of one teacher and fingerprint become one, and exactly those merged are removed."""
+"""Sealing: many packs of one teacher and fingerprint become one; exactly those merged may be removed afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,20 @@ from kd_cache.store.union import Union
 
 @dataclass(frozen=True)
 class Sealed:
-    """What a seal did: wanted rows that no pack holds, how many stored rows it left out, and repeats that differ."""
+    """What a seal did: wanted rows that no pack holds, how many stored rows it left out, and repeats that differ.
+
+    ``merged`` are the packs that the result stands for. They are to be removed once the index says so.
+    """
 
     path: Path | None
     absent: np.ndarray  # [Q] bool, of the wanted keys
     left_out: int
     disagreements: list[str]
+    merged: list[Path]
 
 
 def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.ndarray) -> Sealed:
-    """Merge ``packs`` into one that holds exactly the wanted rows, then remove them.
+    """Merge ``packs`` into one that holds exactly the wanted rows. Nothing is removed.
 
     Args:
         directory: where packs live.
@@ -34,7 +38,7 @@ def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.nd
     Equal rows give equal bytes, whatever packs they came in; when one pack already holds just them, it stays as it is.
     """
     if not packs:
-        return Sealed(None, np.ones(len(keys), bool), 0, [])
+        return Sealed(None, np.ones(len(keys), bool), 0, [], [])
     union = Union(packs)
     positions = union.match(keys, inputs)
     absent = positions < 0
@@ -51,8 +55,8 @@ def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.nd
             union.file_bytes(positions),
             lambda part: union.take(positions[part]),
         )
-    _remove(directory, [pack.path for pack in union.packs if pack.path != path])
-    return Sealed(path, absent, left_out, disagreements)
+    merged = [pack.path for pack in union.packs if pack.path != path]
+    return Sealed(path, absent, left_out, disagreements, merged)
 
 
 def _single_pack(union: Union, positions: np.ndarray) -> Path | None:
@@ -62,7 +66,8 @@ def _single_pack(union: Union, positions: np.ndarray) -> Path | None:
     return packs[0].path if len(packs) == 1 and len(packs[0]) == len(positions) else None
 
 
-def _remove(directory: Path, paths: list[Path]) -> None:
+def remove_files(directory: Path, paths: Collection[Path]) -> None:
+    """Remove files of one folder, durably; some may be gone already."""
     for path in paths:
         with store_errors(path, "remove"):
             path.unlink(missing_ok=True)

@@ -86,14 +86,17 @@ class Union:
         return found
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        """``[Q, C]`` rows as stored."""
+        """``[Q, C]`` rows as stored. Raises `CorruptError` where a pack is checked as it is read."""
         if self._single:
+            self.packs[0].touch(positions)
             return self.packs[0].logits.take(positions, axis=0)
         out = np.empty((len(positions), self.origin.num_classes), self.origin.stored)
         numbers = self.pack_no[positions]
         for number in np.unique(numbers):
             mine = np.flatnonzero(numbers == number)
-            out[mine] = self.packs[number].logits[self.row_no[positions[mine]]]
+            rows = self.row_no[positions[mine]]
+            self.packs[number].touch(rows)
+            out[mine] = self.packs[number].logits[rows]
         return out
 
     def file_bytes(self, positions: np.ndarray) -> list[bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
-from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, write_all
+from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, temporary_beside, write_all
 
 
 @lru_cache(maxsize=16)
@@ -41,8 +41,7 @@ def write_rows(directory: Path, keys: np.ndarray, rows: np.ndarray) -> int:
     """
     make_directory(directory)
     written = 0
-    temporary = directory / f"{TEMPORARY}{os.getpid()}-{os.urandom(8).hex()}"
-    try:
+    with store_errors(directory, "write rows into"), temporary_beside(directory / "row.npy") as temporary:
         for key, row in zip(keys, rows, strict=True):
             content = row_file_bytes(row)
             path = directory / view_name(key.tobytes())
@@ -51,8 +50,6 @@ def write_rows(directory: Path, keys: np.ndarray, rows: np.ndarray) -> int:
                     write_all(file, content)
                 temporary.replace(path)
             written += len(content)
-    finally:
-        temporary.unlink(missing_ok=True)
     return written
 
 

@@ -1,0 +1,129 @@
+"""The semantic alarm: how often a teacher's cached row names the sample's own scene.
+
+Checksums say that a row is what was written under its key; they cannot say that it belongs there. The share of labelled
+source rows whose largest value is their scene label can: it was measured when the rows became current, over labels that
+travel with the cache, and logits joined to wrong rows move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd_cache.errors import CorruptError
+from kd_cache.manifest import SOURCE
+from kd_cache.splits import Selection
+from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.index import Index
+from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
+from kd_cache.store.pack import Origin
+from kd_cache.store.permitted import NO_LABEL, Permitted
+from kd_cache.store.union import Union
+
+_BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """``correct`` of ``rows`` labelled source rows have their scene as largest class."""
+
+    correct: int
+    rows: int
+
+    @property
+    def share(self) -> str:
+        return f"{100 * self.correct / self.rows:.2f} %" if self.rows else "unknown"
+
+    def __str__(self) -> str:
+        return f"{self.share} ({self.correct:,} of {self.rows:,})"
+
+    def as_json(self) -> dict[str, int]:
+        return {"correct": self.correct, "rows": self.rows}
+
+
+def labels_of(selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+    """Keys ``[N, 16]``, ascending, and scene labels ``[N]`` of source samples; -1 for the target's: the protocol."""
+    keys = keys_of(selection.files)
+    labels = [
+        sample.scene_label if sample.device_id == SOURCE and sample.scene_label is not None else NO_LABEL
+        for sample in selection.samples
+    ]
+    order = sorted_order(keys)
+    return keys[order], np.array(labels, np.int32)[order]
+
+
+def changed_labels(then: Permitted, now: Permitted) -> list[tuple[bytes, int, int]]:
+    """Key, label then and label now of each sample permitted both times whose label is another."""
+    at = KeyFinder(now.keys).find(then.keys)
+    both = np.flatnonzero(at >= 0)
+    old, new = then.labels[both], now.labels[at[both]]
+    return [
+        (then.keys[both[number]].tobytes(), int(old[number]), int(new[number]))
+        for number in np.flatnonzero(old != new).tolist()
+    ]
+
+
+def stored_accuracy(entry: Mapping[str, Any]) -> Accuracy | None:
+    """What a teacher's index entry says; ``None`` where it says nothing."""
+    kept = entry.get("accuracy")
+    return None if kept is None else Accuracy(int(kept["correct"]), int(kept["rows"]))
+
+
+def measure(union: Union | None, permitted: Permitted) -> Accuracy:
+    """Accuracy of the rows of a union over the permitted samples that have a label and a row."""
+    labelled = np.flatnonzero(permitted.labels >= 0)
+    if union is None or not len(labelled):
+        return Accuracy(0, 0)
+    labels = permitted.labels[labelled]
+    positions = union.find(permitted.keys[labelled])
+    labels, positions = labels[positions >= 0], positions[positions >= 0]
+    correct = 0
+    for at in range(0, len(labels), _BLOCK):
+        rows = union.take(positions[at : at + _BLOCK])
+        correct += int((rows.argmax(axis=1) == labels[at : at + _BLOCK]).sum())
+    return Accuracy(correct, len(labels))
+
+
+def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -> str | None:
+    """Why a teacher's rows cannot be those that were dumped; ``None`` where nothing speaks against them.
+
+    Compares only while the same rows are there: lost rows, and rows scored again from another feature, are told of
+    elsewhere.
+    """
+    before = stored_accuracy(entry)
+    if before is None or (union is not None and bool(union.ambiguous.any())):
+        return None
+    now = measure(union, permitted)
+    if now.rows != before.rows or now.correct == before.correct:
+        return None
+    return (
+        f"its accuracy on labelled source rows was {before} when it was dumped and is {now} now, with the same labels: "
+        "logits are joined to wrong rows"
+    )
+
+
+def refuse_wrong_joins(folder: CacheFolder, packs: PackSet, earlier: Index | None, kept: Mapping[str, Origin]) -> None:
+    """Look before rows are kept for good: one that is fresh under the wrong key would never be scored again.
+
+    Args:
+        earlier: the index, if there is one; it remembers how good the rows were.
+        kept: the teachers whose fresh rows are to be kept.
+
+    Raises:
+        CorruptError: a teacher's rows are not those that the index was written with.
+    """
+    permitted = None
+    if earlier is not None:
+        with suppress(FileNotFoundError, CorruptError):  # nothing to compare with; it is about to be written anew
+            permitted = folder.permitted(earlier)
+    if earlier is None or permitted is None:
+        return
+    for name, origin in earlier.origins.items():
+        if name in kept and kept[name].fingerprint.digest == origin.fingerprint.digest:
+            wrong = alarm(packs.union(origin), permitted, earlier.record["teachers"][name])
+            if wrong is not None:
+                raise CorruptError(f"{name}: {wrong}", hint="kd-cache repair scores them again.")

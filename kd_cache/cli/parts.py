@@ -1,0 +1,72 @@
+"""Which part of a dump this process does: ``--shard i/n``, or what a launcher or job array says in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from kd_cache.errors import UsageError, shown
+
+_TEXT = re.compile(r"([0-9]{1,9})/([0-9]{1,9})\Z")
+
+
+def part_of(text: str | None) -> tuple[tuple[int, int] | None, str]:
+    """``(i, n)`` with 0 ≤ i < n, and where that comes from; ``None`` where the work is not split.
+
+    Without ``--shard``: ``RANK`` of ``WORLD_SIZE`` (torchrun), or ``SLURM_ARRAY_TASK_ID`` of
+    ``SLURM_ARRAY_TASK_COUNT``, counted from ``SLURM_ARRAY_TASK_MIN`` in steps of ``SLURM_ARRAY_TASK_STEP``.
+    ``--shard 0/1`` splits nothing, whatever the environment says.
+
+    Raises:
+        UsageError: no such part, or two parts are named.
+    """
+    if text is not None:
+        match = _TEXT.match(text)
+        if match is None:
+            raise UsageError(f"--shard is {shown(text)}, expected i/n, for example 0/4 for the first of four")
+        return _part(int(match[1]), int(match[2]), f"--shard {text}"), "--shard"
+    found = {name: part for name, part in (("RANK", _rank()), ("SLURM_ARRAY_TASK_ID", _array())) if part is not None}
+    if len(found) > 1:
+        raise UsageError(
+            "RANK and SLURM_ARRAY_TASK_ID both split the work", hint="Say which part is meant with --shard i/n."
+        )
+    return next(((part, name) for name, part in found.items()), (None, ""))
+
+
+def _rank() -> tuple[int, int] | None:
+    world = _number("WORLD_SIZE")
+    return (
+        None if world is None or "RANK" not in os.environ else _part(_number("RANK") or 0, world, "RANK of WORLD_SIZE")
+    )
+
+
+def _array() -> tuple[int, int] | None:
+    task, count = _number("SLURM_ARRAY_TASK_ID"), _number("SLURM_ARRAY_TASK_COUNT")
+    if task is None or count is None:
+        return None
+    first, step = _number("SLURM_ARRAY_TASK_MIN") or 0, _number("SLURM_ARRAY_TASK_STEP") or 1
+    number, rest = divmod(task - first, step)
+    if rest or not 0 <= number < max(count, 1):
+        raise UsageError(
+            f"the job array's tasks are not evenly spaced: {task} is none of {count} from {first} in steps of {step}",
+            hint="Say which part is meant with --shard i/n.",
+        )
+    return _part(number, count, "SLURM_ARRAY_TASK_ID of SLURM_ARRAY_TASK_COUNT")
+
+
+def _part(number: int, count: int, said: str) -> tuple[int, int] | None:
+    if not 0 <= number < count:
+        raise UsageError(
+            f"{said}: there is no part {number} of {count}",
+            hint=f"Parts count from 0: 0/{max(count, 1)} to {max(count, 1) - 1}/{max(count, 1)}.",
+        )
+    return None if count == 1 else (number, count)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UsageError(f"{name} in the environment is {shown(text)!r}, expected a number")
+    return int(text)

@@ -1,0 +1,102 @@
+"""What dumps are making that no index tells of yet.
+
+Every dump writes a record before its first pack: the teachers with their fingerprints, the manifest, its settings. A
+seal needs nothing else to know which rows are current, and `gc` knows whose packs they are. A record has the format of
+the index, digest included. It goes when an index tells of its teachers.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from kd_cache.errors import CorruptError, StaleError
+from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors
+from kd_cache.store.folder import CacheFolder
+from kd_cache.store.index import Index, origin_entry, read_index, write_index
+from kd_cache.store.pack import Origin
+from kd_cache.store.seal import remove_files
+from kd_cache.watch import Watcher
+
+
+class PendingRecord:
+    """One process's record. Nothing is written before `write`."""
+
+    def __init__(self, folder: CacheFolder, origins: Mapping[str, Origin], record: Mapping[str, Any]) -> None:
+        self.path = folder.pending_path / f"{secrets.token_hex(8)}.json"
+        self._origins = origins
+        self._record = {"begun": time.time_ns(), **record}
+        self.is_written = False
+
+    @property
+    def begun(self) -> int:
+        return int(self._record["begun"])
+
+    def write(self, entries: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> None:
+        """Write it durably, or anew with the results.
+
+        Args:
+            entries: further content of a teacher's entry.
+            missing: files that could not be scored, with the reason.
+        """
+        make_directory(self.path.parent)
+        teachers = {
+            name: {**origin_entry(origin), **entries.get(name, {}), "rows": 0, "pack": None, "earlier": []}
+            for name, origin in self._origins.items()
+        }
+        record = {**self._record, "missing": dict(missing), "teachers": teachers}
+        write_index(self.path, 0, {}, record)
+        self.is_written = True
+
+
+def begun(record: Mapping[str, Any]) -> int:
+    """When the dump of an index or of a pending record began: nanoseconds, 0 where it does not say."""
+    value = record.get("begun", 0)
+    return value if type(value) is int else 0
+
+
+def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
+    """All pending records, the oldest first. A damaged one is told of and left out: its dump can be run again."""
+    found = []
+    with store_errors(folder.pending_path, "list"):
+        try:
+            names = sorted(entry.name for entry in os.scandir(folder.pending_path))
+        except FileNotFoundError:
+            return []
+    for name in names:
+        if not name.endswith(".json") or name.startswith(TEMPORARY):
+            continue
+        try:
+            found.append(read_index(folder.pending_path / name, maps=False))
+        except FileNotFoundError:
+            continue  # another process has published it
+        except (CorruptError, StaleError) as error:
+            watcher.note(f"{error.message}; it is passed over")
+    return sorted(found, key=lambda record: (begun(record.record), record.path.name))
+
+
+def forget(folder: CacheFolder, records: Iterable[Index], origins: Mapping[str, Origin], since: int) -> None:
+    """Remove the records that an index now tells of, and those it overtook.
+
+    Args:
+        origins: the index's teachers.
+        since: when its dump began; an older record of another fingerprint was overtaken.
+    """
+    surplus = [record.path for record in records if _is_told(record, origins, since)]
+    remove_files(folder.pending_path, surplus)
+
+
+def _is_told(record: Index, origins: Mapping[str, Origin], since: int) -> bool:
+    overtaken = begun(record.record) <= since
+    return all(
+        name in origins and (overtaken or origins[name].fingerprint.digest == origin.fingerprint.digest)
+        for name, origin in record.origins.items()
+    )
+
+
+def protected(records: Collection[Index]) -> set[tuple[str, str]]:
+    """``(teacher, fingerprint)`` of every row that a pending dump may be making."""
+    return {(name, origin.fingerprint.digest) for record in records for name, origin in record.origins.items()}

@@ -1,0 +1,222 @@
+"""Sealing a cache that several processes filled: one pack per teacher, the view, and the index that makes them current.
+
+Which rows are current is what the dumps themselves wrote down (`pending`), or the index where there is nothing newer.
+No teacher is loaded. Every permitted feature is read, because a row of a feature that has changed is stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_cache.accuracy import refuse_wrong_joins
+from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, StaleError, shown
+from kd_cache.features import FeatureSource
+from kd_cache.finish import Ending, finish
+from kd_cache.manifest import Manifest
+from kd_cache.pending import begun, read_pending
+from kd_cache.publish import Published
+from kd_cache.splits import Selection
+from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.index import Index
+from kd_cache.store.keys import keys_of
+from kd_cache.store.pack import Origin
+from kd_cache.watch import Watcher
+
+_AHEAD = 1024
+
+
+@dataclass(frozen=True)
+class SealJob:
+    """What to seal.
+
+    Attributes:
+        folder: the cache.
+        files: whether it is to have a view; ``None`` leaves that as the dump said.
+        workers: threads that read features.
+        record: settings that take the place of those the dumps wrote down.
+    """
+
+    folder: CacheFolder
+    manifest: Manifest
+    selection: Selection
+    source: FeatureSource
+    files: bool | None = None
+    workers: int = 2
+    record: Mapping[str, Any] | None = None
+
+
+@dataclass
+class SealReport:
+    """What a seal did. ``missing`` maps files that the dumps could not score to the reason."""
+
+    cache: Path
+    permitted: int
+    missing: dict[str, str]
+    published: Published
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cache": str(self.cache),
+            "permitted": self.permitted,
+            "missing": self.missing,
+            "published": vars(self.published),
+        }
+
+
+@dataclass(frozen=True)
+class Current:
+    """What dumps and index say is current: the newest word on each teacher counts."""
+
+    origins: dict[str, Origin]
+    entries: dict[str, dict[str, Any]]
+    missing: dict[str, str]
+    newest: Index
+
+
+def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
+    """Merge what dumps committed and make it current.
+
+    Equal rows give equal bytes: the result is that of one dump in one process.
+
+    Raises:
+        MissingLogitsError: nothing was begun here, or rows of a permitted sample are not there; nothing changes.
+        FeatureError: a feature cannot be read that no dump listed as missing.
+        StaleError: the cache of an older script.
+        CorruptError: logits are joined to wrong rows.
+        StoreError: the cache cannot be written.
+    """
+    watcher = watcher or Watcher()
+    earlier = _earlier(job.folder, watcher)
+    current = _current(job.folder, earlier, watcher)
+    packs = job.folder.packs()
+    for error in packs.damaged.values():
+        watcher.note(error.message)
+    refuse_wrong_joins(job.folder, packs, earlier, current.origins)
+    inputs, known = read_digests(job.source, job.selection.files, current.missing, job.workers, watcher)
+    missing = _still_missing(job.selection.files, inputs, known, packs, current)
+    record = {**current.newest.record, **(job.record or {})}
+    end = Ending(
+        job.folder,
+        str(record.get("shown_path", job.folder.path)),
+        job.manifest,
+        job.selection,
+        inputs,
+        known,
+        current.origins,
+        _without_results(record),
+        bool(record.get("files", True)) if job.files is None else job.files,
+        packs,
+        entries=current.entries,
+        missing=missing,
+        earlier=earlier,
+    )
+    return SealReport(job.folder.path, len(job.selection.files), missing, finish(end, watcher))
+
+
+def _earlier(folder: CacheFolder, watcher: Watcher) -> Index | None:
+    try:
+        return folder.index(maps=False)
+    except CorruptError as error:
+        watcher.note(f"{error.message}; it is written anew")
+        return None
+    except StaleError as error:
+        raise StaleError(error.message, hint="Bring its rows in with kd-cache adopt.") from error
+
+
+def current_in(folder: CacheFolder, watcher: Watcher | None = None) -> Current:
+    """The newest word on each teacher. Raises as `seal_cache`, of what is not there or cannot be read."""
+    watcher = watcher or Watcher()
+    return _current(folder, _earlier(folder, watcher), watcher)
+
+
+def _current(folder: CacheFolder, earlier: Index | None, watcher: Watcher) -> Current:
+    """From the index and what dumps wrote down.
+
+    Raises:
+        MissingLogitsError: there is neither.
+    """
+    told = ([] if earlier is None else [earlier]) + read_pending(folder, watcher)
+    told.sort(key=lambda index: begun(index.record))
+    if not told:
+        begun_here = folder.packs_path.is_dir()
+        what = "does not say which teachers its packs are of" if begun_here else "holds nothing to seal"
+        raise MissingLogitsError(f"{shown(folder.path)} {what}", hint="Run kd-cache dump (again).")
+    origins: dict[str, Origin] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for index in told:
+        for name, origin in index.origins.items():
+            same = name in origins and origins[name].fingerprint.digest == origin.fingerprint.digest
+            origins[name] = origin
+            kept = entries.get(name, {}) if same else {}
+            entries[name] = _merged(kept, index.record["teachers"][name])
+    missing = {file: reason for index in told for file, reason in index.missing.items()}
+    return Current(origins, entries, missing, told[-1])
+
+
+def _merged(kept: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Two entries of one fingerprint: costs of storage were measured by each process over its own rows."""
+    merged = {**kept, **{key: entry[key] for key in ("source", "adopted", "storage_cost") if key in entry}}
+    if "storage_cost" in kept and "storage_cost" in entry:
+        merged["storage_cost"] = _added(kept["storage_cost"], entry["storage_cost"])
+    return merged
+
+
+def _added(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    rows = a["rows"] + b["rows"]
+    added: dict[str, Any] = {}
+    for key in a:
+        if key.endswith("_mean"):
+            added[key] = (a[key] * a["rows"] + b[key] * b["rows"]) / max(rows, 1)
+        else:
+            added[key] = max(a[key], b[key]) if key.endswith("_max") else a[key] + b[key]
+    return added
+
+
+def _still_missing(
+    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, packs: PackSet, current: Current
+) -> dict[str, str]:
+    """Of what any dump could not score, that which no other one did."""
+    listed = [number for number, file in enumerate(files) if file in current.missing]
+    absent = ~known[listed]
+    keys = keys_of(files[number] for number in listed)
+    for origin in current.origins.values():
+        union = packs.union(origin)
+        absent |= True if union is None else union.match(keys, inputs[listed]) < 0
+    return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+
+
+def _without_results(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run without what this publication says itself."""
+    results = ("teachers", "digest", "format_version", "missing", "permitted", "part")
+    return {key: value for key, value in record.items() if key not in results}
+
+
+def read_digests(
+    source: FeatureSource, files: Sequence[str], missing: Mapping[str, str], workers: int, watcher: Watcher
+) -> tuple[np.ndarray, np.ndarray]:
+    """``[N, 16]`` digests of features as they are now, and ``[N]`` bool: which could be read.
+
+    Raises:
+        FeatureError: a feature cannot be read, and nobody listed it as ``missing``.
+    """
+    inputs, known = np.zeros((len(files), 16), np.uint8), np.zeros(len(files), bool)
+    watcher.stage("reading features", len(files))
+    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="read") as pool:
+        for start in range(0, len(files), _AHEAD):
+            block = files[start : start + _AHEAD]
+            for number, feature in enumerate(pool.map(source.try_read, block), start):
+                if not isinstance(feature, FeatureError):
+                    inputs[number] = np.frombuffer(feature.digest, np.uint8)
+                    known[number] = True
+                elif files[number] not in missing:
+                    raise FeatureError(
+                        feature.message, hint=feature.hint or "Mend it, or dump with --on-bad-sample skip."
+                    )
+            watcher.advance(len(block))
+    return inputs, known

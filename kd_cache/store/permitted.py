@@ -1,0 +1,113 @@
+"""``permitted-<digest>.npy``: the keys that a finished cache may serve, and the labels its accuracy was measured with.
+
+One plain array, u1 ``[N, 20]``, ascending: 16 bytes of key, then the scene label as little-endian i4, -1 where there is
+none. The name carries the xxh3-128 of the file, and the index carries the name.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from kd_cache.errors import CorruptError, StoreError, shown
+from kd_cache.store.atomic import open_file, write_atomic
+from kd_cache.store.keys import are_ascending
+
+PERMITTED_NAME = re.compile(r"permitted-([0-9a-f]{32})\.npy\Z")
+NO_LABEL = -1
+_ROW = 20
+_BLOCK = 65_536
+_MAPPED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Permitted:
+    """``rows`` u1 ``[N, 20]``, read-only, as they are in the file."""
+
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, keys: np.ndarray, labels: np.ndarray) -> Permitted:
+        """Of keys ``[N, 16]`` (ascending) and labels ``[N]``."""
+        return cls(np.concatenate([keys, labels.astype("<i4").view(np.uint8).reshape(-1, 4)], axis=1))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """``[N, 16]`` u1, ascending."""
+        return np.ascontiguousarray(self.rows[:, :16])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``[N]`` int32, -1 where a sample has no label or must not show it."""
+        return np.ascontiguousarray(self.rows[:, 16:]).view("<i4").reshape(-1)
+
+    def has_keys(self, keys: np.ndarray) -> bool:
+        """Whether these ``[M, 16]`` are exactly the permitted keys; looks without copying them."""
+        blocks = range(0, len(keys), _BLOCK)
+        return len(keys) == len(self) and all(
+            np.array_equal(self.rows[at : at + _BLOCK, :16], keys[at : at + _BLOCK]) for at in blocks
+        )
+
+    def write(self, directory: Path) -> str:
+        """Write it durably; returns the file's name. Equal content has one name."""
+        content = _header(len(self)) + self.rows.tobytes()
+        name = f"permitted-{xxhash.xxh3_128_hexdigest(content)}.npy"
+        write_atomic(directory / name, content)
+        return name
+
+
+def read_permitted(path: Path) -> Permitted:
+    """Read and check it.
+
+    Raises:
+        FileNotFoundError: it is not there (any more).
+        CorruptError: not byte for byte as it was written.
+        StoreError: it cannot be read.
+    """
+    try:
+        content = _content(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {shown(path)}: {error.strerror or error}") from error
+    named = PERMITTED_NAME.match(path.name)
+    if named is None or xxhash.xxh3_128_hexdigest(content.data) != named[1]:
+        raise _damaged(path, "its bytes do not match its name")
+    start = len(_header(0))
+    header = _header(max(0, len(content) - start) // _ROW)
+    if content[: len(header)].tobytes() != header or (len(content) - len(header)) % _ROW:
+        raise _damaged(path, "it is not an array of keys and labels")
+    permitted = Permitted(content[len(header) :].reshape(-1, _ROW))
+    if not are_ascending(permitted.keys):
+        raise _damaged(path, "its keys are not sorted")
+    return permitted
+
+
+def _content(path: Path) -> np.ndarray:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < _MAPPED:
+            return np.frombuffer(file.readall(), np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _header(count: int) -> bytes:
+    """The header that ``np.save`` writes; 128 bytes for any number of rows."""
+    buffer = io.BytesIO()
+    fields = {"descr": "|u1", "fortran_order": False, "shape": (count, _ROW)}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def _damaged(path: Path, why: str) -> CorruptError:
+    return CorruptError(f"the list of permitted samples {shown(path)} is damaged: {why}", hint="Run kd-cache seal.")

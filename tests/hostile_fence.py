@@ -1,0 +1,184 @@
+"""A child process in which the real command meets a hostile file: 5 seconds, 512 MB, and every change is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from typer.testing import CliRunner
+
+from kd_cache.cli import app, console
+from kd_cache.errors import KDCacheError
+
+SECONDS = 5
+MEMORY = 512 << 20
+"""Beyond what the process with torch imported has already."""
+_LARGE = 1 << 22
+
+
+@dataclass
+class Outcome:
+    """What came out of a child.
+
+    ``code`` is the exit status, ``kind`` the type of the error that was reported or raised, ``value`` what a piece of
+    Python returned; ``grown`` the bytes of memory (resident) it took at most beyond what it began with.
+    """
+
+    code: int = -1
+    kind: str | None = None
+    stdout: str = ""
+    stderr: str = ""
+    value: Any = None
+    seconds: float = 0.0
+    grown: int = 0
+    killed: str | None = None
+
+    @property
+    def said(self) -> str:
+        return self.stdout + self.stderr
+
+
+def command(*args: object) -> Callable[[], dict[str, Any]]:
+    """Run ``kd-cache``, and note the type of the error behind its message."""
+
+    def work() -> dict[str, Any]:
+        kinds: list[str] = []
+        genuine = console._print_error
+
+        def noting(message: str, hint: str | None) -> None:
+            kinds.append(type(sys.exc_info()[1]).__name__)
+            genuine(message, hint)
+
+        console._print_error = noting
+        result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return {
+            "code": result.exit_code,
+            "kind": kinds[-1] if kinds else None,
+            "stdout": result.stdout,
+            "stderr": result.stderr,
+        }
+
+    return work
+
+
+def python(call: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
+    """Run a piece of Python; an error of ours has its exit code, anything else escapes."""
+
+    def work() -> dict[str, Any]:
+        try:
+            return {"code": 0, "value": call()}
+        except KDCacheError as error:
+            return {"code": error.exit_code, "kind": type(error).__name__, "stderr": str(error)}
+
+    return work
+
+
+def fenced(work: Callable[[], dict[str, Any]], folder: Path, seconds: float = SECONDS) -> Outcome:
+    """Run ``work`` in a child process whose current folder is ``folder``.
+
+    The child is killed after so many seconds, and no allocation beyond `MEMORY` succeeds. An error that ``work`` does
+    not handle is the outcome's ``kind``, with ``killed`` set to ``"escaped"``.
+    """
+    said = os.memfd_create("said")
+    receiving, sending = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _in_the_child(work, folder, seconds, sending, said)
+    os.close(sending)
+    with os.fdopen(receiving, "rb") as pipe:
+        content = pipe.read()
+    _, status = os.waitpid(child, 0)
+    outcome = Outcome(**json.loads(content)) if content else Outcome(killed="silent")
+    if os.WIFSIGNALED(status):
+        outcome.killed = signal.Signals(os.WTERMSIG(status)).name
+    outcome.stderr += os.pread(said, _LARGE, 0).decode("utf-8", "replace")
+    os.close(said)
+    return outcome
+
+
+def _in_the_child(
+    work: Callable[[], dict[str, Any]], folder: Path, seconds: float, sending: int, said: int
+) -> None:
+    """Never returns: what pytest would do at the end of its process is not done twice."""
+    try:
+        _put_up_the_fence(folder, seconds, said)
+        before = _memory("VmRSS")
+        began = time.monotonic()
+        try:
+            made = work()
+        except BaseException as error:  # noqa: BLE001 (it is reported, and the test fails)
+            made = {"kind": type(error).__name__, "stderr": repr(error), "killed": "escaped"}
+        made |= {"seconds": time.monotonic() - began, "grown": _memory("VmHWM") - before}
+        with os.fdopen(sending, "wb") as pipe:
+            pipe.write(json.dumps(made).encode())
+    finally:
+        os._exit(0)
+
+
+def _put_up_the_fence(folder: Path, seconds: float, said: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    os.chdir(folder)
+    os.environ |= {"HOME": str(folder), "TMPDIR": str(folder), "COLUMNS": "200"}
+    for name in [name for name in os.environ if name.startswith("KD_CACHE_") or name == "FORCE_COLOR"]:
+        del os.environ[name]
+    warnings.resetwarnings()
+    torch.set_num_threads(1)
+    limit = _memory("VmSize") + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    whole = int(seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _memory(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) << 10
+
+
+def picture(folder: Path, without: str | None = None) -> dict[str, tuple[Any, ...]]:
+    """Everything below a folder: kind and mode, and the bytes (of a large file: size and time; of a link: its end).
+
+    ``without`` names an entry of the folder to leave out.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    waiting = [str(folder)]
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
+            name = os.path.relpath(entry.path, folder)
+            if name == without:
+                continue
+            status = entry.stat(follow_symlinks=False)
+            content: Any = None
+            if entry.is_symlink():
+                content = os.readlink(entry.path)
+            elif stat.S_ISDIR(status.st_mode):
+                waiting.append(entry.path)
+            elif stat.S_ISREG(status.st_mode):
+                content = _content(entry.path, status)
+            found[name] = (status.st_mode, content)
+    return found
+
+
+def _content(path: str, status: os.stat_result) -> Any:
+    if status.st_size > _LARGE:
+        return status.st_size, status.st_mtime_ns
+    with open(path, "rb") as file:
+        return file.read()

@@ -1,0 +1,270 @@
+"""Every system call of a commit, a seal and an export fails, is killed, and is the last before a power cut."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+from fault_checks import (
+    SCENARIOS,
+    Place,
+    Scenario,
+    acknowledged_samples,
+    check_exported,
+    check_outcome,
+    check_rows,
+    check_same,
+    check_served,
+    complete_samples,
+    make_place,
+    make_scenario,
+    stored_rows,
+    temporaries,
+)
+from fault_disk import CUTS, ROW_FILE, Call, Disk, Protocol, Tree, calls, put_tree, tree
+from fault_tools import FULL, MARKS, Fault, often, why_no_shim
+
+pytestmark = [*MARKS, pytest.mark.skipif(bool(why_no_shim()), reason=why_no_shim())]
+
+T = TypeVar("T")
+SEED = 20261121
+_CHANGES = ("create", "write", "rename", "mkdir", "truncate")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A way for a call to go wrong; ``sticky`` operations go on failing afterwards."""
+
+    how: str
+    code: int = 0
+    sticky: tuple[str, ...] = ()
+
+
+_EINTR = _Kind("error", errno.EINTR)
+_EIO = _Kind("error", errno.EIO)
+_EMFILE = _Kind("error", errno.EMFILE)
+_ENOSPC = _Kind("error", errno.ENOSPC)
+_FULL = _Kind("error", errno.ENOSPC, _CHANGES)
+_READ_ONLY = _Kind("error", errno.EROFS, (*_CHANGES, "unlink"))
+_GONE = _Kind("error", errno.EIO, (*_CHANGES, "unlink", "fsync", "open", "read", "list"))
+_KILL = _Kind("kill before")
+
+KINDS: dict[str, tuple[_Kind, ...]] = {
+    "open": (_EMFILE, _EIO, _EINTR),
+    "create": (_EMFILE, _FULL, _READ_ONLY, _EIO, _EINTR, _KILL),
+    "write": (_ENOSPC, _FULL, _EIO, _GONE, _Kind("short"), _EINTR, _KILL),
+    "fsync": (_EIO, _GONE, _ENOSPC, _EINTR, _KILL),
+    "rename": (_ENOSPC, _EIO, _READ_ONLY, _KILL),
+    "unlink": (_EIO, _READ_ONLY, _KILL),
+    "mkdir": (_FULL, _READ_ONLY, _EIO, _KILL),
+    "truncate": (_ENOSPC, _EIO, _EINTR, _KILL),
+    "close": (_EIO, _ENOSPC, _KILL),
+    "read": (_EIO, _EINTR),
+    "list": (_EIO, _EMFILE),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("calls"), source=8, target=4)
+
+
+@pytest.fixture(scope="module")
+def dump(place: Place) -> Scenario:
+    return make_scenario(place, "dump")
+
+
+@pytest.fixture(scope="module", params=SCENARIOS)
+def scenario(request: pytest.FixtureRequest, place: Place) -> Scenario:
+    return make_scenario(place, request.param)
+
+
+def recorded(scenario: Scenario, sabotage: str | None = None) -> list[Call]:
+    """The calls of the scenario's command, which nothing breaks from outside."""
+    scenario.set_up()
+    record = scenario.place.root / "record"
+    outcome = scenario.place.run(*scenario.arguments, fault=Fault(scenario.place.disk, record), sabotage=sabotage)
+    assert outcome.code == 0, outcome
+    return calls(record)
+
+
+@pytest.fixture(scope="module")
+def record(scenario: Scenario) -> list[Call]:
+    return recorded(scenario)
+
+
+# -- the calls as they are --------------------------------------------------------------------------------------------
+
+
+def test_the_record_has_every_call_that_changes_the_disk(scenario: Scenario, record: list[Call]) -> None:
+    disk = Disk(scenario.place.disk, scenario.before)
+    for call in record:
+        disk.apply(call)
+    assert disk.visible() == tree(scenario.place.disk)
+
+
+def test_names_are_durable_before_they_are_acknowledged_or_stand_for_what_is_removed(record: list[Call]) -> None:
+    assert Protocol().follow(record).commits > 0
+
+
+def test_no_temporary_name_is_used_by_two_processes(dump: Scenario) -> None:
+    check_unshared([Protocol().follow(recorded(dump)) for _ in range(2)])
+
+
+def check_unshared(protocols: list[Protocol]) -> None:
+    shared = protocols[0].temporary & protocols[1].temporary
+    assert not shared, f"temporary names used twice: {shared}"
+
+
+# -- calls that fail --------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_fails_is_named_and_costs_nothing_that_was_there(scenario: Scenario, record: list[Call]) -> None:
+    faults = [fault for call in record for fault in _faults(scenario, call)]
+    chosen = spread(faults, often(5, len(faults)), scenario.name)
+    counted: Counter[str] = Counter()
+    failures = []
+    for fault in chosen:
+        try:
+            counted[try_fault(scenario, fault)] += 1
+        except AssertionError as error:
+            failures.append(str(error))
+    print(f"\n{scenario.name}: {len(chosen)} of {len(faults)} faults tried: {dict(counted)}, {len(failures)} failed")
+    assert not failures, "\n\n".join(failures[:20])
+
+
+def spread(items: list[T], most: int, name: str) -> list[T]:
+    """So many of them at most: one out of each stretch of equal length, drawn with `SEED`."""
+    draw = random.Random(f"{SEED} {name}").random  # noqa: S311 (a sample of tests, not a secret)
+    count = min(most, len(items))
+    return [items[int((number + draw()) * len(items) / count)] for number in range(count)]
+
+
+def _faults(scenario: Scenario, call: Call) -> Iterator[Fault]:
+    for kind in KINDS.get(call.what, ()):
+        yield Fault(scenario.place.disk, None, call.number, kind.how, kind.code, kind.sticky)
+
+
+def try_fault(scenario: Scenario, fault: Fault, sabotage: str | None = None) -> str:
+    """Break one call; what became of it. Fails where the promise is not kept."""
+    place = scenario.place
+    scenario.set_up()
+    outcome = place.run(*scenario.arguments, fault=fault, sabotage=sabotage)
+    try:
+        died = fault.how.startswith("kill")
+        if died:
+            assert outcome.code in (-9, 0), outcome
+        else:
+            check_outcome(outcome, fault)
+            assert fault.sticky or not temporaries(place.disk), "a temporary file was left behind"
+        rows = check_rows(place.cache, place.right, scenario.acknowledged)
+        assert acknowledged_samples(outcome.stderr) <= complete_samples(rows)
+        check_served(place.cache, place.right)
+        check_exported(scenario)
+        if outcome.code == 0 and len(scenario.again) == 1:
+            check_same(tree(place.disk), scenario.after)
+        else:
+            check_same(place.finish(*scenario.again), scenario.after)
+    except AssertionError as error:
+        raise AssertionError(f"{scenario.name}, {fault}: {error}\n{outcome}") from error
+    return "killed" if outcome.code < 0 else "refused" if outcome.code else "harmless"
+
+
+# -- power cuts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_power_cut_after_any_call_costs_nothing_acknowledged(scenario: Scenario, record: list[Call]) -> None:
+    states = check_cuts(scenario, record)
+    chosen = spread(states, often(2, len(states)), scenario.name)
+    for state in chosen:
+        put_tree(scenario.place.disk, state)
+        check_same(scenario.place.finish(*scenario.again), scenario.after)
+    print(f"\n{scenario.name}: {len(states)} different disks after a power cut, {len(chosen)} resumed")
+
+
+def check_cuts(scenario: Scenario, done: list[Call]) -> list[Tree]:
+    """Check every disk that a power cut could leave; returns those that differ in more than temporaries."""
+    place = scenario.place
+    disk = Disk(place.disk, scenario.before)
+    acknowledged, samples = scenario.acknowledged, 0
+    seen: dict[int, Tree] = {}
+    for call in done:
+        if call.what == "say" and b"saved:" in call.content:
+            put_tree(place.disk, disk.visible())
+            acknowledged = acknowledged | stored_rows(place.cache)
+            samples = acknowledged_samples(call.content.decode())
+        if not disk.apply(call):
+            continue
+        for cut in CUTS:
+            state = disk.after_a_cut(cut)
+            known = hash(
+                (samples, tuple(sorted((n, b) for n, b in state.items() if b is not None and ".tmp-" not in n)))
+            )
+            if known in seen:
+                continue
+            seen[known] = state
+            put_tree(place.disk, state)
+            try:
+                assert samples <= complete_samples(check_rows(place.cache, place.right, acknowledged))
+                check_served(place.cache, place.right)
+                check_exported(scenario, durable=True)
+            except AssertionError as error:
+                raise AssertionError(f"{scenario.name}, power cut ({cut}) after call {call}: {error}") from error
+    for cut in CUTS:
+        finished = disk.after_a_cut(cut)
+        check_same(_without_row_files(finished), _without_row_files(disk.visible()))
+    return list(seen.values())
+
+
+def _matters(name: str, content: bytes | None) -> bool:
+    """Whether a state differs for our purposes. The view is for other readers; its states are for the full run."""
+    return content is not None and ".tmp-" not in name and (FULL or not ROW_FILE.match(f"/{name}"))
+
+
+def _without_row_files(content: Tree) -> Tree:
+    return {name: data for name, data in content.items() if not ROW_FILE.match(f"/{name}")}
+
+
+# -- the checks themselves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sabotage", ["no fsync", "no fsync of the folder", "in place"])
+def test_a_commit_broken_on_purpose_breaks_the_protocol(dump: Scenario, sabotage: str) -> None:
+    done = recorded(dump, sabotage)
+    with pytest.raises(AssertionError, match=r"durable|final name"):
+        Protocol().follow(done)
+
+
+@pytest.mark.parametrize("sabotage", ["no fsync", "no fsync of the folder"])
+def test_a_commit_broken_on_purpose_loses_rows_in_a_power_cut(dump: Scenario, sabotage: str) -> None:
+    done = recorded(dump, sabotage)
+    with pytest.raises(AssertionError, match="power cut"):
+        check_cuts(dump, done)
+
+
+def test_a_temporary_name_shared_on_purpose_is_found(dump: Scenario) -> None:
+    protocols = [Protocol().follow(recorded(dump, "a shared temporary name")) for _ in range(2)]
+    with pytest.raises(AssertionError, match="used twice"):
+        check_unshared(protocols)
+
+
+def test_a_pack_written_in_place_on_purpose_is_found_by_a_kill(dump: Scenario) -> None:
+    done = recorded(dump, "in place")
+    written = [call.number for call in done if call.what == "write" and call.path.endswith(".h5")]
+    with pytest.raises(AssertionError, match="a damaged pack"):
+        try_fault(dump, Fault(dump.place.disk, None, written[3], "kill before"), "in place")
+
+
+def test_packs_removed_too_early_on_purpose_are_found_by_a_kill_and_by_a_power_cut(place: Place) -> None:
+    seal = make_scenario(place, "seal")
+    done = recorded(seal, "remove before writing")
+    first = next(call.number for call in done if call.what == "unlink" and call.path.endswith(".h5"))
+    with pytest.raises(AssertionError, match=r"lost .* acknowledged rows"):
+        try_fault(seal, Fault(place.disk, None, first + 4, "kill before"), "remove before writing")
+    with pytest.raises(AssertionError, match=r"lost .* acknowledged rows"):
+        check_cuts(seal, done)

@@ -1,0 +1,198 @@
+"""Commands killed with SIGKILL at random moments while others work and a student reads; and signals one can catch."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from fault_checks import (
+    SEALING,
+    Arguments,
+    Place,
+    Scenario,
+    acknowledged_samples,
+    check_exported,
+    check_rows,
+    check_same,
+    check_served,
+    complete_samples,
+    dumping,
+    exporting,
+    make_place,
+    make_scenario,
+    temporaries,
+)
+from fault_disk import Tree, calls, put_tree, tree
+from fault_tools import MARKS, Fault, Rows, Tally, ended_at_last, host, often, save_rows, why_no_shim
+
+pytestmark = MARKS
+
+SEED = 20261121
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+Pair = tuple[Arguments, Arguments]
+
+WHOLE: Pair = (dumping(), dumping("--shard-size", "3"))
+PARTS: Pair = (dumping("--shard", "0/2"), dumping("--shard", "1/2", "--shard-size", "3"))
+SEALS: Pair = (SEALING, SEALING)
+SEAL_AND_DUMP: Pair = (SEALING, dumping("--shard-size", "3"))
+EXPORTS: Pair = (exporting("pt"), exporting("npy"))
+EXPORT_AND_DUMP: Pair = (exporting("tsv"), dumping("--no-skip-existing"))
+EXPORTED = (exporting("pt"), exporting("npy"), exporting("tsv"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("kills"), source=20, target=12)
+
+
+@dataclass
+class Kills:
+    """Kills, and what was found after each."""
+
+    place: Place
+    draw: random.Random
+    acknowledged: Rows = field(default_factory=dict)
+    kills: int = 0
+    rows: int = 0
+    readers: Tally = field(default_factory=Tally)
+
+    def whole_life(self, number: int, finished: Tree, exported: Tree) -> None:
+        """A cache from nothing to finished and exported, with kills at every stage and a reader beside."""
+        put_tree(self.place.disk, {})
+        self.acknowledged = {}
+        with self._reader():
+            begin = PARTS if number % 2 else WHOLE
+            self.disturb(begin)
+            self.disturb(begin)
+            if begin is PARTS:
+                self.place.finish(*PARTS)
+            self.disturb(SEALS if begin is PARTS else WHOLE)
+            self.disturb(SEAL_AND_DUMP if begin is PARTS else WHOLE)
+            check_same(self.place.finish(SEALING if begin is PARTS else dumping()), finished)
+            self.disturb(EXPORTS)
+            self.disturb(EXPORT_AND_DUMP)
+            check_same(self.place.finish(dumping(), *EXPORTED), exported)
+            self._check()
+        self.rows += len(self.acknowledged)
+
+    def disturb(self, pair: Pair) -> None:
+        """Start both commands and kill each at a moment of its own, drawn over the time that the pair takes."""
+        running = [host().start(*arguments, cwd=self.place.root) for arguments in pair]
+        with ended_at_last(running):
+            for moment, command in sorted((self.draw.uniform(0, SECONDS[pair]), number) for number in range(2)):
+                victim = running[command]
+                victim.ended(max(0.0, victim.began + moment - time.monotonic()))
+                victim.send(signal.SIGKILL)
+                outcome = victim.wait()
+                # A seal and an export need what a killed dump may not have made yet: then they must say so.
+                assert outcome.code in (-signal.SIGKILL, 0, 1, 3), outcome
+                assert "unexpected" not in outcome.stderr, outcome
+                self.kills += outcome.code == -signal.SIGKILL
+                assert acknowledged_samples(outcome.stderr) <= complete_samples(self._check())
+
+    def _check(self) -> Rows:
+        """Every row that was ever seen is there, whatever else still runs."""
+        rows = check_rows(self.place.cache, self.place.right, self.acknowledged)
+        self.acknowledged |= rows
+        return rows
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        right, stop = self.place.root / "right.json", self.place.root / "stop"
+        save_rows(right, self.place.right)
+        stop.unlink(missing_ok=True)
+        reader = host().start(self.place.cache, right, stop, cwd=self.place.root, call="reader")
+        with ended_at_last([reader]):
+            yield
+            stop.touch()
+            outcome = reader.wait()
+        assert outcome.code == 0, outcome
+        seen = json.loads(outcome.stdout)
+        assert not seen["wrong"], f"wrong rows were served: {seen['wrong'][:5]}"
+        assert not seen["errors"], f"a finished cache did not open: {seen['errors']}"
+        assert seen["sizes"] == [self.place.samples], "a reader saw another set of samples"
+        self.readers.rounds += seen["rounds"]
+        self.readers.rows += seen["rows"]
+
+
+SECONDS: dict[Pair, float] = {}
+
+
+def measure(place: Place) -> tuple[Tree, Tree]:
+    """How long each pair takes where nothing is killed, and what the disk holds when all is done."""
+    put_tree(place.disk, {})
+    for pair in (WHOLE, SEAL_AND_DUMP, SEALS, EXPORTS, EXPORT_AND_DUMP):
+        _time(place, pair)
+    put_tree(place.disk, {})
+    _time(place, PARTS)
+    put_tree(place.disk, {})
+    return place.finish(dumping()), place.finish(*EXPORTED)
+
+
+def _time(place: Place, pair: Pair) -> None:
+    began = time.monotonic()
+    running = [host().start(*arguments, cwd=place.root) for arguments in pair]
+    assert [command.wait().code for command in running] == [0, 0]
+    SECONDS[pair] = time.monotonic() - began
+
+
+def test_kills_at_random_moments_cost_nothing_acknowledged_and_serve_nothing_wrong(place: Place) -> None:
+    finished, exported = measure(place)
+    done, lives = Kills(place, random.Random(SEED)), 0  # noqa: S311 (moments of kills, not a secret)
+    while done.kills < often(30, 1000):
+        done.whole_life(lives, finished, exported)
+        lives += 1
+    print(
+        f"\nseed {SEED}: {done.kills} kills in {lives} caches, {done.rows} acknowledged rows, 0 lost; "
+        f"{done.readers.rounds} reads of {done.readers.rows} rows beside them, 0 wrong"
+    )
+
+
+# -- signals that can be caught ---------------------------------------------------------------------------------------
+
+needs_shim = pytest.mark.skipif(bool(why_no_shim()), reason=why_no_shim())
+
+
+@needs_shim
+@pytest.mark.parametrize("name", ["dump", "seal", "export pt"])
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_a_signal_within_any_call_keeps_what_is_finished(place: Place, name: str, again: bool) -> None:
+    scenario = make_scenario(place, name)
+    scenario.set_up()
+    place.run(*scenario.arguments, fault=Fault(place.disk, place.root / "record"))
+    numbers = [call.number for call in calls(place.root / "record") if call.number >= 0]
+    draw = random.Random(f"{SEED} {name} {again}")  # noqa: S311 (as above)
+    chosen = sorted(draw.sample(numbers, often(3, len(numbers))))
+    ends: Counter[int] = Counter()
+    for number in chosen:
+        for which, code in SIGNALS.items():
+            fault = Fault(place.disk, None, number, "signal", which, ("fsync",) if again else ())
+            ends[try_signal(scenario, fault, code)] += 1
+    print(f"\n{name}: {len(chosen)} of {len(numbers)} calls, both signals: exit codes {dict(ends)}")
+    assert ends.keys() <= {0, *SIGNALS.values()}
+
+
+def try_signal(scenario: Scenario, fault: Fault, code: int) -> int:
+    """Send a signal just before one call (and before every fsync from then on); returns the exit status."""
+    place = scenario.place
+    scenario.set_up()
+    outcome = place.run(*scenario.arguments, fault=fault)
+    try:
+        assert outcome.code in (0, code), "another exit status"
+        assert "Traceback" not in outcome.stderr
+        rows = check_rows(place.cache, place.right, scenario.acknowledged)
+        assert acknowledged_samples(outcome.stderr) <= complete_samples(rows)
+        assert not temporaries(place.disk), "a temporary file was left behind"
+        check_served(place.cache, place.right)
+        check_exported(scenario)
+        check_same(place.finish(*scenario.again), scenario.after)
+    except AssertionError as error:
+        raise AssertionError(f"{scenario.name}, {fault}: {error}\n{outcome}") from error
+    return outcome.code

@@ -1,0 +1,705 @@
+"""``kd-cache gc``: what is superfluous goes, and nothing else does, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Run, World
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from store_fixtures import MadeCache, Rows, make_cache, md5, names, origin, seal_bytes, snapshot, two_teachers
+
+from kd_cache.cli import gc as command
+from kd_cache.errors import MissingLogitsError, StoreError
+from kd_cache.gc import OLDER_THAN, GcReport, find_garbage, remove_garbage
+from kd_cache.loader import LogitCache
+from kd_cache.store.folder import CacheFolder
+from kd_cache.store.index import origin_entry, write_index
+from kd_cache.store.pack import Origin
+
+HOUR = 3600
+STRAY = "0" * 32 + ".npy"
+
+
+def age(path: Path, hours: float = 2) -> Path:
+    """Make a file or a folder, and all in it, so much older."""
+    then = time.time() - hours * HOUR
+    for each in [*(path.rglob("*") if path.is_dir() and not path.is_symlink() else ()), path]:
+        os.utime(each, (then, then), follow_symlinks=False)
+    return path
+
+
+def collect(path: Path, older_than: float = OLDER_THAN) -> GcReport:
+    """Find and remove, as the command does."""
+    report = find_garbage(CacheFolder(path), older_than)
+    remove_garbage(CacheFolder(path), report)
+    return report
+
+
+def removed(report: GcReport) -> set[str]:
+    return {str(item.path.relative_to(report.cache)) for item in report.garbage}
+
+
+def put(path: Path, content: bytes = b"left over", hours: float = 2) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return age(path, hours)
+
+
+def pending(cache: MadeCache, *made_by: Origin) -> Path:
+    """A dump's record, in the format of the index, as it is documented."""
+    path = cache.path / "pending" / "0123456789abcdef.json"
+    path.parent.mkdir(exist_ok=True)
+    teachers = {made.teacher: {**origin_entry(made), "rows": 0, "pack": None, "earlier": []} for made in made_by}
+    write_index(path, 0, {}, {"missing": {}, "teachers": teachers})
+    return age(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> MadeCache:
+    """A finished cache of two teachers, two hours old."""
+    made = two_teachers(tmp_path / "A2b", count=12)
+    age(made.path)
+    return made
+
+
+def serves(cache: MadeCache) -> None:
+    """Every row is served as it was made."""
+    for name, rows in cache.rows.items():
+        opened = LogitCache.open(cache.path, [name])
+        assert sorted(opened.files) == sorted(rows.files)
+        np.testing.assert_array_equal(opened.batch(rows.files)[:, 0].numpy(), rows.logits)
+        for file in rows.files:
+            np.testing.assert_array_equal(cache.oracle(name, file), rows.by_file()[file])
+
+
+# -- what goes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_cache_holds_no_garbage(cache: MadeCache) -> None:
+    before = snapshot(cache.path)
+    assert vars(collect(cache.path)) == vars(GcReport(str(cache.path)))
+    assert snapshot(cache.path) == before
+
+
+def test_temporaries_of_killed_processes_go_from_every_folder_but_young_ones_stay(cache: MadeCache) -> None:
+    folders = (".", "packs", "pending", "scene", "gone-teacher")
+    for folder in folders:
+        put(cache.path / folder / ".tmp-17-00ff", hours=1.01)
+        put(cache.path / folder / ".tmp-18-00ff", hours=0.99)
+    report = collect(cache.path)
+    assert removed(report) == {str(Path(folder) / ".tmp-17-00ff") for folder in folders}
+    assert report.size == 5 * len(b"left over")
+    assert report.notes == ["5 more stay for now: not older than 3,600 s"]
+    assert all((cache.path / folder / ".tmp-18-00ff").exists() for folder in folders)
+    serves(cache)
+
+
+def test_the_grace_period_is_a_setting(cache: MadeCache) -> None:
+    put(cache.path / ".tmp-1-a", hours=3)
+    assert removed(collect(cache.path, older_than=4 * HOUR)) == set()
+    put(cache.path / ".tmp-2-a", hours=0)
+    assert removed(collect(cache.path, older_than=0)) == {".tmp-1-a", ".tmp-2-a"}
+
+
+def test_superseded_packs_go_and_say_which_part_changed(cache: MadeCache) -> None:
+    old = Rows.of(names(5), seed=9).write(cache.path / "packs", origin(weights="earlier"))
+    gone = Rows.of(names(5), seed=9).write(cache.path / "packs", origin("teacher-of-old"))
+    age(cache.path)
+    report = collect(cache.path)
+    assert {item.path: item.reason for item in report.garbage} == {
+        old: "superseded: weights changed",
+        gone: "teacher-of-old is not in the index",
+    }
+    serves(cache)
+
+
+def test_superseded_counts_from_when_the_index_said_so(cache: MadeCache) -> None:
+    # A reader that began with the earlier index may still be opening these packs.
+    old = age(Rows.of(names(5)).write(cache.path / "packs", origin(weights="earlier")), hours=100)
+    age(cache.path / "cache_index.json", hours=0.5)
+    assert removed(collect(cache.path)) == set()
+    age(cache.path / "cache_index.json", hours=1.5)
+    assert removed(collect(cache.path)) == {f"packs/{old.name}"}
+
+
+def test_packs_that_an_unfinished_dump_needs_stay_whatever_their_age(cache: MadeCache) -> None:
+    coming = origin(weights="next")
+    pack = age(Rows.of(names(5)).write(cache.path / "packs", coming), hours=1000)
+    record = pending(cache, coming)
+    assert removed(collect(cache.path)) == set()
+    record.unlink()
+    assert removed(collect(cache.path)) == {f"packs/{pack.name}"}
+
+
+def test_old_packs_stay_while_packs_of_their_fingerprint_are_still_being_written(cache: MadeCache) -> None:
+    rows, coming = Rows.of(names(9)), origin(weights="next")
+    for number in range(3):
+        age(rows.part(range(number, 9, 3)).write(cache.path / "packs", coming), hours=(200, 100, 0.1)[number])
+    assert removed(collect(cache.path)) == set()
+
+
+def test_packs_that_another_current_one_contains_are_left_to_the_seal(cache: MadeCache) -> None:
+    cache.rows["scene"].part(range(4)).write(cache.path / "packs", cache.origins["scene"])
+    age(cache.path)
+    assert removed(collect(cache.path)) == set()
+    serves(cache)
+
+
+def test_permitted_files_that_the_index_does_not_name_go(cache: MadeCache) -> None:
+    current, other, young = (f"permitted-{letter * 32}.npy" for letter in "abc")
+    for name in (current, other, young):
+        put(cache.path / name, hours=2)
+    put(cache.path / "permitted-list.npy")
+    cache.write_index(permitted={"file": current, "count": 12})
+    age(cache.path / "cache_index.json")
+    age(cache.path / young, hours=0)
+    assert removed(collect(cache.path)) == {other}
+    assert (cache.path / "permitted-list.npy").exists()
+
+
+def test_row_files_that_the_index_does_not_promise_go_and_others_never(cache: MadeCache) -> None:
+    put(cache.path / "scene" / STRAY)
+    put(cache.path / "scene" / "mine.npy")
+    put(cache.path / "scene" / STRAY.upper())
+    put(cache.path / "scene" / f"{'1' * 32}.npy", hours=0.5)
+    put(cache.path / "ghost" / STRAY)
+    put(cache.path / "spoken" / STRAY)
+    put(cache.path / "spoken" / "readme.txt")
+    age(cache.path / "ghost")
+    report = collect(cache.path)
+    assert removed(report) == {f"scene/{STRAY}", f"ghost/{STRAY}", "ghost", f"spoken/{STRAY}"}
+    assert not (cache.path / "ghost").exists()
+    assert (cache.path / "spoken" / "readme.txt").exists()
+    serves(cache)
+
+
+def test_without_a_view_every_row_file_goes_and_the_folders_of_its_teachers_stay(cache: MadeCache) -> None:
+    entries = {
+        name: {**origin_entry(made), "rows": 12, "pack": None, "earlier": []} for name, made in cache.origins.items()
+    }
+    record = {"adaptation": "A2b", "files": False, "missing": {}, "teachers": entries}
+    write_index(cache.path / "cache_index.json", 12, {name: {} for name in entries}, record)
+    age(cache.path)
+    report = collect(cache.path)
+    assert len(report.garbage) == 24
+    assert {item.kind for item in report.garbage} == {"row file"}
+    assert (cache.path / "scene").is_dir()
+    assert sorted(LogitCache.open(cache.path).files) == sorted(names(12))
+
+
+def test_an_empty_folder_of_no_teacher_goes_when_it_is_old(cache: MadeCache) -> None:
+    (cache.path / "ghost").mkdir()
+    (cache.path / "no teacher's name").mkdir()
+    age(cache.path / "no teacher's name")
+    assert removed(collect(cache.path)) == set()
+    age(cache.path / "ghost")
+    assert removed(collect(cache.path)) == {"ghost"}
+
+
+# -- what stays -------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_pack_is_told_of_and_stays_and_so_do_the_row_files_it_can_be_mended_from(cache: MadeCache) -> None:
+    pack = next((cache.path / "packs").glob("scene-*"))
+    content = bytearray(pack.read_bytes())
+    content[600] ^= 1
+    put(pack, bytes(content))
+    before = snapshot(cache.path)
+    report = collect(cache.path)
+    assert removed(report) == set()
+    assert len(report.damaged) == 1
+    assert pack.name in report.damaged[0]
+    assert snapshot(cache.path) == before
+
+
+def test_while_a_pending_record_is_damaged_no_pack_goes(cache: MadeCache) -> None:
+    Rows.of(names(5)).write(cache.path / "packs", origin(weights="next"))
+    record = pending(cache, origin(weights="next"))
+    put(record, record.read_bytes()[:-3])
+    put(cache.path / "packs" / ".tmp-1-a")
+    age(cache.path)
+    assert removed(find_garbage(CacheFolder(cache.path))) == {"packs/.tmp-1-a"}
+    report = collect(cache.path)
+    assert removed(report) == {"packs/.tmp-1-a"}
+    assert "no packs are removed while it is there" in report.notes[0]
+
+
+def no_index(path: Path) -> None:
+    path.unlink()
+
+
+def damaged_index(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def older_index(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["kd_cache"]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(no_index, "is unfinished: it has no index"), (damaged_index, "damaged"), (older_index, "older script")],
+)
+def test_without_a_sound_index_only_temporaries_go(cache: MadeCache, change: Callable[[Path], None], told: str) -> None:
+    Rows.of(names(5)).write(cache.path / "packs", origin(weights="earlier"))
+    put(cache.path / "scene" / STRAY)
+    put(cache.path / f"permitted-{'a' * 32}.npy")
+    put(cache.path / "ghost" / ".tmp-1-a")
+    change(cache.path / "cache_index.json")
+    age(cache.path)
+    report = collect(cache.path)
+    assert removed(report) == {"ghost/.tmp-1-a"}
+    assert told in report.notes[0]
+    assert report.notes[0].endswith("only temporaries are removed")
+
+
+def newer_index(cache: MadeCache) -> None:
+    path = cache.path / "cache_index.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+def newer_pack(cache: MadeCache) -> None:
+    seal_bytes(cache.path / "packs", b"nobody knows yet", version=2)
+
+
+def newer_pending(cache: MadeCache) -> None:
+    path = pending(cache, origin())
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+@pytest.mark.parametrize("change", [newer_index, newer_pack, newer_pending])
+def test_a_newer_format_is_refused_and_nothing_is_touched(
+    cache: MadeCache, change: Callable[[MadeCache], None]
+) -> None:
+    put(cache.path / ".tmp-1-a")
+    put(cache.path / "scene" / STRAY)
+    change(cache)
+    age(cache.path)
+    before = snapshot(cache.path)
+    with pytest.raises(StoreError, match="format version 2"):
+        collect(cache.path)
+    assert snapshot(cache.path) == before
+
+
+def test_links_are_neither_followed_nor_removed(cache: MadeCache, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    for name in (STRAY, ".tmp-1-a"):
+        put(outside / name)
+    for link in ("ghost", "ghost-2"):
+        (cache.path / link).symlink_to(outside)
+    (cache.path / ".tmp-2-a").symlink_to(outside / STRAY)
+    (cache.path / "scene" / STRAY).symlink_to(outside / STRAY)
+    age(cache.path)
+    report = collect(cache.path)
+    assert removed(report) == set()
+    assert len([note for note in report.notes if "is a link" in note]) == 2
+    assert (cache.path / ".tmp-2-a").is_symlink()
+    assert sorted(os.listdir(outside)) == [".tmp-1-a", STRAY]
+
+
+def test_packs_behind_a_link_stay(cache: MadeCache, tmp_path: Path) -> None:
+    Rows.of(names(5)).write(cache.path / "packs", origin(weights="earlier"))
+    age(cache.path)
+    (cache.path / "packs").rename(tmp_path / "elsewhere")
+    (cache.path / "packs").symlink_to(tmp_path / "elsewhere")
+    before = snapshot(tmp_path / "elsewhere")
+    assert removed(collect(cache.path)) == set()
+    assert snapshot(tmp_path / "elsewhere") == before
+
+
+def test_folders_and_devices_with_a_temporarys_name_stay(cache: MadeCache) -> None:
+    (cache.path / ".tmp-1-folder").mkdir()
+    os.mkfifo(cache.path / ".tmp-1-fifo")
+    os.mkfifo(cache.path / "scene" / STRAY)
+    age(cache.path)
+    assert removed(collect(cache.path)) == set()
+
+
+def test_a_cache_reached_through_a_link_is_cleaned(cache: MadeCache, tmp_path: Path) -> None:
+    put(cache.path / ".tmp-1-a")
+    (tmp_path / "here").symlink_to(cache.path)
+    assert removed(collect(tmp_path / "here")) == {".tmp-1-a"}
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    packs=st.lists(
+        st.tuples(st.sampled_from(["now", "next", "then", "before"]), st.booleans(), st.integers(0, 3)), max_size=6
+    ),
+    planned=st.booleans(),
+    index_is_old=st.booleans(),
+)
+def test_packs_go_only_if_nothing_can_need_them(
+    tmp_path_factory: pytest.TempPathFactory,
+    packs: list[tuple[str, bool, int]],
+    planned: bool,
+    index_is_old: bool,
+) -> None:
+    made = make_cache(
+        tmp_path_factory.mktemp("gc") / "A2b", {"scene": Rows.of(names(4))}, {"scene": origin(weights="now")}
+    )
+    if planned:
+        pending(made, origin(weights="next"))
+    written: dict[str, dict[str, bool]] = {}
+    for number, (weights, is_old, first) in enumerate(packs):
+        path = Rows.of(names(3, start=10 * first), seed=number).write(made.path / "packs", origin(weights=weights))
+        age(path, hours=2 if is_old else 0)
+        written.setdefault(weights, {})[f"packs/{path.name}"] = is_old
+    age(made.path / "cache_index.json", hours=2 if index_is_old else 0)
+    going = {
+        name
+        for weights, ages in written.items()
+        if index_is_old and all(ages.values()) and weights not in ("now", *["next"] * planned)
+        for name in ages
+    }
+    assert removed(collect(made.path)) == going
+    held = {f"packs/{path.name}" for path in (made.path / "packs").iterdir()}
+    assert held >= {name for ages in written.values() for name in ages} - going
+    assert not held & going
+
+
+# -- what may happen meanwhile ----------------------------------------------------------------------------------------
+
+
+def some_garbage(cache: MadeCache) -> set[str]:
+    """One thing of every kind, in five folders."""
+    old = Rows.of(names(5)).write(cache.path / "packs", origin(weights="earlier"))
+    put(cache.path / ".tmp-1-a")
+    put(cache.path / "packs" / ".tmp-1-b")
+    put(cache.path / f"permitted-{'a' * 32}.npy")
+    put(cache.path / "scene" / STRAY)
+    put(cache.path / "ghost" / STRAY)
+    age(cache.path)
+    return {
+        ".tmp-1-a",
+        "packs/.tmp-1-b",
+        f"packs/{old.name}",
+        f"permitted-{'a' * 32}.npy",
+        f"scene/{STRAY}",
+        f"ghost/{STRAY}",
+        "ghost",
+    }
+
+
+def test_what_is_gone_meanwhile_is_no_error_and_not_counted(cache: MadeCache) -> None:
+    expected = some_garbage(cache)
+    report = find_garbage(CacheFolder(cache.path))
+    (cache.path / "scene" / STRAY).unlink()
+    shutil.rmtree(cache.path / "ghost")
+    remove_garbage(CacheFolder(cache.path), report)
+    assert removed(report) == expected - {f"scene/{STRAY}", f"ghost/{STRAY}", "ghost"}
+
+
+def test_what_was_written_anew_meanwhile_stays(cache: MadeCache) -> None:
+    expected = some_garbage(cache)
+    report = find_garbage(CacheFolder(cache.path))
+    again = cache.path / "scene" / STRAY
+    again.rename(again.with_suffix(".old"))
+    again.write_bytes(b"new")
+    (cache.path / "ghost" / "kept.npy").write_bytes(b"new")
+    remove_garbage(CacheFolder(cache.path), report)
+    assert removed(report) == expected - {f"scene/{STRAY}", "ghost"}
+    assert again.read_bytes() == b"new"
+    assert (cache.path / "ghost" / "kept.npy").exists()
+
+
+def became_current(cache: MadeCache) -> None:
+    cache.origins["scene"] = origin(weights="earlier")
+    cache.write_index()
+
+
+def became_pending(cache: MadeCache) -> None:
+    pending(cache, origin(weights="earlier"))
+
+
+def index_gone(cache: MadeCache) -> None:
+    (cache.path / "cache_index.json").unlink()
+
+
+def index_torn(cache: MadeCache) -> None:
+    damaged_index(cache.path / "cache_index.json")
+
+
+@pytest.mark.parametrize("change", [became_current, became_pending, index_gone, index_torn])
+def test_packs_that_became_needed_between_looking_and_removing_stay(
+    cache: MadeCache, change: Callable[[MadeCache], None]
+) -> None:
+    expected = some_garbage(cache)
+    report = find_garbage(CacheFolder(cache.path))
+    change(cache)
+    remove_garbage(CacheFolder(cache.path), report)
+    assert removed(report) == {name for name in expected if not name.endswith(".h5")}
+
+
+def test_a_folder_that_became_a_link_meanwhile_is_not_entered(cache: MadeCache, tmp_path: Path) -> None:
+    some_garbage(cache)
+    report = find_garbage(CacheFolder(cache.path))
+    (cache.path / "ghost").rename(tmp_path / "moved")
+    (cache.path / "ghost").symlink_to(tmp_path / "moved")
+    with pytest.raises(StoreError, match="ghost"):
+        remove_garbage(CacheFolder(cache.path), report)
+    assert (tmp_path / "moved" / STRAY).exists()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("call", ["unlink", "rmdir"])
+def test_what_cannot_be_removed_is_a_store_error_that_names_it(
+    cache: MadeCache, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    some_garbage(cache)
+
+    def refuse(path: Any, *_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    report = find_garbage(CacheFolder(cache.path))
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(StoreError, match=os.strerror(code)) as caught:
+        remove_garbage(CacheFolder(cache.path), report)
+    assert any(str(item.path) in caught.value.message for item in report.garbage)
+
+
+@pytest.mark.parametrize("call", ["fsync", "scandir", "listdir"])
+def test_an_io_error_is_a_store_error(cache: MadeCache, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    some_garbage(cache)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(StoreError, match="Input/output error"):
+        collect(cache.path)
+
+
+def test_wherever_it_is_killed_the_cache_serves_and_the_next_run_removes_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    for moment in range(9):
+        cache = two_teachers(tmp_path / str(moment) / "A2b", count=6)
+        expected, left = some_garbage(cache), moment
+
+        def die(step: Callable[..., None]) -> Callable[..., None]:
+            def stop(*args: Any, **options: Any) -> None:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                step(*args, **options)
+
+            return stop
+
+        with monkeypatch.context() as patched:
+            for call in ("unlink", "rmdir"):
+                patched.setattr(os, call, die(getattr(os, call)))
+            try:
+                collect(cache.path)
+                killed = False
+            except Killed:
+                killed = True
+        assert killed == (moment < len(expected))
+        serves(cache)
+        age(cache.path)
+        assert len(collect(cache.path).garbage) == max(len(expected) - moment, 0)
+        assert not [name for name in expected if (cache.path / name).exists()]
+        serves(cache)
+
+
+def test_removals_are_durable_when_it_returns(cache: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_garbage(cache)
+    calls: list[tuple[str, str]] = []
+
+    def watched(name: str, where: Callable[..., int]) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append((name, str(Path(f"/proc/self/fd/{where(*args, **options)}").readlink())))
+            return real(*args, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    watched("unlink", lambda path, *, dir_fd: dir_fd)
+    watched("rmdir", lambda path, *, dir_fd: dir_fd)
+    watched("fsync", lambda descriptor: descriptor)
+    collect(cache.path)
+    folders = {folder for _, folder in calls}
+    assert folders == {str(cache.path / part) for part in ("packs", "scene", "ghost")} | {str(cache.path)}
+    for folder in folders:
+        mine = [name for name, where in calls if where == folder]
+        assert (mine.count("fsync"), mine[-1]) == (1, "fsync")
+    assert calls.index(("rmdir", str(cache.path))) > calls.index(("unlink", str(cache.path / "ghost")))
+
+
+# -- with real dumps --------------------------------------------------------------------------------------------------
+
+
+def tiny(run: Run, world: World, teacher: str, *args: object, code: int = 0) -> None:
+    result = run("dump", "--target", "b", "--json-path", world.json_path, "--teacher", f"tiny={teacher}",
+                 "--only", "tiny", *args)  # fmt: skip
+    assert result.exit_code == code, result.output
+
+
+def weights(world: World, seed: int) -> str:
+    (world.root / "weights.txt").write_text(str(seed))
+    return f"tiny_teachers:linear,ckpt={world.root / 'weights.txt'}"
+
+
+def test_rows_of_earlier_weights_go_and_the_cache_verifies(run: Run, world: World) -> None:
+    tiny(run, world, weights(world, 7))
+    before = world.packs()
+    tiny(run, world, weights(world, 8))
+    current = {name: content for name, content in world.packs().items() if name not in before}
+    assert before.keys() < world.packs().keys()
+    age(world.cache)
+    content = json.loads(run("gc", "--json").stdout)
+    assert content["caches"][0]["garbage"][0]["reason"] == "superseded: weights changed"
+    assert content["bytes"] == sum(map(len, before.values()))
+    assert world.packs() == current
+    assert run("verify", "--all", "--teacher", f"tiny={weights(world, 8)}").exit_code == 0
+    tiny(run, world, weights(world, 7))  # going back costs scoring, and gives the same bytes
+    assert world.packs().items() >= before.items()
+
+
+def test_what_an_interrupted_dump_committed_stays_and_its_resumption_gives_the_same_bytes(
+    run: Run, world: World
+) -> None:
+    tiny(run, world, "tiny_teachers:nan", "--on-bad-sample", "skip", "--cache-root", "apart", "--batch-size", 1, code=3)
+    world_apart = {p.name: p.read_bytes() for p in (world.root / "apart" / "A2b" / "packs").iterdir()}
+    tiny(run, world, weights(world, 7), "--batch-size", 1)
+    sealed = set(world.packs())
+    tiny(run, world, "tiny_teachers:nan", "--shard-size", 1, code=1)  # stops at a bad sample
+    committed = set(world.packs()) - sealed
+    assert committed
+    put(world.cache / "packs" / ".tmp-9-dead")
+    age(world.cache)
+    assert run("gc", "--older-than", 0).exit_code == 0
+    assert set(world.packs()) == committed | sealed
+    assert not (world.cache / "packs" / ".tmp-9-dead").exists()
+    tiny(run, world, "tiny_teachers:nan", "--on-bad-sample", "skip", code=3)
+    assert world.packs().items() >= world_apart.items()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with a finished cache, an unfinished one, a link to one, and a folder that is none."""
+    for name in ("A2b", "A2c"):
+        made = two_teachers(tmp_path / "cache" / name, count=4)
+        some_garbage(made)
+    (tmp_path / "cache" / "A2c" / "cache_index.json").unlink()
+    elsewhere = two_teachers(tmp_path / "elsewhere" / "A2s1", count=4)
+    some_garbage(elsewhere)
+    (tmp_path / "cache" / "A2s1").symlink_to(elsewhere.path)
+    put(tmp_path / "cache" / "A2notes" / ".tmp-1-a")
+    return tmp_path
+
+
+def paths(content: Any) -> list[str]:
+    return [item["path"] for cache in content["caches"] for item in cache["garbage"]]
+
+
+def test_dry_run_removes_nothing_and_lists_what_the_real_run_removes(run: Run, root: Path) -> None:
+    before = snapshot(root)
+    planned = json.loads(run("gc", "--dry-run", "--json").stdout)
+    shown = run("gc", "--dry-run").stdout
+    assert snapshot(root) == before
+    done = json.loads(run("gc", "--json").stdout)
+    assert sorted(paths(done)) == sorted(paths(planned))
+    assert (planned["bytes"], planned["dry_run"], done["dry_run"]) == (done["bytes"], True, False)
+    after = snapshot(root)
+    lost = before.keys() - after.keys()
+    assert {str((root / path).relative_to(root)) for path in paths(done)} >= lost
+    assert sum(len(before[name]) for name in lost) == done["bytes"]
+    assert {name: before[name] for name in after} == after
+    for path in paths(planned):
+        assert path in shown
+    assert "in 7 files would be freed" in shown
+
+
+def test_every_cache_under_the_root_is_cleaned_and_links_and_other_folders_are_not(run: Run, root: Path) -> None:
+    result = run("gc", "--json")
+    assert [cache["cache"] for cache in json.loads(result.stdout)["caches"]] == ["cache/A2b", "cache/A2c"]
+    assert "cache/A2c is unfinished: it has no index; only temporaries are removed" in result.stderr
+    assert (root / "cache" / "A2notes" / ".tmp-1-a").exists()
+    assert (root / "elsewhere" / "A2s1" / ".tmp-1-a").exists()
+    assert json.loads(run("gc", "cache/A2s1", "--json").stdout)["bytes"] > 0  # named, it is meant
+
+
+def test_a_second_run_finds_nothing(run: Run, root: Path) -> None:
+    run("gc")
+    age(root / "cache")
+    assert json.loads(run("gc", "--json").stdout)["bytes"] == 0
+    assert "0 B in 0 files freed" in run("gc").stdout
+
+
+def test_a_damaged_pack_is_noted(run: Run, root: Path) -> None:
+    pack = next((root / "cache" / "A2b" / "packs").glob("scene-*"))
+    pack.write_bytes(pack.read_bytes()[:-1])
+    result = run("gc", "cache/A2b")
+    assert (result.exit_code, "it is left as it is" in result.stderr, pack.exists()) == (0, True, True)
+
+
+def test_if_one_cache_is_refused_no_cache_is_touched(run: Run, root: Path) -> None:
+    path = root / "cache" / "A2c" / "pending" / "a.json"
+    path.parent.mkdir()
+    path.write_text(
+        (root / "elsewhere/A2s1/cache_index.json").read_text().replace('"format_version": 1', '"format_version": 2')
+    )
+    before = snapshot(root)
+    result = run("gc")
+    assert (result.exit_code, "format version 2" in result.stderr) == (1, True)
+    assert snapshot(root) == before
+
+
+def test_of_many_row_files_the_first_are_shown(run: Run, root: Path) -> None:
+    for number in range(30):
+        put(root / "cache" / "A2b" / "scene" / f"{number:032x}.npy")
+    age(root / "cache" / "A2b")
+    result = run("gc", "cache/A2b", "--dry-run")
+    assert result.stdout.count("row file: ") == command.MOST_SHOWN
+    assert "… and 11 more row files; --json lists them all" in result.stdout
+
+
+def test_quiet_prints_nothing(run: Run, root: Path) -> None:
+    result = run("gc", "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["nowhere"], 3, "there is no cache at nowhere"),
+        (["--cache-root", "nowhere"], 3, "there is no cache under nowhere"),
+        (["elsewhere"], 3, "there is no cache at elsewhere"),
+        (["--older-than", "-1"], 2, "older-than"),
+        (["--older-than", "inf"], 2, "older-than"),
+    ],
+)
+def test_errors_have_exit_codes(run: Run, root: Path, args: Sequence[str], code: int, message: str) -> None:
+    before = snapshot(root)
+    result = run("gc", *args)
+    assert (result.exit_code, message in result.stderr) == (code, True)
+    assert snapshot(root) == before
+
+
+def test_what_is_no_cache_is_not_looked_into(tmp_path: Path) -> None:
+    put(tmp_path / ".tmp-1-a")
+    with pytest.raises(MissingLogitsError):
+        collect(tmp_path)
+    assert (tmp_path / ".tmp-1-a").exists()
+    assert md5("x").hex() not in os.listdir(tmp_path)

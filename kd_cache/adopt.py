@@ -20,10 +20,10 @@ from kd_cache.accuracy import Accuracy, stored_accuracy
 from kd_cache.errors import FeatureError, KDCacheError, StaleError, TeacherError, UsageError, shown
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, class_order
-from kd_cache.finish import Ending, describe, finish
+from kd_cache.finish import Ending, finish
 from kd_cache.foreign import Foreign, read_source
 from kd_cache.manifest import SOURCE, TARGETS, Manifest
-from kd_cache.pending import PendingRecord, begun, read_pending
+from kd_cache.pending import begun, read_pending
 from kd_cache.publish import Published
 from kd_cache.seal import read_digests
 from kd_cache.splits import Selection
@@ -322,9 +322,6 @@ class _Adoption:
         missing = {file: reason for file, reason in still.items() if file in set(self.files)} | self.missing
         make_directory(self.folder.packs_path)
         record = self._record()
-        # What is being made is written down first, as by a dump: nobody takes the packs for leftovers.
-        pending = PendingRecord(self.folder, origins, describe(self.folder, *self._data, record))
-        pending.write(entries, missing)
         for one in ready.values():
             names = [file.encode() for file in one.files]
             write_pack(self.folder.packs_path, one.origin, one.keys, one.inputs, names, one.rows)

@@ -40,7 +40,7 @@ from kd_cache.shard import Shard
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.atomic import make_directory
-from kd_cache.store.folder import CacheFolder, refuse_file_as_root
+from kd_cache.store.folder import CacheFolder, refuse_file_as_root, refuse_renamed
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
@@ -192,7 +192,7 @@ class _Dump:
         }
         self.packs = self.folder.packs()
         if self.earlier is None and self.folder.index_path.exists():
-            self.others = self._teachers_in_packs()
+            self.others = self.packs.sole_origins(self.origins)
         for error in self.packs.damaged.values():
             watcher.note(error.message)
         kept = self.others | (self.origins if job.skip_existing else {})
@@ -500,20 +500,6 @@ class _Dump:
     def _cost(self, origin: Origin) -> StorageCost | None:
         return StorageCost(origin.value_kind) if origin.dtype == "fp16" else None
 
-    def _teachers_in_packs(self) -> dict[str, Origin]:
-        """The teachers not asked, as a damaged index cannot name them: from their packs, if these agree."""
-        found: dict[str, dict[str, Origin]] = {}
-        for pack in self.packs.good:
-            if pack.origin.teacher not in self.origins:
-                found.setdefault(pack.origin.teacher, {})[pack.origin.fingerprint.digest] = pack.origin
-        for name, origins in found.items():
-            if len(origins) > 1:
-                raise CorruptError(
-                    f"the index is damaged, and {name} has rows of {len(origins)} fingerprints: which is current?",
-                    hint=f"Dump with {name} among the teachers (without --only, or with --teacher {name}=…).",
-                )
-        return {name: next(iter(origins.values())) for name, origins in sorted(found.items())}
-
     def _earlier_index(self) -> Index | None:
         for name in self.job.teachers:
             if not is_teacher_name(name):
@@ -537,9 +523,5 @@ class _Dump:
                 ) from error
             self.watcher.note(f"{error.message}; it is written anew from the packs")
             return None
-        if index is not None and index.record.get("adaptation", self.folder.path.name) != self.folder.path.name:
-            raise StaleError(
-                f"{shown(self.folder.path)} holds the cache of {shown(index.record.get('adaptation'))}",
-                hint="It was copied or renamed; give the folder its own name back, or dump into another --cache-root.",
-            )
+        refuse_renamed(self.folder, index)
         return index

@@ -27,6 +27,7 @@ MAX_BYTES = 1 << 24
 MAX_LENGTH = 1 << 28
 MAX_DIMENSIONS = 8
 DTYPES = ("<f4", "<f2")
+PATH_MAX = 4096
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 
 
@@ -117,6 +118,8 @@ class FeatureSource:
             os.close(descriptor)
 
     def _open(self, file: str) -> int:
+        if len(file) > PATH_MAX:  # no system opens it, and to look for links in it takes long
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         directory, name = os.path.split(os.path.join(self.root, file))  # noqa: PTH118 (a path as written)
         real, inside = self._real_directory(directory)
         path = f"{real}/{name}"

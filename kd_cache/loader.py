@@ -448,9 +448,16 @@ def _check(folder: CacheFolder, origins: Mapping[str, Origin], verify: str) -> s
     """How packs are checked: what ``auto`` means depends on how much there is to read."""
     if verify != "auto":
         return verify
-    with store_errors(folder.packs_path, "look at"):
-        size = sum(path.stat().st_size for path in folder.pack_paths() if teacher_in_name(path) in origins)
+    size = sum(_size(path) for path in folder.pack_paths() if teacher_in_name(path) in origins)
     return "full" if size <= FULLY_CHECKED else "lazy"
+
+
+def _size(path: Path) -> int:
+    with store_errors(path, "look at"):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:  # sealed away since it was listed
+            return 0
 
 
 def _older_rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kd_cache.manifest import Manifest
 from kd_cache.pending import begun, read_pending
 from kd_cache.publish import Published
 from kd_cache.splits import Selection
-from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.folder import CacheFolder, PackSet, refuse_renamed
 from kd_cache.store.index import Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
@@ -39,7 +39,7 @@ class SealJob:
         folder: the cache.
         files: whether it is to have a view; ``None`` leaves that as the dump said.
         workers: threads that read features.
-        record: settings that take the place of those the dumps wrote down.
+        record: what the index is to say of the run where no dump has left a record.
     """
 
     folder: CacheFolder
@@ -48,7 +48,7 @@ class SealJob:
     source: FeatureSource
     files: bool | None = None
     workers: int = 2
-    record: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Current:
     origins: dict[str, Origin]
     entries: dict[str, dict[str, Any]]
     missing: dict[str, str]
-    newest: Index
+    record: Mapping[str, Any]
 
 
 def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
@@ -92,15 +92,15 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         StoreError: the cache cannot be written.
     """
     watcher = watcher or Watcher()
-    earlier = _earlier(job.folder, watcher)
-    current = _current(job.folder, earlier, watcher)
     packs = job.folder.packs()
     for error in packs.damaged.values():
         watcher.note(error.message)
+    earlier = _earlier(job.folder, watcher)
+    current = _current(job.folder, packs, earlier, watcher)
     refuse_wrong_joins(job.folder, packs, earlier, current.origins)
     inputs, known = read_digests(job.source, job.selection.files, current.missing, job.workers, watcher)
     missing = _still_missing(job.selection.files, inputs, known, packs, current)
-    record = {**current.newest.record, **(job.record or {})}
+    record = {**job.record, **current.record}
     end = Ending(
         job.folder,
         str(record.get("shown_path", job.folder.path)),
@@ -121,42 +121,39 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
 
 def _earlier(folder: CacheFolder, watcher: Watcher) -> Index | None:
     try:
-        return folder.index(maps=False)
+        index = folder.index(maps=False)
+        refuse_renamed(folder, index)
+        return index
     except CorruptError as error:
         watcher.note(f"{error.message}; it is written anew")
         return None
     except StaleError as error:
-        raise StaleError(error.message, hint="Bring its rows in with kd-cache adopt.") from error
+        raise StaleError(error.message, hint=error.hint or "Bring its rows in with kd-cache adopt.") from error
 
 
 def current_in(folder: CacheFolder, watcher: Watcher | None = None) -> Current:
     """The newest word on each teacher. Raises as `seal_cache`, of what is not there or cannot be read."""
     watcher = watcher or Watcher()
-    return _current(folder, _earlier(folder, watcher), watcher)
+    return _current(folder, folder.packs(), _earlier(folder, watcher), watcher)
 
 
-def _current(folder: CacheFolder, earlier: Index | None, watcher: Watcher) -> Current:
-    """From the index and what dumps wrote down.
-
-    Raises:
-        MissingLogitsError: there is neither.
-    """
+def _current(folder: CacheFolder, packs: PackSet, earlier: Index | None, watcher: Watcher) -> Current:
+    """From the index and what dumps wrote down; where both are lost, from the packs, if these leave no choice."""
     told = ([] if earlier is None else [earlier]) + read_pending(folder, watcher)
     told.sort(key=lambda index: begun(index.record))
-    if not told:
-        begun_here = folder.packs_path.is_dir()
-        what = "does not say which teachers its packs are of" if begun_here else "holds nothing to seal"
-        raise MissingLogitsError(f"{shown(folder.path)} {what}", hint="Run kd-cache dump (again).")
-    origins: dict[str, Origin] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    found = Current({}, {}, {}, told[-1].record if told else {})
     for index in told:
+        found.missing.update(index.missing)
         for name, origin in index.origins.items():
-            same = name in origins and origins[name].fingerprint.digest == origin.fingerprint.digest
-            origins[name] = origin
-            kept = entries.get(name, {}) if same else {}
-            entries[name] = _merged(kept, index.record["teachers"][name])
-    missing = {file: reason for index in told for file, reason in index.missing.items()}
-    return Current(origins, entries, missing, told[-1])
+            same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
+            found.origins[name] = origin
+            kept = found.entries.get(name, {}) if same else {}
+            found.entries[name] = _merged(kept, index.record["teachers"][name])
+    if earlier is None and (not told or folder.index_path.exists()):
+        found.origins.update(packs.sole_origins(found.origins))
+    if not found.origins:
+        raise MissingLogitsError(f"{shown(folder.path)} holds nothing to seal", hint="Run kd-cache dump.")
+    return found
 
 
 def _merged(kept: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,10 @@ class TeacherResult:
 
 @dataclass
 class VerifyReport:
-    """Everything `verify_cache` found."""
+    """Everything `verify_cache` found.
+
+    ``wrong_rows`` are the files by teacher whose stored row is not what it should be, under their own names.
+    """
 
     cache: str
     seed: int
@@ -112,6 +115,7 @@ class VerifyReport:
     teachers: dict[str, TeacherResult] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    wrong_rows: dict[str, set[str]] = field(default_factory=dict)
 
     @property
     def worst_first(self) -> list[Problem]:
@@ -205,6 +209,10 @@ class _Audit:
     def _problem(self, kind: str, teacher: str, file: str, reason: str, about: str = ROW) -> None:
         self.report.problems.append(Problem(kind, teacher, shown(file), shown(reason), about))
 
+    def _wrong_row(self, teacher: str, file: str, reason: str) -> None:
+        self._problem(CORRUPT, teacher, file, reason)
+        self.report.wrong_rows.setdefault(teacher, set()).add(file)
+
     # -- what the rows are worth --------------------------------------------------------------------------------------
 
     def _permitted_then(self, index: Index) -> Permitted | None:
@@ -281,7 +289,7 @@ class _Audit:
                 continue
             result.hits += 1
             if int(found[number]) in wrong:
-                self._problem(CORRUPT, name, file, "its row does not match its checksum")
+                self._wrong_row(name, file, "its row does not match its checksum")
                 continue
             result.intact += 1
             stale = self._stale_reason(union, int(found[number]), digests[number])
@@ -412,4 +420,4 @@ class _Audit:
             result = self.report.teachers[name]
             result.recomputed, result.bit_exact, result.deviation = checked.rows, checked.bit_exact, checked.deviation
             for file, reason in checked.wrong:
-                self._problem(CORRUPT, name, file, reason)
+                self._wrong_row(name, file, reason)

@@ -81,11 +81,13 @@ class LoadedTeacher(nn.Module):
     and the module is in evaluation mode; otherwise it is an ordinary nn.Module (``.to(device)``,
     ``.half()``, …).
 
-    ``source`` says which entry of the file was used and which prefixes were removed. ``num_cities`` is the
+    ``source`` says which entry of the file was used and which prefixes were removed, ``checkpoint_sha256`` is of the
+    bytes that were read (``None`` for a teacher that is from no file). ``num_cities`` is the
     number of outputs of the city classifier, None where there is none.
     """
 
     value_kind: Literal["logits"] = "logits"
+    checkpoint_sha256: str | None = None
 
     def __init__(
         self,

@@ -121,9 +121,10 @@ def load_teacher(
     with _naming(path):
         if role is not None and role not in ROLES:
             raise CheckpointError(f"no role is called {role!r}", hint=f"Roles are {', '.join(ROLES)}.")
-        content, size = read_content(path)
+        content, size, digest = read_content(path)
         record = _record(content.pop(RECORD_ENTRY, None))
         teacher = _assembled(content, record, role, size)
+        teacher.checkpoint_sha256 = digest
         _check_counts(teacher, num_classes, num_cities)
     return teacher
 

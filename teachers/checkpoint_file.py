@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -80,8 +81,11 @@ def checkpoint_limit(most_bytes: int) -> Iterator[None]:
         _most_bytes.reset(token)
 
 
-def read_content(path: str | os.PathLike[str]) -> tuple[dict[Any, Any], int]:
-    """The file's entries and its size in bytes. The record, if any, is the entry ``kd_cache``."""
+def read_content(path: str | os.PathLike[str]) -> tuple[dict[Any, Any], int, str]:
+    """The file's entries, its size in bytes and its SHA-256. The record, if any, is the entry ``kd_cache``.
+
+    Of one open file, so that all three are of the same bytes whatever takes its place meanwhile.
+    """
     with _regular_file(path) as file:
         before = os.fstat(file.fileno())
         try:
@@ -90,12 +94,14 @@ def read_content(path: str | os.PathLike[str]) -> tuple[dict[Any, Any], int]:
             raise
         except Exception as error:  # hostile bytes lead the parsers to any error at all; none may escape
             raise CheckpointError(f"the file is damaged or not a checkpoint: {_brief(error)}", hint=AGAIN) from error
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise CheckpointError("the file changed while it was read", hint="Wait until it is written, then retry.")
     if not isinstance(content, dict):
         raise CheckpointError(f"expected a dict of tensors, found {kind_of(content)}", hint=AGAIN)
-    return dict(content), before.st_size
+    return dict(content), before.st_size, digest
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ _MOMENT = ("created", "begun", "settings", "digest")
 class Place:
     """A small data set, and beside it the folder ``disk`` that gets broken; the cache is ``disk/cache/A2b``.
 
-    ``right`` has every row that a dump may store, of the teachers and of one that takes the place of ``tiny``.
+    ``right`` has every row that a dump may store, of both teachers, before and after their weights change.
     """
 
     world: World
@@ -70,17 +70,20 @@ class Place:
         return tree(self.disk)
 
 
-def dumping(*further: object, tiny: str = "tiny=tiny_teachers:linear") -> Arguments:
-    """A dump with two tiny teachers, many small commits, into ``disk/cache``."""
+def dumping(*further: object, weights: str = "") -> Arguments:
+    """A dump with two tiny teachers, many small commits, into ``disk/cache``; ``weights`` (a file) changes both."""
     where = ("--target", "b", "--json-path", "dataset.json", "--cache-root", "disk/cache")
-    teachers = ("--teacher", tiny, "--teacher", "other=tiny_teachers:other", "--only", "tiny", "--only", "other")
-    return ("dump", *where, *teachers, "--batch-size", "2", "--shard-size", "4", "--num-verify", "2", *further)
+    checkpoint = f",ckpt={weights}" if weights else ""
+    teachers = ("--teacher", f"tiny=tiny_teachers:linear{checkpoint}", "--only", "tiny")
+    others = ("--teacher", "other=tiny_teachers:" + (f"linear,ckpt=other-{weights}" if weights else "other"))
+    sizes = ("--batch-size", "2", "--shard-size", "4", "--num-verify", "2")
+    return ("dump", *where, *teachers, *others, "--only", "other", *sizes, *further)
 
 
 SEALING: Arguments = ("seal", "--target", "b", "--cache-root", "disk/cache")
-RESCORING = dumping(tiny="tiny=tiny_teachers:linear,ckpt=weights.txt")
-"""A dump with other weights for ``tiny``: its rows must not be mixed with those of before."""
-_SEEDS = {"tiny": (1, 7), "other": (2, 2)}
+RESCORING = dumping(weights="weights.txt")
+"""A dump with other weights for both teachers: its rows must not be mixed with those of before."""
+_SEEDS = {"tiny": (1, 7), "other": (2, 9)}
 
 
 def exporting(kind: str, output: bool = True) -> Arguments:
@@ -94,7 +97,8 @@ def make_place(root: Path, source: int, target: int) -> Place:
     for number in range(source + target):
         world.add(number, "A" if number < source else "b", "train", frames=(12, 16)[number % 2])
     place = Place(world.write(), {})
-    (root / "weights.txt").write_text(str(_SEEDS["tiny"][1]))
+    for name, file in (("tiny", "weights.txt"), ("other", "other-weights.txt")):
+        (root / file).write_text(str(_SEEDS[name][1]))
     for generation, arguments in enumerate((dumping("--no-files"), RESCORING)):
         place.finish(arguments)
         rows = stored_rows(place.cache)
@@ -106,8 +110,7 @@ def make_place(root: Path, source: int, target: int) -> Place:
 
 def _check_against_teachers(place: Place, rows: Rows, generation: int) -> None:
     """Rows are only taken for the right ones if the teachers' own code, called by hand, gives these numbers."""
-    asked = {(teacher, file) for teacher in _SEEDS for file in place.world.permitted()}
-    assert {(teacher, file) for teacher, _, file in rows} >= {part for part in asked if not generation}
+    assert {(name, file) for name, _, file in rows} == {(n, f) for n in _SEEDS for f in place.world.permitted()}
     for (teacher, _, file), row in rows.items():
         feature = torch.from_numpy(np.load(place.world.feature(file)))
         expected = tiny_teachers.Linear(_SEEDS[teacher][generation])(feature[None])[0].numpy()
@@ -240,16 +243,26 @@ def check_same(found: Tree, expected: Tree) -> None:
     """Two folders are equal to the byte, but for temporaries and for the moment and settings the index tells of."""
     ours, theirs = ({n: b for n, b in t.items() if not Path(n).name.startswith(TEMPORARY)} for t in (found, expected))
     assert ours.keys() == theirs.keys(), f"only one of two has {sorted(ours.keys() ^ theirs.keys())}"
-    differing = [name for name in ours if _comparable(name, ours[name]) != _comparable(name, theirs[name])]
-    assert not differing, f"not the bytes of an undisturbed run: {differing}"
+    for name in ours:
+        one, other = _comparable(name, ours[name]), _comparable(name, theirs[name])
+        assert one == other, f"not the bytes of an undisturbed run: {name}\n{_differing(one, other)}"
+
+
+def _differing(one: Any, other: Any, at: str = "") -> str:
+    """Where two parsed indexes differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        parts = [_differing(one.get(k), other.get(k), f"{at}/{k}") for k in one.keys() | other.keys()]
+        return "\n".join(filter(None, parts))
+    return "" if one == other else f"{at}: {one!r:.200} | {other!r:.200}"
 
 
 def _comparable(name: str, content: bytes | None) -> Any:
     if content is None or not name.endswith("cache_index.json"):
         return content
     index = json.loads(content)
-    index["kd_cache"] = {key: value for key, value in index["kd_cache"].items() if key not in _MOMENT}
-    return index
+    record = {key: value for key, value in index["kd_cache"].items() if key not in _MOMENT}
+    manifest = {**record["manifest"], "path": Path(record["manifest"]["path"]).name}  # a seal knows the whole path
+    return index | {"kd_cache": record | {"manifest": manifest}}
 
 
 def check_outcome(outcome: Outcome, fault: Fault) -> None:

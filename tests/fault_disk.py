@@ -71,9 +71,13 @@ def tree(folder: Path) -> Tree:
 
 
 def put_tree(folder: Path, content: Mapping[str, bytes | None]) -> None:
-    """Make a folder hold exactly this."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Make a folder hold exactly this. The folder itself stays: it may be where a disk is mounted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     for name, data in content.items():
         path = folder / name
         if data is None:

@@ -345,12 +345,15 @@ CALLS: dict[str, Callable[[], object]] = {"command": _command, "reader": _reader
 
 @dataclass
 class Tally:
-    """What a reader saw: rounds in which it read, rows it was served, wrong ones, and errors by their type."""
+    """What a reader saw: rounds in which it read, rows it was served, wrong ones, errors by their type.
+
+    ``sets`` are the different sets of rows it was served: how many samples, made by which teachers.
+    """
 
     rounds: int = 0
     rows: int = 0
     wrong: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    sets: list[list[Any]] = field(default_factory=list)
     unfinished: int = 0
     errors: dict[str, int] = field(default_factory=dict)
 
@@ -376,8 +379,8 @@ def read_until(cache: Path, right: Rows, done: Callable[[], bool]) -> Tally:
         tally.rounds += 1
         tally.rows += count
         tally.wrong += wrong
-        if len(opened) not in tally.sizes:
-            tally.sizes.append(len(opened))
+        if (served := [len(opened), opened.fingerprints]) not in tally.sets:
+            tally.sets.append(served)
         time.sleep(0.002)
     return tally
 
@@ -393,6 +396,30 @@ def compare(opened: LogitCache, right: Rows) -> tuple[int, list[str]]:
         if row.tobytes() != right.get((teacher, made_by[teacher], file))
     ]
     return int(logits.shape[0] * logits.shape[1]), wrong
+
+
+@contextlib.contextmanager
+def readers(count: int, cache: Path, right: Rows, folder: Path) -> Iterator[list[Tally]]:
+    """So many processes that read a cache meanwhile; what they saw is in the list at the end. Each read is right.
+
+    A cache that has an index must open, whatever happens to it.
+    """
+    save_rows(folder / "right.json", right)
+    stop = folder / "stop"
+    stop.unlink(missing_ok=True)
+    asked = (cache, folder / "right.json", stop)
+    running = [host().start(*asked, cwd=folder, call="reader") for _ in range(count)]
+    tallies: list[Tally] = []
+    with ended_at_last(running):
+        yield tallies
+        stop.touch()
+        for reader in running:
+            outcome = reader.wait()
+            assert outcome.code == 0, outcome
+            tallies.append(Tally(**json.loads(outcome.stdout)))
+    for tally in tallies:
+        assert not tally.wrong, f"wrong rows were served: {tally.wrong[:5]}"
+        assert not tally.errors, f"a finished cache did not open: {tally.errors}"
 
 
 def save_rows(path: Path, rows: Rows) -> None:

@@ -261,9 +261,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "two pickles in one zip": Checkpoint(two_pickles, ("expected one pickle, found 2",)),
     "10^12 elements of stride 0": Checkpoint(saved({**good(), "conv_in.weight": GIANT}), ("claim 40000",)),
     "10^12 elements of stride 0, legacy": Checkpoint(saved({"x": GIANT}, legacy=True), ("claim 40000",)),
-    "10^12 elements by hand": Checkpoint(
-        zipped(entry(tensor(storage(1), [10**6, 10**6], [0, 0]))), ("claim 40000",)
-    ),
+    "10^12 elements by hand": Checkpoint(zipped(entry(tensor(storage(1), [10**6, 10**6], [0, 0]))), ("claim 40000",)),
     "a storage larger than its bytes": Checkpoint(
         zipped(entry(tensor(storage(10**9), [10**9], [1]))), ("record size (4 bytes) does not match",)
     ),
@@ -291,9 +289,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         zipped(entry(called("numpy.core.multiarray.scalar", called("numpy.dtype", text("V2000000000"))))), DAMAGED
     ),
     "a text encoded for hours": Checkpoint(
-        zipped(
-            entry(called("_codecs.encode", text("".join(map(chr, range(0x400, 0xD000))) * 20), text("punycode")))
-        ),
+        zipped(entry(called("_codecs.encode", text("".join(map(chr, range(0x400, 0xD000))) * 20), text("punycode")))),
         ("_codecs.encode with another codec", *RUNS),
     ),
     "the same, the codec hidden": Checkpoint(

@@ -111,9 +111,7 @@ def fenced(work: Callable[[], dict[str, Any]], folder: Path, seconds: float = SE
     return outcome
 
 
-def _in_the_child(
-    work: Callable[[], dict[str, Any]], folder: Path, seconds: float, sending: int, said: int
-) -> None:
+def _in_the_child(work: Callable[[], dict[str, Any]], folder: Path, seconds: float, sending: int, said: int) -> None:
     """Never returns: what pytest would do at the end of its process is not done twice."""
     try:
         _put_up_the_fence(folder, seconds, said)
@@ -168,7 +166,7 @@ def picture(folder: Path, without: str | None = None) -> dict[str, tuple[Any, ..
             status = entry.stat(follow_symlinks=False)
             content: Any = None
             if entry.is_symlink():
-                content = os.readlink(entry.path)
+                content = str(Path(entry.path).readlink())
             elif stat.S_ISDIR(status.st_mode):
                 waiting.append(entry.path)
             elif stat.S_ISREG(status.st_mode):

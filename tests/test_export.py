@@ -499,11 +499,11 @@ def test_the_bytes_of_a_table_stay_the_same(tmp_path: Path) -> None:
     """Other programs parse them."""
     rows = Rows.of(["a.npy", 'b "x"\t.npy', "c\r.npy"], classes=2)
     rows.logits[:] = [[1.5, -0.1], [-0.0, 3e-12], [1e38, 7]]
-    assert rows.files == ["c\r.npy", "a.npy", 'b "x"\t.npy']
+    assert rows.files == ["c\r.npy", 'b "x"\t.npy', "a.npy"]
     export(make_cache(tmp_path / "A2b", {"scene": rows}, {"scene": origin(classes=2)}), "tsv", tmp_path / "out")
     assert (tmp_path / "out" / "scene.tsv").read_bytes() == (
         b"file\tlogit_0\tlogit_1\n"
         b'"c\r.npy"\t"1.5"\t"-0.100000001"\n'
-        b"a.npy\t-0\t2.99999999e-12\n"
-        b'"b ""x""\t.npy"\t9.99999968e+37\t7\n'
+        b'"b ""x""\t.npy"\t-0\t2.99999999e-12\n'
+        b"a.npy\t9.99999968e+37\t7\n"
     )

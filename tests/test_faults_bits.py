@@ -3,7 +3,7 @@
 Each damage is done in place to a small finished cache, then `LogitCache` reads every row and the audit looks at
 everything, in a forked child: a crash or a hang is counted, it does not end the suite. ``KD_CACHE_FAULTS=full`` tries
 every bit and every length; the default run tries all of them where a byte has a meaning of its own (a pack's first 64
-bytes, a whole ``.npy``, the index's last 64 bytes) and an even spread of the rest.
+bytes, the header of a ``.npy``, the index's last 64 bytes) and an even spread of the rest.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def spread(count: int, most: int, critical: Sequence[int] = ()) -> list[int]:
     return sorted({*range(0, count, step), *(number for number in critical if 0 <= number < count)})
 
 
-def single_faults(content: bytes, critical: Sequence[int], most: int = 1_500) -> list[Damage]:
+def single_faults(content: bytes, critical: Sequence[int], most: int = 500) -> list[Damage]:
     """Single-bit flips, truncations, and one byte appended. ``critical``: the bytes whose every bit is always tried."""
     size = len(content)
     bits = spread(8 * size, most, [8 * byte + bit for byte in critical for bit in range(8)])
-    lengths = spread(size, most // 4, [*range(48), *range(size - 48, size), *critical])
+    lengths = spread(size, most // 4, [0, 1, size - 1, *critical])
     surplus = range(256) if FULL else b"\0\n }1\xff"
     return [
         *(flip(content, bit) for bit in bits),
@@ -340,8 +340,8 @@ def told(capsys: pytest.CaptureFixture[str], name: str, tally: Tally) -> None:
 # Which bytes have every bit tried in the default run too.
 CRITICAL: dict[str, Callable[[int], Sequence[int]]] = {
     "packs/tiny-*.h5": lambda size: range(64),
-    "tiny/*.npy": range,
-    "permitted-*.npy": range,
+    "tiny/*.npy": lambda size: range(128),
+    "permitted-*.npy": lambda size: range(128, 148),
     "cache_index.json": lambda size: range(size - 64, size),
 }
 
@@ -371,7 +371,7 @@ def test_a_reader_told_to_believe_the_disk_does_not_crash_or_hang_on_a_damaged_p
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = finished.find("packs/tiny-*.h5")
-    damages = single_faults(path.read_bytes(), range(0))
+    damages = single_faults(path.read_bytes(), ())
     tally = trial(path, damages, {"off": reader(finished, "off")}, tmp_path)
     told(capsys, "packs/tiny-*.h5", tally)
     assert tally.of("off").keys() <= {RIGHT, REFUSED, WRONG}, tally.notes
@@ -382,7 +382,7 @@ def test_damage_to_the_view_does_not_reach_a_reader_and_the_audit_names_the_file
 ) -> None:
     path = finished.find("tiny/*.npy")
     content = path.read_bytes()
-    damages = single_faults(content, CRITICAL["tiny/*.npy"](len(content)))
+    damages = single_faults(content, CRITICAL["tiny/*.npy"](len(content)), most=100)
     tally = trial(path, damages, {"audit": auditor(finished, path)}, tmp_path)
     told(capsys, "tiny/*.npy", tally)
     assert tally.of("audit") == {REPORTED: len(damages)}, tally.notes
@@ -484,6 +484,7 @@ def test_the_audit_finds_swapped_rows_by_their_own_checksums_even_under_a_correc
         path = seal_bytes(path.parent, swapped_rows(content, places, which, a, b).on(content)[512:], "tiny")
         problems = verify_cache(audit_job(finished)).problems
         found = {(problem.kind, problem.file) for problem in problems if problem.kind == "corrupt"}
+        found.discard(("corrupt", "(all rows)"))  # the accuracy, where the swap moved it
         assert reader(finished, "lazy")() == REFUSED
         by_row = sorted(finished.files, key=md5)
         unsorted = "keys" in which
@@ -544,8 +545,8 @@ def test_damage_to_a_mapped_pack_is_refused(
     some = rows.files[::97]
     expected = rows.logits[::97].tobytes()
     content = path.read_bytes()
-    bits = range(0, 8 * len(content), 8 * len(content) // (20_000 if FULL else 250) | 1)
-    sizes = range(0, len(content), len(content) // (4_000 if FULL else 60) | 1)
+    bits = range(0, 8 * len(content), 8 * len(content) // (4_000 if FULL else 90) | 1)
+    sizes = range(0, len(content), len(content) // (500 if FULL else 20) | 1)
     damages = [
         *(flip(content, bit) for bit in bits),
         *(Damage(f"cut to {size} bytes", size=size) for size in sizes),
@@ -612,9 +613,9 @@ def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path, capsys
 
     checks = {"full": reading("full"), "lazy": reading("lazy")}
     assert [check() for check in checks.values()] == [RIGHT, RIGHT]
-    for path in sorted((made.path / "packs").iterdir())[:: 1 if FULL else 3]:
+    for path in sorted((made.path / "packs").iterdir())[:: 1 if FULL else 4]:
         content = path.read_bytes()
-        bits = range(0, 8 * len(content), 8 * len(content) // (2_000 if FULL else 100) | 1)
+        bits = range(0, 8 * len(content), 8 * len(content) // (500 if FULL else 40) | 1)
         damages = [flip(content, bit) for bit in bits]
         tally = trial(path, damages, checks, tmp_path)
         told(capsys, "one of seven packs", tally)
@@ -626,7 +627,7 @@ def sector_faults_of_a_large_file(content: bytes, sector: int = 512) -> list[Dam
     """Random sectors zeroed, and random pairs swapped."""
     random = np.random.default_rng(6)
     damages = []
-    for _ in range(1_000 if FULL else 50):
+    for _ in range(300 if FULL else 10):
         a, b = (int(at) * sector for at in random.choice(len(content) // sector, 2, replace=False))
         one, other = content[a : a + sector], content[b : b + sector]
         damages += [

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,8 +26,8 @@ from fault_checks import (
     make_scenario,
     temporaries,
 )
-from fault_disk import Tree, calls, put_tree, tree
-from fault_tools import MARKS, Fault, Rows, Tally, ended_at_last, host, often, save_rows, why_no_shim
+from fault_disk import Tree, calls, put_tree
+from fault_tools import MARKS, Fault, Rows, ended_at_last, host, often, readers, why_no_shim
 
 pytestmark = MARKS
 
@@ -61,13 +58,15 @@ class Kills:
     acknowledged: Rows = field(default_factory=dict)
     kills: int = 0
     rows: int = 0
-    readers: Tally = field(default_factory=Tally)
+    said: int = 0
+    reads: int = 0
+    rows_read: int = 0
 
     def whole_life(self, number: int, finished: Tree, exported: Tree) -> None:
         """A cache from nothing to finished and exported, with kills at every stage and a reader beside."""
         put_tree(self.place.disk, {})
         self.acknowledged = {}
-        with self._reader():
+        with readers(1, self.place.cache, self.place.right, self.place.root) as read:
             begin = PARTS if number % 2 else WHOLE
             self.disturb(begin)
             self.disturb(begin)
@@ -80,7 +79,10 @@ class Kills:
             self.disturb(EXPORT_AND_DUMP)
             check_same(self.place.finish(dumping(), *EXPORTED), exported)
             self._check()
+        assert [size for size, _ in read[0].sets] == [self.place.samples], "a reader saw another set of samples"
         self.rows += len(self.acknowledged)
+        self.reads += read[0].rounds
+        self.rows_read += read[0].rows
 
     def disturb(self, pair: Pair) -> None:
         """Start both commands and kill each at a moment of its own, drawn over the time that the pair takes."""
@@ -95,31 +97,15 @@ class Kills:
                 assert outcome.code in (-signal.SIGKILL, 0, 1, 3), outcome
                 assert "unexpected" not in outcome.stderr, outcome
                 self.kills += outcome.code == -signal.SIGKILL
-                assert acknowledged_samples(outcome.stderr) <= complete_samples(self._check())
+                said = acknowledged_samples(outcome.stderr)
+                assert said <= complete_samples(self._check())
+                self.said += said
 
     def _check(self) -> Rows:
         """Every row that was ever seen is there, whatever else still runs."""
         rows = check_rows(self.place.cache, self.place.right, self.acknowledged)
         self.acknowledged |= rows
         return rows
-
-    @contextmanager
-    def _reader(self) -> Iterator[None]:
-        right, stop = self.place.root / "right.json", self.place.root / "stop"
-        save_rows(right, self.place.right)
-        stop.unlink(missing_ok=True)
-        reader = host().start(self.place.cache, right, stop, cwd=self.place.root, call="reader")
-        with ended_at_last([reader]):
-            yield
-            stop.touch()
-            outcome = reader.wait()
-        assert outcome.code == 0, outcome
-        seen = json.loads(outcome.stdout)
-        assert not seen["wrong"], f"wrong rows were served: {seen['wrong'][:5]}"
-        assert not seen["errors"], f"a finished cache did not open: {seen['errors']}"
-        assert seen["sizes"] == [self.place.samples], "a reader saw another set of samples"
-        self.readers.rounds += seen["rounds"]
-        self.readers.rows += seen["rows"]
 
 
 SECONDS: dict[Pair, float] = {}
@@ -149,9 +135,11 @@ def test_kills_at_random_moments_cost_nothing_acknowledged_and_serve_nothing_wro
     while done.kills < often(30, 1000):
         done.whole_life(lives, finished, exported)
         lives += 1
+    assert done.said > 0
+    assert done.reads > 0
     print(
         f"\nseed {SEED}: {done.kills} kills in {lives} caches, {done.rows} acknowledged rows, 0 lost; "
-        f"{done.readers.rounds} reads of {done.readers.rows} rows beside them, 0 wrong"
+        f"{done.reads} reads of {done.rows_read} rows beside them, 0 wrong"
     )
 
 

@@ -1,15 +1,19 @@
-"""Hostile files, each met by the real command in a fenced child: a typed error, nothing run, nothing written outside."""
+"""Hostile files meet the real command in a fenced child: a typed error, nothing run, nothing written outside."""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, World
 from hostile_checkpoints import CANARY, CHECKPOINTS, EVIL, good, saved
+from hostile_data import FEATURES, GOOD, MANIFESTS, NFC, NFD, PATHS
 from hostile_fence import MEMORY, Outcome, command, fenced, picture, python
 from store_fixtures import forks
 from typer.testing import CliRunner
@@ -18,9 +22,10 @@ from kd_cache.cli import app
 
 pytestmark = forks
 
-DATA = ("--json-path", "dataset.json")
+DATA = ("--json-path", "dataset.json", "--data-root", ".")
 OWN = (*TINY, "--only", "tiny", "--only", "other")
 DUMP = ("dump", "--target", "b", *DATA)
+VERIFY = ("verify", "--all", *DATA, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +40,20 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     made.write()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.root)
-        result = CliRunner().invoke(app, [*DUMP, *OWN])
-    assert result.exit_code == 0, result.output
+        for arguments in ([*DUMP, *OWN], VERIFY, ["info"]):  # so that all modules are imported before the forks
+            result = CliRunner().invoke(app, list(arguments))
+            assert result.exit_code == 0, result.output
     return made
 
 
 @pytest.fixture
-def world(template: World, tmp_path: Path) -> World:
-    """A copy of the template, for one test to spoil."""
+def world(template: World, tmp_path: Path) -> Iterator[World]:
+    """A copy of the template, for one test to spoil, and beside it a folder that is none of its business."""
     shutil.copytree(template.root, tmp_path / "w", symlinks=True)
-    return World(tmp_path / "w", template.rows)
+    (tmp_path / "outside").mkdir()
+    np.save(tmp_path / "outside" / "secret.npy", GOOD)
+    yield World(tmp_path / "w", [dict(row) for row in template.rows])
+    shutil.rmtree(tmp_path / "w")  # some of it is large
 
 
 def refused(outcome: Outcome, code: int, kind: str | None, *words: str) -> None:
@@ -53,16 +62,17 @@ def refused(outcome: Outcome, code: int, kind: str | None, *words: str) -> None:
     assert (outcome.code, outcome.kind) == (code, kind), outcome.said
     for word in words:
         assert word in outcome.said
-    for alarm in ("Traceback", "unexpected ", "MemoryError", "\x1b", "Warning"):
+    for alarm in ("Traceback", "error: unexpected", "MemoryError", "\x1b", "\x07", "Warning"):
         assert alarm not in outcome.said
     assert outcome.grown < MEMORY
 
 
 def at_the_fence(world: World, *arguments: object) -> Outcome:
     """Run the command; whatever it does, it changes nothing but the cache."""
-    before = picture(world.root, "cache")
+    around = world.root.parent
+    before = picture(around, "w/cache")
     outcome = fenced(command(*arguments), world.root)
-    assert picture(world.root, "cache") == before
+    assert picture(around, "w/cache") == before
     return outcome
 
 
@@ -84,16 +94,15 @@ def test_the_fence_stops_a_child_that_hangs(tmp_path: Path) -> None:
 
 
 def test_the_fence_refuses_memory(tmp_path: Path) -> None:
-    assert fenced(python(lambda: len(bytes(MEMORY))), tmp_path).kind == "MemoryError"
+    assert fenced(python(lambda: len(bytes(MEMORY + (8 << 20)))), tmp_path).kind == "MemoryError"
     modest = fenced(python(lambda: len(b"x" * (MEMORY // 2))), tmp_path)
     assert modest.killed is None
     assert modest.grown >= MEMORY // 2
 
 
 def test_the_fence_sees_a_crash_and_what_was_printed_on_the_way(tmp_path: Path) -> None:
-    import os
-
     def crash() -> dict[str, object]:
+        faulthandler.disable()
         os.write(2, b"terminate called")
         os.abort()
 
@@ -103,8 +112,6 @@ def test_the_fence_sees_a_crash_and_what_was_printed_on_the_way(tmp_path: Path) 
 
 def test_the_fence_sees_what_a_payload_does(world: World) -> None:
     """Loaded as nobody should, the pickles used here do run, and leave a file that the picture shows."""
-    import torch
-
     CHECKPOINTS["os.system in a zip"].make(world.root)
     before = picture(world.root, "cache")
     fenced(python(lambda: str(torch.load(EVIL, weights_only=False))), world.root)
@@ -127,3 +134,109 @@ def test_a_hostile_checkpoint_is_refused(world: World, case: str) -> None:
     before = picture(world.root)
     refused(at_the_fence(world, *WITH_EVIL), 1, "CheckpointError", EVIL, *CHECKPOINTS[case].says)
     assert picture(world.root) == before, "a refused dump changes nothing"
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FEATURES)
+def test_a_hostile_feature_is_refused(world: World, case: str) -> None:
+    victim = world.permitted()[0]
+    FEATURES[case].make(world.feature(victim))
+    before = picture(world.root)
+    refused(at_the_fence(world, *DUMP, *OWN), 1, "FeatureError", victim, FEATURES[case].says)
+    audit = at_the_fence(world, *VERIFY)
+    if case == "another F":  # a feature like any other, but not the one that was scored
+        refused(audit, 5, None, f"{victim}: its feature file is not the one that was scored")
+    else:
+        refused(audit, 1, None, f"{victim}: its freshness cannot be checked", FEATURES[case].says)
+    assert picture(world.root) == before
+
+
+def test_a_hostile_feature_can_be_skipped_and_its_row_goes(world: World) -> None:
+    """The row is of a feature that no longer exists: it is not served."""
+    victim = world.permitted()[0]
+    FEATURES["objects"].make(world.feature(victim))
+    refused(at_the_fence(world, *DUMP, *OWN, "--on-bad-sample", "skip"), 3, None, f"missing: {victim}", "its dtype")
+    assert not world.view("tiny", victim).exists()
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_a_hostile_path_is_refused(world: World, case: str) -> None:
+    name = PATHS[case].make(world)
+    world.rows[0]["file"] = name
+    world.write()
+    before = picture(world.root)
+    refused(at_the_fence(world, *DUMP, *OWN), PATHS[case].code, PATHS[case].kind, PATHS[case].says)
+    for further in ((), ("--json",)):
+        audit = at_the_fence(world, *VERIFY, *further)
+        assert audit.code in (1, 2, 3, 6)
+        refused(audit, audit.code, audit.kind)
+    assert picture(world.root) == before
+
+
+def test_devices_are_refused_even_where_permitted(world: World) -> None:
+    world.rows[0]["file"] = "/dev/zero"
+    world.write()
+    outcome = at_the_fence(world, *DUMP, *OWN, "--allow-outside", "/dev")
+    refused(outcome, 1, "FeatureError", "feature /dev/zero", "not a regular file")
+
+
+def test_names_that_only_unicode_tells_apart_are_two_samples(world: World) -> None:
+    for number, name in enumerate((NFC, NFD)):
+        world.rows[number]["file"] = name
+        world.write_feature(name, GOOD + number)
+    world.write()
+    assert at_the_fence(world, *DUMP, *OWN).code == 0
+    rows = [np.load(world.view("tiny", name)) for name in (NFC, NFD)]
+    assert (rows[0] != rows[1]).any()
+    assert at_the_fence(world, *VERIFY).code == 0
+
+
+def test_a_path_is_a_sample_exactly_as_it_is_written(world: World) -> None:
+    name = world.permitted()[0].replace("/", "//")
+    world.rows[0]["file"] = name
+    world.write()
+    assert at_the_fence(world, *DUMP, *OWN).code == 0
+    assert world.view("tiny", name).exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "packs", "\x1b[2J", "x\0", "é", "n" * 65, ""])
+def test_a_teacher_cannot_be_named_after_a_place(world: World, name: str) -> None:
+    before = picture(world.root)
+    outcome = at_the_fence(world, *DUMP, "--teacher", f"{name}=tiny_teachers:linear")
+    refused(outcome, 2, "UsageError", "cannot be a teacher's name")
+    assert picture(world.root) == before
+
+
+# -- manifests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_hostile_manifest_is_refused(world: World, case: str) -> None:
+    world.json_path.write_bytes(MANIFESTS[case].change(world.json_path.read_bytes()))
+    before = picture(world.root)
+    for arguments in ((*DUMP, *OWN), VERIFY):
+        refused(at_the_fence(world, *arguments), 2, "ManifestError", "dataset.json", MANIFESTS[case].says)
+    assert picture(world.root) == before
+
+
+@pytest.mark.parametrize("what", ["FIFO", "folder", "device", "loop", "4 GB that take no room"])
+def test_what_is_no_manifest_is_refused_unread(world: World, what: str) -> None:
+    path = world.json_path
+    path.unlink()
+    if what == "FIFO":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what in ("device", "loop"):
+        path.symlink_to("/dev/zero" if what == "device" else path.name)
+    else:
+        path.touch()
+        os.truncate(path, 4 << 30)
+    says = {"loop": "symbolic links", "folder": "a directory", "4 GB that take no room": "--max-manifest-bytes"}
+    for arguments in ((*DUMP, *OWN), VERIFY):
+        refused(at_the_fence(world, *arguments), 2, "ManifestError", says.get(what, "not a regular file"))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import kd_cache
-from kd_cache.cli import adopt, diff, dump, export, gc, info, seal, verify
+from kd_cache.cli import adopt, diff, dump, export, gc, info, merge, repair, seal, verify
 from kd_cache.cli.sample_data import sample_data_command
 
 app = typer.Typer(
@@ -28,11 +28,13 @@ app = typer.Typer(
 app.command("dump", epilog=dump.EXAMPLES)(dump.dump_command)
 app.command("seal", epilog=seal.EXAMPLES)(seal.seal_command)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify_command)
+app.command("repair", epilog=repair.EXAMPLES)(repair.repair_command)
 app.command("info", epilog=info.EXAMPLES)(info.info_command)
 app.command("diff", epilog=diff.EXAMPLES)(diff.diff_command)
 app.command("export", epilog=export.EXAMPLES)(export.export_command)
 app.command("adopt", epilog=adopt.EXAMPLES)(adopt.adopt_command)
 app.command("gc", epilog=gc.EXAMPLES)(gc.gc_command)
+app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
 app.command("sample-data")(sample_data_command)
 
 

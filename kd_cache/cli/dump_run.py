@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from secrets import randbits
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-import kd_cache
 from kd_cache.cli import options as opt
-from kd_cache.cli.config import given, resolved_settings, source_name
+from kd_cache.cli.config import given, source_name
 from kd_cache.cli.console import Screen, size, table
-from kd_cache.cli.inputs import Inputs, data_paths, load_inputs
+from kd_cache.cli.inputs import Inputs, load_inputs
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.report import problem_lines, verify_table
-from kd_cache.cli.teachers import BUILT_IN, load_teachers, teacher_specs
+from kd_cache.cli.saved import run_record
+from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.errors import UsageError, shown, worst_exit_code
 from kd_cache.store.folder import refuse_file_as_root
-from kd_cache.teacher import Teacher, TeacherSpec
 
 Part = tuple[int, int] | None
 
@@ -147,8 +144,8 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         shard_size=options.shard_size,
         shard_seconds=options.shard_seconds,
         part=part,
-        notes={spec.name: {"source": _described(spec, teachers[spec.name])} for spec in specs},
-        record=_record(ctx, options),
+        notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
+        record=run_record(ctx, inputs),
     )
 
 
@@ -175,35 +172,6 @@ def _announce(screen: Screen, inputs: Inputs) -> None:
         )
     if selection.shared_locations:
         screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
-
-
-def _described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
-    """Where a teacher came from, for the index: never anything that a reader would run."""
-    source: dict[str, Any] = {"built_in": spec.factory == BUILT_IN.get(spec.name)}
-    if spec.checkpoint is not None:
-        source["checkpoint"] = str(spec.checkpoint.absolute())
-        if spec.checkpoint.is_file():
-            with spec.checkpoint.open("rb") as file:
-                source["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    read_from = getattr(teacher, "source", None)
-    if isinstance(read_from, str):
-        source["read_from"] = read_from
-    return source
-
-
-def _record(ctx: typer.Context, options: DumpOptions) -> dict[str, Any]:
-    """What the index keeps of the run. `kd-cache verify` takes its paths from here, so they are absolute."""
-    json_path, data_root = data_paths(options.json_path, options.data_root)
-    # A user's own factory is code; what a cache says must never be run, so it is not even written down.
-    # Nor is the part: what all parts make together is what one process makes.
-    settings = resolved_settings(ctx, without=["teacher", "shard"])
-    settings["paths"] = {
-        "json_path": str(json_path.absolute()),
-        "data_root": str(data_root.absolute()),
-        "allow_outside": [str(path.absolute()) for path in options.allow_outside],
-    }
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"tool": f"kd-cache {kd_cache.__version__}", "created": created, "settings": settings}
 
 
 def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:

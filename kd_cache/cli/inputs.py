@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kd_cache.cli.teachers import SAMPLE
 from kd_cache.features import FeatureSource
@@ -14,11 +15,12 @@ from kd_cache.splits import Selection, select
 
 @dataclass(frozen=True)
 class Inputs:
-    """A guarded selection and where its features are."""
+    """A guarded selection and where its features are; ``paths`` are absolute, as later commands can take them."""
 
     manifest: Manifest
     selection: Selection
     source: FeatureSource
+    paths: dict[str, Any]
 
 
 def load_inputs(
@@ -38,7 +40,12 @@ def load_inputs(
     json_path, data_root = data_paths(json_path, data_root)
     manifest = load_manifest(json_path, num_scenes=num_scenes, num_cities=num_cities)
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=data_root)
-    return Inputs(manifest, selection, FeatureSource(data_root, allow_outside))
+    paths = {
+        "json_path": str(json_path.absolute()),
+        "data_root": str(data_root.absolute()),
+        "allow_outside": [str(path.absolute()) for path in allow_outside],
+    }
+    return Inputs(manifest, selection, FeatureSource(data_root, allow_outside), paths)
 
 
 def data_paths(json_path: Path | None, data_root: Path | None) -> tuple[Path, Path]:

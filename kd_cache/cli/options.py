@@ -16,6 +16,17 @@ BadSample = Literal["stop", "skip"]
 
 DATA, TEACHERS, CACHE, RUN, OUTPUT = "Data", "Teachers", "Cache", "Run", "Output"
 
+AnyTargetOption = Annotated[
+    Target | None,
+    typer.Option(
+        "--target",
+        "--target-name",
+        help="Just the cache of this target.  [default: every cache under the root]",
+        envvar="KD_CACHE_TARGET",
+        show_envvar=False,
+        rich_help_panel=CACHE,
+    ),
+]
 RequiredTargetOption = Annotated[
     Target,
     typer.Option(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from kd_cache.cli.config import given
+import kd_cache
+from kd_cache.cli.config import given, resolved_settings
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import Inputs, load_inputs
-from kd_cache.cli.teachers import BUILT_IN, load_teachers
+from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
+from kd_cache.errors import CheckpointError
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
@@ -20,16 +23,20 @@ from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 
 @dataclass(frozen=True)
 class Saved:
-    """Settings and paths by the names of the options, and what is known of the teachers."""
+    """Settings and paths by the names of the options, and what is known of the teachers.
+
+    ``known`` are the teachers of which a dump says where they came from; nobody can say that of adopted ones.
+    """
 
     values: Mapping[str, Any]
     paths: Mapping[str, Any]
     teachers: Sequence[str]
     checkpoints: Mapping[str, str]
     built_in: Sequence[str]
+    known: Sequence[str]
 
 
-NOTHING = Saved({}, {}, (), {}, ())
+NOTHING = Saved({}, {}, (), {}, (), ())
 
 
 def saved_in(index: Index | None) -> Saved:
@@ -46,15 +53,16 @@ def saved_with(folder: CacheFolder, screen: Screen) -> Saved:
     from kd_cache.seal import current_in
 
     current = current_in(folder, screen)
-    return _saved(current.newest.record, current.entries)
+    return _saved(current.record, {name: current.entries.get(name, {}) for name in current.origins})
 
 
 def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]]) -> Saved:
     settings = record.get("settings", {})
     sources = {name: entry.get("source", {}) for name, entry in teachers.items()}
     checkpoints = {name: source["checkpoint"] for name, source in sources.items() if "checkpoint" in source}
+    known = [name for name, entry in teachers.items() if "source" in entry]
     built_in = [name for name, source in sources.items() if source.get("built_in") and name in BUILT_IN]
-    return Saved(settings.get("values", {}), settings.get("paths", {}), list(teachers), checkpoints, built_in)
+    return Saved(settings.get("values", {}), settings.get("paths", {}), list(teachers), checkpoints, built_in, known)
 
 
 def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
@@ -76,26 +84,72 @@ def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
     )
 
 
-def saved_teachers(ctx: typer.Context, saved: Saved) -> tuple[dict[str, Teacher], dict[str, tuple[str, bool]]]:
-    """The cache's teachers that can be loaded; and why others cannot, and whether that is a problem."""
+@dataclass(frozen=True)
+class Loaded:
+    """The cache's teachers that can be loaded, and of the others why they cannot and whether that is a problem."""
+
+    teachers: dict[str, Teacher]
+    specs: list[TeacherSpec]
+    unchecked: dict[str, tuple[str, bool]]
+
+    @property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What the index is to say of where they came from."""
+        return {spec.name: {"source": described(spec, self.teachers[spec.name])} for spec in self.specs}
+
+
+def saved_teachers(ctx: typer.Context, saved: Saved, target: str) -> Loaded:
+    """Load those that the options name, and the built-in ones from where the dump found them."""
     own = {spec.name: spec for spec in map(parse_teacher, ctx.params["teacher"])}
     specs: list[TeacherSpec] = []
     unchecked: dict[str, tuple[str, bool]] = {}
     for name in saved.teachers:
         if name in own:
             specs.append(own[name])
-        elif name in saved.built_in:
-            option = f"{name}_teacher_ckpt"
-            path = ctx.params[option] if given(ctx, option) else saved.checkpoints.get(name)
-            if path is None or not Path(path).expanduser().is_file():
-                where = "its checkpoint was not saved with the cache" if path is None else f"{path} does not exist"
-                unchecked[name] = (f"{where}; pass --{option.replace('_', '-')}", True)
+        elif name in BUILT_IN and (name in saved.built_in or name not in saved.known):
+            path = _checkpoint(ctx, saved, name, target)
+            if isinstance(path, Path) and path.is_file():
+                specs.append(TeacherSpec(name, BUILT_IN[name], path))
             else:
-                specs.append(TeacherSpec(name, BUILT_IN[name], Path(path).expanduser()))
+                where = f"{path} does not exist" if isinstance(path, Path) else path
+                unchecked[name] = (f"{where}; pass --{name}-teacher-ckpt", True)
         else:
             unchecked[name] = ("it is your own; pass it with --teacher", False)
     scenes, cities = (
         ctx.params[name] if given(ctx, name) else saved.values.get(name, ctx.params[name])
         for name in ("num_scenes", "num_cities")
     )
-    return load_teachers(specs, scenes, cities), unchecked
+    return Loaded(load_teachers(specs, scenes, cities), specs, unchecked)
+
+
+def _checkpoint(ctx: typer.Context, saved: Saved, name: str, target: str) -> Path | str:
+    """Where a built-in teacher's weights are, or why that is not known."""
+    option = f"{name}_teacher_ckpt"
+    if given(ctx, option):
+        return Path(ctx.params[option]).expanduser()
+    if name in saved.checkpoints:
+        return Path(saved.checkpoints[name])
+    if name in saved.known:
+        return "its checkpoint was not saved with the cache"
+    try:
+        return default_checkpoint(name, target, own_data=not _is_the_sample(ctx, saved))
+    except CheckpointError as error:
+        return error.message
+
+
+def _is_the_sample(ctx: typer.Context, saved: Saved) -> bool:
+    path = ctx.params["json_path"] if given(ctx, "json_path") else saved.paths.get("json_path")
+    return path is None or Path(path).absolute() == (SAMPLE / "dataset.json").absolute()
+
+
+def run_record(ctx: typer.Context, inputs: Inputs) -> dict[str, Any]:
+    """What the index keeps of a run: which tool, when, by which settings. Later commands take their paths from it."""
+    # A user's own factory is code; what a cache says must never be run, so it is not even written down.
+    # Nor is the part: what all parts make together is what one process makes.
+    settings = resolved_settings(ctx, without=["teacher", "shard"])
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "tool": f"kd-cache {kd_cache.__version__}",
+        "created": created,
+        "settings": {**settings, "paths": inputs.paths},
+    }

@@ -19,6 +19,9 @@ kd-cache dump --target b --shard 1/2
 
 kd-cache seal --target b"""
 
+# Where no dump has left a word: a seal computes nothing itself.
+UNKNOWN_ENVIRONMENT = {"device": "not known", "torch": "not known"}
+
 FilesOption = Annotated[
     bool | None,
     typer.Option(
@@ -53,7 +56,7 @@ def seal_command(
 
     Data options that are not given are taken from what the dumps saved with the cache.
     """
-    from kd_cache.cli.saved import saved_inputs, saved_with
+    from kd_cache.cli.saved import run_record, saved_inputs, saved_with
     from kd_cache.manifest import SOURCE
     from kd_cache.seal import SealJob, seal_cache
     from kd_cache.store.folder import CacheFolder
@@ -61,7 +64,15 @@ def seal_command(
     folder = CacheFolder(cache_root.expanduser() / f"{SOURCE}2{target}")
     with Screen(quiet=quiet, as_json=as_json) as screen:
         inputs = saved_inputs(ctx, saved_with(folder, screen), target)
-        job = SealJob(folder, inputs.manifest, inputs.selection, inputs.source, files=files, workers=workers)
+        job = SealJob(
+            folder,
+            inputs.manifest,
+            inputs.selection,
+            inputs.source,
+            files=files,
+            workers=workers,
+            record={**run_record(ctx, inputs), "environment": UNKNOWN_ENVIRONMENT},
+        )
         report = seal_cache(job, screen)
         screen.result(*_lines(report))
         screen.result_json(report.as_json())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
@@ -47,14 +49,15 @@ def teacher_specs(
         raise UsageError(f"--only names {', '.join(map(shown, unknown))}; the teachers are {', '.join(names)}")
     wanted = set(only) or set(names)
     built_in = [
-        TeacherSpec(name, factory, checkpoints.get(name) or _default_checkpoint(name, target, own_data))
+        TeacherSpec(name, factory, checkpoints.get(name) or default_checkpoint(name, target, own_data))
         for name, factory in BUILT_IN.items()
         if name in wanted and name not in own_names
     ]
     return built_in + [spec for spec in further if spec.name in wanted]
 
 
-def _default_checkpoint(name: str, target: str, own_data: bool) -> Path:
+def default_checkpoint(name: str, target: str, own_data: bool) -> Path:
+    """Where a built-in teacher's weights are when nobody says. Raises `CheckpointError` if they are not there."""
     folder = {"city2scene": f"teacher_city2scene/A2{target}", "scene": "teacher_scene/global"}[name]
     root = _TRAINED if own_data else _SAMPLE_TEACHERS
     candidates = [root / folder / file for file in _FILES]
@@ -65,6 +68,23 @@ def _default_checkpoint(name: str, target: str, own_data: bool) -> Path:
         f"no checkpoint for the {name} teacher: tried {' and '.join(map(str, candidates))}",
         hint=f"Pass --{name}-teacher-ckpt PATH, or leave it out with --only and the teachers you have.",
     )
+
+
+def described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
+    """Where a teacher came from, for the index: never anything that a reader would run."""
+    source: dict[str, Any] = {"built_in": spec.factory == BUILT_IN.get(spec.name)}
+    if spec.checkpoint is not None:
+        source["checkpoint"] = str(spec.checkpoint.absolute())
+        loaded = getattr(teacher, "checkpoint_sha256", None)
+        if isinstance(loaded, str):  # what was read, whatever is at that path by now
+            source["checkpoint_sha256"] = loaded
+        elif spec.checkpoint.is_file():
+            with spec.checkpoint.open("rb") as file:
+                source["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    read_from = getattr(teacher, "source", None)
+    if isinstance(read_from, str):
+        source["read_from"] = read_from
+    return source
 
 
 def load_teachers(specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int) -> dict[str, Teacher]:

@@ -22,17 +22,7 @@ kd-cache verify --n 100 --json | python -m json.tool"""
 @reporting_errors
 def verify_command(
     ctx: typer.Context,
-    target: Annotated[
-        opt.Target | None,
-        typer.Option(
-            "--target",
-            "--target-name",
-            help="Just the cache of this target.  [default: every cache under the root]",
-            envvar="KD_CACHE_TARGET",
-            show_envvar=False,
-            rich_help_panel=opt.CACHE,
-        ),
-    ] = None,
+    target: opt.AnyTargetOption = None,
     n: Annotated[
         int,
         typer.Option(

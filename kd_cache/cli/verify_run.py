@@ -24,7 +24,7 @@ def run_verify(ctx: typer.Context) -> None:
     """Audit each cache and report. Exits with the command's status if that is not 0."""
     options = ctx.params
     with Screen(quiet=options["quiet"], as_json=options["as_json"]) as screen:
-        folders = _caches(Path(options["cache_root"]).expanduser(), options["target"], screen)
+        folders = chosen_caches(ctx, screen)
         drawn = randbits(32) if options["verify_seed"] is None else options["verify_seed"]
         reports = [_verify_one(ctx, folder, drawn, screen) for folder in folders]
         for report in reports:
@@ -40,7 +40,9 @@ def run_verify(ctx: typer.Context) -> None:
         raise typer.Exit(code)
 
 
-def _caches(root: Path, target: str | None, screen: Screen) -> list[CacheFolder]:
+def chosen_caches(ctx: typer.Context, screen: Screen) -> list[CacheFolder]:
+    """The cache of ``--target``, or every finished one under the root."""
+    root, target = Path(ctx.params["cache_root"]).expanduser(), ctx.params["target"]
     if target is not None:
         return [CacheFolder(root / f"{SOURCE}2{target}")]
     found = find_caches(root)
@@ -68,15 +70,15 @@ def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Scre
         from kd_cache.engine import resolve_device
 
         device = resolve_device(options["device"])
-    teachers, unchecked = saved_teachers(ctx, saved)
+    loaded = saved_teachers(ctx, saved, target)
     return verify_cache(
         VerifyJob(
             folder,
             inputs.manifest,
             inputs.selection,
             inputs.source,
-            teachers=teachers,
-            unchecked=unchecked,
+            teachers=loaded.teachers,
+            unchecked=loaded.unchecked,
             n=None if options["everything"] else options["n"],
             seed=seed,
             precision=options["precision"],

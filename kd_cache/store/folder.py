@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, StoreError, shown
 from kd_cache.store.atomic import TEMPORARY, store_errors
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
 from kd_cache.store.pack import Origin, Pack, open_pack
@@ -27,6 +27,24 @@ class PackSet:
         """The packs with this teacher and fingerprint."""
         wanted = (origin.teacher, origin.fingerprint.digest)
         return [pack for pack in self.good if (pack.origin.teacher, pack.origin.fingerprint.digest) == wanted]
+
+    def sole_origins(self, known: Collection[str] = ()) -> dict[str, Origin]:
+        """The origins of teachers that nobody names, but for the ``known``: as their packs say.
+
+        Raises:
+            CorruptError: a teacher has packs of several fingerprints.
+        """
+        found: dict[str, dict[str, Origin]] = {}
+        for pack in self.good:
+            if pack.origin.teacher not in known:
+                found.setdefault(pack.origin.teacher, {})[pack.origin.fingerprint.digest] = pack.origin
+        for name, origins in found.items():
+            if len(origins) > 1:
+                raise CorruptError(
+                    f"the index is damaged, and {name} has rows of {len(origins)} fingerprints: which is current?",
+                    hint=f"Dump with {name} among the teachers (without --only, or with --teacher {name}=…).",
+                )
+        return {name: next(iter(origins.values())) for name, origins in sorted(found.items())}
 
     def union(self, origin: Origin) -> Union | None:
         packs = self.of(origin)
@@ -130,6 +148,16 @@ def _opened(path: Path, check: str) -> Pack | CorruptError | None:
 def teacher_in_name(path: Path) -> str:
     """Whose pack this is, by its file name alone (all that a damaged one can tell)."""
     return path.name.rpartition("-")[0]
+
+
+def refuse_renamed(folder: CacheFolder, index: Index | None) -> None:
+    """Raise `StaleError` if this is the cache of another adaptation under a new name."""
+    adaptation = folder.path.name if index is None else index.record.get("adaptation", folder.path.name)
+    if adaptation != folder.path.name:
+        raise StaleError(
+            f"{shown(folder.path)} holds the cache of {shown(adaptation)}",
+            hint="It was copied or renamed; give the folder its own name back, or dump into another --cache-root.",
+        )
 
 
 def refuse_file_as_root(root: Path) -> None:

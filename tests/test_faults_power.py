@@ -1,0 +1,157 @@
+"""Power cuts on real file systems: the disk goes away under a command, and only what it really kept comes back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fault_checks import (
+    SCENARIOS,
+    Place,
+    Scenario,
+    acknowledged_samples,
+    check_exported,
+    check_rows,
+    check_same,
+    check_served,
+    complete_samples,
+    make_place,
+    make_scenario,
+)
+from fault_tools import MARKS, ended_at_last, host, often
+
+pytestmark = MARKS
+
+SEED = 20261121
+SIZES = {"ext4": 64 << 20, "xfs": 320 << 20}
+_SHUT_DOWN = 0x8004587D  # FS_IOC_SHUTDOWN of ext4, XFS_IOC_GOINGDOWN of XFS
+_WITHOUT_THE_LOG = 2  # what the journal has not written yet is gone
+
+
+class Volume:
+    """A file system in an image of its own, mounted on a folder."""
+
+    def __init__(self, kind: str, image: Path, folder: Path) -> None:
+        self.image, self.folder = image, folder
+        with image.open("wb") as file:
+            file.truncate(SIZES[kind])
+        quiet = ("-q", "-F") if kind == "ext4" else ("-q", "-f")
+        _call(f"mkfs.{kind}", *quiet, image)
+        self.mount()
+
+    def mount(self) -> None:
+        _call("mount", "-o", "loop", self.image, self.folder)
+        shutil.rmtree(self.folder / "lost+found", ignore_errors=True)
+
+    def unmount(self) -> None:
+        for _ in range(100):  # a killed process may hold a file for a moment longer
+            done = subprocess.run(["umount", self.folder], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return
+            time.sleep(0.05)
+        raise OSError(f"cannot unmount {self.folder}: {done.stderr}")
+
+    def cut_power(self) -> None:
+        """From now on nothing reaches the disk."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _SHUT_DOWN, struct.pack("I", _WITHOUT_THE_LOG))
+        finally:
+            os.close(descriptor)
+
+
+def _call(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{command[0]}: {done.stderr.strip()}")
+
+
+@contextmanager
+def mounted(kind: str, image: Path, folder: Path) -> Iterator[Volume]:
+    """A volume, or a skip that says why there is none."""
+    missing = [name for name in ("mount", "umount", "losetup", f"mkfs.{kind}") if shutil.which(name) is None]
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("power cuts need Linux and root, to mount an image")
+    if missing:
+        pytest.skip(f"power cuts on {kind} need {', '.join(missing)}")
+    try:
+        volume = Volume(kind, image, folder)
+    except OSError as error:
+        pytest.skip(f"an image of {kind} cannot be mounted here: {error}")
+    try:
+        yield volume
+    finally:
+        volume.unmount()
+        image.unlink()
+
+
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_a_power_cut_at_a_random_moment_costs_nothing_acknowledged(kind: str, tmp_path: Path) -> None:
+    draw = random.Random(f"{SEED} {kind}")  # noqa: S311 (moments, not a secret)
+    place = make_place(tmp_path, source=20, target=12)
+    names = [name for name in SCENARIOS if name in ("dump", "part", "rescoring", "seal")]
+    with mounted(kind, tmp_path / "image", place.disk) as volume:
+        scenarios = [(made, _seconds(made)) for made in (make_scenario(place, name) for name in names)]
+        cuts, said, kept, early = often(2, 100), 0, 0, 0
+        for number in range(cuts):
+            scenario, seconds = scenarios[number % len(scenarios)]
+            found, complete, ended = cut_once(volume, scenario, draw.uniform(0, seconds))
+            said, kept, early = said + found, kept + complete, early + (not ended)
+    print(
+        f"\n{kind}, seed {SEED}: {cuts} cuts, {early} within a run; {said} samples acknowledged, 0 lost ({kept} kept)"
+    )
+    assert early > 0
+
+
+def _seconds(scenario: Scenario) -> float:
+    """How long it takes on this disk."""
+    scenario.set_up()
+    os.sync()
+    began = time.monotonic()
+    scenario.place.finish(scenario.arguments)
+    return time.monotonic() - began
+
+
+def cut_once(volume: Volume, scenario: Scenario, moment: float) -> tuple[int, int, bool]:
+    """Cut the power at a moment of a run, mount again, check, resume.
+
+    Returns the samples the command said were saved, those that are complete, and whether it had ended before the cut.
+    """
+    place = scenario.place
+    scenario.set_up()
+    _sync(volume.folder)
+    command = host().start(*scenario.arguments, cwd=place.root)
+    with ended_at_last([command]):
+        ended = command.ended(moment)
+        volume.cut_power()
+        if not command.ended(10):
+            command.send(signal.SIGKILL)
+        outcome = command.wait()
+    volume.unmount()
+    volume.mount()
+    try:
+        rows = check_rows(place.cache, place.right, scenario.acknowledged)
+        said, complete = acknowledged_samples(outcome.stderr), complete_samples(rows)
+        assert said <= complete, f"{said} samples were said to be saved, {complete} are there"
+        check_served(place.cache, place.right)
+        check_exported(scenario, durable=True)
+        check_same(place.finish(*scenario.again), scenario.after)
+    except AssertionError as error:
+        raise AssertionError(f"{scenario.name}, power cut after {moment:.3f} s: {error}\n{outcome}") from error
+    return said, complete, ended
+
+
+def _sync(folder: Path) -> None:
+    """What was there before the command is on the disk for good."""
+    _call("sync", "-f", folder)

@@ -1,0 +1,222 @@
+"""Round trips that must hold for any data: manifest and keys, a dump in any parts in any order, export and adoption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_fixtures import MadeCache, Rows, make_cache, origin
+from typer.testing import CliRunner
+
+from kd_cache.cli import app
+from kd_cache.loader import LogitCache
+from kd_cache.manifest import DEVICES, DOMAIN_OF, load_manifest, sample_key, spelling
+from kd_cache.store.keys import keys_of
+
+FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if FULL else 240)]
+
+
+def examples(default: int, full: int) -> settings:
+    return settings(max_examples=full if FULL else default)
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """An empty folder, and the working one meanwhile."""
+    with tempfile.TemporaryDirectory() as name, chdir(name):
+        yield Path(name)
+
+
+def run(*args: object) -> dict[str, Any]:
+    """Run ``kd-cache`` in this process; it must succeed. Returns what it prints as JSON."""
+    result = CliRunner().invoke(app, [*map(str, args), "--json"], prog_name="kd-cache")
+    assert result.exit_code == 0, result.output
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+# -- manifest and keys ------------------------------------------------------------------------------------------------
+
+FILES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+SAMPLES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "file": FILES,
+            "scene_label": st.integers(0, 9),
+            "city_label": st.none() | st.integers(0, 11),
+            "device_id": st.sampled_from(DEVICES),
+            "split": st.sampled_from(["train", "val", "test"]),
+        }
+    ),
+    min_size=1,
+    max_size=20,
+    unique_by=lambda row: spelling(row["file"]),
+)
+
+
+@given(SAMPLES, st.booleans(), st.booleans(), st.integers(0, 2))
+def test_a_manifest_is_read_as_it_was_written(rows: list[dict[str, Any]], lists: bool, plain: bool, said: int) -> None:
+    """In lists or flat, escaped or not, with device, domain or both; and each key is the MD5 of its file."""
+    written = []
+    for row in rows:
+        kept = dict(row) | {"domain": DOMAIN_OF[row["device_id"]]}
+        if said < 2:
+            del kept[("domain", "device_id")[said]]
+        written.append(kept)
+    content: Any = written
+    if lists:
+        content = {split: [row for row in written if row["split"] == split] for split in ("train", "val", "test")}
+        rows = [row for split in ("train", "val", "test") for row in rows if row["split"] == split]
+    with folder() as place:
+        path = place / "dataset.json"
+        path.write_bytes(json.dumps(content, ensure_ascii=not plain).encode())
+        manifest = load_manifest(path)
+        assert manifest.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [(one.file, one.scene_label, one.city_label, one.device_id, one.split, one.domain) for one in manifest] == [
+        (
+            row["file"],
+            row["scene_label"],
+            row["city_label"],
+            row["device_id"],
+            row["split"],
+            DOMAIN_OF[row["device_id"]],
+        )
+        for row in rows
+    ]
+    by_hand = [hashlib.md5(row["file"].encode(), usedforsecurity=False) for row in rows]
+    assert [sample_key(one.file) for one in manifest] == [digest.hexdigest() for digest in by_hand]
+    assert keys_of(one.file for one in manifest).tobytes() == b"".join(digest.digest() for digest in by_hand)
+
+
+# -- a dump in parts --------------------------------------------------------------------------------------------------
+
+
+def small_world(root: Path, count: int, frames: list[int]) -> World:
+    root.mkdir(exist_ok=True)
+    world = World(root)
+    for number in range(count):
+        world.add(number, "Ab"[number % 2], "train", frames=frames[number % len(frames)])
+    return world.write()
+
+
+def dump(world: World, *more: object) -> None:
+    teachers = (*TINY, "--only", "tiny", "--only", "other")
+    run("dump", "--target", "b", "--json-path", world.json_path, *teachers, "--num-verify", 0, *more)
+
+
+def served(cache: Path) -> dict[str, bytes]:
+    opened = LogitCache.open(cache)
+    rows = opened.batch(opened.files).numpy()
+    return {file: row.tobytes() for file, row in zip(opened.files, rows, strict=True)}
+
+
+def truth(world: World) -> dict[str, bytes]:
+    """Packs, permitted samples and view; the index names times and settings, which differ."""
+    return {
+        str(path.relative_to(world.cache)): path.read_bytes()
+        for path in sorted(world.cache.rglob("*"))
+        if path.is_file() and path.name != "cache_index.json"
+    }
+
+
+@given(st.data())
+@examples(5, 150)
+def test_a_dump_in_any_parts_in_any_order_is_sealed_to_the_bytes_of_one(data: st.DataObject) -> None:
+    """Parts of different counts overlap; some run twice, some of them commit after every sample."""
+    count = data.draw(st.integers(2, 14), "samples")
+    frames = data.draw(st.lists(st.sampled_from([4, 6, 9]), min_size=1, max_size=3), "frames")
+    parts = data.draw(st.integers(1, 4), "parts")
+    work = [(part, parts) for part in range(parts)]
+    work += data.draw(st.lists(st.tuples(st.just(0), st.integers(1, 5)), max_size=2), "again")
+    work = data.draw(st.permutations(work), "order")
+    with folder() as place:
+        one, many = small_world(place / "one", count, frames), small_world(place / "many", count, frames)
+        with chdir(one.root):
+            dump(one)
+        with chdir(many.root):
+            for part, of in work:
+                dump(many, "--shard", f"{part}/{of}", "--shard-size", data.draw(st.integers(1, 5), "shard size"))
+            run("seal", "--target", "b")
+            assert truth(many) == truth(one)
+            assert served(many.cache) == served(one.cache)
+
+
+# -- export and adoption ----------------------------------------------------------------------------------------------
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=12).filter(
+    lambda name: name not in (".", "..") and len(name.encode()) < 200
+)
+
+
+@st.composite
+def rows_of_any_kind(draw: st.DrawFn) -> Rows:
+    """Rows under odd names, of any finite numbers: denormals, minus zero and the largest ones too."""
+    files = draw(st.lists(NAMES, min_size=1, max_size=12, unique=True))
+    dtype = draw(st.sampled_from(["fp32", "fp16"]))
+    classes = draw(st.integers(1, 5))
+    rows = Rows.of([f"x/{name}" for name in files], classes, dtype)
+    pattern = {"fp32": np.uint32, "fp16": np.uint16}[dtype]
+    random = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    values = random.integers(0, np.iinfo(pattern).max, rows.logits.shape, pattern, endpoint=True).view(
+        rows.logits.dtype
+    )
+    rows.logits = np.where(np.isfinite(values), values, rows.logits.dtype.type(-0.0))
+    return rows
+
+
+def world_of(root: Path, rows: Rows) -> World:
+    """A manifest that permits these rows' files, with a feature for each."""
+    world = World(root)
+    for number, file in enumerate(rows.files):
+        world.write_feature(file, np.full((4, 3), number, np.float32))
+        row = {"file": file, "scene_label": 0, "city_label": 0, "device_id": "Ab"[number % 2], "split": "train"}
+        world.rows.append(row | {"identifier": f"vienna-{number}"})
+    return world.write()
+
+
+def older(made: MadeCache) -> Path:
+    """The cache as the older script would have left it: row files, and an index of paths alone."""
+    path = made.path / "cache_index.json"
+    content = json.loads(path.read_text())
+    del content["kd_cache"]
+    path.write_text(json.dumps(content))
+    return made.path
+
+
+@given(st.data(), st.sampled_from(["pt", "tsv", "older"]))
+@examples(12, 300)
+def test_what_was_exported_is_adopted_bit_for_bit(data: st.DataObject, kind: str) -> None:
+    with folder() as place:
+        rows = data.draw(rows_of_any_kind())
+        dtype = {"<f4": "fp32", "<f2": "fp16"}[rows.logits.dtype.str]
+        world = world_of(place, rows)
+        made = make_cache(
+            place / "made" / "A2b", {"scene": rows}, {"scene": origin("scene", rows.logits.shape[1], dtype)}
+        )
+        if kind == "older":
+            source = older(made)
+        else:
+            run("export", made.path, "--to", kind, "--output", place / "exported")
+            source = place / "exported" / f"scene.{kind}"
+        said = ("--dtype", dtype) if kind == "tsv" else ()
+        run("adopt", source, "--target", "b", "--json-path", world.json_path, *said)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache = LogitCache.open(place / "cache" / "A2b")
+        assert any("never verified" in str(warning.message) for warning in caught)
+        assert cache.teachers == ("scene",)
+        assert cache.batch(rows.files).numpy().tobytes() == rows.logits.tobytes()
+        assert len(cache) == len(rows)

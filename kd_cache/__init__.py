@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kd_cache.diff import DiffReport, diff_caches
     from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
     from kd_cache.errors import (
         CheckpointError,
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     )
     from kd_cache.features import FeatureSource
     from kd_cache.fingerprint import Fingerprint, weights_digest
+    from kd_cache.gc import GcReport, find_garbage, remove_garbage
     from kd_cache.loader import CachedDataset, LogitCache
     from kd_cache.manifest import Manifest, Sample, load_manifest, sample_key
+    from kd_cache.merge import MergeJob, MergeReport, merge_caches
     from kd_cache.splits import Selection, select
     from kd_cache.store.view import load_cached_logits_batch
     from kd_cache.student import student_loader
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "kd_cache.diff": ("DiffReport", "diff_caches"),
     "kd_cache.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
     "kd_cache.errors": (
         "CheckpointError",
@@ -53,8 +57,10 @@ _HOME = {
     ),
     "kd_cache.features": ("FeatureSource",),
     "kd_cache.fingerprint": ("Fingerprint", "weights_digest"),
+    "kd_cache.gc": ("GcReport", "find_garbage", "remove_garbage"),
     "kd_cache.loader": ("CachedDataset", "LogitCache"),
     "kd_cache.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
+    "kd_cache.merge": ("MergeJob", "MergeReport", "merge_caches"),
     "kd_cache.splits": ("Selection", "select"),
     "kd_cache.store.view": ("load_cached_logits_batch",),
     "kd_cache.student": ("student_loader",),
@@ -68,15 +74,19 @@ __all__ = [
     "CheckpointError",
     "CorruptError",
     "DataLeakageError",
+    "DiffReport",
     "DumpJob",
     "DumpReport",
     "FeatureError",
     "FeatureSource",
     "Fingerprint",
+    "GcReport",
     "KDCacheError",
     "LogitCache",
     "Manifest",
     "ManifestError",
+    "MergeJob",
+    "MergeReport",
     "MissingLogitsError",
     "Problem",
     "Sample",
@@ -88,10 +98,14 @@ __all__ = [
     "UsageError",
     "VerifyJob",
     "VerifyReport",
+    "diff_caches",
     "dump_logits",
+    "find_garbage",
     "load_cached_logits_batch",
     "load_manifest",
+    "merge_caches",
     "plan_dump",
+    "remove_garbage",
     "sample_key",
     "select",
     "student_loader",

@@ -95,7 +95,7 @@ class DiffReport:
         return vars(self) | {"teachers": {name: found.as_json() for name, found in self.teachers.items()}}
 
 
-def diff_caches(a: Path, b: Path, only: Collection[str] = (), watcher: Watcher | None = None) -> DiffReport:
+def diff_caches(a: str | Path, b: str | Path, only: Collection[str] = (), watcher: Watcher | None = None) -> DiffReport:
     """Compare two finished caches, or caches of an older script. Reads only.
 
     Args:
@@ -120,8 +120,8 @@ def diff_caches(a: Path, b: Path, only: Collection[str] = (), watcher: Watcher |
 class _Side:
     """One of the two caches: which teachers it holds, made by what."""
 
-    def __init__(self, path: Path) -> None:
-        self.folder = CacheFolder(path)
+    def __init__(self, path: str | Path) -> None:
+        self.folder = CacheFolder(Path(path).expanduser())
         self.note: str | None = None
         self.index: Index | None = None
         self.teachers: list[str] = []

@@ -17,14 +17,20 @@ from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
 from kd_cache.plan import Place, Shape
 from kd_cache.teacher import Teacher
 
+_CPU = torch.device("cpu")
 _ERROR = 2  # torch's debug mode: an operation without a deterministic implementation is an error
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:i``. Raises `UsageError` if it is absent."""
+    """``auto`` (a GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:i``. Raises `UsageError` if it is absent.
+
+    ``auto`` takes the GPU of ``LOCAL_RANK`` where a launcher has set that, else the first.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local = os.environ.get("LOCAL_RANK", "")
+        count = torch.cuda.device_count()
+        return torch.device(f"cuda:{int(local) % count}" if local.isdecimal() else "cuda") if count else _CPU
     try:
         device = torch.device(name)
     except RuntimeError:

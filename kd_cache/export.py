@@ -39,6 +39,7 @@ ROWS_INDEX = "index.json"
 FORMATS = {"fp32": "%.9g", "fp16": "%.5g"}
 """As many digits as it takes to read the same number again, whatever it is."""
 _BLOCK_BYTES = 1 << 22
+_NAMES = 16_384
 _ROW_FILE = re.compile(r"[0-9a-f]{32}\.npy\Z")
 
 
@@ -299,8 +300,9 @@ def _list_pieces(served: _Served, digest: str) -> Iterator[bytes]:
         "sha256": digest,
     }
     yield json.dumps(head, indent=1).removesuffix("\n}").encode() + b',\n "files": ['
-    for number, file in enumerate(served.files):
-        yield (b"," if number else b"") + b"\n  " + json.dumps(file).encode()
+    for start in range(0, len(served.files), _NAMES):
+        block = map(json.dumps, served.files[start : start + _NAMES])
+        yield ((",\n  " if start else "\n  ") + ",\n  ".join(block)).encode()
     yield b"\n ]\n}\n"
 
 
@@ -327,30 +329,22 @@ def _write_table(path: Path, served: _Served, watcher: Watcher) -> int:
 
 
 def _table_pieces(served: _Served, watcher: Watcher) -> Iterator[bytes]:
-    text = io.StringIO()
-    plain, quoting = (
-        csv.writer(text, delimiter="\t", lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
-    )
     columns = _columns(served.origin.teacher, served.origin)
-    # Python before 3.13 leaves a carriage return unquoted, and then reads it as the end of the row.
-    (quoting if "\r" in "".join(columns) else plain).writerow([FILE_COLUMN, *columns])
-    number = FORMATS[served.origin.dtype]
-    line = "\t".join([number] * served.origin.num_classes)
+    yield ("\t".join(map(_cell, [FILE_COLUMN, *columns])) + "\n").encode()
+    line = "\t".join(["%s", *[FORMATS[served.origin.dtype]] * served.origin.num_classes]) + "\n"
     for start, rows in served.blocks():
-        for at, row in enumerate(rows.tolist(), start):
-            file = served.files[at]
-            (quoting if "\r" in file else plain).writerow([file, *(line % tuple(row)).split("\t")])
-            if text.tell() >= 1 << 20:
-                yield _drained(text)
+        names = map(_cell, served.files[start : start + len(rows)])
+        yield "".join([line % (name, *row) for name, row in zip(names, rows.tolist(), strict=True)]).encode()
         watcher.advance(len(rows))
-    yield _drained(text)
 
 
-def _drained(text: io.StringIO) -> bytes:
-    content = text.getvalue().encode()
-    text.seek(0)
-    text.truncate()
-    return content
+def _cell(text: str) -> str:
+    """A name as the csv module writes it into a table: quoted where it must be."""
+    cell = io.StringIO()
+    # Python before 3.13 leaves a carriage return unquoted, and then reads it as the end of the row.
+    how = csv.QUOTE_ALL if "\r" in text else csv.QUOTE_MINIMAL
+    csv.writer(cell, delimiter="\t", lineterminator="\n", quoting=how).writerow([text])
+    return cell.getvalue().removesuffix("\n")
 
 
 # -- plain files ------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Ending:
         record: what the index keeps of the run.
         packs: what the run found; damaged ones among them go when the index stands.
         replaced: packs whose rows must not be used although they look fresh.
+        hint: what to do where rows are missing.
     """
 
     folder: CacheFolder
@@ -57,6 +58,7 @@ class Ending:
     missing: Mapping[str, str] = field(default_factory=dict)
     earlier: Index | None = None
     replaced: Sequence[Path] = ()
+    hint: str = "Did another dump run here with another manifest? Run the same command again."
 
 
 def finish(end: Ending, watcher: Watcher) -> Published:
@@ -107,6 +109,7 @@ def _publish(
         missing=end.missing,
         replaced=end.replaced,
         state=state,
+        hint=end.hint,
         watcher=watcher,
     )
     for name in others:

@@ -86,10 +86,11 @@ def caches_below(root: Path) -> list[CacheFolder]:
     return caches
 
 
-def find_garbage(folder: CacheFolder, older_than: float = OLDER_THAN, now: float | None = None) -> GcReport:
+def find_garbage(path: str | Path, older_than: float = OLDER_THAN, now: float | None = None) -> GcReport:
     """What may go from one cache; removes nothing.
 
     Args:
+        path: the cache's folder.
         older_than: seconds of grace. Less than a dump takes between two commits endangers what runs at the same time.
         now: seconds since the epoch; by default the present.
 
@@ -97,17 +98,19 @@ def find_garbage(folder: CacheFolder, older_than: float = OLDER_THAN, now: float
         MissingLogitsError: there is no cache.
         StoreError: something there is of a newer format, or cannot be read.
     """
+    folder = CacheFolder(Path(path).expanduser())
     if not is_cache(folder):
         raise MissingLogitsError(f"there is no cache at {shown(folder.path)}", hint="Make one with kd-cache dump.")
     return _Search(folder, older_than, time.time() if now is None else now).run()
 
 
-def remove_garbage(folder: CacheFolder, report: GcReport) -> None:
+def remove_garbage(report: GcReport) -> None:
     """Remove what `find_garbage` found, as far as it is still the same and still nobody's; the rest leaves the report.
 
     Raises:
         StoreError: naming the path that could not be removed; what went before it stays gone.
     """
+    folder = CacheFolder(Path(report.cache))
     needed = _needed_now(folder) if any(item.kind == PACK for item in report.garbage) else set()
     if needed is None:
         report.notes.append("the index or a pending record was damaged or removed meanwhile; all packs stay")

@@ -241,7 +241,9 @@ class LogitCache:
         return _reopen, state
 
     def _signature(self) -> tuple[str, ...]:
-        return tuple(name for rows in self._rows_of for name in rows.signature)
+        permitted = None if self._index is None else self._index.record.get("permitted")
+        chosen = () if permitted is None else (str(permitted["file"]),)
+        return (*(name for rows in self._rows_of for name in rows.signature), *chosen)
 
     def _select(self, rows: torch.Tensor) -> torch.Tensor:
         if self._table is not None:

@@ -57,7 +57,7 @@ class Promise:
 
 @dataclass
 class Published:
-    """What publishing did; ``rows`` and ``left_out`` by teacher."""
+    """What publishing did; ``rows``, ``left_out``, ``packs`` and ``accuracy`` by teacher."""
 
     rows: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
@@ -66,6 +66,7 @@ class Published:
     view_written: int = 0
     view_removed: int = 0
     packs: dict[str, str] = field(default_factory=dict)
+    accuracy: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def publish(
@@ -82,6 +83,7 @@ def publish(
     missing: Collection[str],
     replaced: Sequence[Path] = (),
     state: State,
+    hint: str,
     watcher: Watcher,
 ) -> Published:
     """Seal, rebuild the view, write the index.
@@ -96,11 +98,11 @@ def publish(
         asked: the teachers just scored: each must hold every row of the promise, but for the ``missing`` files.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         state: of the index as ``earlier`` was read, so that nobody else's index is overwritten.
+        hint: what to do where rows are missing.
 
     Raises:
         IndexChangedError: the index is another by now.
-        MissingLogitsError: rows that were scored or fresh a moment ago are gone (another dump with another manifest,
-            damage); the index stays as it was.
+        MissingLogitsError: rows of the teachers asked for are not there; the index stays as it was.
         StoreError: the cache cannot be written.
     """
     done = Published()
@@ -108,7 +110,7 @@ def publish(
     superfluous = set(replaced)
     for name, origin in origins.items():
         expected = set(missing) if name in asked else None
-        sealed[name], merged = _seal_teacher(folder, origin, promise, replaced, expected, done, watcher)
+        sealed[name], merged = _seal_teacher(folder, origin, promise, replaced, expected, hint, done, watcher)
         superfluous.update(merged)
     held = [set() if pack is None else set(pack.files) for pack in sealed.values()]
     done.num_samples = len(set.intersection(*held)) if held else 0
@@ -122,6 +124,7 @@ def publish(
             for name, origin in origins.items()
         },
     }
+    done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
     write_index(folder.index_path, done.num_samples, maps, record, state=state)
     current = set(done.packs.values())
     remove_files(folder.packs_path, sorted(path for path in superfluous if path.name not in current))
@@ -178,8 +181,11 @@ def _entry(
 ) -> dict[str, Any]:
     """A teacher's entry in the index."""
     accuracy = measure(None if pack is None else Union([pack]), permitted)
+    # Adopted rows say so themselves: the mark outlives an index that was damaged.
+    mark = {"adopted": {"source": "unknown"}} if "adopted" in origin.fingerprint.parts else {}
     return {
         **origin_entry(origin),
+        **mark,
         **further,
         "rows": 0 if pack is None else len(pack),
         "pack": None if pack is None else pack.path.name,
@@ -194,6 +200,7 @@ def _seal_teacher(
     promise: Promise,
     replaced: Sequence[Path],
     missing: set[str] | None,
+    hint: str,
     done: Published,
     watcher: Watcher,
 ) -> tuple[Pack | None, list[Path]]:
@@ -203,17 +210,16 @@ def _seal_teacher(
     """
     name = origin.teacher
     keys, inputs, files = promise.sorted_rows
+    required = None if missing is None else np.array([file not in missing for file in files], bool)
     for _ in range(100):
         packs = folder.packs([name])
         mine = [pack for pack in packs.of(origin) if pack.path not in replaced]
-        result = seal(folder.packs_path, mine, keys, inputs)
-        lost = [] if missing is None else [files[row] for row in np.flatnonzero(result.absent)]
-        lost = [file for file in lost if missing is None or file not in missing]
+        result = seal(folder.packs_path, mine, keys, inputs, required)
+        lost = [] if required is None else [files[row] for row in np.flatnonzero(result.absent & required)]
         if lost:
             damaged = "".join(f"\n{error.message}" for error in packs.damaged.values())
             raise MissingLogitsError(
-                f"{name}: {len(lost)} rows that this dump scored or found are gone{damaged}\n{listed(lost)}",
-                hint="Did another dump run here with another manifest? Run the same command again.",
+                f"{name}: {len(lost)} permitted samples have no row{damaged}\n{listed(lost)}", hint=hint
             )
         try:
             pack = None if result.path is None else open_pack(result.path)

@@ -115,6 +115,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         entries=current.entries,
         missing=missing,
         earlier=earlier,
+        hint=_what_is_missing(read_pending(job.folder, Watcher())),
     )
     return SealReport(job.folder.path, len(job.selection.files), missing, finish(end, watcher))
 
@@ -186,6 +187,19 @@ def _still_missing(
         union = packs.union(origin)
         absent |= True if union is None else union.match(keys, inputs[listed]) < 0
     return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+
+
+def _what_is_missing(pending: Sequence[Index]) -> str:
+    """Which parts have not run, as far as those that have can tell."""
+    parts = [part for record in pending if isinstance(part := record.record.get("part"), list) and len(part) == 2]
+    lost: dict[int, set[int]] = {}
+    for number, count in parts:
+        lost.setdefault(count, set(range(min(count, 10_000)))).discard(number)
+    for count, numbers in lost.items():
+        if numbers:
+            names = ", ".join(f"{number}/{count}" for number in sorted(numbers)[:20])
+            return f"These parts have not run: {names}. Run kd-cache dump --shard for them, then seal again."
+    return "Run kd-cache dump again (with the same --shard, if the work was split), then seal."
 
 
 def _without_results(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from kd_cache.accuracy import alarm, changed_labels, labels_of, measure, stored_
 from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown, worst_exit_code
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.manifest import Manifest, sample_key
+from kd_cache.pending import read_pending
 from kd_cache.plan import load_plan, places_of
 from kd_cache.splits import Selection
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
@@ -190,6 +191,10 @@ class _Audit:
         permitted = self._permitted_then(index)
         if permitted is not None:
             self._compare_labels(index, packs, permitted)
+        if pending := read_pending(self.job.folder, self.watcher):
+            self.report.notes.append(
+                f"{len(pending)} dumps have begun that the index does not tell of; see kd-cache seal"
+            )
         digests = self._feature_digests(index)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:

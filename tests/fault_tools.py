@@ -331,8 +331,8 @@ def _command() -> None:
 
 def _reader() -> None:
     """A student's process: open the cache and read all of it, again and again, until the file ``stop`` is there."""
-    _, cache, right_rows, stop = sys.argv
-    tally = read_until(Path(cache), load_rows(Path(right_rows)), Path(stop).exists)
+    _, cache, right_rows, stop, pause = sys.argv
+    tally = read_until(Path(cache), load_rows(Path(right_rows)), Path(stop).exists, float(pause))
     print(json.dumps(vars(tally)))
 
 
@@ -358,13 +358,14 @@ class Tally:
     errors: dict[str, int] = field(default_factory=dict)
 
 
-def read_until(cache: Path, right: Rows, done: Callable[[], bool]) -> Tally:
+def read_until(cache: Path, right: Rows, done: Callable[[], bool], pause: float) -> Tally:
     """Open a cache and read all of it until ``done``; a typed error is counted, anything else ends the reader."""
     from kd_cache.errors import KDCacheError
     from kd_cache.loader import LogitCache
 
     tally = Tally()
     while not done():
+        time.sleep(pause)
         finished = (cache / "cache_index.json").exists()
         try:
             opened = LogitCache.open(cache)
@@ -373,7 +374,6 @@ def read_until(cache: Path, right: Rows, done: Callable[[], bool]) -> Tally:
                 name = f"{type(error).__name__}: {error}"
                 tally.errors[name] = tally.errors.get(name, 0) + 1
             tally.unfinished += not finished
-            time.sleep(0.002)
             continue
         count, wrong = compare(opened, right)
         tally.rounds += 1
@@ -381,7 +381,6 @@ def read_until(cache: Path, right: Rows, done: Callable[[], bool]) -> Tally:
         tally.wrong += wrong
         if (served := [len(opened), opened.fingerprints]) not in tally.sets:
             tally.sets.append(served)
-        time.sleep(0.002)
     return tally
 
 
@@ -407,7 +406,7 @@ def readers(count: int, cache: Path, right: Rows, folder: Path) -> Iterator[list
     save_rows(folder / "right.json", right)
     stop = folder / "stop"
     stop.unlink(missing_ok=True)
-    asked = (cache, folder / "right.json", stop)
+    asked = (cache, folder / "right.json", stop, 0.01 * count)  # they must leave the others some of the machine
     running = [host().start(*asked, cwd=folder, call="reader") for _ in range(count)]
     tallies: list[Tally] = []
     with ended_at_last(running):

@@ -10,12 +10,14 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
+import typer.testing
 from typer.testing import CliRunner
 
 from kd_cache.cli import app, console
@@ -25,6 +27,10 @@ SECONDS = 5
 MEMORY = 512 << 20
 """Beyond what the process with torch imported has already."""
 _LARGE = 1 << 22
+_COMMANDS = typer.main.get_command(app)
+
+
+Work = Callable[[], dict[str, Any]]
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Outcome:
         return self.stdout + self.stderr
 
 
-def command(*args: object) -> Callable[[], dict[str, Any]]:
+def command(*args: object) -> Work:
     """Run ``kd-cache``, and note the type of the error behind its message."""
 
     def work() -> dict[str, Any]:
@@ -61,6 +67,8 @@ def command(*args: object) -> Callable[[], dict[str, Any]]:
             genuine(message, hint)
 
         console._print_error = noting
+        # Half of the time would go into making the commands anew.
+        typer.testing._get_command = lambda _: _COMMANDS
         result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -74,7 +82,7 @@ def command(*args: object) -> Callable[[], dict[str, Any]]:
     return work
 
 
-def python(call: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
+def python(call: Callable[[], Any]) -> Work:
     """Run a piece of Python; an error of ours has its exit code, anything else escapes."""
 
     def work() -> dict[str, Any]:
@@ -86,11 +94,18 @@ def python(call: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
     return work
 
 
-def fenced(work: Callable[[], dict[str, Any]], folder: Path, seconds: float = SECONDS) -> Outcome:
-    """Run ``work`` in a child process whose current folder is ``folder``.
+def fenced(work: Work, folder: Path, seconds: float = SECONDS) -> Outcome:
+    """The one outcome of one piece of work: see `all_fenced`."""
+    (outcome,) = all_fenced([work], folder, seconds)
+    return outcome
 
-    The child is killed after so many seconds, and no allocation beyond `MEMORY` succeeds. An error that ``work`` does
-    not handle is the outcome's ``kind``, with ``killed`` set to ``"escaped"``.
+
+def all_fenced(works: Sequence[Work], folder: Path, seconds: float = SECONDS) -> list[Outcome]:
+    """Run ``works`` one after the other in a child process whose current folder is ``folder``.
+
+    The child is killed if one of them takes so many seconds, and no allocation beyond `MEMORY` succeeds. An error that
+    a piece of work does not handle is its outcome's ``kind``, with ``killed`` set to ``"escaped"``. Of a child that dies
+    the last outcome says of what.
     """
     said = os.memfd_create("said")
     receiving, sending = os.pipe()
@@ -98,39 +113,43 @@ def fenced(work: Callable[[], dict[str, Any]], folder: Path, seconds: float = SE
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _in_the_child(work, folder, seconds, sending, said)
+        _in_the_child(works, folder, seconds, sending, said)
     os.close(sending)
     with os.fdopen(receiving, "rb") as pipe:
-        content = pipe.read()
+        outcomes = [Outcome(**json.loads(line)) for line in pipe]
     _, status = os.waitpid(child, 0)
-    outcome = Outcome(**json.loads(content)) if content else Outcome(killed="silent")
     if os.WIFSIGNALED(status):
-        outcome.killed = signal.Signals(os.WTERMSIG(status)).name
-    outcome.stderr += os.pread(said, _LARGE, 0).decode("utf-8", "replace")
+        outcomes.append(Outcome(killed=signal.Signals(os.WTERMSIG(status)).name))
+    outcomes[-1].stderr += os.pread(said, _LARGE, 0).decode("utf-8", "replace")
     os.close(said)
-    return outcome
+    return outcomes
 
 
-def _in_the_child(work: Callable[[], dict[str, Any]], folder: Path, seconds: float, sending: int, said: int) -> None:
+def _in_the_child(works: Sequence[Work], folder: Path, seconds: float, sending: int, said: int) -> None:
     """Never returns: what pytest would do at the end of its process is not done twice."""
     try:
-        _put_up_the_fence(folder, seconds, said)
-        before = _memory("VmRSS")
-        began = time.monotonic()
-        try:
-            made = work()
-        except BaseException as error:  # noqa: BLE001 (it is reported, and the test fails)
-            made = {"kind": type(error).__name__, "stderr": repr(error), "killed": "escaped"}
-        made |= {"seconds": time.monotonic() - began, "grown": _memory("VmHWM") - before}
+        _put_up_the_fence(folder, seconds * len(works), said)
         with os.fdopen(sending, "wb") as pipe:
-            pipe.write(json.dumps(made).encode())
+            for work in works:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                pipe.write(json.dumps(_done(work)).encode() + b"\n")
+                pipe.flush()
     finally:
         os._exit(0)
 
 
+def _done(work: Work) -> dict[str, Any]:
+    before = _memory("VmRSS")
+    began = time.monotonic()
+    try:
+        made = work()
+    except BaseException as error:  # noqa: BLE001 (it is reported, and the test fails)
+        made = {"kind": type(error).__name__, "stderr": repr(error), "killed": "escaped"}
+    return made | {"seconds": time.monotonic() - began, "grown": _memory("VmHWM") - before}
+
+
 def _put_up_the_fence(folder: Path, seconds: float, said: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     for stream in (1, 2):
         os.dup2(said, stream)
     os.chdir(folder)
@@ -138,12 +157,18 @@ def _put_up_the_fence(folder: Path, seconds: float, said: int) -> None:
     for name in [name for name in os.environ if name.startswith("KD_CACHE_") or name == "FORCE_COLOR"]:
         del os.environ[name]
     warnings.resetwarnings()
+    warnings.showwarning = _print_warning
     torch.set_num_threads(1)
     limit = _memory("VmSize") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     whole = int(seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """As Python does it; pytest collects them, and no one would see what a user sees."""
+    sys.stderr.write(f"{category.__name__}: {message}\n")
 
 
 def _memory(field: str) -> int:

@@ -117,7 +117,9 @@ def test_imports_point_down() -> None:
         above = {name for name in imports(path) if not name.startswith("kd_cache.store")}
         assert above <= {"kd_cache.errors", "kd_cache.fingerprint"}, path
     for path in (REPO / "kd_cache").rglob("*.py"):
-        assert not any(name.startswith("teachers") for name in imports(path)), path
+        # Built-in teachers come through the same door as a user's own; the command line alone knows what loads them.
+        joins = path == REPO / "kd_cache/cli/teachers.py"
+        assert joins or not any(name.startswith("teachers") for name in imports(path)), path
         if "cli" not in path.parts:
             assert not any(name.startswith("kd_cache.cli") for name in imports(path)), path
     library = [path for path in (REPO / "teachers").glob("*.py") if path.name != "train_sample.py"]

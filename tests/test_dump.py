@@ -475,8 +475,8 @@ def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stay
     world.write()
     seal = kd_cache.publish.seal
 
-    def damaged(directory: Path, packs: list, keys: np.ndarray, inputs: np.ndarray) -> object:  # type: ignore[type-arg]
-        return seal(directory, [pack for pack in packs if len(pack) > 1], keys, inputs)
+    def damaged(directory: Path, packs: list, *wanted: np.ndarray) -> object:  # type: ignore[type-arg]
+        return seal(directory, [pack for pack in packs if len(pack) > 1], *wanted)
 
     monkeypatch.setattr(kd_cache.publish, "seal", damaged)
     result = dump("--num-verify", 0)

@@ -503,7 +503,7 @@ def test_the_bytes_of_a_table_stay_the_same(tmp_path: Path) -> None:
     export(make_cache(tmp_path / "A2b", {"scene": rows}, {"scene": origin(classes=2)}), "tsv", tmp_path / "out")
     assert (tmp_path / "out" / "scene.tsv").read_bytes() == (
         b"file\tlogit_0\tlogit_1\n"
-        b'"c\r.npy"\t"1.5"\t"-0.100000001"\n'
+        b'"c\r.npy"\t1.5\t-0.100000001\n'
         b'"b ""x""\t.npy"\t-0\t2.99999999e-12\n'
         b"a.npy\t9.99999968e+37\t7\n"
     )

@@ -7,7 +7,6 @@ import time
 
 import pytest
 from fault_checks import (
-    RESCORING,
     SEALING,
     Arguments,
     Place,
@@ -18,7 +17,7 @@ from fault_checks import (
     make_place,
     stored_rows,
 )
-from fault_disk import Tree, put_tree, tree
+from fault_disk import Tree, put_tree
 from fault_tools import MARKS, Outcome, ended_at_last, host, often, readers
 
 pytestmark = MARKS
@@ -74,7 +73,7 @@ def test_two_seals_at_once_beside_a_dump_lose_nothing(place: Place, finished: Tr
         acknowledged = stored_rows(place.cache)
         # A dump of all that finds its rows there, or one that scores them again while they are being sealed.
         dump = dumping("--shard-size", "3", *(["--no-skip-existing"] if number % 2 else []))
-        outcomes = at_once(place, SEALING, SEALING, dump, latest=0.3, draw=draw)
+        outcomes = at_once(place, SEALING, SEALING, dump, draw=draw)
         assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
         rows += len(check_rows(place.cache, place.right, acknowledged))
         assert check_served(place.cache, place.right) == 2 * place.samples
@@ -89,7 +88,7 @@ def test_seals_beside_a_part_that_is_still_scored_refuse_or_are_complete(place: 
     for _ in range(often(3, 50)):
         put_tree(place.disk, half)
         acknowledged = stored_rows(place.cache)
-        outcomes = at_once(place, dumping("--shard", "1/2"), SEALING, SEALING, latest=0.3, draw=draw)
+        outcomes = at_once(place, dumping("--shard", "1/2"), SEALING, SEALING, draw=draw)
         assert {outcome.code for outcome in outcomes} <= {0, 3}, outcomes
         assert any(outcome.code == 0 for outcome in outcomes)
         check_rows(place.cache, place.right, acknowledged)

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run, World
+from conftest import REPO, Run, World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_fixtures import MadeCache, Rows, make_cache, md5, names, origin, seal_bytes, snapshot, two_teachers
@@ -22,7 +24,6 @@ from kd_cache.cli import gc as command
 from kd_cache.errors import MissingLogitsError, StoreError
 from kd_cache.gc import OLDER_THAN, GcReport, find_garbage, remove_garbage
 from kd_cache.loader import LogitCache
-from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import origin_entry, write_index
 from kd_cache.store.pack import Origin
 
@@ -40,8 +41,8 @@ def age(path: Path, hours: float = 2) -> Path:
 
 def collect(path: Path, older_than: float = OLDER_THAN) -> GcReport:
     """Find and remove, as the command does."""
-    report = find_garbage(CacheFolder(path), older_than)
-    remove_garbage(CacheFolder(path), report)
+    report = find_garbage(path, older_than)
+    remove_garbage(report)
     return report
 
 
@@ -228,7 +229,7 @@ def test_while_a_pending_record_is_damaged_no_pack_goes(cache: MadeCache) -> Non
     put(record, record.read_bytes()[:-3])
     put(cache.path / "packs" / ".tmp-1-a")
     age(cache.path)
-    assert removed(find_garbage(CacheFolder(cache.path))) == {"packs/.tmp-1-a"}
+    assert removed(find_garbage(cache.path)) == {"packs/.tmp-1-a"}
     report = collect(cache.path)
     assert removed(report) == {"packs/.tmp-1-a"}
     assert "no packs are removed while it is there" in report.notes[0]
@@ -395,21 +396,21 @@ def some_garbage(cache: MadeCache) -> set[str]:
 
 def test_what_is_gone_meanwhile_is_no_error_and_not_counted(cache: MadeCache) -> None:
     expected = some_garbage(cache)
-    report = find_garbage(CacheFolder(cache.path))
+    report = find_garbage(cache.path)
     (cache.path / "scene" / STRAY).unlink()
     shutil.rmtree(cache.path / "ghost")
-    remove_garbage(CacheFolder(cache.path), report)
+    remove_garbage(report)
     assert removed(report) == expected - {f"scene/{STRAY}", f"ghost/{STRAY}", "ghost"}
 
 
 def test_what_was_written_anew_meanwhile_stays(cache: MadeCache) -> None:
     expected = some_garbage(cache)
-    report = find_garbage(CacheFolder(cache.path))
+    report = find_garbage(cache.path)
     again = cache.path / "scene" / STRAY
     again.rename(again.with_suffix(".old"))
     again.write_bytes(b"new")
     (cache.path / "ghost" / "kept.npy").write_bytes(b"new")
-    remove_garbage(CacheFolder(cache.path), report)
+    remove_garbage(report)
     assert removed(report) == expected - {f"scene/{STRAY}", "ghost"}
     assert again.read_bytes() == b"new"
     assert (cache.path / "ghost" / "kept.npy").exists()
@@ -437,19 +438,19 @@ def test_packs_that_became_needed_between_looking_and_removing_stay(
     cache: MadeCache, change: Callable[[MadeCache], None]
 ) -> None:
     expected = some_garbage(cache)
-    report = find_garbage(CacheFolder(cache.path))
+    report = find_garbage(cache.path)
     change(cache)
-    remove_garbage(CacheFolder(cache.path), report)
+    remove_garbage(report)
     assert removed(report) == {name for name in expected if not name.endswith(".h5")}
 
 
 def test_a_folder_that_became_a_link_meanwhile_is_not_entered(cache: MadeCache, tmp_path: Path) -> None:
     some_garbage(cache)
-    report = find_garbage(CacheFolder(cache.path))
+    report = find_garbage(cache.path)
     (cache.path / "ghost").rename(tmp_path / "moved")
     (cache.path / "ghost").symlink_to(tmp_path / "moved")
     with pytest.raises(StoreError, match="ghost"):
-        remove_garbage(CacheFolder(cache.path), report)
+        remove_garbage(report)
     assert (tmp_path / "moved" / STRAY).exists()
 
 
@@ -463,10 +464,10 @@ def test_what_cannot_be_removed_is_a_store_error_that_names_it(
     def refuse(path: Any, *_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    report = find_garbage(CacheFolder(cache.path))
+    report = find_garbage(cache.path)
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(StoreError, match=os.strerror(code)) as caught:
-        remove_garbage(CacheFolder(cache.path), report)
+        remove_garbage(report)
     assert any(str(item.path) in caught.value.message for item in report.garbage)
 
 
@@ -590,6 +591,26 @@ def test_what_an_interrupted_dump_committed_stays_and_its_resumption_gives_the_s
     assert not (world.cache / "packs" / ".tmp-9-dead").exists()
     tiny(run, world, "tiny_teachers:nan", "--on-bad-sample", "skip", code=3)
     assert world.packs().items() >= world_apart.items()
+
+
+@pytest.mark.faults
+def test_a_dump_that_runs_meanwhile_loses_nothing(run: Run, world: World) -> None:
+    tiny(run, world, weights(world, 7), "--batch-size", 1)
+    tiny(run, world, "tiny_teachers:linear", "--batch-size", 1, "--cache-root", "apart")
+    age(world.cache)
+    program = [sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b", "--json-path",
+               "dataset.json", "--teacher", "tiny=tiny_teachers:slow", "--only", "tiny", "--shard-size", "1"]  # fmt: skip
+    paths = os.pathsep.join([str(REPO / "tests"), str(REPO)])
+    dump = subprocess.Popen(program, cwd=world.root, env={**os.environ, "PYTHONPATH": paths})
+    rounds = 0
+    while dump.poll() is None:
+        assert run("gc").exit_code == 0
+        rounds += 1
+    assert dump.returncode == 0
+    assert rounds > 3
+    expected = {path.name: path.read_bytes() for path in (world.root / "apart" / "A2b" / "packs").iterdir()}
+    assert world.packs().items() >= expected.items()
+    assert run("verify", "--all", "--teacher", "tiny=tiny_teachers:slow").exit_code == 0
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

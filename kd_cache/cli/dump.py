@@ -168,6 +168,9 @@ def dump_command(
             rich_help_panel=opt.RUN,
         ),
     ] = None,
+    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
+    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
+    max_checkpoint_bytes: opt.MaxCheckpointOption = opt.MAX_CHECKPOINT,
     config: opt.ConfigOption = None,
     dry_run: Annotated[
         bool,

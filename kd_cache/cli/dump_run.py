@@ -59,6 +59,9 @@ class DumpOptions:
     shard_size: int
     shard_seconds: float
     shard: str | None
+    max_manifest_bytes: int
+    max_feature_bytes: int
+    max_checkpoint_bytes: int
     config: Path | None
     dry_run: bool
     as_json: bool
@@ -78,6 +81,8 @@ def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
             num_cities=options.num_cities,
             allow_shared_locations=options.allow_shared_locations,
             allow_outside=options.allow_outside,
+            max_manifest_bytes=options.max_manifest_bytes,
+            max_feature_bytes=options.max_feature_bytes,
         )
         _announce(screen, inputs)
         if part is not None:
@@ -125,7 +130,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
     from kd_cache.engine import resolve_device
 
     device = resolve_device(options.device)
-    teachers = load_teachers(specs, options.num_scenes, options.num_cities)
+    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
     return DumpJob(
         cache_root=options.cache_root,
         manifest=inputs.manifest,
@@ -215,6 +220,8 @@ def _summary_table(report: DumpReport) -> Any:
 
 
 def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
+    from kd_cache.accuracy import Accuracy
+
     lines = []
     if report.samples_scored == 0 and not report.missing:
         what = "permitted sample" if job.part is None else "sample of this part"
@@ -230,6 +237,9 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed"
             f"; {done.num_samples:,} samples complete"
         )
+        for name, kept in done.accuracy.items():
+            if kept["rows"]:
+                lines.append(f"{name}: {Accuracy(**kept)} of labelled source rows name their scene")
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():

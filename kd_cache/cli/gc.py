@@ -68,10 +68,10 @@ def gc_command(
 
     with Screen(quiet=quiet, as_json=as_json) as screen:
         folders = caches_below(cache_root.expanduser()) if cache is None else [CacheFolder(cache.expanduser())]
-        reports = [find_garbage(folder, older_than) for folder in folders]  # all, before anything is removed
-        for folder, report in zip(folders, reports, strict=True):
+        reports = [find_garbage(folder.path, older_than) for folder in folders]  # all, before anything is removed
+        for report in reports:
             if not dry_run:
-                remove_garbage(folder, report)
+                remove_garbage(report)
             _show(screen, report, dry_run=dry_run)
         content = {"dry_run": dry_run, "older_than": older_than, "caches": [report.as_json() for report in reports]}
         screen.result_json(content | {"bytes": sum(report.size for report in reports)})

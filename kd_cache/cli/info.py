@@ -64,18 +64,35 @@ def _teacher_table(folder: CacheFolder, index: Index) -> Any:
     facts: dict[str, Callable[[dict[str, Any]], str]] = {
         "Rows": lambda entry: f"{entry['rows']:,}",
         "Values": lambda entry: f"{entry['num_classes']} {entry['value_kind']}, {entry['dtype']}",
+        "Accuracy": _accuracy,
         "Architecture": lambda entry: str(entry["parts"]["architecture"]),
         "Front end": lambda entry: str(entry["parts"]["feature_spec"]),
         "Computed in": lambda entry: str(entry["parts"]["precision"]),
         "Weights": lambda entry: f"{entry['parts']['weights'][:16]}…",
         "Fingerprint": lambda entry: f"{entry['fingerprint'][:16]}…",
-        "Checkpoint": lambda entry: str(entry.get("source", {}).get("checkpoint", "none: own code")),
+        "Checkpoint": _checkpoint,
     }
     rows = [[name, *map(fact, entries.values())] for name, fact in facts.items()]
     return table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", ["", *entries], rows)
 
 
+def _accuracy(entry: dict[str, Any]) -> str:
+    from kd_cache.accuracy import stored_accuracy
+
+    accuracy = stored_accuracy(entry)
+    return f"{accuracy.share} of {accuracy.rows:,} labelled source rows" if accuracy and accuracy.rows else "not known"
+
+
+def _checkpoint(entry: dict[str, Any]) -> str:
+    if "adopted" in entry:
+        return "unverified: adopted from elsewhere"
+    return str(entry.get("source", {}).get("checkpoint", "none: own code"))
+
+
 def _lines(folder: CacheFolder, index: Index) -> list[str]:
+    from kd_cache.pending import read_pending
+    from kd_cache.watch import Watcher
+
     record = index.record
     per_device = ", ".join(f"{count:,} of {device}" for device, count in record["per_device"].items())
     on_disk = sum(path.stat().st_size for path in folder.pack_paths())
@@ -93,6 +110,8 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
         f"settings  {', '.join(changed) or 'all defaults'}",
         f"on disk   {size(on_disk)} in {len(folder.pack_paths())} packs, view: {'yes' if record['files'] else 'no'}",
     ]
+    if pending := read_pending(folder, Watcher()):
+        lines.append(f"pending   {len(pending)} dumps have begun and are not sealed")
     if record["missing"]:
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")
     policy = record["split_policy"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_cache.cli import options as opt
 from kd_cache.cli.teachers import SAMPLE
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import Manifest, load_manifest
@@ -32,20 +33,22 @@ def load_inputs(
     num_cities: int,
     allow_shared_locations: bool,
     allow_outside: Sequence[Path],
+    max_manifest_bytes: int = opt.MAX_MANIFEST,
+    max_feature_bytes: int = opt.MAX_FEATURE,
 ) -> Inputs:
     """Read the manifest and pass it through the guard, before anything else is touched.
 
     Raises what `load_manifest`, `select` and `FeatureSource` raise.
     """
     json_path, data_root = data_paths(json_path, data_root)
-    manifest = load_manifest(json_path, num_scenes=num_scenes, num_cities=num_cities)
+    manifest = load_manifest(json_path, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes)
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=data_root)
     paths = {
         "json_path": str(json_path.absolute()),
         "data_root": str(data_root.absolute()),
         "allow_outside": [str(path.absolute()) for path in allow_outside],
     }
-    return Inputs(manifest, selection, FeatureSource(data_root, allow_outside), paths)
+    return Inputs(manifest, selection, FeatureSource(data_root, allow_outside, max_feature_bytes), paths)
 
 
 def data_paths(json_path: Path | None, data_root: Path | None) -> tuple[Path, Path]:

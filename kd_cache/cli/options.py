@@ -14,7 +14,10 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
 BadSample = Literal["stop", "skip"]
 
-DATA, TEACHERS, CACHE, RUN, OUTPUT = "Data", "Teachers", "Cache", "Run", "Output"
+# As kd_cache.manifest, kd_cache.features and teachers.checkpoint_file have them; importing those takes numpy and torch.
+MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT = 1 << 30, 1 << 28, 4 << 30
+
+DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
 
 AnyTargetOption = Annotated[
     Target | None,
@@ -185,6 +188,39 @@ ConfigOption = Annotated[
         callback=read_config,
         is_eager=True,
         rich_help_panel=RUN,
+    ),
+]
+MaxManifestOption = Annotated[
+    int,
+    typer.Option(
+        "--max-manifest-bytes",
+        min=1,
+        help="A larger dataset JSON is refused unread.",
+        envvar="KD_CACHE_MAX_MANIFEST_BYTES",
+        show_envvar=False,
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxFeatureOption = Annotated[
+    int,
+    typer.Option(
+        "--max-feature-bytes",
+        min=1,
+        help="A larger feature file is refused unread.",
+        envvar="KD_CACHE_MAX_FEATURE_BYTES",
+        show_envvar=False,
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxCheckpointOption = Annotated[
+    int,
+    typer.Option(
+        "--max-checkpoint-bytes",
+        min=1,
+        help="A larger checkpoint is refused unread.",
+        envvar="KD_CACHE_MAX_CHECKPOINT_BYTES",
+        show_envvar=False,
+        rich_help_panel=LIMITS,
     ),
 ]
 JsonOption = Annotated[

@@ -58,6 +58,9 @@ def repair_command(
     teacher: opt.TeacherOption = [],  # noqa: B006
     device: opt.DeviceOption = "auto",
     workers: opt.WorkersOption = 2,
+    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
+    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
+    max_checkpoint_bytes: opt.MaxCheckpointOption = opt.MAX_CHECKPOINT,
     config: opt.ConfigOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,

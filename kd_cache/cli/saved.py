@@ -81,6 +81,8 @@ def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
         num_cities=chosen("num_cities", saved.values),
         allow_shared_locations=chosen("allow_shared_locations", saved.values),
         allow_outside=[Path(path).expanduser() for path in chosen("allow_outside", saved.paths)],
+        max_manifest_bytes=chosen("max_manifest_bytes", saved.values),
+        max_feature_bytes=chosen("max_feature_bytes", saved.values),
     )
 
 
@@ -119,7 +121,10 @@ def saved_teachers(ctx: typer.Context, saved: Saved, target: str) -> Loaded:
         ctx.params[name] if given(ctx, name) else saved.values.get(name, ctx.params[name])
         for name in ("num_scenes", "num_cities")
     )
-    return Loaded(load_teachers(specs, scenes, cities), specs, unchecked)
+    most = ctx.params["max_checkpoint_bytes"]
+    if not given(ctx, "max_checkpoint_bytes"):
+        most = saved.values.get("max_checkpoint_bytes", most)
+    return Loaded(load_teachers(specs, scenes, cities, most), specs, unchecked)
 
 
 def _checkpoint(ctx: typer.Context, saved: Saved, name: str, target: str) -> Path | str:

@@ -47,6 +47,8 @@ def seal_command(
     allow_outside: opt.AllowOutsideOption = [],  # noqa: B006 (typer copies it)
     files: FilesOption = None,
     workers: opt.WorkersOption = 2,
+    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
+    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
     config: opt.ConfigOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,

@@ -87,11 +87,16 @@ def described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
     return source
 
 
-def load_teachers(specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int) -> dict[str, Teacher]:
+def load_teachers(
+    specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int, max_checkpoint_bytes: int
+) -> dict[str, Teacher]:
     """Load them, and check the built-in ones' sizes. Raises `CheckpointError` and what `TeacherSpec.load` raises."""
+    from teachers import checkpoint_limit
+
     loaded = {}
     for spec in specs:
-        teacher = spec.load()
+        with checkpoint_limit(max_checkpoint_bytes):
+            teacher = spec.load()
         if spec.factory == BUILT_IN.get(spec.name):
             _check_size(spec, "scenes", teacher.num_classes, num_scenes)
             cities = getattr(teacher, "num_cities", None)

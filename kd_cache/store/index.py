@@ -24,6 +24,7 @@ from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint
 from kd_cache.store.atomic import open_file, write_atomic
 from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
 from kd_cache.store.permitted import PERMITTED_NAME
+from kd_cache.store.strict_json import misfit, strict_json
 
 INDEX_NAME = "cache_index.json"
 _UNSET = "0" * 32
@@ -32,6 +33,11 @@ _UNSET_TAIL = _TAIL.format(_UNSET).encode("ascii")
 _END = b'\n "num_samples": '
 _LINES = 16_384
 _BLOCK = 1 << 22
+_MOST = 1 << 30
+_TOO_LARGE = "Leave the view out with --no-files; its paths are what makes an index large."
+_MOST_UNSEALED = 1 << 27
+"""Larger indexes are refused unread: one of ours takes about 130 bytes per sample and teacher (none with --no-files).
+What does not end with its own digest is at best an older script's, and those are small."""
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
 
@@ -39,6 +45,45 @@ RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "pl
 def is_teacher_name(name: str) -> bool:
     """A teacher's name becomes a folder, a file name and a key of the index: letters, digits, ``_.-``, none taken."""
     return bool(TEACHER_NAME.match(name)) and name.lower() not in RESERVED_NAMES
+
+
+_TEXTS = {...: str}
+_TEACHER = {
+    "fingerprint": str,
+    "parts": _TEXTS,
+    "value_kind": VALUE_KINDS.__contains__,
+    "num_classes": lambda value: type(value) is int and value > 0,
+    "class_names": (None, [str]),
+    "dtype": STORED.__contains__,
+    "rows": int,
+    "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
+    "earlier": [_TEXTS],
+    "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
+    "accuracy": (None, {"correct": int, "rows": int}),
+    "storage_cost": (None, dict),
+}
+_RECORD = {
+    "adaptation": str,
+    "begun": int,
+    "created": str,
+    "tool": str,
+    "files": bool,
+    "shown_path": str,
+    "missing": _TEXTS,
+    "num_permitted": int,
+    "per_device": {...: int},
+    "manifest": {"path": str, "sha256": str},
+    "split_policy": {"shared_locations": int},
+    "environment": _TEXTS,
+    "permitted": (None, {"file": lambda value: isinstance(value, str) and PERMITTED_NAME.match(value), "count": int}),
+    "settings": {
+        "values": {"num_scenes": int, "num_cities": int, "allow_shared_locations": bool},
+        "sources": _TEXTS,
+        "paths": {"json_path": str, "data_root": str, "allow_outside": [str]},
+    },
+    "teachers": {...: _TEACHER},
+}
+"""What an entry of ``kd_cache`` must be, where it is there; others are nobody's business."""
 
 
 @dataclass(frozen=True)
@@ -181,32 +226,40 @@ def _read(path: Path, maps: bool) -> tuple[bytes, str]:
     """The text, without the maps if they are not asked for, and the digest that the file's bytes have."""
     try:
         with open_file(path) as file:
-            digest = xxhash.xxh3_128()
-            raw = file.readall() if maps else _end(file, digest)
-    except FileNotFoundError:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST:
+                raise StoreError(f"the index {shown(path)} has {size} bytes, expected at most {_MOST}", hint=_TOO_LARGE)
+            end, digest = _end(file, size)
+            at = end.rfind(_END)
+            if at >= 0 and not maps:
+                return b"{" + end[at:], digest
+            if size > _MOST_UNSEALED and not end.endswith(_TAIL.format(digest).encode("ascii")):
+                raise _damaged(path, "its bytes do not match their digest")
+            file.seek(0)
+            raw = file.read(size) or b""
+            return raw, _digest(raw)
+    except (FileNotFoundError, StoreError):
         raise
     except OSError as error:
         raise StoreError(f"cannot read the index {shown(path)}: {error.strerror or error}") from error
-    if maps:
-        digest.update(memoryview(raw)[: -len(_UNSET_TAIL)])
+
+
+def _digest(raw: bytes) -> str:
+    digest = xxhash.xxh3_128(memoryview(raw)[: -len(_UNSET_TAIL)])
     digest.update(_UNSET_TAIL)
-    return raw, digest.hexdigest()
+    return digest.hexdigest()
 
 
-def _end(file: io.FileIO, digest: Any) -> bytes:
-    """The text from ``num_samples`` on as an object of its own; all bytes but the tail go through the digest."""
-    size = os.fstat(file.fileno()).st_size
+def _end(file: io.FileIO, size: int) -> tuple[bytes, str]:
+    """The last bytes, with all but the maps, and the digest that the file's bytes have; nothing else is kept of them."""
+    digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(min(size, _BLOCK)))
     left = size - len(_UNSET_TAIL)
     while left > 0 and (count := file.readinto(buffer[: min(left, _BLOCK)])):
         digest.update(buffer[:count])
         left -= count
-    end = os.pread(file.fileno(), _BLOCK, max(0, size - _BLOCK))
-    at = end.rfind(_END)
-    if at >= 0:
-        return b"{" + end[at:]
-    file.seek(0)
-    return file.readall()
+    digest.update(_UNSET_TAIL)
+    return os.pread(file.fileno(), _BLOCK, max(0, size - _BLOCK)), digest.hexdigest()
 
 
 def _refuse_renamed(path: Path, content: Mapping[str, Any]) -> None:
@@ -217,9 +270,9 @@ def _refuse_renamed(path: Path, content: Mapping[str, Any]) -> None:
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(raw.decode("utf-8"))
+        content = strict_json(raw, lambda name: _damaged(path, f"its entry {shown(name)} is missing"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, "it is not JSON") from error
+        raise _damaged(path, f"it is not JSON ({shown(error)[:200]})") from error
     if not isinstance(content, dict):
         raise _damaged(path, "it is not an object")
     return content
@@ -234,23 +287,27 @@ def _check_version_and_digest(path: Path, raw: bytes, digest: str, record: Any) 
         )
     if not raw.endswith(_TAIL.format(digest).encode("ascii")):
         raise _damaged(path, "its bytes do not match their digest")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise _damaged(path, f"its format version is {shown(version)}, and no kd-cache wrote that")
 
 
 def _checked(path: Path, content: dict[str, Any], maps: bool) -> Index:
     """The digest finds accidents only, so the shape of what is used is checked as well."""
-    record = content.pop("kd_cache")
+    record, count = content.pop("kd_cache"), content.pop("num_samples")
+    place = misfit(record, _RECORD, "kd_cache") or misfit(content, {...: _TEXTS}) or misfit(count, int, "num_samples")
+    if place is not None:
+        raise _damaged(path, f"an entry is missing or malformed ({place})")
     try:
-        index = Index(path, int(content.pop("num_samples")), content, record)
+        index = Index(path, count, content, record)
         for name, origin in index.origins.items():
-            known = origin.dtype in STORED and origin.value_kind in VALUE_KINDS and type(origin.num_classes) is int
             own = origin.fingerprint.digest == record["teachers"][name]["fingerprint"]
-            if not (is_teacher_name(name) and known and own) or (maps and not isinstance(content.get(name), dict)):
+            named = origin.class_names is None or len(origin.class_names) == origin.num_classes
+            if not (is_teacher_name(name) and own and named) or (maps and name not in content):
                 raise ValueError(name)
         index.missing  # noqa: B018 (reading it checks it)
-        permitted = record.get("permitted")
-        if permitted is not None and not PERMITTED_NAME.match(permitted["file"]):
-            raise ValueError("permitted")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except CorruptError:
+        raise
+    except ValueError as error:
         raise _damaged(path, f"an entry is missing or malformed ({shown(error)})") from error
     return index
 

@@ -27,13 +27,16 @@ class Sealed:
     merged: list[Path]
 
 
-def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.ndarray) -> Sealed:
+def seal(
+    directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.ndarray, required: np.ndarray | None = None
+) -> Sealed:
     """Merge ``packs`` into one that holds exactly the wanted rows. Nothing is removed.
 
     Args:
         directory: where packs live.
         packs: of one origin.
         keys, inputs: ``[Q, 16]`` u1, the rows to keep, keys ascending. A row with another input digest is stale.
+        required: ``[Q]`` bool; if one of these rows is absent, nothing is written.
 
     Equal rows give equal bytes, whatever packs they came in; when one pack already holds just them, it stays as it is.
     """
@@ -42,6 +45,8 @@ def seal(directory: Path, packs: Sequence[Pack], keys: np.ndarray, inputs: np.nd
     union = Union(packs)
     positions = union.match(keys, inputs)
     absent = positions < 0
+    if required is not None and (absent & required).any():
+        return Sealed(None, absent, 0, [], [])
     positions = positions[~absent]
     left_out = int((~union.repeats).sum()) - len(positions)
     disagreements = union.disagreements()

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
     from kd_cache.diff import DiffReport, diff_caches
     from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
     from kd_cache.errors import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         TeacherError,
         UsageError,
     )
+    from kd_cache.export import ExportJob, ExportReport, export_logits
     from kd_cache.features import FeatureSource
     from kd_cache.fingerprint import Fingerprint, weights_digest
     from kd_cache.gc import GcReport, find_garbage, remove_garbage
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "kd_cache.adopt": ("AdoptJob", "AdoptReport", "adopt_rows"),
     "kd_cache.diff": ("DiffReport", "diff_caches"),
     "kd_cache.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
     "kd_cache.errors": (
@@ -55,6 +58,7 @@ _HOME = {
         "TeacherError",
         "UsageError",
     ),
+    "kd_cache.export": ("ExportJob", "ExportReport", "export_logits"),
     "kd_cache.features": ("FeatureSource",),
     "kd_cache.fingerprint": ("Fingerprint", "weights_digest"),
     "kd_cache.gc": ("GcReport", "find_garbage", "remove_garbage"),
@@ -70,6 +74,8 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AdoptJob",
+    "AdoptReport",
     "CachedDataset",
     "CheckpointError",
     "CorruptError",
@@ -77,6 +83,8 @@ __all__ = [
     "DiffReport",
     "DumpJob",
     "DumpReport",
+    "ExportJob",
+    "ExportReport",
     "FeatureError",
     "FeatureSource",
     "Fingerprint",
@@ -98,8 +106,10 @@ __all__ = [
     "UsageError",
     "VerifyJob",
     "VerifyReport",
+    "adopt_rows",
     "diff_caches",
     "dump_logits",
+    "export_logits",
     "find_garbage",
     "load_cached_logits_batch",
     "load_manifest",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from kd_cache.accuracy import Accuracy, stored_accuracy
 from kd_cache.errors import FeatureError, KDCacheError, StaleError, TeacherError, UsageError, shown
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, class_order
-from kd_cache.finish import Ending, finish
-from kd_cache.foreign import Foreign, read_source
+from kd_cache.finish import Ending, finish, nothing_readable
+from kd_cache.foreign import MOST_BYTES, Foreign, read_source
 from kd_cache.manifest import SOURCE, TARGETS, Manifest
 from kd_cache.pending import begun, read_pending
 from kd_cache.publish import Published
@@ -52,6 +52,7 @@ class AdoptJob:
         value_kind: what the rows are; by default what the source says, else logits.
         dtype: what the numbers of a text table are.
         files: whether the cache has a view; by default as it is, or yes.
+        max_bytes: a larger source is refused unread.
         on_bad_sample: ``stop`` at a feature or a row that cannot be used, or ``skip`` it and list it as missing.
         record: what the index keeps about the run (settings, tool version).
     """
@@ -68,6 +69,7 @@ class AdoptJob:
     files: bool | None = None
     on_bad_sample: str = "stop"
     workers: int = 2
+    max_bytes: int = MOST_BYTES
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -202,11 +204,18 @@ class _Adoption:
     def _read_source(self) -> list[Foreign]:
         job = self.job
         self._refuse_other_target()
-        found = read_source(job.source, self.files, files_list=job.files_list, dtype=job.dtype, watcher=self.watcher)
+        found = read_source(
+            job.source,
+            self.files,
+            files_list=job.files_list,
+            dtype=job.dtype,
+            max_bytes=job.max_bytes,
+            watcher=self.watcher,
+        )
         if job.name is not None:
             if len(found) > 1:
                 raise UsageError(f"--name names one teacher, but {shown(job.source)} holds {len(found)}")
-            found = [Foreign(**{**vars(found[0]), "teacher": job.name})]
+            found = [replace(found[0], teacher=job.name)]
         taken = self._taken()
         for foreign in found:
             if not is_teacher_name(foreign.teacher):
@@ -252,7 +261,7 @@ class _Adoption:
         except FeatureError as error:
             raise FeatureError(error.message, hint=_hint("the feature")) from error
         if not known.any():
-            raise FeatureError(f"none of the {len(self.files)} features can be read", hint="Check --data-root.")
+            raise nothing_readable(len(known))
         for number in np.flatnonzero(~known).tolist():
             now = self.job.features.try_read(self.files[number])
             changed = "it changed while it was read"
@@ -319,7 +328,8 @@ class _Adoption:
         origins = {name: one.origin for name, one in ready.items()}
         entries = {name: {"adopted": self._told(one)} for name, one in ready.items()}
         still = {} if self.earlier is None else self.earlier.missing
-        missing = {file: reason for file, reason in still.items() if file in set(self.files)} | self.missing
+        permitted = set(self.files)
+        missing = {file: reason for file, reason in still.items() if file in permitted} | self.missing
         make_directory(self.folder.packs_path)
         record = self._record()
         for one in ready.values():
@@ -347,19 +357,15 @@ class _Adoption:
         return self.job.manifest, self.job.selection
 
     def _record(self) -> dict[str, Any]:
-        from kd_cache.engine import environment
-
+        """What the index keeps of the run; where adopted rows were computed, nobody knows."""
         before = {} if self.earlier is None else self.earlier.record
         as_before = bool(before.get("files", True))
-        own: dict[str, Any] = {
+        return {
+            **self.job.record,
+            "environment": before.get("environment", {"device": "not known", "torch": "not known"}),
             "files": as_before if self.job.files is None else self.job.files,
             "shown_path": f"{self.job.cache_root}/{self.folder.path.name}",
         }
-        if "environment" in before:
-            return {**self.job.record, **own, "environment": before["environment"]}
-        import torch
-
-        return {**self.job.record, **own, "environment": environment(torch.device("cpu"))}
 
     def _told(self, one: _Ready) -> dict[str, Any]:
         name = Path(os.path.realpath(self.job.source)).name

@@ -30,7 +30,7 @@ from kd_cache.errors import (
     shown,
 )
 from kd_cache.features import Feature, FeatureSource
-from kd_cache.finish import Ending, describe, finish
+from kd_cache.finish import Ending, describe, finish, nothing_readable
 from kd_cache.known import ASKED, FRESH, NEW, Known
 from kd_cache.manifest import SOURCE, Manifest, sample_key
 from kd_cache.pending import PendingRecord
@@ -249,18 +249,25 @@ class _Dump:
         finally:
             self._commit()  # also when stopping: what was scored is kept
         self.report.seconds = time.monotonic() - began
-        if self.part and not self.readable.any():
-            raise FeatureError(
-                f"none of the {len(self.part)} features can be read; the cache stays as it is",
-                hint="Check --data-root.",
-            )
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
             return self.report
+        if self.part and not self.readable.any():
+            raise nothing_readable(len(self.part))
         self._count_dropped()
+        if not self.pending.is_written and self._is_news():
+            self.pending.write(self._entries(), self.report.missing)
         replaced = [] if self.job.skip_existing else [path for path in before if path not in self.shard.written]
         self.report.published = self._publish(replaced)
         return self.report
+
+    def _is_news(self) -> bool:
+        """Whether rows become current of which no index tells: until then a pending record keeps `gc` from them."""
+        told = self.earlier.origins if self.earlier else {}
+        return any(
+            name not in told or told[name].fingerprint.digest != origin.fingerprint.digest
+            for name, origin in self.origins.items()
+        )
 
     def _commit(self) -> None:
         """Make what was scored durable; before the first time, say what is being made."""
@@ -508,7 +515,9 @@ class _Dump:
         try:
             index = self.folder.index(maps=False)
         except StaleError as error:
-            if self.job.skip_existing and not self.folder.pack_paths():
+            # A dump that was begun anew left packs of its own here; an interrupted adoption's are no reason to go on.
+            adopted = all("adopted" in pack.origin.fingerprint.parts for pack in self.folder.packs().good)
+            if self.job.skip_existing and adopted:
                 raise StaleError(
                     error.message,
                     hint="Its rows cannot be checked. Dump into another --cache-root, adopt them, "

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from kd_cache.store.hdf5_file import Outlet
 from kd_cache.store.index import INDEX_NAME, Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
-from kd_cache.store.view import differing, row_file_bytes, stored_names, view_name, write_rows
+from kd_cache.store.view import ROW_FILE_NAME, differing, row_file_bytes, stored_names, view_name, write_rows
 from kd_cache.watch import Watcher
 
 KINDS = ("npy", "pt", "tsv")
@@ -40,7 +39,6 @@ FORMATS = {"fp32": "%.9g", "fp16": "%.5g"}
 """As many digits as it takes to read the same number again, whatever it is."""
 _BLOCK_BYTES = 1 << 22
 _NAMES = 16_384
-_ROW_FILE = re.compile(r"[0-9a-f]{32}\.npy\Z")
 
 
 @dataclass(frozen=True)
@@ -180,9 +178,9 @@ def _index(folder: CacheFolder) -> Index:
 
 def _chosen(job: ExportJob, index: Index) -> dict[str, Origin]:
     unknown = [name for name in job.only if name not in index.origins]
-    if unknown:
+    if unknown or not index.origins:
         raise MissingLogitsError(
-            f"{shown(job.folder.path)} holds no logits of {', '.join(map(shown, unknown))} "
+            f"{shown(job.folder.path)} holds no logits of {', '.join(map(shown, unknown)) or 'any teacher'} "
             f"(it holds {', '.join(index.origins) or 'none'})"
         )
     chosen = {name: origin for name, origin in index.origins.items() if not job.only or name in job.only}
@@ -342,8 +340,13 @@ def _cell(text: str) -> str:
     """A name as the csv module writes it into a table: quoted where it must be."""
     cell = io.StringIO()
     # Python before 3.13 leaves a carriage return unquoted, and then reads it as the end of the row.
-    how = csv.QUOTE_ALL if "\r" in text else csv.QUOTE_MINIMAL
-    csv.writer(cell, delimiter="\t", lineterminator="\n", quoting=how).writerow([text])
+    writer = csv.writer(
+        cell,
+        delimiter="\t",
+        lineterminator="\n",
+        quoting=csv.QUOTE_ALL if "\r" in text else csv.QUOTE_MINIMAL,
+    )
+    writer.writerow([text])
     return cell.getvalue().removesuffix("\n")
 
 
@@ -364,7 +367,7 @@ def _write_row_files(directory: Path, served: _Served, watcher: Watcher) -> int:
         promised.update(names)
         watcher.advance(len(rows))
     for surplus in stored_names(directory) - promised:
-        if _ROW_FILE.match(surplus):
+        if ROW_FILE_NAME.match(surplus):
             with store_errors(directory / surplus, "remove"):
                 (directory / surplus).unlink(missing_ok=True)
     return size

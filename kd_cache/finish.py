@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kd_cache.accuracy import labels_of
-from kd_cache.errors import CorruptError, StaleError, StoreError, shown
+from kd_cache.errors import CorruptError, FeatureError, StaleError, StoreError, shown
 from kd_cache.manifest import SOURCE, Manifest
 from kd_cache.pending import begun, forget, read_pending
 from kd_cache.plan import load_plan
@@ -78,11 +78,18 @@ def finish(end: Ending, watcher: Watcher) -> Published:
             published = _publish(end, earlier, others, state, watcher)
         except IndexChangedError:
             continue
-        forget(end.folder, pending, {**end.origins, **others}, begun(end.record))
+        forget(end.folder, pending, {**end.origins, **others}, end.origins, begun(end.record))
         _clean_up(end, others, published, watcher)
         return published
     raise StoreError(
         f"the index {shown(end.folder.index_path)} keeps changing; try again when the other dumps are done"
+    )
+
+
+def nothing_readable(count: int) -> FeatureError:
+    """Every feature bad at once: they are somewhere else, and the rows that the cache holds must not go for that."""
+    return FeatureError(
+        f"none of the {count} features can be read; the cache stays as it is", hint="Check --data-root."
     )
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, UsageError, listed, shown
+from kd_cache.pickle_scan import PickleScan, unlisted
 from kd_cache.rows import OlderRows
 from kd_cache.store.atomic import open_file, store_errors
 from kd_cache.store.folder import CacheFolder
@@ -34,9 +34,10 @@ FILE_COLUMN = "file"
 LOGIT_COLUMN = "logit_{}"
 TENSOR, TABLE, OLDER = "pt", "tsv", "older cache"
 MOST_BYTES = 1 << 35
-"""A larger file is refused unread: ten million rows of 527 classes take 21 GB."""
+"""A larger file is refused unread, unless asked for: ten million rows of 527 classes take 21 GB."""
 MOST_PICKLE = 1 << 28
 MOST_LIST = 1 << 30
+_FEW_STEPS = 100_000
 MOST_LINE = 1 << 24
 _SAFE = re.compile(r"collections\.OrderedDict|torch\.\w+Storage|torch\._utils\._rebuild_(tensor_v2|parameter)")
 _KNOWN = ("teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype", "rows", "sha256", "files")
@@ -72,6 +73,7 @@ def read_source(
     *,
     files_list: Path | None = None,
     dtype: str | None = None,
+    max_bytes: int = MOST_BYTES,
     watcher: Watcher | None = None,
 ) -> list[Foreign]:
     """Read what is at ``path``; its content decides what it is.
@@ -81,6 +83,7 @@ def read_source(
         permitted: the files whose rows are wanted.
         files_list: the rows' files, for a bare tensor whose list is not beside it.
         dtype: ``fp32`` or ``fp16``: what the numbers of a table are (by default fp32).
+        max_bytes: a larger file is refused unread.
 
     Raises:
         UsageError: it is none of these, or not complete and plain.
@@ -89,7 +92,7 @@ def read_source(
     """
     with store_errors(path, "read"):
         is_folder = path.is_dir()
-        head = b"" if is_folder else _head(path)
+        head = b"" if is_folder else _head(path, max_bytes)
     if files_list is not None and not head.startswith(b"PK"):
         raise UsageError("--files-list belongs to a tensor; what was named is none", hint="Leave it out.")
     if is_folder:
@@ -111,8 +114,14 @@ def files_list_of(path: Path) -> Path:
     return path.with_suffix(".files.json")
 
 
-def _head(path: Path) -> bytes:
+def _head(path: Path, max_bytes: int) -> bytes:
     with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UsageError(
+                f"{shown(path)} has {size} bytes, expected at most {max_bytes}",
+                hint="If it is meant to be that large, pass --max-source-bytes.",
+            )
         return file.read(512) or b""
 
 
@@ -256,8 +265,6 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
 
 def _check_archive(path: Path, raw: io.FileIO, size: int) -> None:
     """Refuse, before torch sees it, what could unpack to any size or call anything."""
-    if size > MOST_BYTES:
-        raise UsageError(f"{shown(path)} has {size} bytes, expected at most {MOST_BYTES}")
     with zipfile.ZipFile(raw) as archive:
         members = archive.infolist()
         packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
@@ -268,27 +275,17 @@ def _check_archive(path: Path, raw: io.FileIO, size: int) -> None:
             raise UsageError(f"{shown(path)}: expected a file of torch.save, found another zip file")
         if pickles[0].file_size > MOST_PICKLE:
             raise UsageError(f"{shown(path)}: its structure takes more than {MOST_PICKLE} bytes")
-        foreign = sorted(name for name in _globals(archive.read(pickles[0])) if not _SAFE.fullmatch(name))
-    if foreign:
+        pickled = archive.read(pickles[0])
+    scan = PickleScan(pickled, 1, most_steps=_FEW_STEPS + len(pickled) // 4)  # a name takes two, and many bytes
+    if foreign := unlisted(scan.calls, _SAFE, ()):
         raise UsageError(
             f"{shown(path)} calls more than a tensor needs; it was refused and nothing ran\n{listed(foreign)}",
             hint="Save the bare tensor again: torch.save(tensor, path).",
         )
+    if scan.excess or not scan.whole:
+        why = scan.excess or "its pickle breaks off"
+        raise UsageError(f"{shown(path)}: its structure is larger than a tensor and a list of files need: {why}")
     raw.seek(0)
-
-
-def _globals(pickled: bytes) -> set[str]:
-    """What a pickle refers to, without running it."""
-    names: set[str] = set()
-    words: list[str] = []
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in {"GLOBAL", "INST"}:
-            names.add(str(argument).replace(" ", "."))
-        elif opcode.name == "STACK_GLOBAL":
-            names.add(".".join(words[-2:]) or "?")
-        elif isinstance(argument, str):
-            words = [*words[-1:], argument]
-    return names
 
 
 def _weights_only(raw: io.FileIO) -> Any:
@@ -370,8 +367,6 @@ def _read_table(path: Path, permitted: Collection[str], dtype: str) -> Foreign:
     blocks: list[np.ndarray] = []
     block: list[list[float]] = []
     with store_errors(path, "read"), open_file(path) as raw, _refusing(path, "it is not a table of text"):
-        if os.fstat(raw.fileno()).st_size > MOST_BYTES:
-            raise UsageError(f"{shown(path)} is larger than {MOST_BYTES} bytes")
         reader = csv.reader(_text_lines(raw), delimiter="\t", strict=True)
         columns = _header(path, next(reader))
         for cells in reader:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -26,11 +25,11 @@ from kd_cache.store.folder import CacheFolder, no_finished_cache
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import PERMITTED_NAME
+from kd_cache.store.view import ROW_FILE_NAME
 from kd_cache.watch import Watcher
 
 OLDER_THAN = 3600
 TEMPORARY_FILE, PACK, PERMITTED, ROW_FILE, FOLDER = "temporary", "pack", "permitted file", "row file", "folder"
-_ROW_FILE = re.compile(r"[0-9a-f]{32}\.npy\Z")
 _Made = tuple[str, str]  # teacher, fingerprint
 
 
@@ -252,7 +251,7 @@ class _Search:
         promised = {path.rpartition("/")[2] for path in index.maps.get(directory.name, {}).values()}
         names = _names(directory)
         for name in names:
-            if name not in promised and _ROW_FILE.match(name):
+            if name not in promised and ROW_FILE_NAME.match(name):
                 self._add(ROW_FILE, directory / name, "nothing promises it", since=self.since)
         if directory.name in index.origins:
             return

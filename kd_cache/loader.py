@@ -76,7 +76,8 @@ class LogitCache:
         self._finder = tables[0].finder if self._positions[0] is None else KeyFinder(self._keys)
         size = len(self._keys) * len(tables) * self.num_classes * self.dtype.itemsize
         # A table of everything would touch, and so check, everything now: that is not what lazy asks for.
-        self._table = self._gather(None) if size <= TABLE_BYTES and verify != "lazy" else None
+        is_lazy = any(rows.is_lazy for rows in tables)
+        self._table = self._gather(None) if size <= TABLE_BYTES and not is_lazy else None
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
         head, separator, target = adaptation.partition("2")
         self.target = target if separator and head == SOURCE else None
@@ -288,6 +289,7 @@ class LogitCache:
         for number, rows in enumerate(self._rows_of):
             positions = self._position(number, found[present])
             for at in np.flatnonzero(asked.differ_from(rows.names(positions)))[:1].tolist():
+                rows.take(positions[at : at + 1])  # a name that was damaged on disk is no collision
                 name, other = names[present[at]].decode("utf-8", "replace"), rows.files(positions[at : at + 1])[0]
                 raise CorruptError(
                     f"{shown(name)} and {shown(other)} have the same MD5 key; one of them must be renamed"
@@ -303,6 +305,8 @@ class LogitCache:
         holders = [rows.name for rows in self._rows_of if rows.finder.find(key)[0] >= 0]
         if holders:
             return f"only {', '.join(holders)} scored it"
+        if any(rows.is_promised(key) for rows in self._rows_of):
+            return "its row is gone or damaged; run kd-cache repair"
         return "not in the cache: not in the manifest of the dump, or not a permitted train sample"
 
 

@@ -78,23 +78,25 @@ def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
     return sorted(found, key=lambda record: (begun(record.record), record.path.name))
 
 
-def forget(folder: CacheFolder, records: Iterable[Index], origins: Mapping[str, Origin], since: int) -> None:
+def forget(
+    folder: CacheFolder, records: Iterable[Index], origins: Mapping[str, Origin], asked: Collection[str], since: int
+) -> None:
     """Remove the records that an index now tells of, and those it overtook.
 
     Args:
         origins: the index's teachers.
-        since: when its dump began; an older record of another fingerprint was overtaken.
+        asked: those among them that were scored or sealed for it, beginning at ``since``: what an older record says of
+            them was overtaken, whatever its fingerprint.
     """
-    surplus = [record.path for record in records if _is_told(record, origins, since)]
-    remove_files(folder.pending_path, surplus)
 
+    def is_told(record: Index) -> bool:
+        overtaken = set(asked) if begun(record.record) <= since else set()
+        return all(
+            name in overtaken or (name in origins and origins[name].fingerprint.digest == origin.fingerprint.digest)
+            for name, origin in record.origins.items()
+        )
 
-def _is_told(record: Index, origins: Mapping[str, Origin], since: int) -> bool:
-    overtaken = begun(record.record) <= since
-    return all(
-        name in origins and (overtaken or origins[name].fingerprint.digest == origin.fingerprint.digest)
-        for name, origin in record.origins.items()
-    )
+    remove_files(folder.pending_path, [record.path for record in records if is_told(record)])
 
 
 def protected(records: Collection[Index]) -> set[tuple[str, str]]:

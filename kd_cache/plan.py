@@ -9,6 +9,7 @@ size is small, so that padding wastes little.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,11 +19,11 @@ from typing import Any
 
 from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
-from kd_cache.store.atomic import open_file, write_atomic
+from kd_cache.store.atomic import open_file, store_errors, write_atomic
 
 Shape = tuple[int, int]
 
-_MOST_BYTES = 1 << 24
+_MOST_BYTES = 1 << 22
 _MOST_SAMPLES = 1 << 16
 """No batch is larger: a damaged plan must not ask for all the memory there is."""
 
@@ -70,17 +71,30 @@ class BatchPlan:
 
 
 def load_plan(path: Path) -> BatchPlan | None:
-    """The saved plan; ``None`` when there is none or it cannot be used (a plan can always be made again)."""
+    """The saved plan; ``None`` when there is none or it makes no sense (a plan can always be made again).
+
+    Raises:
+        StoreError: it is there, but cannot be read: rows made by another plan would have other last bits.
+    """
+    with store_errors(path, "read the batch plan"):
+        try:
+            with open_file(path) as file:
+                raw = file.read(_MOST_BYTES)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # not a plain file: no plan of ours
+                return None
+            raise
     try:
-        with open_file(path) as file:
-            content = json.loads(file.read(_MOST_BYTES))
+        content = json.loads(raw)
         most = _positive(content["batch_size"], _MOST_SAMPLES)
         sizes = {}
         for text, size in content["batches"].items():
             frames, _, bins = text.partition("x")
             sizes[int(frames), int(bins)] = _positive(size, most)
         return BatchPlan(most, _positive(content["bins"]), sizes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -6,7 +6,6 @@ rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,10 +24,9 @@ from kd_cache.store.pack import Origin, Pack, open_pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.seal import Sealed, remove_files, seal
 from kd_cache.store.union import Union
-from kd_cache.store.view import differing, stored_names, view_name, write_rows
+from kd_cache.store.view import ROW_FILE_NAME, differing, stored_names, view_name, write_rows
 from kd_cache.watch import Watcher
 
-_ROW_FILE = re.compile(r"[0-9a-f]{32}\.npy\Z")
 _BLOCK = 4096
 _EARLIER = 20
 
@@ -301,7 +299,7 @@ def _write_view(directory: Path, pack: Pack, watcher: Watcher) -> int:
 
 def _prune_view(directory: Path, promised: set[str]) -> int:
     """Remove row files that nothing promises. Files that do not look like ours are left alone."""
-    surplus = [name for name in stored_names(directory) - promised if _ROW_FILE.match(name)]
+    surplus = [name for name in stored_names(directory) - promised if ROW_FILE_NAME.match(name)]
     for name in surplus:
         with store_errors(directory / name, "remove"):
             (directory / name).unlink(missing_ok=True)

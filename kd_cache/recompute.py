@@ -91,6 +91,10 @@ class Recheck:
 
     def _compare_row(self, file: str, logits: np.ndarray, stored: np.ndarray, array: np.ndarray) -> None:
         self._result.rows += 1
+        if len(logits) != len(stored):
+            reason = f"scoring it again gives {len(logits)} values, stored are {len(stored)}"
+            self._result.wrong.append((file, reason))
+            return
         with np.errstate(over="ignore"):
             now = logits.astype(stored.dtype)
         if now.tobytes() == stored.tobytes():

@@ -15,21 +15,24 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.errors import KDCacheError, MissingLogitsError
-from kd_cache.seal import SealJob, current_in, seal_cache
-from kd_cache.store.folder import CacheFolder
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError, shown
+from kd_cache.seal import Current, SealJob, current_in, seal_cache
+from kd_cache.store.folder import CacheFolder, teacher_in_name
+from kd_cache.store.index import is_teacher_name
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin, Pack, write_pack
 from kd_cache.store.seal import remove_files
+from kd_cache.store.view import stored_names
 from kd_cache.verify import (
     CORRUPT,
-    FEATURE,
     INDEX,
+    LABEL,
     MISS,
     PACK,
     ROW,
     STALE,
     TEACHER,
+    VIEW,
     Problem,
     VerifyJob,
     VerifyReport,
@@ -39,6 +42,7 @@ from kd_cache.verify import (
 from kd_cache.watch import Watcher
 
 _SCORED_AGAIN = (MISS, CORRUPT, STALE)
+_REBUILT = {PACK, VIEW, INDEX, LABEL}
 _RUN = ("tool", "created", "settings")
 
 
@@ -96,56 +100,123 @@ def repair_cache(job: RepairJob, watcher: Watcher | None = None) -> RepairReport
     audit = replace(job.audit, n=None)
     before = verify_cache(audit, watcher)
     report = RepairReport(before, before)
-    if any(problem.about == INDEX for problem in before.problems) and _index_can_be_rebuilt(audit.folder):
+    if _index_is_lost(audit.folder):
         _rebuild(job, report, watcher)
         report.after = verify_cache(audit, watcher)
     if report.after.problems:
         _repair(job, report, watcher)
-        report.after = verify_cache(replace(audit, recompute=False), watcher)
+    elif _is_unsealed(audit.folder):
+        _seal(job, watcher)
+        report.rebuilt = True
+    else:
+        return report
+    report.after = verify_cache(replace(audit, recompute=False), watcher)
     return report
 
 
-def _index_can_be_rebuilt(folder: CacheFolder) -> bool:
-    """Not the cache of an older script, of another target, or of a newer kd-cache: those are no damage."""
+def _index_is_lost(folder: CacheFolder) -> bool:
+    """There is none, or a damaged one. One of an older script, of another target, of a newer kd-cache is no damage."""
     try:
-        index = folder.index(maps=False)
+        return folder.index() is None
     except KDCacheError as error:
-        return error.exit_code == 4
-    return index is None or open_index(folder)[0] is not None
+        return error.exit_code == CorruptError.exit_code
+
+
+def _is_unsealed(folder: CacheFolder) -> bool:
+    """A pack that the index names is gone. Its rows may be there: a repair that was killed has taken it apart."""
+    index = open_index(folder)[0]
+    named = [] if index is None else [entry["pack"] for entry in index.record["teachers"].values()]
+    return not {name for name in named if name is not None} <= {path.name for path in folder.pack_paths()}
 
 
 def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
     """A new index from the packs; where these lack rows as well, by scoring them."""
+    folder = job.audit.folder
+    current = current_in(folder, watcher)
+    _refuse_forgotten(folder, current)
+    for origin in current.origins.values():
+        drop_rows(folder, origin)
+    rows = _Rows(current.origins, current.record)
+    due = rows.at_hand(job)
     try:
         _seal(job, watcher)
-    except MissingLogitsError:
-        current = current_in(job.audit.folder, watcher)
-        due = current.origins.keys() & job.audit.teachers.keys()
-        if not due:
+    except (MissingLogitsError, FeatureError) as error:
+        skipping = job.on_bad_sample == "skip" or not isinstance(error, FeatureError)
+        if not due or not skipping:
             raise
-        _score(job, report, _Rows(current.origins, current.record), due, watcher)
+        _score(job, report, rows, due, watcher)
     report.rebuilt = True
+
+
+def _refuse_forgotten(folder: CacheFolder, current: Current) -> None:
+    """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would be told."""
+    traces = {teacher_in_name(path) for path in folder.packs().damaged}
+    traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
+    forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
+    if forgotten:
+        names = ", ".join(forgotten)
+        raise CorruptError(
+            f"{shown(folder.path)} has no index that can be read, and no pack of {names} that can be read",
+            hint=f"Run kd-cache dump with all teachers that the cache is to hold; what is left of {names} goes if they "
+            "are not among them.",
+        )
 
 
 def _repair(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
     index = open_index(job.audit.folder)[0]
     if index is None:
         return
-    rows = _Rows(index.origins, index.record)
-    found = report.after
-    due = {name for name in index.origins if name in job.audit.teachers and _needs_scoring(name, found, job, rows)}
+    rows, found = _Rows(index.origins, index.record), report.after
+    due = [name for name in rows.origins if name in job.audit.teachers and _needs_scoring(name, found, job, rows)]
+    publishing = not _REBUILT.isdisjoint(problem.about for problem in found.problems)
     # Where an accuracy moved, nobody knows which rows are wrong: every one of that teacher is scored again.
-    every = {problem.teacher for problem in found.problems if (problem.kind, problem.about) == (CORRUPT, TEACHER)}
-    for name in due:
-        wrong = found.wrong_rows.get(name, set())
-        if name in rows.adopted:
-            report.confirmed[name] = (found.teachers[name].recomputed or 0) - len(wrong)
-        elif name not in every:
-            drop_rows(job.audit.folder, index.origins[name], wrong)
-    _score(job, report, rows, due, watcher, every)
-    if not due and any(problem.about not in (FEATURE, TEACHER) for problem in found.problems):
+    moved = [problem for problem in found.problems if (problem.kind, problem.about) == (CORRUPT, TEACHER)]
+    if due or publishing:
+        _refuse_to_keep([problem for problem in moved if problem.teacher not in due], job)
+    _take_out(job, report, rows, due, {problem.teacher for problem in moved})
+    if due:
+        _score(job, report, rows, due, watcher)
+    elif publishing:
+        _publish(job, report, rows, watcher)
+
+
+def _take_out(job: RepairJob, report: RepairReport, rows: _Rows, due: Collection[str], every: Collection[str]) -> None:
+    """Remove what is wrong, and count the adopted rows that are not: those give way when they have been scored."""
+    for name, origin in rows.origins.items():
+        wrong = report.after.wrong_rows.get(name, set())
+        replaced = name in due and name in rows.adopted
+        if replaced:
+            report.confirmed[name] = (report.after.teachers[name].recomputed or 0) - len(wrong)
+        if name in due and name in every:
+            drop_all(job.audit.folder, origin)
+        elif wrong and not replaced:
+            drop_rows(job.audit.folder, origin, wrong)
+
+
+def _refuse_to_keep(moved: Sequence[Problem], job: RepairJob) -> None:
+    """Whatever is published would measure these rows anew, and then they would pass for right."""
+    for problem in moved:
+        raise CorruptError(f"{problem.teacher}: {problem.reason}", hint=_what_is_needed(problem.teacher, job))
+
+
+def _what_is_needed(name: str, job: RepairJob) -> str:
+    """What the user must pass so that a teacher's rows can be scored again."""
+    reason, _ = job.audit.unchecked.get(name, ("its rows were adopted; pass --recompute to score them", True))
+    return f"{name} is needed to score its rows again: {reason}."
+
+
+def _publish(job: RepairJob, report: RepairReport, rows: _Rows, watcher: Watcher) -> None:
+    """View and index anew from the packs. Rows that no teacher is here for stay missed, if there is one for others."""
+    lacking = [name for name in rows.origins if any(_asks_for(problem, name) for problem in report.after.problems)]
+    report.rebuilt = True
+    if lacking and (at_hand := rows.at_hand(job)):
+        _score(job, report, rows, at_hand, watcher)
+        return
+    try:
         _seal(job, watcher)
-        report.rebuilt = True
+    except MissingLogitsError as error:
+        hints = [_what_is_needed(name, job) for name in lacking]
+        raise MissingLogitsError(error.message, hint="\n".join(hints) or error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -157,7 +228,11 @@ class _Rows:
 
     @property
     def adopted(self) -> set[str]:
-        return {name for name, entry in self.record.get("teachers", {}).items() if "adopted" in entry}
+        return {name for name, origin in self.origins.items() if "adopted" in origin.fingerprint.parts}
+
+    def at_hand(self, job: RepairJob) -> list[str]:
+        """The teachers whose rows can be scored with their present fingerprint."""
+        return [name for name in self.origins if name in job.audit.teachers and name not in self.adopted]
 
 
 def _needs_scoring(name: str, found: VerifyReport, job: RepairJob, rows: _Rows) -> bool:
@@ -171,29 +246,21 @@ def _asks_for(problem: Problem, name: str) -> bool:
     return problem.teacher == name and problem.kind in _SCORED_AGAIN and problem.about in (ROW, TEACHER, PACK)
 
 
-def _score(
-    job: RepairJob,
-    report: RepairReport,
-    rows: _Rows,
-    due: Collection[str],
-    watcher: Watcher,
-    every: Collection[str] = (),
-) -> None:
-    """Score what is not fresh, and ``every`` row of some, those teachers together that compute and store alike."""
+def _score(job: RepairJob, report: RepairReport, rows: _Rows, names: Sequence[str], watcher: Watcher) -> None:
+    """Score what is not fresh, those teachers together that compute and store alike, in the order of the index."""
 
-    def alike(name: str) -> tuple[str, str, bool]:
+    def alike(name: str) -> tuple[str, str]:
         precision = "fp32" if name in rows.adopted else rows.origins[name].fingerprint.parts["precision"]
-        return rows.origins[name].dtype, precision, name not in every
+        return rows.origins[name].dtype, precision
 
-    for (dtype, precision, skip_existing), names in groupby(sorted(due, key=alike), alike):
-        done = dump_logits(_dump_job(job, rows, list(names), dtype, precision, skip_existing), watcher)
-        for name in done.teachers.keys() & due:
-            report.scored[name] = done.teachers[name].scored + done.teachers[name].rescored.total()
+    for (dtype, precision), group in groupby(sorted(names, key=alike), alike):
+        done = dump_logits(_dump_job(job, rows, together := list(group), dtype, precision), watcher)
+        for name in together:
+            count = done.teachers[name].scored + done.teachers[name].rescored.total()
+            report.scored[name] = report.scored.get(name, 0) + count
 
 
-def _dump_job(
-    job: RepairJob, rows: _Rows, names: Sequence[str], dtype: str, precision: str, skip_existing: bool
-) -> DumpJob:
+def _dump_job(job: RepairJob, rows: _Rows, names: Sequence[str], dtype: str, precision: str) -> DumpJob:
     if job.audit.device is None:
         raise ValueError("scoring again needs a device")
     return DumpJob(
@@ -205,7 +272,6 @@ def _dump_job(
         device=job.audit.device,
         dtype=dtype,
         precision=precision,
-        skip_existing=skip_existing,
         files=bool(rows.record.get("files", True)),
         on_bad_sample=job.on_bad_sample,
         workers=job.workers,
@@ -216,32 +282,46 @@ def _dump_job(
 
 def _seal(job: RepairJob, watcher: Watcher) -> None:
     audit = job.audit
-    record = {"shown_path": f"{job.cache_root}/{audit.folder.path.name}", **job.record}
     seal_cache(
-        SealJob(audit.folder, audit.manifest, audit.selection, audit.source, workers=job.workers, record=record),
+        SealJob(
+            audit.folder,
+            audit.manifest,
+            audit.selection,
+            audit.source,
+            workers=job.workers,
+            record=job.record,
+            shown_path=f"{job.cache_root}/{audit.folder.path.name}",
+        ),
         watcher,
     )
 
 
-def drop_rows(folder: CacheFolder, origin: Origin, files: Collection[str]) -> None:
-    """Take rows out of the packs of one origin: each pack that holds one is written anew without it, then removed."""
-    if not files:
-        return
+def drop_all(folder: CacheFolder, origin: Origin) -> None:
+    """Remove every pack of one origin."""
+    remove_files(folder.packs_path, [pack.path for pack in folder.packs([origin.teacher]).of(origin)])
+
+
+def drop_rows(folder: CacheFolder, origin: Origin, files: Collection[str] = ()) -> None:
+    """Take rows out of the packs of one origin, and with them any that does not match its checksum.
+
+    Each pack that holds one is written anew without it, then removed.
+    """
     unwanted = {key.tobytes() for key in keys_of(files)}
     superfluous = []
     for pack in folder.packs([origin.teacher]).of(origin):
         keep = np.array([key.tobytes() not in unwanted for key in pack.keys])
+        keep[pack.wrong_rows(np.arange(len(pack)))] = False
         if keep.all():
             continue
         if keep.any():
-            write_rows_of(pack, np.flatnonzero(keep), folder.packs_path)
+            _write_rows_of(pack, np.flatnonzero(keep), folder.packs_path)
         superfluous.append(pack.path)
     remove_files(folder.packs_path, superfluous)
 
 
-def write_rows_of(pack: Pack, rows: np.ndarray, directory: Path) -> Path:
+def _write_rows_of(pack: Pack, rows: np.ndarray, directory: Path) -> None:
     """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
-    return write_pack(
+    write_pack(
         directory,
         pack.origin,
         pack.keys[rows],

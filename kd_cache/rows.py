@@ -62,6 +62,7 @@ class TeacherRows:
     keys: np.ndarray
     finder: KeyFinder
     signature: tuple[str, ...]
+    is_lazy = False  # rows are checked when they are first read
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """``[Q, C]`` logits."""
@@ -81,6 +82,10 @@ class TeacherRows:
     def is_ambiguous(self, key: np.ndarray) -> bool:
         raise NotImplementedError
 
+    def is_promised(self, key: np.ndarray) -> bool:
+        """Whether the index permits this sample, so that its row should be there."""
+        return False
+
     def inputs(self, positions: np.ndarray) -> np.ndarray | None:
         """``[Q, 16]`` u1, the digests of the features that were scored; ``None`` where nobody knows them."""
         return None
@@ -91,10 +96,12 @@ class PackRows(TeacherRows):
 
     def __init__(self, packs: Sequence[Pack], permitted: Permitted | None = None) -> None:
         self._union = union = Union(packs)
+        self._permitted = permitted
         self.name = union.origin.teacher
         self.num_classes = union.origin.num_classes
         self.dtype = union.origin.stored
         self.signature = tuple(pack.path.name for pack in union.packs)
+        self.is_lazy = any(pack.unchecked is not None for pack in union.packs)
         self._kept = _kept(union, permitted)
         self._pack = union.packs[0] if self._kept is None else None
         self.keys, self.finder = union.keys, union.finder
@@ -131,6 +138,9 @@ class PackRows(TeacherRows):
     def is_ambiguous(self, key: np.ndarray) -> bool:
         position = int(self._union.find(key)[0])
         return position >= 0 and bool(self._union.ambiguous[position])
+
+    def is_promised(self, key: np.ndarray) -> bool:
+        return self._permitted is not None and bool(KeyFinder(self._permitted.keys).find(key)[0] >= 0)
 
 
 def _kept(union: Union, permitted: Permitted | None) -> np.ndarray | None:
@@ -188,7 +198,7 @@ def _older_row(path: Path, file: str) -> np.ndarray:
         raise MissingLogitsError(f"{shown(path)} is in the index, but not on disk")
     try:
         header = parse_header(content)
-        if len(header.shape) != 1 or header.size != len(content):
+        if len(header.shape) != 1 or not header.shape[0] or header.size != len(content):
             raise ValueError(f"its shape is {list(header.shape)} and it has {len(content)} bytes, expected [classes]")
     except ValueError as error:
         raise CorruptError(f"{shown(path)}: {error}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from kd_cache.accuracy import refuse_wrong_joins
 from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, StaleError, shown
 from kd_cache.features import FeatureSource
-from kd_cache.finish import Ending, finish
+from kd_cache.finish import Ending, finish, nothing_readable
 from kd_cache.manifest import Manifest
 from kd_cache.pending import begun, read_pending
 from kd_cache.publish import Published
@@ -40,6 +40,8 @@ class SealJob:
         files: whether it is to have a view; ``None`` leaves that as the dump said.
         workers: threads that read features.
         record: what the index is to say of the run where no dump has left a record.
+        shown_path: the cache's path as the user wrote it, with which the index's paths start; ``None`` leaves that as
+            the dump said.
     """
 
     folder: CacheFolder
@@ -49,6 +51,7 @@ class SealJob:
     files: bool | None = None
     workers: int = 2
     record: Mapping[str, Any] = field(default_factory=dict)
+    shown_path: str | None = None
 
 
 @dataclass
@@ -86,7 +89,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
 
     Raises:
         MissingLogitsError: nothing was begun here, or rows of a permitted sample are not there; nothing changes.
-        FeatureError: a feature cannot be read that no dump listed as missing.
+        FeatureError: a feature cannot be read that no dump listed as missing, or none can.
         StaleError: the cache of an older script.
         CorruptError: logits are joined to wrong rows.
         StoreError: the cache cannot be written.
@@ -99,11 +102,14 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
     current = _current(job.folder, packs, earlier, watcher)
     refuse_wrong_joins(job.folder, packs, earlier, current.origins)
     inputs, known = read_digests(job.source, job.selection.files, current.missing, job.workers, watcher)
+    if not known.any():
+        raise nothing_readable(len(known))
     missing = _still_missing(job.selection.files, inputs, known, packs, current)
-    record = {**job.record, **current.record}
+    shown_path = job.shown_path or str(current.record.get("shown_path", job.folder.path))
+    record = {**job.record, **current.record, "shown_path": shown_path}
     end = Ending(
         job.folder,
-        str(record.get("shown_path", job.folder.path)),
+        shown_path,
         job.manifest,
         job.selection,
         inputs,
@@ -135,23 +141,30 @@ def _earlier(folder: CacheFolder, watcher: Watcher) -> Index | None:
 def current_in(folder: CacheFolder, watcher: Watcher | None = None) -> Current:
     """The newest word on each teacher. Raises as `seal_cache`, of what is not there or cannot be read."""
     watcher = watcher or Watcher()
-    return _current(folder, folder.packs(), _earlier(folder, watcher), watcher)
+    return _current(folder, None, _earlier(folder, watcher), watcher)
 
 
-def _current(folder: CacheFolder, packs: PackSet, earlier: Index | None, watcher: Watcher) -> Current:
-    """From the index and what dumps wrote down; where both are lost, from the packs, if these leave no choice."""
+def _current(folder: CacheFolder, packs: PackSet | None, earlier: Index | None, watcher: Watcher) -> Current:
+    """From the index and what dumps wrote down; where both are lost, from the packs, if these leave no choice.
+
+    ``packs`` are those of the folder, ``None`` to open them if they are needed.
+    """
     told = ([] if earlier is None else [earlier]) + read_pending(folder, watcher)
     told.sort(key=lambda index: begun(index.record))
     found = Current({}, {}, {}, told[-1].record if told else {})
     for index in told:
+        refuse_renamed(folder, index)
         found.missing.update(index.missing)
         for name, origin in index.origins.items():
             same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
             found.origins[name] = origin
             kept = found.entries.get(name, {}) if same else {}
             found.entries[name] = _merged(kept, index.record["teachers"][name])
+    if earlier is not None:  # in the order that readers are used to
+        ordered = dict.fromkeys([*earlier.origins, *found.origins])
+        found = replace(found, origins={name: found.origins[name] for name in ordered})
     if earlier is None and (not told or folder.index_path.exists()):
-        found.origins.update(packs.sole_origins(found.origins))
+        found.origins.update((packs or folder.packs()).sole_origins(found.origins))
     if not found.origins:
         raise MissingLogitsError(f"{shown(folder.path)} holds nothing to seal", hint="Run kd-cache dump.")
     return found

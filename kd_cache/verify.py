@@ -24,7 +24,7 @@ from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
-from kd_cache.store.permitted import Permitted
+from kd_cache.store.permitted import NO_LABEL, Permitted
 from kd_cache.store.union import Union
 from kd_cache.store.view import differing, stored_names, view_name
 from kd_cache.teacher import Teacher, teacher_fingerprint
@@ -245,7 +245,8 @@ class _Audit:
                 moved.append(f"{name} {before.share} → {measure(packs.union(origin), now).share}")
         file_of = {key.tobytes(): file for key, file in zip(keys_of(self.all_files), self.all_files, strict=True)}
         for key, old, new in changed:
-            reason = f"its scene label was {old} at the dump and is {new} now (accuracy: {', '.join(moved)})"
+            was, is_now = ("none" if label == NO_LABEL else label for label in (old, new))
+            reason = f"its scene label was {was} at the dump and is {is_now} now (accuracy: {', '.join(moved)})"
             self._problem(STALE, "", file_of[key], f"{reason}; run kd-cache repair", LABEL)
 
     def _compare_accuracy(self, index: Index, packs: PackSet, then: Permitted, name: str, origin: Origin) -> None:
@@ -278,6 +279,9 @@ class _Audit:
         if "adopted" in entry:
             reason = "they were adopted from elsewhere and never verified; run kd-cache repair --recompute"
             self._problem(UNCHECKED, name, _ALL_ROWS, reason, TEACHER)
+            if name not in self.job.teachers:
+                why, _ = self.job.unchecked.get(name, ("it was not loaded", False))
+                self.report.notes.append(f"{name}: its adopted rows cannot be scored again: {why}")
             fresh_teacher = False
         else:
             fresh_teacher = self._check_fingerprint(name, origin, result)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load as tensors_of_safetensors
 
 from kd_cache.errors import CheckpointError, listed, shown
-from teachers.pickle_scan import PickleScan, unlisted
+from kd_cache.pickle_scan import PickleScan, unlisted
 
 RECORD_ENTRY: Final = "kd_cache"
 MOST_BYTES: Final = 4 << 30

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-MARKS = [pytest.mark.faults, pytest.mark.timeout(12 * 3600 if FULL else 300)]
+MARKS = [
+    pytest.mark.faults,
+    pytest.mark.timeout(12 * 3600 if FULL else 600),
+    pytest.mark.skipif(sys.platform != "linux", reason="commands are followed with pidfd, which needs Linux"),
+]
 """Every fault test carries these: ``pytestmark = MARKS``."""
 
 OPERATIONS = ("open", "create", "write", "fsync", "rename", "unlink", "mkdir", "truncate", "close", "read", "list")
@@ -214,7 +218,7 @@ def host() -> Host:
 @functools.cache
 def _shim() -> Path | None:
     compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
+    if compiler is None:
         return None
     folder = Path(tempfile.mkdtemp(prefix="kd-cache-shim-"))
     atexit.register(shutil.rmtree, folder)
@@ -226,11 +230,9 @@ def _shim() -> Path | None:
     return library
 
 
-def why_no_shim() -> str:
-    """Why calls cannot be broken here, for a skip; empty if they can."""
-    if sys.platform != "linux":
-        return "system calls are broken with LD_PRELOAD, which needs Linux"
-    return "" if shutil.which("cc") else "system calls are broken by a shim, which needs a C compiler (cc)"
+NEEDS_SHIM = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="system calls are broken by a shim, which needs a C compiler (cc)"
+)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -104,8 +105,8 @@ def all_fenced(works: Sequence[Work], folder: Path, seconds: float = SECONDS) ->
     """Run ``works`` one after the other in a child process whose current folder is ``folder``.
 
     The child is killed if one of them takes so many seconds, and no allocation beyond `MEMORY` succeeds. An error that
-    a piece of work does not handle is its outcome's ``kind``, with ``killed`` set to ``"escaped"``. Of a child that dies
-    the last outcome says of what.
+    a piece of work does not handle is its outcome's ``kind``, with ``killed`` set to ``"escaped"``. The last outcome
+    of a child that dies says of what.
     """
     said = os.memfd_create("said")
     receiving, sending = os.pipe()
@@ -150,6 +151,7 @@ def _done(work: Work) -> dict[str, Any]:
 
 def _put_up_the_fence(folder: Path, seconds: float, said: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    gc.freeze()  # pytest's many objects are not this child's business
     for stream in (1, 2):
         os.dup2(said, stream)
     os.chdir(folder)

@@ -741,6 +741,15 @@ def test_what_is_no_file_is_never_waited_for(adopt: Adopt, world: World, tmp_pat
     assert adopt("rows.pt", "--files-list", "fifo").exit_code == 1
 
 
+def test_a_source_above_the_limit_is_refused_unread(adopt: Adopt, world: World, tmp_path: Path) -> None:
+    for source in (write_pt(tmp_path / "rows.pt", table(world)), write_tsv(tmp_path / "rows.tsv", table(world))):
+        size = source.stat().st_size
+        result = adopt(source, "--max-source-bytes", size - 1)
+        assert result.exit_code == 2
+        assert "--max-source-bytes" in result.stderr
+        assert adopt(source, "--max-source-bytes", size, root=source.suffix).exit_code == 0
+
+
 def test_a_tensor_is_not_converted(adopt: Adopt, world: World, tmp_path: Path) -> None:
     result = adopt(write_pt(tmp_path / "rows.pt", table(world)), "--dtype", "fp16")
     assert result.exit_code == 2

@@ -481,7 +481,7 @@ def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stay
     monkeypatch.setattr(kd_cache.publish, "seal", damaged)
     result = dump("--num-verify", 0)
     assert result.exit_code == 3
-    assert "park" in result.stderr or "1 rows" in result.stderr
+    assert "park" in result.stderr or "1 permitted samples have no row" in result.stderr
     assert (world.cache / "cache_index.json").read_bytes() == index
     monkeypatch.undo()
 

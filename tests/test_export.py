@@ -440,6 +440,14 @@ def test_a_teacher_that_is_not_held_is_a_miss_that_names_those_that_are(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_of_no_teacher_has_nothing_to_export(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "A2b", {"scene": Rows.of(names(3))}, {"scene": origin()})
+    cache.rows, cache.origins = {"scene": cache.rows["scene"]}, {}
+    cache.write_index()
+    with pytest.raises(MissingLogitsError, match="any teacher"):
+        export(cache, "pt", tmp_path / "out")
+
+
 def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(StoreError, match="out"):

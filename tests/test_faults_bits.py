@@ -39,7 +39,7 @@ from kd_cache.store.folder import CacheFolder
 from kd_cache.verify import VerifyJob, verify_cache
 
 FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if FULL else 120), forks]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if FULL else 300), forks]
 
 ONE = ("--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
 HANG_SECONDS = 30
@@ -398,6 +398,7 @@ def test_damage_to_what_only_a_dump_reads_does_not_reach_a_reader(
 ) -> None:
     path = finished.find(which)
     damages = single_faults(path.read_bytes(), (), most=100)
+    damages = damages[:: -(-len(damages) // 1_000)]  # readers do not open it: every bit would show no more
     tally = trial(path, damages, {"full": reader(finished)}, tmp_path)
     told(capsys, which, tally)
     assert tally.of("full") == {RIGHT: len(damages)}, tally.notes

@@ -67,7 +67,7 @@ def test_two_seals_at_once_beside_a_dump_lose_nothing(place: Place, finished: Tr
     draw = random.Random(SEED)  # noqa: S311 (moments, not a secret)
     put_tree(place.disk, {})
     parts = place.finish(dumping("--shard", "0/2"), dumping("--shard", "1/2"))
-    rounds, rows = often(5, 50), 0
+    rounds, rows = often(3, 50), 0
     for number in range(rounds):
         put_tree(place.disk, parts)
         acknowledged = stored_rows(place.cache)
@@ -85,7 +85,7 @@ def test_seals_beside_a_part_that_is_still_scored_refuse_or_are_complete(place: 
     draw = random.Random(SEED)  # noqa: S311 (as above)
     put_tree(place.disk, {})
     half = place.finish(dumping("--shard", "0/2"))
-    for _ in range(often(3, 50)):
+    for _ in range(often(2, 50)):
         put_tree(place.disk, half)
         acknowledged = stored_rows(place.cache)
         outcomes = at_once(place, dumping("--shard", "1/2"), SEALING, SEALING, draw=draw)
@@ -100,7 +100,7 @@ def test_readers_see_one_generation_while_others_are_sealed(place: Place, finish
     """Weights change back and forth; a reader must never see rows of the one beside rows of the other."""
     put_tree(place.disk, finished)
     generations = {rescoring: _fingerprints(place, rescoring) for rescoring in (False, True)}
-    seals = often(8, 50)
+    seals = often(4, 50)
     with readers(8, place.cache, place.right, place.root) as read:
         for number in range(seals):
             weights = "weights.txt" if number % 2 else ""
@@ -114,9 +114,8 @@ def test_readers_see_one_generation_while_others_are_sealed(place: Place, finish
         assert tally.rounds > 0
         assert all(size == place.samples and made_by in generations.values() for size, made_by in tally.sets)
     assert any(len(tally.sets) > 1 for tally in read), "no reader saw the weights change"
-    print(
-        f"\n8 readers beside {seals} seals: {sum(t.rounds for t in read)} reads, {sum(t.rows for t in read)} rows, 0 wrong"
-    )
+    reads, rows = sum(tally.rounds for tally in read), sum(tally.rows for tally in read)
+    print(f"\n8 readers beside {seals} seals: {reads} reads of {rows} rows, 0 wrong")
 
 
 def _fingerprints(place: Place, rescoring: bool) -> dict[str, str]:

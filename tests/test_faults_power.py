@@ -142,7 +142,7 @@ def cut_once(volume: Volume, scenario: Scenario, moment: float) -> tuple[int, in
         rows = check_rows(place.cache, place.right, scenario.acknowledged)
         said, complete = acknowledged_samples(outcome.stderr), complete_samples(rows)
         assert said <= complete, f"{said} samples were said to be saved, {complete} are there"
-        check_served(place.cache, place.right)
+        check_served(place.cache, place.right, whole=scenario.whole)
         check_exported(scenario, durable=True)
         check_same(place.finish(*scenario.again), scenario.after)
     except AssertionError as error:

@@ -598,10 +598,12 @@ def test_a_dump_that_runs_meanwhile_loses_nothing(run: Run, world: World) -> Non
     tiny(run, world, weights(world, 7), "--batch-size", 1)
     tiny(run, world, "tiny_teachers:linear", "--batch-size", 1, "--cache-root", "apart")
     age(world.cache)
-    program = [sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b", "--json-path",
-               "dataset.json", "--teacher", "tiny=tiny_teachers:slow", "--only", "tiny", "--shard-size", "1"]  # fmt: skip
+    options = ["--target", "b", "--json-path", "dataset.json", "--only", "tiny", "--shard-size", "1"]
+    program = [sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", *options]
     paths = os.pathsep.join([str(REPO / "tests"), str(REPO)])
-    dump = subprocess.Popen(program, cwd=world.root, env={**os.environ, "PYTHONPATH": paths})
+    dump = subprocess.Popen(
+        [*program, "--teacher", "tiny=tiny_teachers:slow"], cwd=world.root, env={**os.environ, "PYTHONPATH": paths}
+    )
     rounds = 0
     while dump.poll() is None:
         assert run("gc").exit_code == 0

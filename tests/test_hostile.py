@@ -5,32 +5,37 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, World
+from conftest import World
 from hostile_checkpoints import CANARY, CHECKPOINTS, EVIL, good, saved
 from hostile_data import FEATURES, GOOD, MANIFESTS, NFC, NFD, PATHS
 from hostile_fence import MEMORY, Outcome, all_fenced, command, fenced, picture, python
+from hostile_stores import INDEXES, OLDER, PACKS, PLANS, ROW_FILES, Store
 from store_fixtures import forks
 from typer.testing import CliRunner
 
 from kd_cache.cli import app
+from kd_cache.loader import LogitCache
+from kd_cache.manifest import sample_key
 
 pytestmark = forks
 
 DATA = ("--json-path", "dataset.json", "--data-root", ".")
-OWN = (*TINY, "--only", "tiny", "--only", "other")
+TEACHER = ("--teacher", "tiny=tiny_teachers:linear")
+OWN = (*TEACHER, "--only", "tiny")
 DUMP = ("dump", "--target", "b", *DATA)
-VERIFY = ("verify", "--all", *DATA, *TINY)
+VERIFY = ("verify", "--all", *DATA, *TEACHER)
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Four samples of A and two of b, dumped with two tiny teachers."""
+    """Four samples of A and two of b, dumped with a tiny teacher."""
     made = World(tmp_path_factory.mktemp("template"))
     for number in range(4):
         made.add(number, "A", "train")
@@ -46,14 +51,20 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made
 
 
+MEMORY_DISK = Path("/dev/shm")  # noqa: S108 (a folder of its own is made there)
+
+
 @pytest.fixture
-def world(template: World, tmp_path: Path) -> Iterator[World]:
+def world(template: World) -> Iterator[World]:
     """A copy of the template, for one test to spoil, and beside it a folder that is none of its business."""
-    shutil.copytree(template.root, tmp_path / "w", symlinks=True)
-    (tmp_path / "outside").mkdir()
-    np.save(tmp_path / "outside" / "secret.npy", GOOD)
-    yield World(tmp_path / "w", [dict(row) for row in template.rows])
-    shutil.rmtree(tmp_path / "w")  # some of it is large
+    # A disk takes more time to make and remove these than everything else here.
+    fast = MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=fast) as folder:
+        root = Path(folder) / "w"
+        shutil.copytree(template.root, root, symlinks=True)
+        (root.parent / "outside").mkdir()
+        np.save(root.parent / "outside" / "secret.npy", GOOD)
+        yield World(root, [dict(row) for row in template.rows])
 
 
 def refused(outcome: Outcome, code: int, kind: str | None, *words: str) -> None:
@@ -76,9 +87,9 @@ def at_the_fence(world: World, *arguments: object) -> Outcome:
 def all_at_the_fence(world: World, *commands: Sequence[object]) -> list[Outcome]:
     """Run these commands one after the other; all that they may change is the cache."""
     around = world.root.parent
-    before = picture(around, "w/cache")
+    before = picture(around, "w/cache/A2b")
     outcomes = all_fenced([command(*arguments) for arguments in commands], world.root)
-    assert picture(around, "w/cache") == before
+    assert picture(around, "w/cache/A2b") == before
     assert len(outcomes) == len(commands), outcomes
     return outcomes
 
@@ -250,3 +261,101 @@ def test_what_is_no_manifest_is_refused_unread(world: World, what: str) -> None:
     says = {"loop": "symbolic links", "folder": "a directory", "4 GB that take no room": "--max-manifest-bytes"}
     for outcome in all_at_the_fence(world, [*DUMP, *OWN], VERIFY):
         refused(outcome, 2, "ManifestError", says.get(what, "not a regular file"))
+
+
+# -- what a cache is made of -------------------------------------------------------------------------------------------
+
+
+Look = Callable[[], dict[str, int]]
+
+
+def opened(world: World) -> Look:
+    """Open the cache, count its rows, and those that are not as the template's view has them."""
+    rows = {path.stem: path.read_bytes() for path in (world.cache / "tiny").iterdir()}
+
+    def look() -> dict[str, int]:
+        cache = LogitCache.open("cache/A2b")
+        pairs = zip(cache.files, cache.tensor()[:, 0].numpy(), strict=True)
+        wrong = sum(not rows[sample_key(file)].endswith(row.tobytes()) for file, row in pairs)
+        return {"rows": len(cache), "wrong": wrong}
+
+    return look
+
+
+@pytest.fixture(scope="module")
+def look(template: World) -> Look:
+    return opened(template)
+
+
+WHOLE = {"rows": 6, "wrong": 0}
+
+
+def read_and_heal(world: World, look: Look, case: Store) -> None:
+    """Read it in three ways, which changes nothing; dump into it; where that succeeded, it is whole."""
+    case.make(world)
+    around = world.root.parent
+    before, outside = picture(around), picture(around, "w/cache/A2b")
+    unchanged = python(lambda: picture(around) == before)
+    reading = [python(look), command(*VERIFY), command("info", "cache/A2b"), unchanged]
+    healing = [command(*DUMP, *OWN), python(look), command(*VERIFY)]
+    outcomes = all_fenced([*reading, *healing], world.root)
+    assert len(outcomes) == 7, outcomes[-1]
+    *read, same, healed, again, audit = outcomes
+    assert picture(around, "w/cache/A2b") == outside
+    for outcome, code in zip(read, case.read, strict=True):
+        refused(outcome, code, outcome.kind, *(["A2b"] if code else []))
+    assert case.read[0] or read[0].value == WHOLE
+    assert same.value is True, "reading changes nothing"
+    refused(healed, case.dump, healed.kind)
+    assert case.says in "".join(outcome.said for outcome in (*read, healed))
+    if case.dump == 0:
+        refused(again, 0, None)
+        assert again.value == WHOLE
+        refused(audit, 0, None)
+    else:
+        assert picture(around)["w/cache/A2b/cache_index.json"] == before["w/cache/A2b/cache_index.json"]
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_a_hostile_index_is_refused_and_written_anew(world: World, look: Look, case: str) -> None:
+    read_and_heal(world, look, INDEXES[case])
+
+
+@pytest.mark.parametrize("case", PACKS)
+def test_a_hostile_pack_is_refused_and_its_rows_are_scored_again(world: World, look: Look, case: str) -> None:
+    read_and_heal(world, look, PACKS[case])
+
+
+@pytest.mark.parametrize("case", ROW_FILES)
+def test_a_hostile_row_file_is_noticed_and_written_anew(world: World, look: Look, case: str) -> None:
+    read_and_heal(world, look, Store(ROW_FILES[case], "differs from the pack", (0, 4, 0)))
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_hostile_plan_is_made_anew(world: World, look: Look, case: str) -> None:
+    """Also where it is needed: the packs are gone, or one sample is new."""
+    (world.cache / "plan.json").write_bytes(PLANS[case])
+    world.add(7, "b", "train")
+    world.write()
+    scored, audit = all_at_the_fence(world, [*DUMP, *OWN], [*VERIFY, "--recompute"])
+    refused(scored, 0, None)
+    refused(audit, 0, None)
+    assert "Traceback" not in audit.said
+
+
+@pytest.mark.parametrize("case", OLDER)
+def test_a_hostile_cache_of_an_older_script_is_refused(world: World, case: str) -> None:
+    make, says = OLDER[case]
+    make(world)
+    around = world.root.parent
+    before = picture(around)
+    opening, audit, told, scored = all_fenced(
+        [python(lambda: len(LogitCache.open("cache/A2b"))), command(*VERIFY), command("info"), command(*DUMP, *OWN)],
+        world.root,
+    )
+    assert opening.killed is None
+    assert (opening.code, opening.kind) == (4, "CorruptError"), opening.said
+    assert says in opening.stderr
+    for outcome in (audit, told, scored):
+        refused(outcome, 5, outcome.kind, "older script")
+    assert picture(around) == before

@@ -1,4 +1,4 @@
-"""Splitting a dump: `--shard`, what launchers and job arrays say in the environment, and what a part does and leaves."""
+"""Splitting a dump: `--shard`, what launchers and job arrays say, and what a part does and leaves."""
 
 from __future__ import annotations
 
@@ -276,9 +276,11 @@ def test_a_part_leaves_the_index_and_its_readers_alone(dump: Run, run: Run, worl
     world.write()
     weights = world.root / "weights.txt"
     weights.write_text("7")
+    teachers = ("--teacher", f"tiny=tiny_teachers:linear,ckpt={weights}", "--teacher", "other=tiny_teachers:other")
+    command = ("dump", "--target", "b", "--json-path", world.json_path, *teachers, "--only", "tiny", "--only", "other")
 
     for part in ("0/2", "1/2"):
-        assert dump("--teacher", f"tiny=tiny_teachers:linear,ckpt={weights}", "--shard", part).exit_code == 0
+        assert run(*command, "--shard", part).exit_code == 0
 
     now = snapshot(world.cache)
     assert before.items() < now.items()
@@ -365,7 +367,7 @@ def test_a_part_that_can_read_nothing_lists_it_all_as_missing_and_is_sealed(dump
 
 
 def test_a_wrong_data_root_is_noticed_by_every_part_and_by_the_seal(dump: Run, run: Run, world: World) -> None:
-    """Everything missing at once means that the features are elsewhere; the cache that is there must not lose its rows."""
+    """Everything missing at once means that the features are elsewhere; the cache must not lose its rows for that."""
     dump()
     before = snapshot(world.cache)
     nowhere = ("--data-root", world.root / "nowhere", "--on-bad-sample", "skip")

@@ -344,7 +344,7 @@ def test_a_factory_without_a_checkpoint_says_so(factory) -> None:
 
 
 def test_exports_are_what_is_public() -> None:
-    modules = {"builtin", "checkpoint", "checkpoint_file", "pickle_scan", "cnn14", "cp_resnet", "train_sample"}
+    modules = {"builtin", "checkpoint", "checkpoint_file", "cnn14", "cp_resnet", "train_sample"}
     imported = {"annotations", "Path", "CheckpointError"}
     public = {name for name in vars(teachers) if not name.startswith("_")} - modules - imported
     assert public == set(teachers.__all__)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-import kd_cache
 from kd_cache.cli import options as opt
-from kd_cache.cli.config import resolved_settings
 from kd_cache.cli.console import Screen, reporting_errors, table
 from kd_cache.errors import shown
 
@@ -37,7 +34,7 @@ def adopt_command(
         str | None,
         typer.Option(
             "--name",
-            help="The teacher's name in the cache.  (Default: as the source says, or the file's name.)",
+            help="The teacher's name in the cache. (default: as the source says, or the file's name)",
             envvar="KD_CACHE_NAME",
             show_envvar=False,
             rich_help_panel=opt.TEACHERS,
@@ -48,7 +45,7 @@ def adopt_command(
         typer.Option(
             "--files-list",
             help="Files of a bare tensor in the order of its rows: a JSON list, or one a line.  "
-            "(Default: <stem>.files.json beside it.)",
+            "(default: <stem>.files.json beside it)",
             envvar="KD_CACHE_FILES_LIST",
             show_envvar=False,
             rich_help_panel=opt.DATA,
@@ -58,7 +55,7 @@ def adopt_command(
         Literal["logits", "log_probs", "probs", "sigmoid"] | None,
         typer.Option(
             "--value-kind",
-            help="What the rows are.  (Default: as the source says, else logits.)",
+            help="What the rows are. (default: as the source says, else logits)",
             envvar="KD_CACHE_VALUE_KIND",
             show_envvar=False,
             rich_help_panel=opt.DATA,
@@ -69,7 +66,7 @@ def adopt_command(
         opt.DType | None,
         typer.Option(
             "--dtype",
-            help="What the numbers of a .tsv are stored as.  (Default: fp32.)",
+            help="What the numbers of a .tsv are stored as. (default: fp32)",
             envvar="KD_CACHE_TEXT_DTYPE",
             show_envvar=False,
             rich_help_panel=opt.DATA,
@@ -96,13 +93,26 @@ def adopt_command(
         bool | None,
         typer.Option(
             "--files/--no-files",
-            help="Whether the cache has a view of one <md5>.npy per row.  (Default: as it is, or yes.)",
+            help="Whether the cache has a view of one <md5>.npy per row. (default: as it is, or yes)",
             envvar="KD_CACHE_FILES",
             show_envvar=False,
             rich_help_panel=opt.CACHE,
         ),
     ] = None,
     workers: opt.WorkersOption = 2,
+    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
+    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
+    max_source_bytes: Annotated[
+        int,
+        typer.Option(
+            "--max-source-bytes",
+            min=1,
+            help="A larger file to adopt is refused unread.",
+            envvar="KD_CACHE_MAX_SOURCE_BYTES",
+            show_envvar=False,
+            rich_help_panel=opt.LIMITS,
+        ),
+    ] = 1 << 35,
     config: opt.ConfigOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,
@@ -113,18 +123,20 @@ def adopt_command(
     Rows are joined to samples by file name; those of samples that are not permitted are left out.
     """
     from kd_cache.cli.inputs import load_inputs
+    from kd_cache.cli.saved import run_record
 
     with Screen(quiet=quiet, as_json=as_json) as screen:
-        json_path, data_root = _at_home(json_path), _at_home(data_root)
         # The guard comes first: nothing is read of the source for a manifest that leaks.
         inputs = load_inputs(
             target,
-            json_path,
-            data_root,
+            _at_home(json_path),
+            _at_home(data_root),
             num_scenes=num_scenes,
             num_cities=num_cities,
             allow_shared_locations=allow_shared_locations,
             allow_outside=[path.expanduser() for path in allow_outside],
+            max_manifest_bytes=max_manifest_bytes,
+            max_feature_bytes=max_feature_bytes,
         )
         from kd_cache.adopt import AdoptJob, adopt_rows
 
@@ -141,7 +153,8 @@ def adopt_command(
             files=files,
             on_bad_sample=on_bad_sample,
             workers=workers,
-            record=_record(ctx, json_path, data_root, allow_outside),
+            max_bytes=max_source_bytes,
+            record=run_record(ctx, inputs),
         )
         report = adopt_rows(job, screen)
         screen.result(*_lines(report))
@@ -152,23 +165,6 @@ def adopt_command(
 
 def _at_home(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser()
-
-
-def _record(
-    ctx: typer.Context, json_path: Path | None, data_root: Path | None, allow_outside: list[Path]
-) -> dict[str, Any]:
-    """What the index keeps of the run; `kd-cache verify` takes its paths from here, so they are absolute."""
-    from kd_cache.cli.inputs import data_paths
-
-    json_path, data_root = data_paths(json_path, data_root)
-    settings = resolved_settings(ctx)
-    settings["paths"] = {
-        "json_path": str(json_path.absolute()),
-        "data_root": str(data_root.absolute()),
-        "allow_outside": [str(path.expanduser().absolute()) for path in allow_outside],
-    }
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"tool": f"kd-cache {kd_cache.__version__}", "created": created, "settings": settings}
 
 
 def _lines(report: AdoptReport) -> list[Any]:

@@ -74,6 +74,7 @@ class Screen(Watcher):
         self.stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
         self._progress: Progress | None = None
         self._task: Any = None
+        self._noted: set[str] = set()
         self._name, self._total, self._done = "", 0, 0
         self._began = self._logged = time.monotonic()
 
@@ -122,7 +123,10 @@ class Screen(Watcher):
             self.remark(f"saved: {self._done:,}/{self._total:,} samples")
 
     def note(self, text: str) -> None:
-        self.remark(f"note: {text}")
+        """Once: what is read twice need not be told of twice."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.remark(f"note: {text}")
 
     def remark(self, text: str) -> None:
         """One line on standard error."""

@@ -115,7 +115,7 @@ def dump_command(
         typer.Option(
             "--batch-size",
             min=1,
-            help="Most samples scored at once.  [default: 32 on a CPU, 256 on a GPU]",
+            help="Most samples scored at once. (default: 32 on a CPU, 256 on a GPU)",
             envvar="KD_CACHE_BATCH_SIZE",
             show_envvar=False,
             rich_help_panel=opt.RUN,
@@ -162,7 +162,7 @@ def dump_command(
             "--shard",
             metavar="i/n",
             help="Score part i of n (from 0/n) and leave the rest to others; kd-cache seal makes all parts current.  "
-            "[default: RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything]",
+            "(default: RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything)",
             envvar="KD_CACHE_SHARD",
             show_envvar=False,
             rich_help_panel=opt.RUN,

@@ -39,14 +39,14 @@ def export_command(
     cache: Annotated[
         Path | None,
         typer.Argument(
-            help="A finished cache, such as cache/A2b.  [default: the only one under ./cache]", show_default=False
+            help="A finished cache, such as cache/A2b. (default: the only one under ./cache)", show_default=False
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
-            help="Folder to write into.  [default: only for npy: the cache's own view]",
+            help="Folder to write into. (default: only for npy: the cache's own view)",
             envvar="KD_CACHE_OUTPUT",
             show_envvar=False,
             rich_help_panel=opt.OUTPUT,

@@ -28,7 +28,7 @@ MOST_SHOWN = 20
 @reporting_errors
 def gc_command(
     cache: Annotated[
-        Path | None, typer.Argument(help="A cache.  [default: every cache under the root]", show_default=False)
+        Path | None, typer.Argument(help="A cache. (default: every cache under the root)", show_default=False)
     ] = None,
     cache_root: opt.CacheRootOption = Path("cache"),
     older_than: Annotated[

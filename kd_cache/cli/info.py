@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from kd_cache.cli import options as opt
 from kd_cache.cli.console import Screen, reporting_errors, size, table
 from kd_cache.errors import MissingLogitsError, shown
+from kd_cache.store.atomic import store_errors
 
 if TYPE_CHECKING:
     from kd_cache.store.folder import CacheFolder
@@ -55,8 +57,17 @@ def info_command(
 
 
 def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
-    disk = {path.name: path.stat().st_size for path in folder.pack_paths()}
+    disk = _pack_sizes(folder)
     return {"path": str(folder.path), "num_samples": index.num_samples, "packs": disk, **index.record}
+
+
+def _pack_sizes(folder: CacheFolder) -> dict[str, int]:
+    """Bytes of each pack by name. What a seal has removed since is not counted, and no link is followed."""
+    sizes = {}
+    for path in folder.pack_paths():
+        with store_errors(path, "look at"), suppress(FileNotFoundError):
+            sizes[path.name] = path.lstat().st_size
+    return sizes
 
 
 def _teacher_table(folder: CacheFolder, index: Index) -> Any:
@@ -95,7 +106,7 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
 
     record = index.record
     per_device = ", ".join(f"{count:,} of {device}" for device, count in record["per_device"].items())
-    on_disk = sum(path.stat().st_size for path in folder.pack_paths())
+    on_disk = _pack_sizes(folder)
     environment = record["environment"]
     settings = record["settings"]
     changed = [
@@ -108,7 +119,7 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
         f"from      {record['manifest']['path']} (sha256 {record['manifest']['sha256'][:16]}…), "
         f"{record['num_permitted']:,} permitted: {per_device}",
         f"settings  {', '.join(changed) or 'all defaults'}",
-        f"on disk   {size(on_disk)} in {len(folder.pack_paths())} packs, view: {'yes' if record['files'] else 'no'}",
+        f"on disk   {size(sum(on_disk.values()))} in {len(on_disk)} packs, view: {'yes' if record['files'] else 'no'}",
     ]
     if pending := read_pending(folder, Watcher()):
         lines.append(f"pending   {len(pending)} dumps have begun and are not sealed")

@@ -9,8 +9,7 @@ import typer
 
 from kd_cache.cli import options as opt
 from kd_cache.cli.console import Screen, reporting_errors, table
-from kd_cache.cli.seal import FilesOption
-from kd_cache.cli.seal import _lines as sealed_lines
+from kd_cache.cli.seal import FilesOption, sealed_lines
 from kd_cache.errors import shown
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ def merge_command(
     allow_outside: opt.AllowOutsideOption = [],  # noqa: B006
     files: FilesOption = None,
     workers: opt.WorkersOption = 2,
+    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
+    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
     config: opt.ConfigOption = None,
     as_json: opt.JsonOption = False,
     quiet: opt.QuietOption = False,

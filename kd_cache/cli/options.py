@@ -24,7 +24,7 @@ AnyTargetOption = Annotated[
     typer.Option(
         "--target",
         "--target-name",
-        help="Just the cache of this target.  [default: every cache under the root]",
+        help="Just the cache of this target. (default: every cache under the root)",
         envvar="KD_CACHE_TARGET",
         show_envvar=False,
         rich_help_panel=CACHE,
@@ -45,7 +45,7 @@ JsonPathOption = Annotated[
     Path | None,
     typer.Option(
         "--json-path",
-        help="Dataset JSON (manifest).  [default: data/sample/dataset.json]",
+        help="Dataset JSON (manifest). (default: data/sample/dataset.json)",
         envvar="KD_CACHE_JSON_PATH",
         show_envvar=False,
         rich_help_panel=DATA,
@@ -55,7 +55,7 @@ DataRootOption = Annotated[
     Path | None,
     typer.Option(
         "--data-root",
-        help="Folder that the manifest's files are relative to.  [default: the manifest's folder]",
+        help="Folder that the manifest's files are relative to. (default: the manifest's folder)",
         envvar="KD_CACHE_DATA_ROOT",
         show_envvar=False,
         rich_help_panel=DATA,
@@ -108,7 +108,7 @@ City2SceneOption = Annotated[
     typer.Option(
         "--city2scene-teacher-ckpt",
         help="City2Scene checkpoint, .safetensors or .pth.  "
-        "[default: the sample's; with your own data outputs/teacher_city2scene/A2<target>/best.*]",
+        "(default: the sample's; with your own data outputs/teacher_city2scene/A2<target>/best.*)",
         envvar="KD_CACHE_CITY2SCENE_TEACHER_CKPT",
         show_envvar=False,
         rich_help_panel=TEACHERS,
@@ -119,7 +119,7 @@ SceneOption = Annotated[
     typer.Option(
         "--scene-teacher-ckpt",
         help="Scene checkpoint, .safetensors or .pth.  "
-        "[default: the sample's; with your own data outputs/teacher_scene/global/best.*]",
+        "(default: the sample's; with your own data outputs/teacher_scene/global/best.*)",
         envvar="KD_CACHE_SCENE_TEACHER_CKPT",
         show_envvar=False,
         rich_help_panel=TEACHERS,
@@ -183,7 +183,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="YAML file with settings.  [default: kd-cache.yaml if present]",
+        help="YAML file with settings. (default: kd-cache.yaml if present)",
         envvar="KD_CACHE_CONFIG",
         callback=read_config,
         is_eager=True,

@@ -46,9 +46,12 @@ def _array() -> tuple[int, int] | None:
         return None
     first, step = _number("SLURM_ARRAY_TASK_MIN") or 0, _number("SLURM_ARRAY_TASK_STEP") or 1
     number, rest = divmod(task - first, step)
-    if rest or not 0 <= number < max(count, 1):
+    last = _number("SLURM_ARRAY_TASK_MAX")
+    uneven = last is not None and last - first != step * (count - 1)
+    if count and (rest or uneven or not 0 <= number < count):
         raise UsageError(
-            f"the job array's tasks are not evenly spaced: {task} is none of {count} from {first} in steps of {step}",
+            f"the job array's tasks are not evenly spaced: {task} is not one of {count} from {first} in steps of {step}"
+            + (f" to {last}" if uneven else ""),
             hint="Say which part is meant with --shard i/n.",
         )
     return _part(number, count, "SLURM_ARRAY_TASK_ID of SLURM_ARRAY_TASK_COUNT")

@@ -9,9 +9,10 @@ import typer
 
 from kd_cache.cli import options as opt
 from kd_cache.cli.console import Screen, reporting_errors
-from kd_cache.errors import worst_exit_code
+from kd_cache.errors import UsageError, shown, worst_exit_code
 
 if TYPE_CHECKING:
+    from kd_cache.cli.saved import Saved
     from kd_cache.repair import RepairReport
     from kd_cache.store.folder import CacheFolder
 
@@ -47,7 +48,7 @@ def repair_command(
         opt.BadSample | None,
         typer.Option(
             "--on-bad-sample",
-            help="Stop at a sample that cannot be scored, or skip it and list it as missing.  [default: as dumped]",
+            help="Stop at a sample that cannot be scored, or skip it and list it as missing. (default: as dumped)",
             envvar="KD_CACHE_ON_BAD_SAMPLE",
             show_envvar=False,
             rich_help_panel=opt.DATA,
@@ -93,6 +94,7 @@ def _repair_one(ctx: typer.Context, folder: CacheFolder, screen: Screen) -> Repa
     options = ctx.params
     target = folder.path.name.removeprefix(f"{SOURCE}2")
     saved = saved_with(folder, screen)
+    _refuse_to_guess(ctx, folder, saved)
     inputs = saved_inputs(ctx, saved, target)
     loaded = saved_teachers(ctx, saved, target)
     device = resolve_device(options["device"])
@@ -118,6 +120,17 @@ def _repair_one(ctx: typer.Context, folder: CacheFolder, screen: Screen) -> Repa
     return repair_cache(job, screen)
 
 
+def _refuse_to_guess(ctx: typer.Context, folder: CacheFolder, saved: Saved) -> None:
+    """The sample is no default here: a repair by another manifest would throw everything away."""
+    from kd_cache.cli.config import given
+
+    if "json_path" not in saved.paths and not given(ctx, "json_path"):
+        raise UsageError(
+            f"nothing in {shown(folder.path)} says which dataset it is of: its index is lost, or names none",
+            hint="Pass the dataset JSON with --json-path, and the other options that it was dumped with.",
+        )
+
+
 def _print(report: RepairReport, screen: Screen) -> None:
     from kd_cache.cli.report import problem_lines, verify_table
 
@@ -128,7 +141,7 @@ def _print(report: RepairReport, screen: Screen) -> None:
         screen.result(f"{name}: {count:,} rows scored")
     if report.rebuilt:
         screen.result("view and index rebuilt from the packs")
-    if not report.before.problems:
+    if not report.before.problems and not report.rebuilt:
         screen.result("Nothing to repair.")
     for note in report.after.notes:
         screen.note(note)

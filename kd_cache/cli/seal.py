@@ -26,7 +26,7 @@ FilesOption = Annotated[
     bool | None,
     typer.Option(
         "--files/--no-files",
-        help="Whether the cache has a view.  [default: as its dumps said]",
+        help="Whether the cache has a view. (default: as its dumps said)",
         envvar="KD_CACHE_FILES",
         show_envvar=False,
         rich_help_panel=opt.CACHE,
@@ -63,7 +63,8 @@ def seal_command(
     from kd_cache.seal import SealJob, seal_cache
     from kd_cache.store.folder import CacheFolder
 
-    folder = CacheFolder(cache_root.expanduser() / f"{SOURCE}2{target}")
+    root = cache_root.expanduser()
+    folder = CacheFolder(root / f"{SOURCE}2{target}")
     with Screen(quiet=quiet, as_json=as_json) as screen:
         inputs = saved_inputs(ctx, saved_with(folder, screen), target)
         job = SealJob(
@@ -74,15 +75,16 @@ def seal_command(
             files=files,
             workers=workers,
             record={**run_record(ctx, inputs), "environment": UNKNOWN_ENVIRONMENT},
+            shown_path=f"{root}/{folder.path.name}",
         )
         report = seal_cache(job, screen)
-        screen.result(*_lines(report))
+        screen.result(*sealed_lines(report))
         screen.result_json(report.as_json())
     if report.missing:
         raise typer.Exit(3)
 
 
-def _lines(report: Any) -> list[Any]:
+def sealed_lines(report: Any) -> list[Any]:
     done = report.published
     rows = [[name, f"{done.rows[name]:,}", f"{done.left_out[name]:,}"] for name in done.rows]
     title = f"{shown(report.cache)}: {report.permitted:,} permitted samples"

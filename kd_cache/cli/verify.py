@@ -62,7 +62,7 @@ def verify_command(
             "--seed",
             min=0,
             max=2**63 - 1,
-            help="Which samples to draw.  [default: fresh randomness, printed]",
+            help="Which samples to draw. (default: fresh randomness, printed)",
             envvar="KD_CACHE_VERIFY_SEED",
             show_envvar=False,
             rich_help_panel=opt.CACHE,
@@ -82,7 +82,7 @@ def verify_command(
         opt.DType | None,
         typer.Option(
             "--dtype",
-            help="Storage type to expect.  [default: as dumped]",
+            help="Storage type to expect. (default: as dumped)",
             envvar="KD_CACHE_DTYPE",
             show_envvar=False,
             rich_help_panel=opt.CACHE,
@@ -92,7 +92,7 @@ def verify_command(
         opt.Precision | None,
         typer.Option(
             "--precision",
-            help="Compute precision to expect.  [default: as dumped]",
+            help="Compute precision to expect. (default: as dumped)",
             envvar="KD_CACHE_PRECISION",
             show_envvar=False,
             rich_help_panel=opt.RUN,

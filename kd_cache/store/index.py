@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -22,11 +21,12 @@ import xxhash
 from kd_cache.errors import CorruptError, StaleError, StoreError, shown
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint
 from kd_cache.store.atomic import open_file, write_atomic
+from kd_cache.store.names import INDEX_NAME as INDEX_NAME
+from kd_cache.store.names import is_teacher_name as is_teacher_name
 from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
 from kd_cache.store.permitted import PERMITTED_NAME
 from kd_cache.store.strict_json import misfit, strict_json
 
-INDEX_NAME = "cache_index.json"
 _UNSET = "0" * 32
 _TAIL = '"digest": "{}"\n }}\n}}\n'
 _UNSET_TAIL = _TAIL.format(_UNSET).encode("ascii")
@@ -34,18 +34,10 @@ _END = b'\n "num_samples": '
 _LINES = 16_384
 _BLOCK = 1 << 22
 _MOST = 1 << 30
-_TOO_LARGE = "Leave the view out with --no-files; its paths are what makes an index large."
 _MOST_UNSEALED = 1 << 27
 """Larger indexes are refused unread: one of ours takes about 130 bytes per sample and teacher (none with --no-files).
 What does not end with its own digest is at best an older script's, and those are small."""
-TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
-
-
-def is_teacher_name(name: str) -> bool:
-    """A teacher's name becomes a folder, a file name and a key of the index: letters, digits, ``_.-``, none taken."""
-    return bool(TEACHER_NAME.match(name)) and name.lower() not in RESERVED_NAMES
-
+_TOO_LARGE = "Leave the view out with --no-files; its paths are what makes an index large."
 
 _TEXTS = {...: str}
 _TEACHER = {
@@ -60,7 +52,7 @@ _TEACHER = {
     "earlier": [_TEXTS],
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
-    "storage_cost": (None, dict),
+    "storage_cost": (None, {...: (int, float)}),
 }
 _RECORD = {
     "adaptation": str,
@@ -251,7 +243,7 @@ def _digest(raw: bytes) -> str:
 
 
 def _end(file: io.FileIO, size: int) -> tuple[bytes, str]:
-    """The last bytes, with all but the maps, and the digest that the file's bytes have; nothing else is kept of them."""
+    """The last bytes, which hold all but the maps, and the digest that the file's bytes have."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(min(size, _BLOCK)))
     left = size - len(_UNSET_TAIL)
@@ -270,7 +262,7 @@ def _refuse_renamed(path: Path, content: Mapping[str, Any]) -> None:
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        content = strict_json(raw, lambda name: _damaged(path, f"its entry {shown(name)} is missing"))
+        content = strict_json(raw, lambda name: _damaged(path, f"an entry is missing or malformed ({shown(name)})"))
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"it is not JSON ({shown(error)[:200]})") from error
     if not isinstance(content, dict):
@@ -293,7 +285,7 @@ def _check_version_and_digest(path: Path, raw: bytes, digest: str, record: Any) 
 
 def _checked(path: Path, content: dict[str, Any], maps: bool) -> Index:
     """The digest finds accidents only, so the shape of what is used is checked as well."""
-    record, count = content.pop("kd_cache"), content.pop("num_samples")
+    record, count = content.pop("kd_cache"), content.pop("num_samples", None)
     place = misfit(record, _RECORD, "kd_cache") or misfit(content, {...: _TEXTS}) or misfit(count, int, "num_samples")
     if place is not None:
         raise _damaged(path, f"an entry is missing or malformed ({place})")
@@ -328,4 +320,7 @@ def read_older_maps(path: Path) -> dict[str, dict[str, str]]:
     maps = {name: value for name, value in content.items() if isinstance(value, dict) and is_teacher_name(name)}
     if not maps or not all(isinstance(p, str) for paths in maps.values() for p in paths.values()):
         raise _damaged(path, "it maps no teacher's files to paths")
+    for file in set().union(*maps.values()):
+        if not file.isascii() and file != file.encode("utf-8", "replace").decode("utf-8"):
+            raise _damaged(path, f"the name {shown(file)} is not valid Unicode (a lone surrogate)")
     return maps

@@ -38,6 +38,7 @@ from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from kd_cache.store.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
 from kd_cache.store.hdf5_file import Outlet, reading_hdf5, writing_hdf5
 from kd_cache.store.keys import are_ascending
+from kd_cache.store.names import is_teacher_name
 
 MAGIC = b"KDCPACK\n"
 USER_BLOCK = 512
@@ -140,7 +141,7 @@ def row_checksums(fingerprint: Fingerprint, keys: np.ndarray, inputs: np.ndarray
     """``[N]`` u8: xxh3-64 of key, input digest, fingerprint (32 bytes) and the row's bytes, in this order."""
     count = len(keys)
     made_by = np.frombuffer(bytes.fromhex(fingerprint.digest), np.uint8)
-    row_bytes = np.ascontiguousarray(logits).view(np.uint8).reshape(count, -1)
+    row_bytes = np.ascontiguousarray(logits).view(np.uint8).reshape(count, logits.shape[1] * logits.itemsize)
     records = np.concatenate([keys, inputs, np.broadcast_to(made_by, (count, 32)), row_bytes], axis=1)
     digest = xxhash.xxh3_64_intdigest
     return np.fromiter((digest(record) for record in records), np.uint64, count)
@@ -349,6 +350,8 @@ def _read_attributes(path: Path, file: Any) -> dict[str, str]:
         texts[name] = file.attrs[name].decode("utf-8")
     if texts["format_version"] != str(FORMAT_VERSION):
         raise _damaged(path, f"its format version is {shown(texts['format_version'])}, but not in its first bytes")
+    if not is_teacher_name(texts["teacher"]):  # it becomes a folder: ".." would be the folder above
+        raise _damaged(path, f"{shown(texts['teacher'])!r} is no teacher's name")
     if texts["dtype"] not in STORED or texts["value_kind"] not in VALUE_KINDS:
         raise _damaged(path, "its dtype or value kind is unknown")
     return texts

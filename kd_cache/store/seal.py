@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_cache.errors import CorruptError, shown
 from kd_cache.store.atomic import store_errors, sync_directory
-from kd_cache.store.pack import Pack, write_pack
+from kd_cache.store.pack import Pack, row_checksums, write_pack
 from kd_cache.store.union import Union
 
 
@@ -58,10 +59,24 @@ def seal(
             union.keys[positions],
             union.inputs[positions],
             union.file_bytes(positions),
-            lambda part: union.take(positions[part]),
+            lambda part: _carried_over(union, positions[part]),
         )
     merged = [pack.path for pack in union.packs if pack.path != path]
     return Sealed(path, absent, left_out, disagreements, merged)
+
+
+def _carried_over(union: Union, positions: np.ndarray) -> np.ndarray:
+    """Rows as they are stored. Raises `CorruptError` for one that its checksum is not of: it must not get a new one."""
+    rows = union.take(positions)
+    made = row_checksums(union.origin.fingerprint, union.keys[positions], union.inputs[positions], rows)
+    wrong = positions[made != union.checksums[positions]]
+    if len(wrong):
+        path, file = union.packs[int(union.pack_no[wrong[0]])].path, union.files(wrong[:1])[0]
+        raise CorruptError(
+            f"the pack {shown(path)} is damaged: the row of {shown(file)} does not match its checksum",
+            hint="kd-cache repair scores it again.",
+        )
+    return rows
 
 
 def _single_pack(union: Union, positions: np.ndarray) -> Path | None:

@@ -29,7 +29,7 @@ def strict_json(raw: bytes, missing: Callable[[str], Exception]) -> Any:
     class Asked(Entries):
         pass
 
-    Asked.missing = staticmethod(missing)  # type: ignore[assignment]
+    Asked.missing = staticmethod(missing)
 
     def entries(pairs: list[tuple[str, Any]]) -> Entries:
         made = Asked(pairs)

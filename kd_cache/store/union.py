@@ -52,6 +52,11 @@ class Union:
         """``[M, 16]`` u1, the input digest of each position."""
         return self._merged([pack.inputs for pack in self.packs])
 
+    @cached_property
+    def checksums(self) -> np.ndarray:
+        """``[M]`` u8, the checksum of each position as it is stored."""
+        return self._merged([pack.checksums for pack in self.packs])
+
     def _merged(self, columns: list[np.ndarray]) -> np.ndarray:
         """A column of every pack, in the order of the positions."""
         if self._single:

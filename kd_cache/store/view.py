@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -15,6 +16,8 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
 from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, temporary_beside, write_all
+
+ROW_FILE_NAME = re.compile(r"[0-9a-f]{32}\.npy\Z")
 
 
 @lru_cache(maxsize=16)

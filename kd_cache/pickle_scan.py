@@ -34,7 +34,7 @@ _LEAF: Final = _Item(1, 1)
 
 
 class PickleScan:
-    """Follows the first ``most`` pickles in ``content``.
+    """Follows the first ``most`` pickles in ``content``, for at most ``most_steps``.
 
     Attributes:
         calls: every global they name, as ``module.name``; one that is called to no good end has words added.
@@ -42,11 +42,12 @@ class PickleScan:
         excess: what is beyond all reason in them, in words, or ``None``.
     """
 
-    def __init__(self, content: bytes, most: int) -> None:
+    def __init__(self, content: bytes, most: int, most_steps: int = MOST_STEPS) -> None:
         self.calls: set[str] = set()
         self.whole = 0
         self.excess: str | None = None
         self._steps = 0
+        self._most_steps = most_steps
         stream = io.BytesIO(content)
         while self.whole < most and self._follow(pickletools.genops(stream)):
             self.whole += 1
@@ -60,8 +61,8 @@ class PickleScan:
             for opcode, argument, _ in steps:
                 self._steps += 1
                 self._step(opcode, argument)
-                if self._steps > MOST_STEPS:
-                    self.excess = f"building it takes more than {MOST_STEPS} steps"
+                if self._steps > self._most_steps:
+                    self.excess = f"building it takes more than {self._most_steps} steps"
                 if self.excess:
                     return False
         except Exception:  # noqa: BLE001 (a damaged pickle leads to any error at all; the caller says so)

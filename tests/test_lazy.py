@@ -1,0 +1,489 @@
+"""`LogitCache.open(verify=…)`: what is checked when, what is never believed unchecked; and one generation at a time."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import xxhash
+from conftest import Run, World
+from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, two_teachers
+from torch.utils.data import DataLoader, TensorDataset
+
+import kd_cache.loader as loader_module
+import kd_cache.store.pack as pack_module
+from kd_cache import CorruptError, LogitCache, MissingLogitsError, StaleError, StoreError, UsageError
+from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.pack import CHECKED_AT_ONCE, open_pack
+from kd_cache.store.permitted import Permitted
+
+ROWS = 3 * CHECKED_AT_ONCE + 100
+"""Four blocks, the last one not full."""
+
+
+def big(path: Path, packs: int = 1) -> MadeCache:
+    """One teacher, without a view."""
+    files = sorted(names(ROWS), key=md5)
+    keys = byte_rows([md5(file) for file in files])
+    logits = np.random.default_rng(5).normal(0, 3, (ROWS, 3)).astype("<f4")
+    rows = Rows(files, keys, keys, logits)
+    (path / "packs").mkdir(parents=True)
+    made = MadeCache(path, {"scene": rows}, {"scene": origin("scene")})
+    for number in range(packs):
+        rows.part(range(number, ROWS, packs)).write(path / "packs", made.origins["scene"])
+    made.write_index()
+    return made
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeCache:
+    return big(tmp_path / "A2b")
+
+
+def only_pack(made: MadeCache) -> Path:
+    (path,) = (made.path / "packs").iterdir()
+    return path
+
+
+def damage(path: Path, dataset: str, row: int) -> None:
+    """Flip a bit in the last byte of a row (of a key, that leaves the order as it is)."""
+    with h5py.File(path) as file:
+        width = file[dataset].dtype.itemsize * int(np.prod(file[dataset].shape[1:], dtype=int))
+        at = file[dataset].id.get_offset() + (row + 1) * width - 1
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each digest of a whole pack, and how many rows each look at checksums, was over (minus)."""
+    seen: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(xxhash, name)
+
+        @staticmethod
+        def xxh3_128_digest(content: Any) -> bytes:
+            seen.append(len(content))
+            return xxhash.xxh3_128_digest(content)
+
+    checksums = pack_module.row_checksums
+
+    def counting(fingerprint: Any, keys: np.ndarray, *rest: Any) -> np.ndarray:
+        seen.append(-len(keys))
+        return checksums(fingerprint, keys, *rest)
+
+    monkeypatch.setattr(pack_module, "xxhash", Counting())
+    monkeypatch.setattr(pack_module, "row_checksums", counting)
+    return seen
+
+
+# -- what is checked when ---------------------------------------------------------------------------------------------
+
+
+def test_full_hashes_every_byte_at_once_and_nothing_later(made: MadeCache, hashed: list[int]) -> None:
+    size = only_pack(made).stat().st_size
+    cache = LogitCache.open(made.path, verify="full")
+    assert hashed == [size - 512]
+    cache.batch(torch.arange(ROWS))
+    assert hashed == [size - 512]
+
+
+def test_lazy_hashes_nothing_at_open_and_each_block_once(made: MadeCache, hashed: list[int]) -> None:
+    cache = LogitCache.open(made.path, verify="lazy")
+    assert cache._table is None
+    rows = cache.rows(made.rows["scene"].files)
+    assert hashed == []
+    np.testing.assert_array_equal(cache.batch(rows[700:702])[:, 0].numpy(), made.rows["scene"].logits[700:702])
+    assert hashed == [-CHECKED_AT_ONCE]
+    cache.batch(rows[512:1024])
+    assert hashed == [-CHECKED_AT_ONCE]
+    cache.batch(torch.tensor([1, ROWS - 1, 3, ROWS - 1]))
+    assert hashed == [-CHECKED_AT_ONCE, -CHECKED_AT_ONCE, -(ROWS % CHECKED_AT_ONCE)]
+    np.testing.assert_array_equal(cache.tensor()[:, 0].numpy(), made.rows["scene"].logits)
+    cache.batch(rows)
+    assert sum(hashed) == -ROWS
+
+
+def test_off_hashes_nothing_ever(made: MadeCache, hashed: list[int]) -> None:
+    """Documented: it believes the disk, so a damaged row is served as it is there."""
+    damage(only_pack(made), "logits", 5)
+    cache = LogitCache.open(made.path, verify="off")
+    served = cache.tensor()[:, 0].numpy()
+    assert hashed == []
+    assert np.flatnonzero((served != made.rows["scene"].logits).any(axis=1)).tolist() == [5]
+
+
+def test_auto_is_full_up_to_a_limit_and_lazy_above(
+    made: MadeCache, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = only_pack(made).stat().st_size
+    assert loader_module.FULLY_CHECKED == 10**9
+    monkeypatch.setattr(loader_module, "FULLY_CHECKED", size)
+    assert LogitCache.open(made.path)._table is not None
+    assert hashed == [size - 512]
+    hashed.clear()
+    monkeypatch.setattr(loader_module, "FULLY_CHECKED", size - 1)
+    cache = LogitCache.open(made.path)
+    assert hashed == []
+    assert cache._table is None, "a table of everything would check everything at once, row by row"
+    cache.batch(torch.tensor([0]))
+    assert hashed == [-CHECKED_AT_ONCE]
+
+
+def test_the_limit_is_for_the_packs_of_the_opened_teachers_together(
+    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = two_teachers(tmp_path / "A2b", packs=2)
+    packs = list((made.path / "packs").iterdir())
+    sizes = [sum(path.stat().st_size for path in packs if path.name.startswith(name)) for name in made.rows]
+    monkeypatch.setattr(loader_module, "FULLY_CHECKED", max(sizes))
+    hashed.clear()
+    assert LogitCache.open(made.path, ["scene"])._table is not None
+    assert len(hashed) == 2
+    hashed.clear()
+    assert LogitCache.open(made.path)._table is None
+    assert hashed == []
+
+
+def test_a_way_of_checking_that_is_none_is_refused(made: MadeCache) -> None:
+    with pytest.raises(UsageError, match="verify is 'lax', expected auto, full, lazy, off"):
+        LogitCache.open(made.path, verify="lax")
+
+
+def test_a_pack_is_checked_in_the_way_that_is_asked_for(made: MadeCache) -> None:
+    path = only_pack(made)
+    assert open_pack(path).unchecked is None
+    assert open_pack(path, "off").unchecked is None
+    lazy = open_pack(path, "lazy")
+    assert lazy.unchecked is not None
+    assert lazy.unchecked.tolist() == [True] * 4
+    lazy.touch(np.array([0, ROWS - 1]))
+    assert lazy.unchecked.tolist() == [False, True, True, False]
+    lazy.touch(np.array([], np.int64))
+    assert lazy.unchecked.tolist() == [False, True, True, False]
+
+
+# -- what a damaged row does ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["logits", "inputs", "checksums"])
+def test_a_damaged_block_is_refused_when_it_is_read_and_the_others_are_served(made: MadeCache, dataset: str) -> None:
+    path, rows = only_pack(made), made.rows["scene"]
+    damage(path, dataset, 600)
+    with pytest.raises(CorruptError, match=path.name):
+        LogitCache.open(made.path, verify="full")
+    cache = LogitCache.open(made.path, verify="lazy")
+    others = np.r_[0:512, 1024:ROWS]
+    np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
+    for asked in ([600], [512], [0, 1023], range(ROWS)):
+        with pytest.raises(CorruptError, match=rf"{path.name}.*row 600 does not match its checksum"):
+            cache.batch(np.array(asked))
+    with pytest.raises(CorruptError, match="row 600"):
+        cache.tensor()
+    with pytest.raises(CorruptError, match="row 600"):
+        cache.batch([rows.files[600]])
+    np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
+
+
+def test_a_damaged_file_name_is_damage_and_no_collision(made: MadeCache) -> None:
+    path, rows = only_pack(made), made.rows["scene"]
+    with h5py.File(path) as file:
+        at = int(file["files"].id.get_offset()) + int(file["file_offsets"][601]) - 1
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    cache = LogitCache.open(made.path, verify="lazy")
+    with pytest.raises(CorruptError, match="row 600 does not match"):
+        cache.rows(rows.files)
+    np.testing.assert_array_equal(cache.batch(rows.files[:512])[:, 0].numpy(), rows.logits[:512])
+
+
+def test_a_damaged_key_is_no_other_samples_row_and_its_miss_says_what_to_do(made: MadeCache) -> None:
+    rows = made.rows["scene"]
+    make_permitted(made)
+    damage(only_pack(made), "keys", 600)
+    cache = LogitCache.open(made.path, verify="lazy")
+    with pytest.raises(MissingLogitsError, match="its row is gone or damaged") as caught:
+        cache.rows(rows.files)
+    assert rows.files[600] in caught.value.message
+    assert caught.value.message.count(".npy") == 1
+    with pytest.raises(MissingLogitsError, match="not in the manifest of the dump"):
+        cache.rows(["never/seen.npy"])
+    np.testing.assert_array_equal(cache.batch(rows.files[:512])[:, 0].numpy(), rows.logits[:512])
+
+
+def make_permitted(made: MadeCache) -> None:
+    keys = made.rows["scene"].keys
+    name = Permitted.of(keys, np.full(len(keys), -1)).write(made.path)
+    made.write_index(permitted={"file": name, "count": len(keys)})
+
+
+def test_several_packs_are_checked_block_by_block_too(tmp_path: Path, hashed: list[int]) -> None:
+    made = big(tmp_path / "A2b", packs=3)
+    rows = made.rows["scene"]
+    paths = sorted((made.path / "packs").iterdir())
+    broken = open_pack(paths[1])
+    damage(paths[1], "logits", 0)
+    hashed.clear()
+    cache = LogitCache.open(made.path, verify="lazy")
+    assert hashed == []
+    bad = rows.files.index(broken.files[0])
+    blocks = {rows.files.index(file) for file in broken.files[:CHECKED_AT_ONCE]}
+    others = np.array(sorted(set(range(ROWS)) - blocks))
+    np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
+    assert sum(hashed) == CHECKED_AT_ONCE - ROWS
+    with pytest.raises(CorruptError, match=paths[1].name):
+        cache.batch(np.array([others[0], bad]))
+
+
+def test_rows_of_repeated_and_ambiguous_samples_are_the_same_lazily(tmp_path: Path) -> None:
+    made = two_teachers(tmp_path / "A2b", packs=3)
+    made.rows["scene"].part([1, 5, 6]).write(made.path / "packs", made.origins["scene"])
+    Rows.of(names(2), seed=1, inputs=1).write(made.path / "packs", made.origins["scene"])
+    caches = [LogitCache.open(made.path, verify=verify) for verify in ("full", "lazy", "off")]
+    files = names(40)[2:]
+    for cache in caches:
+        assert len(cache) == 38
+        np.testing.assert_array_equal(cache.batch(files).numpy(), made.stacked(files))
+        with pytest.raises(MissingLogitsError, match="its feature changed"):
+            cache.rows(names(1))
+
+
+def test_what_lies_around_the_rows_is_checked_at_open_or_harmless(tmp_path: Path) -> None:
+    """Every bit of a pack but those of its rows: lazily it is refused, missed, or every served value is right."""
+    made = two_teachers(tmp_path / "A2b", count=2, classes=1)
+    expected = made.stacked(names(2))
+    path = next(iter((made.path / "packs").iterdir()))
+    content = path.read_bytes()
+    refused = 0
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+        try:
+            served = LogitCache.open(made.path, verify="lazy").batch(names(2)).numpy()
+        except (CorruptError, MissingLogitsError, StoreError):
+            refused += 1
+            continue
+        assert served.tobytes() == expected.tobytes(), f"byte {at}"
+    assert refused > 0
+
+
+# -- in workers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+@forks
+def test_workers_check_what_they_read(made: MadeCache, start: str) -> None:
+    """Those that inherit an opened cache, and those that open it anew: right rows, and damage found by either."""
+    rows = made.rows["scene"]
+
+    def read(batch: Any) -> int:
+        (numbers,), logits = batch
+        np.testing.assert_array_equal(logits[:, 0].numpy(), rows.logits[numbers.numpy()])
+        return len(numbers)
+
+    cache = LogitCache.open(made.path, verify="lazy")
+    data = cache.attach(TensorDataset(torch.arange(ROWS)), rows.files)
+    loader: DataLoader[Any] = DataLoader(
+        data, 400, collate_fn=data.collate, num_workers=1, multiprocessing_context=start
+    )
+    assert sum(map(read, loader)) == ROWS
+
+    path = only_pack(made)
+    damage(path, "logits", ROWS - 1)
+    cache = LogitCache.open(made.path, verify="lazy")
+    data = cache.attach(TensorDataset(torch.arange(ROWS)), rows.files)
+    loader = DataLoader(data, 400, collate_fn=data.collate, num_workers=1, multiprocessing_context=start)
+    seen: list[int] = []
+    with pytest.raises(CorruptError, match=path.name):
+        seen.extend(map(read, loader))
+    assert seen
+
+
+def test_a_pickled_cache_is_checked_in_the_same_way(made: MadeCache, hashed: list[int]) -> None:
+    for verify, checked in (("lazy", ROWS), ("off", 0)):
+        hashed.clear()
+        cache = LogitCache.open(made.path, verify=verify)
+        copy = pickle.loads(pickle.dumps(cache))  # noqa: S301 (our own)
+        assert hashed == []
+        assert (copy._table is None) == (verify == "lazy")
+        np.testing.assert_array_equal(copy.tensor()[:, 0].numpy(), made.rows["scene"].logits)
+        assert sum(hashed) == -checked
+
+
+# -- one generation ---------------------------------------------------------------------------------------------------
+
+
+class Generations:
+    """Two states of one cache folder, each with the rows that a reader of it may get."""
+
+    def __init__(self, world: World, old: Path, new: Path) -> None:
+        self.cache, self._states = world.cache, {"old": old, "new": new}
+        self.rows = {name: self.served(path) for name, path in self._states.items()}
+        assert self.rows["old"] != self.rows["new"]
+
+    @staticmethod
+    def served(path: Path) -> dict[str, bytes]:
+        cache = LogitCache.open(path)
+        files = cache.files
+        return {file: row.numpy().tobytes() for file, row in zip(files, cache.batch(files), strict=True)}
+
+    def put(self, name: str) -> None:
+        shutil.rmtree(self.cache, ignore_errors=True)
+        shutil.copytree(self._states[name], self.cache)
+
+    def overlay(self, name: str) -> None:
+        """Turn the cache into this state as a seal does: what is new, the index, then what is superfluous goes."""
+        there, state = self.cache, self._states[name]
+        for path in sorted(state.rglob("*")):
+            if path.is_file() and path.name != "cache_index.json":
+                (there / path.relative_to(state)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, there / path.relative_to(state))
+        shutil.copyfile(state / "cache_index.json", there / ".tmp-1-1")
+        (there / ".tmp-1-1").replace(there / "cache_index.json")
+        for path in there.rglob("*"):
+            if path.is_file() and not (state / path.relative_to(there)).exists():
+                path.unlink()
+
+
+def _shrunk(world: World) -> None:
+    world.rows = world.rows[7:]
+
+
+def _grown(world: World) -> None:
+    for number in range(60, 66):
+        world.add(number, "A", "train")
+
+
+def _moved(world: World) -> None:
+    """As many samples as before, but others."""
+    _shrunk(world)
+    for number in range(60, 67):
+        world.add(number, "A", "train")
+
+
+CHANGES: dict[str, Callable[[World], None]] = {"shrunk": _shrunk, "grown": _grown, "moved": _moved}
+
+
+@pytest.fixture(params=CHANGES)
+def generations(request: pytest.FixtureRequest, dump: Run, world: World, tmp_path: Path) -> Generations:
+    """The manifest changed, so that rows went, came, or both."""
+    assert dump().exit_code == 0
+    shutil.copytree(world.cache, tmp_path / "old" / "A2b")
+    CHANGES[request.param](world)
+    world.write()
+    assert dump().exit_code == 0
+    shutil.copytree(world.cache, tmp_path / "new" / "A2b")
+    return Generations(world, tmp_path / "old" / "A2b", tmp_path / "new" / "A2b")
+
+
+@pytest.mark.parametrize("step", ["index_state", "index", "permitted", "packs"])
+def test_a_reader_that_opens_while_another_seals_gets_one_generation_whole(
+    generations: Generations, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    for when in ("before", "after"):
+        for verify in ("full", "lazy"):
+            generations.put("old")
+            with monkeypatch.context() as patched:
+                done = _sealing(generations, patched, step, when)
+                cache = LogitCache.open(generations.cache, verify=verify)
+            files = cache.files
+            got = {file: row.numpy().tobytes() for file, row in zip(files, cache.batch(files), strict=True)}
+            assert done
+            assert got in generations.rows.values()
+
+
+def _sealing(generations: Generations, patched: pytest.MonkeyPatch, step: str, when: str) -> list[bool]:
+    """Have the cache sealed once, before or after a reader takes this step."""
+    done: list[bool] = []
+    asked = getattr(CacheFolder, step)
+
+    def meanwhile() -> None:
+        if not done:
+            done.append(True)
+            generations.overlay("new")
+
+    def stepping(self: CacheFolder, *args: Any, **kwargs: Any) -> Any:
+        if when == "before":
+            meanwhile()
+        found = asked(self, *args, **kwargs)
+        meanwhile()
+        return found
+
+    patched.setattr(CacheFolder, step, stepping)
+    return done
+
+
+def test_a_reader_that_always_comes_too_late_says_so(generations: Generations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process never rests: an error, and no endless loop."""
+    generations.put("old")
+    turns: Iterator[str] = iter(["new", "old"] * 1000)
+    packs = CacheFolder.packs
+
+    def restless(self: CacheFolder, *args: Any, **kwargs: Any) -> PackSet:
+        generations.put(next(turns))
+        for path in self.pack_paths():
+            path.unlink()
+        return packs(self, *args, **kwargs)
+
+    monkeypatch.setattr(CacheFolder, "packs", restless)
+    with pytest.raises(StoreError, match="keeps changing"):
+        LogitCache.open(generations.cache)
+
+
+def test_new_weights_show_when_the_index_says_so_and_for_all_samples_at_once(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real parts and a real seal, just when a reader has read the index."""
+    weights = world.root / "weights.txt"
+    weights.write_text("1")
+    teacher = ("--teacher", f"tiny=tiny_teachers:linear,ckpt={weights}", "--only", "tiny")
+    command = ("dump", "--target", "b", "--json-path", world.json_path, *teacher)
+    assert run(*command).exit_code == 0
+    files = world.permitted()
+    old = LogitCache.open(world.cache).tensor(files=files)
+    weights.write_text("2")
+    for part in ("0/2", "1/2"):
+        assert run(*command, "--shard", part).exit_code == 0
+    packs, sealed = CacheFolder.packs, []
+
+    def sealing(self: CacheFolder, *args: Any, **kwargs: Any) -> PackSet:
+        if not sealed:
+            sealed.append(True)
+            assert run("seal", "--target", "b").exit_code == 0
+        return packs(self, *args, **kwargs)
+
+    assert torch.equal(LogitCache.open(world.cache).tensor(files=files), old)
+    with monkeypatch.context() as patched:
+        patched.setattr(CacheFolder, "packs", sealing)
+        between = LogitCache.open(world.cache).tensor(files=files)
+    new = LogitCache.open(world.cache).tensor(files=files)
+    assert sealed
+    assert not torch.equal(old, new)
+    assert torch.equal(between, old) or torch.equal(between, new)
+
+
+def test_rows_that_a_reader_resolved_are_no_others_after_a_seal(dump: Run, run: Run, world: World) -> None:
+    """An opened cache keeps what it opened; a worker that must open it anew refuses."""
+    dump()
+    cache = LogitCache.open(world.cache, verify="lazy")
+    files = world.permitted()
+    rows, before = cache.rows(files), LogitCache.open(world.cache).tensor(files=files)
+    sent = pickle.dumps(cache)
+    world.rows = world.rows[3:]
+    world.write()
+    dump("--shard", "0/2")
+    dump("--shard", "1/2")
+    assert run("seal", "--target", "b").exit_code == 0
+    assert torch.equal(cache.batch(rows), before)
+    with pytest.raises(StaleError, match="changed while it was being read"):
+        pickle.loads(sent)  # noqa: S301 (our own)

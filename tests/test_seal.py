@@ -1,0 +1,958 @@
+"""`kd-cache seal`, the order in which anything is published, and the records of dumps that no index tells of yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, Run, World
+from store_fixtures import snapshot
+
+import kd_cache.publish
+import kd_cache.shard
+import kd_cache.store.index
+from kd_cache import FeatureSource, LogitCache, load_manifest, select
+from kd_cache.pending import PendingRecord, begun, read_pending
+from kd_cache.publish import Published
+from kd_cache.seal import SealJob, seal_cache
+from kd_cache.store.folder import CacheFolder
+from kd_cache.store.index import read_index, write_index
+from kd_cache.store.keys import keys_of
+from kd_cache.store.pack import open_pack
+from kd_cache.watch import Watcher
+
+SEAL = ("seal", "--target", "b")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "KD_CACHE_SHARD"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def halves(dump: Run, *arguments: object) -> list[int]:
+    return [dump("--shard", part, *arguments).exit_code for part in ("0/2", "1/2")]
+
+
+def index_of(world: World) -> dict[str, Any]:
+    return dict(json.loads((world.cache / "cache_index.json").read_bytes()))
+
+
+def record_of(world: World) -> dict[str, Any]:
+    return dict(index_of(world)["kd_cache"])
+
+
+def index_bytes(world: World) -> bytes:
+    return (world.cache / "cache_index.json").read_bytes()
+
+
+def pending(world: World) -> list[Path]:
+    folder = world.cache / "pending"
+    return sorted(folder.glob("*.json")) if folder.exists() else []
+
+
+def served(cache: Path) -> dict[str, bytes]:
+    """The rows of a cache by file, teachers one after the other."""
+    opened = LogitCache.open(cache)
+    files = opened.files
+    return {file: row.numpy().tobytes() for file, row in zip(files, opened.batch(files), strict=True)}
+
+
+def weighing(world: World, weights: int, name: str = "tiny") -> tuple[object, ...]:
+    """A dump with one teacher of these weights."""
+    path = world.root / "weights.txt"
+    path.write_text(str(weights))
+    teacher = ("--teacher", f"{name}=tiny_teachers:linear,ckpt={path}", "--only", name)
+    return ("dump", "--target", "b", "--json-path", world.json_path, *teacher)
+
+
+# -- what it needs and what it leaves ---------------------------------------------------------------------------------
+
+
+def test_a_seal_needs_neither_torch_nor_the_teachers_code(dump: Run, world: World, tmp_path: Path) -> None:
+    """A process of its own, in which torch cannot be imported, and where nobody finds the teachers' module."""
+    assert halves(dump) == [0, 0]
+    program = "import sys; sys.modules['torch'] = None; from kd_cache.cli import main; main()"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", program, *SEAL, "--cache-root", str(world.cache.parent), "--json"]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["published"]["num_samples"] == 20
+    assert len(LogitCache.open(world.cache)) == 20
+
+
+def test_a_seal_imports_no_torch_though_it_could(dump: Run, world: World) -> None:
+    assert halves(dump) == [0, 0]
+    program = (
+        "import sys\nfrom kd_cache.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules or 'tiny_teachers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *SEAL, "--cache-root", str(world.cache.parent), "--quiet"]
+    done = subprocess.run(command, cwd=world.root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_seal_of_a_finished_cache_changes_at_most_its_index(dump: Run, run: Run, world: World) -> None:
+    dump("--dtype", "fp16")
+    before = snapshot(world.cache)
+    told = record_of(world)
+    for _ in range(2):
+        assert run(*SEAL).exit_code == 0
+        after = snapshot(world.cache)
+        assert after.keys() == before.keys()
+        assert [name for name in before if after[name] != before[name]] in ([], ["cache_index.json"])
+        assert {**record_of(world), "digest": ""} == {**told, "digest": ""}
+
+
+def test_a_seal_of_parts_run_again_changes_nothing(dump: Run, run: Run, world: World) -> None:
+    halves(dump, "--dtype", "fp16")
+    assert run(*SEAL).exit_code == 0
+    before = snapshot(world.cache)
+    assert run(*SEAL).exit_code == 0
+    assert snapshot(world.cache) == before
+
+
+def test_a_seal_leaves_one_pack_per_teacher_and_no_record(dump: Run, run: Run, world: World) -> None:
+    halves(dump, "--shard-size", 1)
+    assert len(world.packs()) > 10
+    assert len(pending(world)) == 2
+    result = run(*SEAL, "--json")
+    assert result.exit_code == 0
+    content = json.loads(result.stdout)
+    assert (content["permitted"], content["missing"]) == (20, {})
+    assert content["published"]["rows"] == {"tiny": 20, "other": 20}
+    assert sorted(content["published"]["packs"].values()) == sorted(world.packs())
+    assert len(world.packs()) == 2
+    assert pending(world) == []
+    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+
+
+def test_a_seal_finds_manifest_and_features_by_what_the_dumps_saved(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Relative paths on the dumps' command lines, another folder for the seal."""
+    for part in ("0/2", "1/2"):
+        command = ("dump", "--target", "b", "--json-path", "dataset.json", "--data-root", ".", *TINY)
+        assert run(*command, "--only", "tiny", "--shard", part).exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(*SEAL, "--cache-root", world.cache.parent).exit_code == 0
+    assert len(LogitCache.open(world.cache)) == 20
+
+
+def test_the_indexs_paths_are_of_the_cache_that_was_sealed(dump: Run, run: Run, world: World, tmp_path: Path) -> None:
+    """A copy must never send existing code to the rows of the cache that it was copied from."""
+    halves(dump)
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    assert run(*SEAL).exit_code == 0
+    shutil.copytree(tmp_path / "cache", tmp_path / "again")
+    for root in ("cache", "copy", "again", tmp_path / "copy"):
+        assert run(*SEAL, "--cache-root", root).exit_code == 0
+        index = json.loads((tmp_path / root / "A2b" / "cache_index.json").read_bytes())
+        for file in world.permitted():
+            assert index["tiny"][file].startswith(f"{root}/A2b/tiny/")
+            assert np.load(index["tiny"][file]).shape == (10,)
+        assert index["kd_cache"]["shown_path"] == f"{root}/A2b"
+
+
+@pytest.mark.parametrize("first", ["--files", "--no-files"])
+def test_a_view_is_made_as_the_dumps_said_or_as_asked(dump: Run, run: Run, world: World, first: str) -> None:
+    halves(dump, first)
+    for option, expected in ((), first == "--files"), (("--no-files",), False), ((), False), (("--files",), True):
+        assert run(*SEAL, *option).exit_code == 0
+        index = index_of(world)
+        assert index["kd_cache"]["files"] == expected
+        assert len(index["tiny"]) == len(list((world.cache / "tiny").glob("*.npy"))) == (20 if expected else 0)
+        assert index["num_samples"] == len(LogitCache.open(world.cache)) == 20
+    assert run(*SEAL).exit_code == 0
+    assert record_of(world)["files"] is True
+
+
+def test_an_option_that_is_given_takes_the_place_of_what_was_saved(dump: Run, run: Run, world: World) -> None:
+    halves(dump)
+    moved = world.root / "moved"
+    shutil.copytree(world.root / "x", moved / "x")
+    shutil.copy(world.json_path, moved / "other.json")
+    shutil.rmtree(world.root / "x")
+    assert run(*SEAL).exit_code == 1
+    assert run(*SEAL, "--json-path", moved / "other.json", "--data-root", moved).exit_code == 0
+    assert record_of(world)["manifest"]["path"] == str(moved / "other.json")
+
+
+def test_samples_that_are_no_longer_permitted_are_left_out(dump: Run, run: Run, world: World) -> None:
+    halves(dump)
+    gone = [world.rows.pop(0)["file"] for _ in range(3)]
+    world.write()
+    result = run(*SEAL, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["published"]["left_out"] == {"tiny": 3, "other": 3}
+    assert set(served(world.cache)) == set(world.permitted())
+    for path in world.packs():
+        assert not set(gone) & set(open_pack(world.cache / "packs" / path).files)
+
+
+def test_a_sample_that_must_not_be_scored_stops_a_seal(dump: Run, run: Run, world: World) -> None:
+    """The guard stands before everything: a location in train and in test."""
+    halves(dump)
+    before = snapshot(world.cache)
+    row = dict(world.rows[0], split="test", file=world.rows[0]["file"].replace("-a.npy", "-b.npy"), device_id="b")
+    world.rows.append(row | {"domain": 1})
+    world.write()
+    result = run(*SEAL)
+    assert result.exit_code == 6, result.output
+    assert snapshot(world.cache) == before
+
+
+# -- what keeps it from sealing ---------------------------------------------------------------------------------------
+
+
+def test_a_part_that_has_not_run_is_named_with_its_files_and_nothing_changes(dump: Run, run: Run, world: World) -> None:
+    dump("--shard", "2/3")
+    dump("--shard", "0/3")
+    before = snapshot(world.cache)
+    lost = set(world.permitted())
+    for path in (world.cache / "packs").glob("tiny-*"):
+        lost -= set(open_pack(path).files)
+    result = run(*SEAL)
+    assert result.exit_code == 3
+    assert f"{len(lost)} permitted samples have no row" in result.stderr
+    assert all(file in result.stderr for file in lost)
+    assert "These parts have not run: 1/3." in result.stderr
+    assert snapshot(world.cache) == before
+    dump("--shard", "1/3")
+    assert run(*SEAL).exit_code == 0
+
+
+def test_a_part_that_has_not_run_leaves_the_index_of_before(dump: Run, run: Run, world: World) -> None:
+    dump()
+    before, rows = index_bytes(world), served(world.cache)
+    for number in range(40, 44):
+        world.add(number, "A", "train")
+    world.write()
+    dump("--shard", "0/2")
+    result = run(*SEAL)
+    assert result.exit_code == 3
+    assert "1/2" in result.stderr
+    assert index_bytes(world) == before
+    assert served(world.cache) == rows
+
+
+def test_rows_of_one_teacher_alone_are_not_enough(dump: Run, run: Run, world: World) -> None:
+    halves(dump)
+    other = [path for path in (world.cache / "packs").iterdir() if path.name.startswith("other")]
+    other[0].unlink()
+    result = run(*SEAL)
+    assert result.exit_code == 3
+    assert "other: " in result.stderr
+    assert "tiny: " not in result.stderr
+    assert not (world.cache / "cache_index.json").exists()
+
+
+def test_a_feature_that_changed_after_its_part_is_missed(dump: Run, run: Run, world: World) -> None:
+    """Its row is stale: it must not be sealed as if it were that feature's."""
+    dump()
+    before, rows = index_bytes(world), served(world.cache)
+    file = world.permitted()[3]
+    world.write_feature(file, np.ones((12, 20), np.float32))
+    halves(dump)
+    world.write_feature(file, np.zeros((12, 20), np.float32))
+    result = run(*SEAL)
+    assert result.exit_code == 3
+    assert file in result.stderr
+    assert "1 permitted samples have no row" in result.stderr
+    assert index_bytes(world) == before
+    found = served(world.cache)
+    assert found == {name: row for name, row in rows.items() if name != file}
+    assert halves(dump) == [0, 0]
+    assert run(*SEAL).exit_code == 0
+    assert served(world.cache).keys() == rows.keys()
+    assert served(world.cache)[file] == bytes(2 * 10 * 4)
+
+
+@pytest.mark.parametrize("how", ["gone", "malformed", "not finite"])
+def test_a_feature_that_cannot_be_read_is_named(dump: Run, run: Run, world: World, how: str) -> None:
+    halves(dump)
+    file = world.permitted()[3]
+    path = world.feature(file)
+    {
+        "gone": path.unlink,
+        "malformed": lambda: path.write_bytes(b"\x93NUMPY"),
+        "not finite": lambda: world.write_feature(file, np.full((12, 20), np.nan, np.float32)),
+    }[how]()
+    before = snapshot(world.cache)
+    result = run(*SEAL)
+    assert result.exit_code == 1
+    assert file in result.stderr
+    assert snapshot(world.cache) == before
+
+
+def test_what_parts_could_not_score_is_listed_with_the_reason(dump: Run, run: Run, world: World) -> None:
+    files = world.permitted()
+    world.feature(files[2]).write_bytes(b"no array")
+    world.feature(files[13]).unlink()
+    assert set(halves(dump, "--on-bad-sample", "skip")) <= {0, 3}
+    for _ in range(2):
+        result = run(*SEAL, "--json")
+        assert result.exit_code == 3
+        missing = json.loads(result.stdout)["missing"]
+        assert set(missing) == {files[2], files[13]}
+        assert "No such file" in missing[files[13]]
+        assert record_of(world)["missing"] == missing
+        assert set(served(world.cache)) == set(files) - set(missing)
+    assert f"missing: {files[2]}" in run(*SEAL).stdout
+
+
+def test_what_a_teacher_refused_is_listed_too(run: Run, world: World) -> None:
+    teacher = ("--teacher", "picky=tiny_teachers:picky", "--only", "picky", "--on-bad-sample", "skip")
+    command = ("dump", "--target", "b", "--json-path", world.json_path, *teacher)
+    for part in ("0/2", "1/2"):
+        run(*command, "--shard", part)
+    result = run(*SEAL, "--json")
+    assert result.exit_code == 3
+    missing = json.loads(result.stdout)["missing"]
+    assert all("at least 16 frames" in reason for reason in missing.values())
+    assert len(missing) + len(served(world.cache)) == 20
+
+
+def test_a_missing_sample_that_was_scored_later_is_missing_no_more(dump: Run, run: Run, world: World) -> None:
+    files = world.permitted()
+    good = world.feature(files[2]).read_bytes()
+    world.feature(files[2]).write_bytes(b"no array")
+    world.feature(files[13]).write_bytes(b"no array")
+    halves(dump, "--on-bad-sample", "skip")
+    world.feature(files[2]).write_bytes(good)
+    halves(dump, "--on-bad-sample", "skip")
+    result = run(*SEAL, "--json")
+    assert result.exit_code == 3
+    assert list(json.loads(result.stdout)["missing"]) == [files[13]]
+    world.feature(files[13]).write_bytes(good)
+    halves(dump)
+    assert run(*SEAL).exit_code == 0
+    assert record_of(world)["missing"] == {}
+    assert len(served(world.cache)) == 20
+
+
+def test_a_mended_feature_that_nobody_scored_stays_missing(dump: Run, run: Run, world: World) -> None:
+    file = world.permitted()[2]
+    good = world.feature(file).read_bytes()
+    world.feature(file).write_bytes(b"no array")
+    halves(dump, "--on-bad-sample", "skip")
+    world.feature(file).write_bytes(good)
+    result = run(*SEAL, "--json")
+    assert result.exit_code == 3
+    assert list(json.loads(result.stdout)["missing"]) == [file]
+
+
+def test_where_nothing_was_begun_there_is_nothing_to_seal(run: Run, world: World) -> None:
+    for make in (lambda: None, lambda: world.cache.mkdir(parents=True), lambda: (world.cache / "packs").mkdir()):
+        make()
+        result = run(*SEAL, "--json-path", world.json_path)
+        assert result.exit_code == 3
+        assert "holds nothing to seal" in result.stderr
+        assert "kd-cache dump" in result.stderr
+        assert not world.cache.exists() or not [path for path in world.cache.rglob("*") if path.is_file()]
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "emptied", "a folder"])
+def test_a_damaged_record_is_passed_over_with_one_note(dump: Run, run: Run, world: World, how: str) -> None:
+    """The other part's record names the same teachers."""
+    halves(dump)
+    path = pending(world)[0]
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+        result = run(*SEAL)
+        assert result.exit_code in (0, 1)
+        assert path.name in result.stderr
+        return
+    flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
+    path.write_bytes({"cut": content[:-1], "flipped": flipped, "emptied": b""}[how])
+    result = run(*SEAL)
+    assert result.exit_code == 0
+    assert result.stderr.count("is passed over") == 1
+    assert path.name in result.stderr
+    assert len(served(world.cache)) == 20
+
+
+def test_with_every_record_lost_the_packs_say_what_there_is(dump: Run, run: Run, world: World) -> None:
+    dump()
+    rows = served(world.cache)
+    shutil.rmtree(world.cache)
+    halves(dump)
+    shutil.rmtree(world.cache / "pending")
+    result = run(*SEAL, "--json-path", world.json_path)
+    assert result.exit_code == 0, result.output
+    assert {name: set(row) for name, row in served(world.cache).items()} == {
+        name: set(row) for name, row in rows.items()
+    }
+    assert run("verify", "--target", "b", "--json-path", world.json_path, "--all", *TINY).exit_code == 0
+    assert run("info").exit_code == 0
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "emptied"])
+def test_a_damaged_index_is_written_anew_from_the_packs(dump: Run, run: Run, world: World, how: str) -> None:
+    dump()
+    before, rows = snapshot(world.cache), served(world.cache)
+    content = before["cache_index.json"]
+    flipped = content[:-300] + bytes([content[-300] ^ 1]) + content[-299:]
+    (world.cache / "cache_index.json").write_bytes({"cut": content[:-9], "flipped": flipped, "emptied": b""}[how])
+    result = run(*SEAL, "--json-path", world.json_path)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("is written anew") == 1
+    after = snapshot(world.cache)
+    assert {name: after[name] for name in after if name != "cache_index.json"} == {
+        name: before[name] for name in before if name != "cache_index.json"
+    }
+    found = LogitCache.open(world.cache)
+    assert set(found.teachers) == {"tiny", "other"}
+    files = list(rows)
+    expected = np.frombuffer(b"".join(rows.values()), "<f4").reshape(20, 2, 10)
+    np.testing.assert_array_equal(found.tensor(["tiny", "other"], files).numpy(), expected)
+    assert run("verify", "--target", "b", "--json-path", world.json_path, "--all", *TINY).exit_code == 0
+
+
+@pytest.mark.parametrize("index", ["absent", "damaged"])
+def test_without_a_word_which_weights_are_current_a_seal_refuses(run: Run, world: World, index: str) -> None:
+    assert run(*weighing(world, 1)).exit_code == 0
+    assert run(*weighing(world, 2)).exit_code == 0
+    assert len(world.packs()) == 2
+    path = world.cache / "cache_index.json"
+    if index == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-2])
+    before = snapshot(world.cache)
+    result = run(*SEAL, "--json-path", world.json_path)
+    assert result.exit_code == 4
+    assert "2 fingerprints: which is current?" in result.stderr
+    assert snapshot(world.cache) == before
+
+
+def test_a_record_says_which_weights_are_current_where_the_index_is_damaged(run: Run, world: World) -> None:
+    run(*weighing(world, 1))
+    for part in ("0/2", "1/2"):
+        run(*weighing(world, 2), "--shard", part)
+    (world.cache / "cache_index.json").write_bytes(b"{")
+    assert run(*SEAL).exit_code == 0
+    sealed = served(world.cache)
+    shutil.rmtree(world.cache)
+    run(*weighing(world, 2))
+    assert served(world.cache) == sealed
+
+
+def test_a_damaged_pack_is_named_and_its_rows_are_missed_and_scored_again(dump: Run, run: Run, world: World) -> None:
+    dump("--shard", "0/2")
+    path = next((world.cache / "packs").glob("tiny-*"))
+    dump("--shard", "1/2")
+    content = path.read_bytes()
+    path.write_bytes(content[:700] + b"!" + content[701:])
+    result = run(*SEAL)
+    assert result.exit_code == 3
+    assert result.stderr.count("note: the pack") == 1
+    assert "its bytes do not match their digest" in result.stderr
+    assert not (world.cache / "cache_index.json").exists()
+    assert dump("--shard", "0/2").exit_code == 0
+    assert run(*SEAL).exit_code == 0
+    assert len(served(world.cache)) == 20
+    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+
+
+def test_the_cache_of_an_older_script_is_left_alone(dump: Run, run: Run, world: World) -> None:
+    dump()
+    index = index_of(world)
+    del index["kd_cache"]
+    (world.cache / "cache_index.json").write_text(json.dumps(index))
+    shutil.rmtree(world.cache / "packs")
+    before = snapshot(world.cache)
+    result = run(*SEAL, "--json-path", world.json_path)
+    assert result.exit_code == 5
+    assert "kd-cache adopt" in result.stderr
+    assert snapshot(world.cache) == before
+
+
+def test_a_renamed_cache_is_left_alone(dump: Run, run: Run, world: World) -> None:
+    dump()
+    world.cache.rename(world.cache.with_name("A2c"))
+    before = snapshot(world.cache.parent)
+    result = run("seal", "--target", "c", "--json-path", world.json_path)
+    assert result.exit_code == 5
+    assert "A2b" in result.stderr
+    assert snapshot(world.cache.parent) == before
+
+
+def test_the_parts_of_a_renamed_cache_are_left_alone(dump: Run, run: Run, world: World) -> None:
+    """No index yet, but the records say which adaptation they are of."""
+    halves(dump)
+    world.cache.rename(world.cache.with_name("A2c"))
+    before = snapshot(world.cache.parent)
+    result = run("seal", "--target", "c", "--json-path", world.json_path)
+    assert result.exit_code == 5
+    assert "A2b" in result.stderr
+    assert snapshot(world.cache.parent) == before
+
+
+@pytest.mark.parametrize("what", ["index", "record", "pack"])
+def test_a_newer_format_is_refused_and_left_alone(dump: Run, run: Run, world: World, what: str) -> None:
+    dump()
+    halves(dump)
+    if what == "pack":
+        path = next(iter((world.cache / "packs").iterdir()))
+        content = bytearray(path.read_bytes())
+        content[8] = 99
+        content[600] ^= 1
+        path.write_bytes(content)
+    else:
+        path = world.cache / "cache_index.json" if what == "index" else pending(world)[0]
+        index = read_index(path, maps=False)
+        record = {name: value for name, value in index.record.items() if name != "digest"}
+        write_index(path, index.num_samples, index.maps, record | {"format_version": 99})
+    before = snapshot(world.cache)
+    result = run(*SEAL, "--json-path", world.json_path)
+    assert result.exit_code == 1
+    assert "format version 99" in result.stderr
+    assert "Update kd-cache" in result.stderr
+    assert snapshot(world.cache) == before
+
+
+# -- the order of things ----------------------------------------------------------------------------------------------
+
+
+class Dead(BaseException):
+    """The process is gone: nothing it would still do happens."""
+
+
+@contextmanager
+def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Iterator[list[str]]:
+    """Nothing is put in place or removed any more from operation ``at`` on, or from just after it. Yields what was."""
+    did: list[str] = []
+
+    def wrap(name: str) -> None:
+        original = getattr(Path, name)
+
+        def operation(self: Path, *args: Any, **kwargs: Any) -> Any:
+            target = str(args[0] if name == "replace" else self)
+            if len(did) > at or (len(did) == at and not after):
+                did.extend([""] * (at + 1 - len(did)))
+                raise Dead
+            result = original(self, *args, **kwargs)
+            did.append(f"{name} {target}")
+            if len(did) > at:
+                raise Dead
+            return result
+
+        patched.setattr(Path, name, operation)
+
+    with monkeypatch.context() as patched:
+        wrap("replace")
+        wrap("unlink")
+        yield did
+
+
+def few(world: World) -> None:
+    """5 permitted samples, where many runs are needed."""
+    world.rows = world.rows[:3] + world.rows[12:14] + world.rows[-3:]
+    world.write()
+
+
+@pytest.mark.parametrize("files", ["--files", "--no-files"])
+def test_at_every_moment_of_a_seal_the_index_on_disk_finds_its_rows(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: str
+) -> None:
+    """Other weights, samples that came, samples that went: a crash leaves the cache of before or that of afterwards."""
+    few(world)
+    dump(files, "--shard-size", 1)
+    old = served(world.cache)
+    world.add(40, "A", "train")
+    world.add(41, "A", "train")
+    world.rows.pop(0)
+    world.write()
+    assert [run(*weighing(world, 7), files, "--shard", part).exit_code for part in ("0/2", "1/2")] == [0, 0]
+    assert halves(dump, files, "--only", "other") == [0, 0]
+    begun = tmp_path / "begun"
+    shutil.copytree(world.cache, begun)
+    assert run(*SEAL).exit_code == 0
+    finished, new = snapshot(world.cache), served(world.cache)
+    assert old.keys() != new.keys()
+
+    states = []
+    for at in range(1000):
+        for after in (False, True):
+            shutil.rmtree(world.cache)
+            shutil.copytree(begun, world.cache)
+            with dying(monkeypatch, at, after=after) as did:
+                try:
+                    assert run(*SEAL).exit_code == 0
+                except Dead:
+                    pass
+                else:
+                    break
+            index = read_index(world.cache / "cache_index.json")
+            is_new = len(index.maps["tiny"]) == 6 if files == "--files" else index.record["num_permitted"] == 6
+            assert served(world.cache) == (new if is_new else old), did
+            if not is_new:
+                assert set(pending_teachers(world)) == {"tiny", "other"}
+            states.append(is_new)
+            assert run(*SEAL).exit_code == 0
+            after_all = {n: c for n, c in snapshot(world.cache).items() if "/.tmp-" not in f"/{n}"}
+            assert after_all == finished, did
+        else:
+            continue
+        break
+    assert states == sorted(states)
+    assert True in states
+    assert False in states
+
+
+def pending_teachers(world: World) -> list[str]:
+    return [name for index in read_pending(CacheFolder(world.cache), Watcher()) for name in index.origins]
+
+
+def test_what_is_published_is_durable_in_order(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs, view, permitted keys, index; and only then anything of before goes."""
+    dump()
+    world.add(40, "A", "train")
+    world.write()
+    halves(dump)
+    with dying(monkeypatch, 10_000, after=False) as did:
+        assert run(*SEAL).exit_code == 0
+    steps = [operation.replace(str(world.cache) + "/", "").replace("cache/A2b/", "") for operation in did]
+    kinds = [_kind(step) for step in steps if ".tmp-" not in step]
+    order = ["new pack", "view", "permitted", "index", "old pack", "record"]
+    assert [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]] == order
+    last = {kind: len(kinds) - kinds[::-1].index(kind) for kind in order}
+    first = {kind: kinds.index(kind) for kind in order}
+    for before in order[:3]:
+        assert last[before] <= first["index"]
+    for later in order[4:]:
+        assert first["index"] < first[later]
+
+
+def _kind(step: str) -> str:
+    operation, name = step.split(" ", 1)
+    if name.startswith("packs/"):
+        return "new pack" if operation == "replace" else "old pack"
+    if name.startswith("pending/"):
+        return "record"
+    if name.startswith("permitted-"):
+        return "permitted"
+    return "index" if name == "cache_index.json" else "view"
+
+
+def test_an_index_that_cannot_be_written_leaves_everything_of_before(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump()
+    before = snapshot(world.cache)
+    world.add(40, "A", "train")
+    world.write()
+    halves(dump)
+    records = pending(world)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd_cache.store.index, "write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            seal_cache(_job(world))
+    now = snapshot(world.cache)
+    assert {name: now[name] for name in before} == before
+    assert pending(world) == records
+    assert run(*SEAL).exit_code == 0
+    assert len(served(world.cache)) == 21
+
+
+def _job(world: World) -> SealJob:
+    manifest = load_manifest(world.json_path)
+    selection = select(manifest, "b", data_root=world.root)
+    return SealJob(CacheFolder(world.cache), manifest, selection, FeatureSource(world.root))
+
+
+def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves(dump, "--shard-size", 2)
+
+    def dead(*args: Any) -> None:
+        raise Dead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd_cache.publish, "remove_files", dead)
+        with pytest.raises(Dead):
+            run(*SEAL)
+    assert len(world.packs()) > 2
+    assert len(pending(world)) == 2
+    assert len(served(world.cache)) == 20
+    assert run(*SEAL).exit_code == 0
+    assert len(world.packs()) == 2
+    assert pending(world) == []
+
+
+# -- several at once --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any], times: int = 1) -> Iterator[list[bool]]:
+    """Have ``act`` happen just before an index is put in place, the first times that one is."""
+    write, done = kd_cache.publish.write_index, list[bool]()
+
+    def writing(*args: Any, **kwargs: Any) -> None:
+        if len(done) < times:
+            done.append(True)
+            act()
+        write(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd_cache.publish, "write_index", writing)
+        yield done
+
+
+def test_two_dumps_that_end_at_the_same_moment_are_both_in_the_index(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    with meanwhile(monkeypatch, lambda: run(*base, "--only", "other")) as done:
+        result = run(*base, "--only", "tiny")
+    assert result.exit_code == 0, result.output
+    assert done == [True]
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    found = LogitCache.open(world.cache).tensor(["tiny", "other"], world.permitted())
+    assert pending(world) == []
+    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+    shutil.rmtree(world.cache)
+    dump()
+    assert torch.equal(LogitCache.open(world.cache).tensor(["tiny", "other"], world.permitted()), found)
+
+
+def test_a_seal_and_a_dump_of_another_teacher_that_end_at_the_same_moment_both_count(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    for part in ("0/2", "1/2"):
+        run(*base, "--only", "tiny", "--shard", part)
+    with meanwhile(monkeypatch, lambda: run(*base, "--only", "other")):
+        assert run(*SEAL).exit_code == 0
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    assert pending(world) == []
+    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+
+
+def test_an_index_that_never_stops_changing_is_an_error_and_no_endless_loop(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(world)
+    halves(dump, "--no-files")
+
+    def touch() -> None:
+        write_index(world.cache / "cache_index.json", 0, {}, {"teachers": {}, "missing": {}})
+
+    with meanwhile(monkeypatch, touch, times=10_000) as done:
+        result = run(*SEAL)
+    assert result.exit_code == 1
+    assert "keeps changing" in result.stderr
+    assert len(done) == 100
+    assert run(*SEAL).exit_code == 0
+    assert len(served(world.cache)) == 5
+
+
+def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the last look and the rename there is a moment that no file system closes: the rows are still there."""
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    write, done = kd_cache.store.index.write_atomic, []
+
+    def late(path: Path, content: Any, before: Callable[[], None] | None = None) -> None:
+        def looked() -> None:
+            if before is not None:
+                before()
+            if not done and path.name == "cache_index.json":
+                done.append(True)
+                assert run(*base, "--only", "other").exit_code == 0
+
+        write(path, content, looked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd_cache.store.index, "write_atomic", late)
+        result = run(*base, "--only", "tiny")
+    assert done
+    # Each took the other's view for one that nothing promises; the dump that found that out said so.
+    assert result.exit_code == 3
+    assert "run kd-cache seal" in result.stdout
+    result = run(*base, "--only", "other", "--json")
+    assert json.loads(result.stdout)["samples_scored"] == 0
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, seen = kd_cache.shard.write_pack, []
+
+    def looking(directory: Path, origin: Any, *rest: Any) -> Path:
+        (index,) = read_pending(CacheFolder(world.cache), Watcher())
+        seen.append(index.origins[origin.teacher] == origin)
+        return write(directory, origin, *rest)
+
+    monkeypatch.setattr(kd_cache.shard, "write_pack", looking)
+    assert dump("--shard-size", 4).exit_code == 0
+    assert len(seen) > 4
+    assert all(seen)
+    assert pending(world) == []
+
+
+def test_a_record_says_all_that_a_seal_needs(dump: Run, world: World) -> None:
+    dump("--shard", "1/2", "--dtype", "fp16", "--no-files")
+    (index,) = read_pending(CacheFolder(world.cache), Watcher())
+    record = index.record
+    assert record["adaptation"] == "A2b"
+    assert record["manifest"]["sha256"] == load_manifest(world.json_path).digest
+    assert record["settings"]["paths"]["json_path"] == str(world.json_path)
+    assert (record["files"], record["part"], record["shown_path"]) == (False, [1, 2], "cache/A2b")
+    assert list(record["teachers"]) == ["tiny", "other"]
+    assert record["teachers"]["tiny"]["storage_cost"]["rows"] == 10
+    assert begun(record) > 0
+
+
+def test_a_dump_that_fails_keeps_its_record(run: Run, world: World) -> None:
+    teacher = ("--teacher", "nan=tiny_teachers:nan", "--only", "nan")
+    command = ("dump", "--target", "b", "--json-path", world.json_path, *teacher, "--shard-size", 1, "--batch-size", 1)
+    result = run(*command)
+    assert result.exit_code == 1
+    assert world.packs()
+    assert len(pending(world)) == 1
+    assert run(*command, "--on-bad-sample", "skip").exit_code == 3
+    assert pending(world) == []
+
+
+def test_a_dump_that_scores_nothing_or_cannot_begin_leaves_no_record(dump: Run, run: Run, world: World) -> None:
+    assert dump("--batch-size", 0).exit_code == 2
+    assert dump("--dry-run").exit_code == 0
+    assert dump("--shard", "0/2", "--dry-run").exit_code == 0
+    teacher = ("--teacher", "bad=tiny_teachers:raises", "--only", "bad")
+    assert run("dump", "--target", "b", "--json-path", world.json_path, *teacher).exit_code == 1
+    assert pending(world) == []
+    dump()
+    assert dump().exit_code == 0
+    assert pending(world) == []
+
+
+def test_a_later_dump_with_other_weights_overtakes_older_records(run: Run, world: World) -> None:
+    run(*weighing(world, 1), "--shard", "0/2")
+    assert len(pending(world)) == 1
+    assert run(*weighing(world, 2)).exit_code == 0
+    assert pending(world) == []
+    rows = served(world.cache)
+    assert run(*SEAL).exit_code == 0
+    assert served(world.cache) == rows
+
+
+def test_the_newest_weights_are_sealed_in_whatever_order_the_parts_ran(run: Run, world: World) -> None:
+    """Old and new weights, both complete: what began later is current."""
+    for weights, part in ((1, "0/2"), (2, "1/2"), (1, "1/2"), (2, "0/2")):
+        assert run(*weighing(world, weights), "--shard", part).exit_code == 0
+    assert run(*SEAL).exit_code == 0
+    assert pending(world) == []
+    sealed = served(world.cache)
+    shutil.rmtree(world.cache)
+    run(*weighing(world, 2))
+    assert served(world.cache) == sealed
+
+
+def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part with new weights runs just when a dump with the old ones, begun before, ends."""
+    command = weighing(world, 1)
+    with meanwhile(monkeypatch, lambda: run(*weighing(world, 2), "--shard", "0/2")):
+        assert run(*command).exit_code == 0
+    assert len(pending(world)) == 1
+    first = served(world.cache)
+    assert run(*SEAL).exit_code == 3
+    assert served(world.cache) == first
+    assert run(*weighing(world, 2), "--shard", "1/2").exit_code == 0
+    assert run(*SEAL).exit_code == 0
+    assert pending(world) == []
+    assert served(world.cache) != first
+
+
+def test_records_of_other_teachers_outlive_somebody_elses_end(dump: Run, run: Run, world: World) -> None:
+    run(*weighing(world, 5, "third"), "--shard", "0/2")
+    record = pending(world)
+    assert dump().exit_code == 0
+    assert pending(world) == record
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    assert any(name.startswith("third-") for name in world.packs())
+    result = run(*SEAL)
+    assert result.exit_code == 3
+    assert "third: " in result.stderr
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    run(*weighing(world, 5, "third"), "--shard", "1/2")
+    assert run(*SEAL).exit_code == 0
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other", "third"}
+    assert pending(world) == []
+
+
+def test_a_record_of_two_teachers_stays_until_both_are_told_of(dump: Run, run: Run, world: World) -> None:
+    dump("--shard", "0/2")
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    assert run(*base, "--only", "tiny").exit_code == 0
+    assert len(pending(world)) == 1
+    assert run(*base, "--only", "other").exit_code == 0
+    assert pending(world) == []
+
+
+def test_records_are_read_oldest_first_and_temporaries_and_strangers_are_left(world: World) -> None:
+    folder = CacheFolder(world.cache)
+    assert read_pending(folder, Watcher()) == []
+    for number in (3, 1, 2):
+        PendingRecord(folder, {}, {"begun": number}).write({}, {})
+    (folder.pending_path / ".tmp-1-2.json").write_text("{")
+    (folder.pending_path / "notes.txt").write_text("mine")
+    assert [begun(index.record) for index in read_pending(folder, Watcher())] == [1, 2, 3]
+    for value in (None, "x", 1.5, True):
+        assert begun({"begun": value}) == 0
+    assert begun({}) == 0
+
+
+def test_a_record_written_again_replaces_itself(world: World) -> None:
+    record = PendingRecord(CacheFolder(world.cache), {}, {})
+    assert not record.is_written
+    record.write({}, {})
+    record.write({}, {"x.npy": "bad"})
+    assert record.is_written
+    (index,) = read_pending(CacheFolder(world.cache), Watcher())
+    assert index.missing == {"x.npy": "bad"}
+    assert begun(index.record) == record.begun
+
+
+def test_sealing_in_python_returns_what_was_done(dump: Run, world: World) -> None:
+    halves(dump)
+    report = seal_cache(_job(world))
+    assert (report.permitted, report.missing, report.cache) == (20, {}, world.cache)
+    assert isinstance(report.published, Published)
+    assert report.published.rows == {"tiny": 20, "other": 20}
+    assert report.as_json()["published"]["num_samples"] == 20
+    keys = {key.tobytes() for key in keys_of(world.permitted())}
+    for name in report.published.packs.values():
+        assert {key.tobytes() for key in open_pack(world.cache / "packs" / name).keys} == keys

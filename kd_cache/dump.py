@@ -34,7 +34,7 @@ from kd_cache.finish import Ending, describe, finish, nothing_readable
 from kd_cache.known import ASKED, FRESH, NEW, Known
 from kd_cache.manifest import SOURCE, Manifest, sample_key
 from kd_cache.pending import PendingRecord
-from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, load_plan
+from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, plan_of
 from kd_cache.publish import Published
 from kd_cache.shard import Shard
 from kd_cache.splits import Selection
@@ -414,7 +414,8 @@ class _Dump:
     def _saved_plan(self, bins: int) -> BatchPlan | None:
         """The plan of the rows that are kept, or that other processes are making; none where there are no such rows."""
         begun = self.packs.good or self.folder.pending_path.exists()
-        saved = load_plan(self.folder.plan_path) if begun and self.job.skip_existing else None
+        told = None if self.earlier is None else self.earlier.record
+        saved = plan_of(self.folder.plan_path, told) if begun and self.job.skip_existing else None
         asked = any(known.union is not None for known in self.known.values())
         if saved is None or (saved.bins != bins and not asked):
             return None

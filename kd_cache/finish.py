@@ -14,7 +14,7 @@ from kd_cache.accuracy import labels_of
 from kd_cache.errors import CorruptError, FeatureError, StaleError, StoreError, shown
 from kd_cache.manifest import SOURCE, Manifest
 from kd_cache.pending import begun, forget, read_pending
-from kd_cache.plan import load_plan
+from kd_cache.plan import load_plan, plan_of
 from kd_cache.publish import Promise, Published, drop_forbidden, publish
 from kd_cache.splits import Selection
 from kd_cache.store.atomic import make_directory, store_errors
@@ -74,6 +74,7 @@ def finish(end: Ending, watcher: Watcher) -> Published:
         found = {} if earlier is None else earlier.origins
         others = {name: origin for name, origin in {**end.others, **found}.items() if name not in end.origins}
         pending = read_pending(end.folder, watcher)
+        _keep_plan(end.folder, earlier)
         try:
             published = _publish(end, earlier, others, state, watcher)
         except IndexChangedError:
@@ -84,6 +85,14 @@ def finish(end: Ending, watcher: Watcher) -> Published:
     raise StoreError(
         f"the index {shown(end.folder.index_path)} keeps changing; try again when the other dumps are done"
     )
+
+
+def _keep_plan(folder: CacheFolder, earlier: Index | None) -> None:
+    """Restore a lost or damaged batch plan from the index's copy: another one would make other last bits."""
+    if earlier is not None and load_plan(folder.plan_path) is None:
+        plan = plan_of(folder.plan_path, earlier.record)
+        if plan is not None:
+            plan.save(folder.plan_path)
 
 
 def nothing_readable(count: int) -> FeatureError:

@@ -15,7 +15,7 @@ from typing import Any
 
 from kd_cache.errors import CorruptError, StaleError
 from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.folder import CacheFolder, refuse_link
 from kd_cache.store.index import Index, origin_entry, read_index, write_index
 from kd_cache.store.pack import Origin
 from kd_cache.store.seal import remove_files
@@ -62,6 +62,7 @@ def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
     """All pending records, the oldest first. A damaged one is told of and left out: its dump can be run again."""
     found = []
     with store_errors(folder.pending_path, "list"):
+        refuse_link(folder.pending_path)
         try:
             names = sorted(entry.name for entry in os.scandir(folder.pending_path))
         except FileNotFoundError:

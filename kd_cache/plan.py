@@ -17,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
+from kd_cache.fingerprint import canonical_json
 from kd_cache.store.atomic import open_file, store_errors, write_atomic
 
 Shape = tuple[int, int]
+
+_ENTRIES = {"batch_size", "bins", "batches", "digest"}
 
 _MOST_BYTES = 1 << 22
 _MOST_SAMPLES = 1 << 16
@@ -66,8 +71,23 @@ class BatchPlan:
         sizes = {f"{frames}x{bins}": size for (frames, bins), size in sorted(self.batches.items())}
         return {"batch_size": self.batch_size, "bins": self.bins, "batches": sizes}
 
+    @classmethod
+    def from_json(cls, content: Any) -> BatchPlan | None:
+        """What `as_json` gave; ``None`` where it makes no sense."""
+        try:
+            most = _positive(content["batch_size"], _MOST_SAMPLES)
+            sizes = {}
+            for text, size in content["batches"].items():
+                frames, _, bins = text.partition("x")
+                sizes[int(frames), int(bins)] = _positive(size, most)
+            return cls(most, _positive(content["bins"]), sizes)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+
     def save(self, path: Path) -> None:
-        write_atomic(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
+        """Write it durably, with its digest: a plan with a flipped bit would silently make other last bits."""
+        content = self.as_json()
+        write_atomic(path, (json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n").encode())
 
 
 def load_plan(path: Path) -> BatchPlan | None:
@@ -88,14 +108,21 @@ def load_plan(path: Path) -> BatchPlan | None:
             raise
     try:
         content = json.loads(raw)
-        most = _positive(content["batch_size"], _MOST_SAMPLES)
-        sizes = {}
-        for text, size in content["batches"].items():
-            frames, _, bins = text.partition("x")
-            sizes[int(frames), int(bins)] = _positive(size, most)
-        return BatchPlan(most, _positive(content["bins"]), sizes)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    if not isinstance(content, dict) or content.keys() - _ENTRIES:
+        return None
+    digest = content.pop("digest", None)  # the first version wrote none
+    return BatchPlan.from_json(content) if digest in (None, _digest(content)) else None
+
+
+def plan_of(path: Path, record: Mapping[str, Any] | None) -> BatchPlan | None:
+    """The saved plan; where that is lost or damaged, the copy in the record of an index. Raises as `load_plan`."""
+    return load_plan(path) or BatchPlan.from_json((record or {}).get("plan"))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(canonical_json(content))
 
 
 def _positive(value: Any, most: int = 1 << 30) -> int:

@@ -113,7 +113,9 @@ class PackRows(TeacherRows):
         return self._union.take(self._positions(positions))
 
     def inputs(self, positions: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._union.inputs[self._positions(positions)]
+        mine = self._positions(positions)
+        self._union.touch(mine)
+        found: np.ndarray = self._union.inputs[mine]
         return found
 
     def all(self) -> np.ndarray:

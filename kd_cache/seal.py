@@ -106,7 +106,8 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         raise nothing_readable(len(known))
     missing = _still_missing(job.selection.files, inputs, known, packs, current)
     shown_path = job.shown_path or str(current.record.get("shown_path", job.folder.path))
-    record = {**job.record, **current.record, "shown_path": shown_path}
+    further = {key: value for key, value in job.record.items() if key not in current.record}
+    record = {**current.record, **further, "shown_path": shown_path}
     end = Ending(
         job.folder,
         shown_path,

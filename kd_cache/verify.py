@@ -18,7 +18,7 @@ from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown, wor
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.manifest import Manifest, sample_key
 from kd_cache.pending import read_pending
-from kd_cache.plan import load_plan, places_of
+from kd_cache.plan import load_plan, places_of, plan_of
 from kd_cache.splits import Selection
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
@@ -206,6 +206,7 @@ class _Audit:
         self._look_for_forbidden_entries(index)
         self._compare_manifest(index)
         if self.job.n is None:
+            self._check_plan(index)
             self._look_the_other_way(index)
         if self.job.recompute:
             self._recompute(index, packs)
@@ -396,6 +397,14 @@ class _Audit:
                 if file not in permitted:
                     self._problem(LEAK, name, file, "the index names it, but the manifest does not permit it", INDEX)
 
+    def _check_plan(self, index: Index) -> None:
+        """The batch plan beside the index is the one that the index tells of."""
+        told, path = index.record.get("plan"), self.job.folder.plan_path
+        saved = load_plan(path)
+        if told is not None and (saved is None or saved.as_json() != told):
+            kind = CORRUPT if path.exists() else MISS
+            self._problem(kind, "", str(path), "it is not the plan that the index tells of; run kd-cache repair", INDEX)
+
     def _look_the_other_way(self, index: Index) -> None:
         """Disk → index: row files that nothing promises, in every folder that may hold some."""
         listed = {key.tobytes() for key in keys_of(sample.file for sample in self.job.manifest)}
@@ -415,7 +424,7 @@ class _Audit:
 
         if self.job.device is None:
             raise ValueError("recomputing needs a device")
-        plan = load_plan(self.job.folder.plan_path)
+        plan = plan_of(self.job.folder.plan_path, index.record)
         in_order = sorted(self.all_files, key=sample_key)
         places = {} if plan is None else places_of(self.job.source, in_order, plan)
         for name, origin in index.origins.items():

@@ -275,11 +275,18 @@ def serve(connection: socket.socket) -> None:
 def _preload() -> None:
     """Import what a command imports, and let torch start what it starts once."""
     import torch
+    import typer.main
 
     torch.set_num_threads(1)
+    typer.main.get_command = functools.cache(typer.main.get_command)  # what the options are, made once for all
     importlib.import_module("tiny_teachers")
     for name in ("cli", "cli.dump_run", "cli.saved", "cli.verify_run", "dump", "engine", "export", "seal", "verify"):
         importlib.import_module(f"kd_cache.{name}")
+    # What is imported when a command line is parsed, and when an error is told.
+    with Path(os.devnull).open("w") as silent, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        sys.argv = ["kd-cache", "dump", "--target", "b", "--json-path", os.devnull]
+        _status_of(_command)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.collect()
     gc.freeze()
 

@@ -125,6 +125,7 @@ class CacheFolder:
 
     def pack_paths(self) -> list[Path]:
         with store_errors(self.packs_path, "list"):
+            refuse_link(self.packs_path)
             try:
                 entries = list(os.scandir(self.packs_path))
             except FileNotFoundError:
@@ -143,6 +144,15 @@ def _opened(path: Path, check: str) -> Pack | CorruptError | None:
         return error
     except FileNotFoundError:
         return None
+
+
+def refuse_link(directory: Path) -> None:
+    """Raise `StoreError` if a link stands where a folder of ours is to be: what we remove there is another's."""
+    if directory.is_symlink():
+        raise StoreError(
+            f"{shown(directory)} is a link, expected a folder of its own",
+            hint="Move the whole cache where there is room, and name it with --cache-root.",
+        )
 
 
 def teacher_in_name(path: Path) -> str:

@@ -25,6 +25,8 @@ NO_LABEL = -1
 _ROW = 20
 _BLOCK = 65_536
 _MAPPED = 1 << 20
+_MOST = 1 << 31
+"""For a hundred million samples."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def read_permitted(path: Path) -> Permitted:
 def _content(path: Path) -> np.ndarray:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
+        if size > _MOST:
+            raise _damaged(path, f"it has {size} bytes, expected at most {_MOST}")
         if size < _MAPPED:
             return np.frombuffer(file.readall(), np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)

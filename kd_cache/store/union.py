@@ -90,18 +90,22 @@ class Union:
             pending = pending[self.repeats[position[pending]]]
         return found
 
+    def touch(self, positions: np.ndarray) -> None:
+        """Check these rows where packs are checked as they are read. Raises `CorruptError`."""
+        for number, pack in enumerate(self.packs):
+            if pack.unchecked is not None:
+                pack.touch(positions if self._single else self.row_no[positions[self.pack_no[positions] == number]])
+
     def take(self, positions: np.ndarray) -> np.ndarray:
         """``[Q, C]`` rows as stored. Raises `CorruptError` where a pack is checked as it is read."""
+        self.touch(positions)
         if self._single:
-            self.packs[0].touch(positions)
             return self.packs[0].logits.take(positions, axis=0)
         out = np.empty((len(positions), self.origin.num_classes), self.origin.stored)
         numbers = self.pack_no[positions]
         for number in np.unique(numbers):
             mine = np.flatnonzero(numbers == number)
-            rows = self.row_no[positions[mine]]
-            self.packs[number].touch(rows)
-            out[mine] = self.packs[number].logits[rows]
+            out[mine] = self.packs[number].logits[self.row_no[positions[mine]]]
         return out
 
     def file_bytes(self, positions: np.ndarray) -> list[bytes]:

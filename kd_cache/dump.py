@@ -407,7 +407,8 @@ class _Dump:
         """The plan, made or extended where it does not cover ``shape`` yet."""
         if self.plan is None:
             self.plan = self._saved_plan(shape[1])
-        if self.plan is None or shape not in self.plan.batches:
+        # A shape with other bins is of a bad sample, for which the plan must not grow.
+        if self.plan is None or (shape[1] == self.plan.bins and shape not in self.plan.batches):
             self.plan = self._make_plan(earlier=self.plan)
         return self.plan
 

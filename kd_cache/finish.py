@@ -13,7 +13,7 @@ import numpy as np
 from kd_cache.accuracy import labels_of
 from kd_cache.errors import CorruptError, FeatureError, StaleError, StoreError, shown
 from kd_cache.manifest import SOURCE, Manifest
-from kd_cache.pending import begun, forget, read_pending
+from kd_cache.pending import begun, begun_with, forget, read_pending
 from kd_cache.plan import load_plan, plan_of
 from kd_cache.publish import Promise, Published, drop_forbidden, publish
 from kd_cache.splits import Selection
@@ -36,7 +36,7 @@ class Ending:
         inputs, known: by sample of the selection: ``[N, 16]`` digests of the features, and whether it could be read.
         origins: the teachers whose every row must be there, but for the ``missing`` files.
         others: further teachers that the cache held so far.
-        entries: further content of the teachers' entries.
+        entries: further content of the teachers' entries; ``begun`` where the record's is not a teacher's own.
         record: what the index keeps of the run.
         packs: what the run found; damaged ones among them go when the index stands.
         replaced: packs whose rows must not be used although they look fresh.
@@ -79,7 +79,7 @@ def finish(end: Ending, watcher: Watcher) -> Published:
             published = _publish(end, earlier, others, state, watcher)
         except IndexChangedError:
             continue
-        forget(end.folder, pending, {**end.origins, **others}, end.origins, begun(end.record))
+        forget(end.folder, pending, {**end.origins, **others}, _begun(end))
         _clean_up(end, others, published, watcher)
         return published
     raise StoreError(
@@ -108,6 +108,11 @@ def _index_now(end: Ending) -> Index | None:
     return end.earlier
 
 
+def _begun(end: Ending) -> dict[str, int]:
+    """When the word on each teacher asked for was begun: by this run, or, for a seal, by the dump that it goes by."""
+    return {name: end.entries.get(name, {}).get("begun", begun(end.record)) for name in end.origins}
+
+
 def _publish(
     end: Ending, earlier: Index | None, others: Mapping[str, Origin], state: State, watcher: Watcher
 ) -> Published:
@@ -118,7 +123,10 @@ def _publish(
         origins,
         Promise(end.selection.files, end.inputs, end.known, Permitted.of(*labels_of(end.selection))),
         describe(end.folder, end.manifest, end.selection, end.record) | {"missing": dict(end.missing)},
-        {name: _entry(origin, earlier, end.entries.get(name, {})) for name, origin in origins.items()},
+        {
+            name: _entry(origin, earlier, None if name in others else end.entries.get(name, {}))
+            for name, origin in origins.items()
+        },
         earlier=earlier,
         files=end.files,
         asked=end.origins,
@@ -162,11 +170,17 @@ def _ordered(asked: Mapping[str, Origin], others: Mapping[str, Origin], earlier:
     return {name: merged[name] for name in dict.fromkeys([*before, *merged]) if name in merged}
 
 
-def _entry(origin: Origin, earlier: Index | None, further: Mapping[str, Any]) -> dict[str, Any]:
-    """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing."""
+def _entry(origin: Origin, earlier: Index | None, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing.
+
+    ``further`` is ``None`` for a teacher that is carried over: what is said of it is as old as it was.
+    """
     before = earlier.record["teachers"].get(origin.teacher, {}) if earlier else {}
     same = before.get("fingerprint") == origin.fingerprint.digest
-    return {key: before[key] for key in _KEPT if same and key in before} | dict(further)
+    kept = {key: before[key] for key in _KEPT if same and key in before}
+    if further is None:
+        return kept | {"begun": begun_with(earlier, origin.teacher) if earlier and before else 0}
+    return kept | dict(further)
 
 
 def _clean_up(end: Ending, others: Mapping[str, Origin], published: Published, watcher: Watcher) -> None:

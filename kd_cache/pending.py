@@ -58,6 +58,12 @@ def begun(record: Mapping[str, Any]) -> int:
     return value if type(value) is int else 0
 
 
+def begun_with(index: Index, name: str) -> int:
+    """When what an index says of a teacher was begun: of one that its dump only carried over, an earlier index's."""
+    value = index.record["teachers"].get(name, {}).get("begun")
+    return value if type(value) is int else begun(index.record)
+
+
 def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
     """All pending records, the oldest first. A damaged one is told of and left out: its dump can be run again."""
     found = []
@@ -80,20 +86,20 @@ def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
 
 
 def forget(
-    folder: CacheFolder, records: Iterable[Index], origins: Mapping[str, Origin], asked: Collection[str], since: int
+    folder: CacheFolder, records: Iterable[Index], origins: Mapping[str, Origin], since: Mapping[str, int]
 ) -> None:
     """Remove the records that an index now tells of, and those it overtook.
 
     Args:
         origins: the index's teachers.
-        asked: those among them that were scored or sealed for it, beginning at ``since``: what an older record says of
-            them was overtaken, whatever its fingerprint.
+        since: when those of them that were scored or sealed for it were begun: what an older record says of these was
+            overtaken, whatever its fingerprint.
     """
 
     def is_told(record: Index) -> bool:
-        overtaken = set(asked) if begun(record.record) <= since else set()
         return all(
-            name in overtaken or (name in origins and origins[name].fingerprint.digest == origin.fingerprint.digest)
+            (name in since and begun_with(record, name) <= since[name])
+            or (name in origins and origins[name].fingerprint.digest == origin.fingerprint.digest)
             for name, origin in record.origins.items()
         )
 

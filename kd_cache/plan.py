@@ -23,6 +23,7 @@ from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json
 from kd_cache.store.atomic import open_file, store_errors, write_atomic
+from kd_cache.store.strict_json import strict_json
 
 Shape = tuple[int, int]
 
@@ -67,6 +68,11 @@ class BatchPlan:
         size = self.batches.get(shape, 1)
         return Place(size, rank % size)
 
+    def holds(self, other: BatchPlan) -> bool:
+        """Whether this is ``other``, or ``other`` with further shapes."""
+        same = (self.batch_size, self.bins) == (other.batch_size, other.bins)
+        return same and other.batches.items() <= self.batches.items()
+
     def as_json(self) -> dict[str, Any]:
         sizes = {f"{frames}x{bins}": size for (frames, bins), size in sorted(self.batches.items())}
         return {"batch_size": self.batch_size, "bins": self.bins, "batches": sizes}
@@ -107,13 +113,13 @@ def load_plan(path: Path) -> BatchPlan | None:
                 return None
             raise
     try:
-        content = json.loads(raw)
+        content = strict_json(raw, KeyError)
+        if not isinstance(content, dict) or content.keys() - _ENTRIES:
+            return None
+        digest = content.pop("digest", None)  # the first version wrote none
+        return BatchPlan.from_json(content) if digest in (None, _digest(content)) else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(content, dict) or content.keys() - _ENTRIES:
-        return None
-    digest = content.pop("digest", None)  # the first version wrote none
-    return BatchPlan.from_json(content) if digest in (None, _digest(content)) else None
 
 
 def plan_of(path: Path, record: Mapping[str, Any] | None) -> BatchPlan | None:

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError, shown
-from kd_cache.seal import Current, SealJob, current_in, seal_cache
-from kd_cache.store.folder import CacheFolder, teacher_in_name
-from kd_cache.store.index import is_teacher_name
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError
+from kd_cache.seal import SealJob, current_in, seal_cache
+from kd_cache.store.folder import CacheFolder
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin, Pack, write_pack
 from kd_cache.store.seal import remove_files
-from kd_cache.store.view import stored_names
 from kd_cache.verify import (
     CORRUPT,
     INDEX,
@@ -133,7 +131,6 @@ def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
     """A new index from the packs; where these lack rows as well, by scoring them."""
     folder = job.audit.folder
     current = current_in(folder, watcher)
-    _refuse_forgotten(folder, current)
     for origin in current.origins.values():
         drop_rows(folder, origin)
     rows = _Rows(current.origins, current.record)
@@ -146,20 +143,6 @@ def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
             raise
         _score(job, report, rows, due, watcher)
     report.rebuilt = True
-
-
-def _refuse_forgotten(folder: CacheFolder, current: Current) -> None:
-    """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would be told."""
-    traces = {teacher_in_name(path) for path in folder.packs().damaged}
-    traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
-    forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
-    if forgotten:
-        names = ", ".join(forgotten)
-        raise CorruptError(
-            f"{shown(folder.path)} has no index that can be read, and no pack of {names} that can be read",
-            hint=f"Run kd-cache dump with all teachers that the cache is to hold; what is left of {names} goes if they "
-            "are not among them.",
-        )
 
 
 def _repair(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:

@@ -19,13 +19,14 @@ from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, Stal
 from kd_cache.features import FeatureSource
 from kd_cache.finish import Ending, finish, nothing_readable
 from kd_cache.manifest import Manifest
-from kd_cache.pending import begun, read_pending
+from kd_cache.pending import begun, begun_with, read_pending
 from kd_cache.publish import Published
 from kd_cache.splits import Selection
-from kd_cache.store.folder import CacheFolder, PackSet, refuse_renamed
-from kd_cache.store.index import Index
+from kd_cache.store.folder import CacheFolder, PackSet, refuse_renamed, teacher_in_name
+from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
+from kd_cache.store.view import stored_names
 from kd_cache.watch import Watcher
 
 _AHEAD = 1024
@@ -156,24 +157,56 @@ def _current(folder: CacheFolder, packs: PackSet | None, earlier: Index | None, 
     for index in told:
         refuse_renamed(folder, index)
         found.missing.update(index.missing)
-        for name, origin in index.origins.items():
-            same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
-            found.origins[name] = origin
-            kept = found.entries.get(name, {}) if same else {}
-            found.entries[name] = _merged(kept, index.record["teachers"][name])
+    words = [(begun_with(index, name), name, index) for index in told for name in index.record["teachers"]]
+    for when, name, index in sorted(words, key=lambda word: word[0]):
+        if index is not earlier and _is_told(earlier, name, index):
+            continue
+        origin = index.origins[name]
+        same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
+        found.origins[name] = origin
+        kept = found.entries.get(name, {}) if same else {}
+        own = {} if when == begun(found.record) else {"begun": when}
+        found.entries[name] = _merged(kept, index.record["teachers"][name]) | own
     if earlier is not None:  # in the order that readers are used to
         ordered = dict.fromkeys([*earlier.origins, *found.origins])
         found = replace(found, origins={name: found.origins[name] for name in ordered})
     if earlier is None and (not told or folder.index_path.exists()):
-        found.origins.update((packs or folder.packs()).sole_origins(found.origins))
+        packs = packs or folder.packs()
+        found.origins.update(packs.sole_origins(found.origins))
+        _refuse_forgotten(folder, packs, found)
     if not found.origins:
         raise MissingLogitsError(f"{shown(folder.path)} holds nothing to seal", hint="Run kd-cache dump.")
     return found
 
 
+def _is_told(earlier: Index | None, name: str, record: Index) -> bool:
+    """Whether the index counts what this record says of a teacher: a crash just after the index leaves both."""
+    entry = None if earlier is None else earlier.record["teachers"].get(name)
+    if earlier is None or entry is None:
+        return False
+    same = entry["fingerprint"] == record.record["teachers"][name]["fingerprint"]
+    return bool(same and begun_with(record, name) <= begun_with(earlier, name))
+
+
+def _refuse_forgotten(folder: CacheFolder, packs: PackSet, current: Current) -> None:
+    """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would be told."""
+    traces = {teacher_in_name(path) for path in packs.damaged}
+    if folder.path.is_dir():
+        traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
+    forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
+    if forgotten and current.origins:
+        names = ", ".join(forgotten)
+        raise CorruptError(
+            f"{shown(folder.path)} has no index that can be read, and no pack of {names} that can be read",
+            hint=f"Run kd-cache dump with all teachers that the cache is to hold; what is left of {names} goes if they "
+            "are not among them.",
+        )
+
+
 def _merged(kept: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """Two entries of one fingerprint: costs of storage were measured by each process over its own rows."""
-    merged = {**kept, **{key: entry[key] for key in ("source", "adopted", "storage_cost") if key in entry}}
+    merged = {key: value for key, value in kept.items() if key != "begun"}
+    merged |= {key: entry[key] for key in ("source", "adopted", "storage_cost") if key in entry}
     if "storage_cost" in kept and "storage_cost" in entry:
         merged["storage_cost"] = _added(kept["storage_cost"], entry["storage_cost"])
     return merged

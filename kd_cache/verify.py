@@ -18,7 +18,7 @@ from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown, wor
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.manifest import Manifest, sample_key
 from kd_cache.pending import read_pending
-from kd_cache.plan import load_plan, places_of, plan_of
+from kd_cache.plan import BatchPlan, load_plan, places_of, plan_of
 from kd_cache.splits import Selection
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
@@ -398,10 +398,10 @@ class _Audit:
                     self._problem(LEAK, name, file, "the index names it, but the manifest does not permit it", INDEX)
 
     def _check_plan(self, index: Index) -> None:
-        """The batch plan beside the index is the one that the index tells of."""
-        told, path = index.record.get("plan"), self.job.folder.plan_path
+        """The batch plan beside the index is the one that it tells of, or one that a later dump has begun to extend."""
+        told, path = BatchPlan.from_json(index.record.get("plan")), self.job.folder.plan_path
         saved = load_plan(path)
-        if told is not None and (saved is None or saved.as_json() != told):
+        if told is not None and (saved is None or not saved.holds(told)):
             kind = CORRUPT if path.exists() else MISS
             self._problem(kind, "", str(path), "it is not the plan that the index tells of; run kd-cache repair", INDEX)
 

@@ -16,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import select
 import shutil
 import signal
@@ -280,8 +281,9 @@ def _preload() -> None:
     torch.set_num_threads(1)
     typer.main.get_command = functools.cache(typer.main.get_command)  # what the options are, made once for all
     importlib.import_module("tiny_teachers")
-    for name in ("cli", "cli.dump_run", "cli.saved", "cli.verify_run", "dump", "engine", "export", "seal", "verify"):
-        importlib.import_module(f"kd_cache.{name}")
+    importlib.import_module("kd_cache")
+    for module in pkgutil.walk_packages(sys.modules["kd_cache"].__path__, "kd_cache."):
+        importlib.import_module(module.name)
     # What is imported when a command line is parsed, and when an error is told.
     with Path(os.devnull).open("w") as silent, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
         sys.argv = ["kd-cache", "dump", "--target", "b", "--json-path", os.devnull]

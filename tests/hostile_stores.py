@@ -210,6 +210,8 @@ PLANS: dict[str, bytes] = {
     "batches of less than nothing": b'{"batch_size": 32, "bins": 20, "batches": {"12x20": -4}}',
     "batches in a list": b'{"batch_size": 32, "bins": 20, "batches": ["12x20"]}',
     "a truth value": b'{"batch_size": true, "bins": 20, "batches": {}}',
+    "a name that is no Unicode": b'{"batch_size": 32, "bins": 20, "batches": {"\\ud800": 4}, "digest": "0"}',
+    "another's digest": b'{"batch_size": 16, "bins": 20, "batches": {"12x20": 2}, "digest": "0"}',
     "a number": b"3",
     "a pickle": pickle.dumps(Touch()),
     "4 MB of brackets": b"[" + b"[]," * 1_390_000 + b"[]]",
@@ -282,11 +284,11 @@ def attribute(name: str, value: Any, version: int = 1) -> Callable[[World], obje
     return forged(build, version)
 
 
-def linked(link: Any) -> Callable[[World], object]:
+def linked(name: str, link: Any) -> Callable[[World], object]:
     def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
         plain_pack(file, rows, made_by)
-        file.move("logits", "elsewhere")
-        file["logits"] = link
+        del file[name]
+        file[name] = link
 
     return forged(build)
 
@@ -369,8 +371,10 @@ COUNTS = "its datasets disagree about the number of rows"
 
 PACKS: dict[str, Store] = {
     "external storage": Store(forged(external_storage), PLAIN, ABSENT),
-    "an external link": Store(linked(h5py.ExternalLink("/etc/passwd", "/logits")), "expected the datasets", ABSENT),
-    "a soft link": Store(linked(h5py.SoftLink("/elsewhere")), "expected the datasets", ABSENT),
+    "an external link": Store(
+        linked("logits", h5py.ExternalLink("/etc/passwd", "/logits")), "logits is a link to elsewhere", ABSENT
+    ),
+    "a soft link": Store(linked("inputs", h5py.SoftLink("/keys")), "inputs is a link to elsewhere", ABSENT),
     "a virtual dataset": Store(forged(virtual), PLAIN, ABSENT),
     "never written": Store(dataset("logits", (6, 10), "<f4"), LIES, ABSENT),
     "2^40 rows": Store(dataset("keys", (1 << 40, 16), "u1"), LIES, ABSENT),
@@ -429,6 +433,99 @@ PACKS: dict[str, Store] = {
     "a folder": Store(in_place_of_pack(Path.mkdir), "not a regular file", ABSENT, 1),
     "a pack of the teacher ..": Store(named_pack(".."), JSON),
     "a pack of the teacher packs": Store(named_pack("packs"), JSON),
+}
+
+# -- what else is in a cache -------------------------------------------------------------------------------------------
+
+
+def permitted(make: Callable[[Path], object]) -> Callable[[World], object]:
+    def spoil(world: World) -> None:
+        (path,) = world.cache.glob("permitted-*.npy")
+        make(path)
+
+    return spoil
+
+
+def anew(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def remake(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return remake
+
+
+def pending(make: Callable[[World, Path], object]) -> Callable[[World], object]:
+    """One more record of a dump that is not finished."""
+
+    def spoil(world: World) -> None:
+        (world.cache / "pending").mkdir(exist_ok=True)
+        make(world, world.cache / "pending" / "0123456789abcdef.json")
+
+    return spoil
+
+
+def pending_index(change: Callable[[dict[str, Any]], object]) -> Callable[[World], object]:
+    def make(world: World, path: Path) -> None:
+        content = json.loads(index(world).read_text())
+        change(content)
+        path.write_bytes(sealed(json.dumps(content, indent=1) + "\n"))
+
+    return pending(make)
+
+
+def moved_out(name: str) -> Callable[[World], object]:
+    """A folder of the cache is a link to one outside, in which somebody keeps files of his own."""
+
+    def make(world: World) -> None:
+        outside = world.root.parent / "outside" / name
+        outside.mkdir()
+        for path in (world.cache / name).glob("*"):
+            path.rename(outside / path.name)
+        for own in (f"tiny-{'0' * 32}.h5", f"{'0' * 32}.npy", "own.json", ".tmp-1-0123456789abcdef"):
+            (outside / own).write_text("mine")
+        if (world.cache / name).exists():
+            (world.cache / name).rmdir()
+        (world.cache / name).symlink_to(outside)
+
+    return make
+
+
+FREE = (0, 0, 0)
+LINK = "is a link"
+OTHERS: dict[str, Store] = {
+    "truncated permitted samples": Store(permitted(lambda path: os.truncate(path, 100)), "match its name", (4, 4, 0)),
+    "no permitted samples": Store(permitted(Path.unlink), "is not there", (4, 4, 0)),
+    "permitted samples in a pickle": Store(
+        permitted(lambda path: path.write_bytes(pickle.dumps(Touch()))), "do not match its name", (4, 4, 0)
+    ),
+    "permitted samples in a FIFO": Store(permitted(anew(os.mkfifo)), "not a regular file", (1, 1, 0), 1),
+    "permitted samples in a folder": Store(permitted(anew(Path.mkdir)), "Is a directory", (1, 1, 0), 1),
+    "permitted samples elsewhere": Store(
+        permitted(anew(lambda path: path.symlink_to("/etc/passwd"))), "do not match its name", (4, 4, 0)
+    ),
+    "1 TB of permitted samples": Store(
+        permitted(lambda path: os.truncate(path, 1 << 40)), "expected at most", (4, 4, 0)
+    ),
+    "a truncated pending record": Store(pending(lambda _, path: path.write_bytes(b"{")), "it is passed over", FREE),
+    "a pending pickle": Store(
+        pending(lambda _, path: path.write_bytes(pickle.dumps(Touch()))), "it is passed over", FREE
+    ),
+    "a pending record of an older script": Store(
+        pending(lambda _, path: path.write_bytes(b'{"tiny": {}}')), "it is passed over", FREE
+    ),
+    "a pending teacher named ../x": Store(pending_index(as_a_teacher("../x")), "(../x)", FREE),
+    "a pending record of format 2": Store(
+        pending_index(lambda content: content["kd_cache"].update(format_version=2)), "version 2", (0, 1, 1), 1
+    ),
+    "a pending FIFO": Store(pending(lambda _, path: os.mkfifo(path)), "not a regular file", (0, 1, 1), 1),
+    "a pending folder": Store(pending(lambda _, path: path.mkdir()), "Is a directory", (0, 1, 1), 1),
+    "1 TB of pending record": Store(
+        pending(lambda _, path: (path.touch(), os.truncate(path, 1 << 40))), "expected at most", (0, 1, 1), 1
+    ),
+    "packs that are elsewhere": Store(moved_out("packs"), LINK, (1, 1, 1), 1),
+    "pending records that are elsewhere": Store(moved_out("pending"), LINK, (0, 1, 1), 1),
+    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 5, 0), 1),
+    "a view of nobody that is elsewhere": Store(moved_out("foo"), LINK, (0, 5, 0), 1),
 }
 
 # -- row files, older caches -------------------------------------------------------------------------------------------

@@ -67,18 +67,22 @@ def test_two_seals_at_once_beside_a_dump_lose_nothing(place: Place, finished: Tr
     draw = random.Random(SEED)  # noqa: S311 (moments, not a secret)
     put_tree(place.disk, {})
     parts = place.finish(dumping("--shard", "0/2"), dumping("--shard", "1/2"))
-    rounds, rows = often(3, 50), 0
+    rounds, rows, refused = often(3, 50), 0, 0
     for number in range(rounds):
         put_tree(place.disk, parts)
         acknowledged = stored_rows(place.cache)
-        # A dump of all that finds its rows there, or one that scores them again while they are being sealed.
-        dump = dumping("--shard-size", "3", *(["--no-skip-existing"] if number % 2 else []))
+        # A dump that finds its rows there; or one that is to score them again, which may have to say that a seal came
+        # between: what was scored anew cannot be told any more from what it was to take the place of.
+        again = bool(number % 2)
+        dump = dumping("--shard-size", "3", *(["--no-skip-existing"] if again else []))
         outcomes = at_once(place, SEALING, SEALING, dump, draw=draw)
-        assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
+        codes = sorted(outcome.code for outcome in outcomes)
+        assert codes == [0, 0, 0] or (again and codes == [0, 0, 3]), outcomes
+        refused += codes[-1] == 3
         rows += len(check_rows(place.cache, place.right, acknowledged))
         assert check_served(place.cache, place.right) == 2 * place.samples
         check_same(place.finish(SEALING), finished)
-    print(f"\n{rounds} rounds of two seals beside a dump (seed {SEED}): {rows} rows, 0 lost")
+    print(f"\n{rounds} rounds of two seals beside a dump (seed {SEED}): {rows} rows, 0 lost, {refused} dumps refused")
 
 
 def test_seals_beside_a_part_that_is_still_scored_refuse_or_are_complete(place: Place, finished: Tree) -> None:

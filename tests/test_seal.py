@@ -689,7 +689,7 @@ def _job(world: World) -> SealJob:
 def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
     dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halves(dump, "--shard-size", 2)
+    halves(dump, "--shard-size", 2, "--dtype", "fp16")
 
     def dead(*args: Any) -> None:
         raise Dead
@@ -701,9 +701,12 @@ def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
     assert len(world.packs()) > 2
     assert len(pending(world)) == 2
     assert len(served(world.cache)) == 20
+    index = index_bytes(world)
     assert run(*SEAL).exit_code == 0
     assert len(world.packs()) == 2
     assert pending(world) == []
+    assert index_bytes(world) == index, "what the records say was counted already"
+    assert record_of(world)["teachers"]["tiny"]["storage_cost"]["rows"] == 20
 
 
 # -- several at once --------------------------------------------------------------------------------------------------
@@ -877,6 +880,59 @@ def test_the_newest_weights_are_sealed_in_whatever_order_the_parts_ran(run: Run,
     shutil.rmtree(world.cache)
     run(*weighing(world, 2))
     assert served(world.cache) == sealed
+
+
+def test_a_dump_of_another_teacher_does_not_overtake_parts_with_new_weights(dump: Run, run: Run, world: World) -> None:
+    """The index is newer than the parts, but what it says of their teacher is older: it only carried that over."""
+    dump()
+    for part in ("0/2", "1/2"):
+        assert run(*weighing(world, 7, "other"), "--shard", part).exit_code == 0
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny")
+    for _ in range(2):
+        assert run(*base).exit_code == 0
+    assert len(pending(world)) == 2
+    before = LogitCache.open(world.cache)
+    assert run(*SEAL).exit_code == 0
+    after = LogitCache.open(world.cache)
+    assert pending(world) == []
+    assert before.fingerprints["tiny"] == after.fingerprints["tiny"]
+    assert before.fingerprints["other"] != after.fingerprints["other"]
+    assert run(*weighing(world, 7, "other"), "--json").stdout.count('"scored": 0') == 1
+    assert LogitCache.open(world.cache).fingerprints == after.fingerprints
+
+
+def test_what_an_older_record_says_of_a_teacher_that_was_dumped_again_is_overtaken(
+    dump: Run, run: Run, world: World
+) -> None:
+    """The record stays for its other teacher."""
+    assert halves(dump) == [0, 0]
+    assert run(*weighing(world, 7)).exit_code == 0
+    assert len(pending(world)) == 2
+    current = LogitCache.open(world.cache).fingerprints["tiny"]
+    assert run(*SEAL).exit_code == 0
+    found = LogitCache.open(world.cache)
+    assert set(found.teachers) == {"tiny", "other"}
+    assert found.fingerprints["tiny"] == current
+    assert pending(world) == []
+
+
+def test_a_record_that_was_written_late_is_as_old_as_its_dump(run: Run, world: World) -> None:
+    """A dump that began before others, and wrote its first rows after them, overtakes nobody and is not overtaken."""
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    assert run(*weighing(world, 7), "--shard", "0/2").exit_code == 0
+    (late,) = pending(world)
+    kept = late.read_bytes()
+    late.unlink()
+    for part in ("0/2", "1/2"):
+        assert run(*base, "--only", "other", "--shard", part).exit_code == 0
+    assert run(*SEAL).exit_code == 0
+    late.write_bytes(kept)
+    assert run(*base, "--only", "other").exit_code == 0
+    assert pending(world) == [late], "nobody but a dump of its own teacher may forget it"
+    assert run(*weighing(world, 7), "--shard", "1/2").exit_code == 0
+    assert run(*SEAL).exit_code == 0
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    assert pending(world) == []
 
 
 def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(

@@ -15,7 +15,7 @@ DType = Literal["fp32", "fp16"]
 BadSample = Literal["stop", "skip"]
 
 # As kd_cache.manifest, kd_cache.features and teachers.checkpoint_file have them; importing those takes numpy and torch.
-MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT = 1 << 30, 1 << 28, 4 << 30
+MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT = 1 << 30, 1 << 24, 4 << 30
 
 DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
 

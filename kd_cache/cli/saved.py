@@ -81,8 +81,9 @@ def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
         num_cities=chosen("num_cities", saved.values),
         allow_shared_locations=chosen("allow_shared_locations", saved.values),
         allow_outside=[Path(path).expanduser() for path in chosen("allow_outside", saved.paths)],
-        max_manifest_bytes=chosen("max_manifest_bytes", saved.values),
-        max_feature_bytes=chosen("max_feature_bytes", saved.values),
+        # Not as saved: a cache from elsewhere must not raise the caps that protect from it.
+        max_manifest_bytes=ctx.params["max_manifest_bytes"],
+        max_feature_bytes=ctx.params["max_feature_bytes"],
     )
 
 
@@ -122,8 +123,6 @@ def saved_teachers(ctx: typer.Context, saved: Saved, target: str) -> Loaded:
         for name in ("num_scenes", "num_cities")
     )
     most = ctx.params["max_checkpoint_bytes"]
-    if not given(ctx, "max_checkpoint_bytes"):
-        most = saved.values.get("max_checkpoint_bytes", most)
     return Loaded(load_teachers(specs, scenes, cities, most), specs, unchecked)
 
 

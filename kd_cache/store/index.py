@@ -53,6 +53,7 @@ _TEACHER = {
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
     "storage_cost": (None, {...: (int, float)}),
+    "begun": int,
 }
 _RECORD = {
     "adaptation": str,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from kd_cache.errors import CorruptError
 from kd_cache.manifest import SOURCE
@@ -29,10 +30,14 @@ _BLOCK = 65_536
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``correct`` of ``rows`` labelled source rows have their scene as largest class."""
+    """``correct`` of ``rows`` labelled source rows have their scene as largest class.
+
+    ``measured`` tells these rows from others: the digest of their keys and of the features that were scored.
+    """
 
     correct: int
     rows: int
+    measured: str = field(default="", compare=False)
 
     @property
     def share(self) -> str:
@@ -70,7 +75,7 @@ def changed_labels(then: Permitted, now: Permitted) -> list[tuple[bytes, int, in
 def stored_accuracy(entry: Mapping[str, Any]) -> Accuracy | None:
     """What a teacher's index entry says; ``None`` where it says nothing."""
     kept = entry.get("accuracy")
-    return None if kept is None else Accuracy(int(kept["correct"]), int(kept["rows"]))
+    return None if kept is None else Accuracy(int(kept["correct"]), int(kept["rows"]), str(entry.get("measured", "")))
 
 
 def measure(union: Union | None, permitted: Permitted) -> Accuracy:
@@ -81,11 +86,12 @@ def measure(union: Union | None, permitted: Permitted) -> Accuracy:
     labels = permitted.labels[labelled]
     positions = union.find(permitted.keys[labelled])
     labels, positions = labels[positions >= 0], positions[positions >= 0]
-    correct = 0
+    correct, digest = 0, xxhash.xxh3_128()
     for at in range(0, len(labels), _BLOCK):
-        rows = union.take(positions[at : at + _BLOCK])
-        correct += int((rows.argmax(axis=1) == labels[at : at + _BLOCK]).sum())
-    return Accuracy(correct, len(labels))
+        block = positions[at : at + _BLOCK]
+        correct += int((union.take(block).argmax(axis=1) == labels[at : at + _BLOCK]).sum())
+        digest.update(np.concatenate([union.keys[block], union.inputs[block]], axis=1).tobytes())
+    return Accuracy(correct, len(labels), digest.hexdigest())
 
 
 def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -> str | None:
@@ -95,10 +101,10 @@ def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -
     elsewhere.
     """
     before = stored_accuracy(entry)
-    if before is None or (union is not None and bool(union.ambiguous.any())):
+    if before is None:
         return None
     now = measure(union, permitted)
-    if now.rows != before.rows or now.correct == before.correct:
+    if now.measured != before.measured or now.correct == before.correct:
         return None
     return (
         f"its accuracy on labelled source rows was {before} when it was dumped and is {now} now, with the same labels: "

@@ -79,7 +79,7 @@ def finish(end: Ending, watcher: Watcher) -> Published:
             published = _publish(end, earlier, others, state, watcher)
         except IndexChangedError:
             continue
-        forget(end.folder, pending, {**end.origins, **others}, _begun(end))
+        forget(end.folder, pending, {name: _begun(end, name, earlier) for name in {**end.origins, **others}})
         _clean_up(end, others, published, watcher)
         return published
     raise StoreError(
@@ -108,9 +108,14 @@ def _index_now(end: Ending) -> Index | None:
     return end.earlier
 
 
-def _begun(end: Ending) -> dict[str, int]:
-    """When the word on each teacher asked for was begun: by this run, or, for a seal, by the dump that it goes by."""
-    return {name: end.entries.get(name, {}).get("begun", begun(end.record)) for name in end.origins}
+def _begun(end: Ending, name: str, earlier: Index | None) -> int:
+    """When what the index is to say of a teacher was begun: by this run, or, for a seal, by the dump that it goes by.
+
+    What is said of a teacher that is carried over is as old as it was.
+    """
+    if name in end.origins:
+        return int(end.entries.get(name, {}).get("begun", begun(end.record)))
+    return 0 if earlier is None or name not in earlier.record["teachers"] else begun_with(earlier, name)
 
 
 def _publish(
@@ -123,10 +128,7 @@ def _publish(
         origins,
         Promise(end.selection.files, end.inputs, end.known, Permitted.of(*labels_of(end.selection))),
         describe(end.folder, end.manifest, end.selection, end.record) | {"missing": dict(end.missing)},
-        {
-            name: _entry(origin, earlier, None if name in others else end.entries.get(name, {}))
-            for name, origin in origins.items()
-        },
+        {name: _entry(end, origin, earlier) for name, origin in origins.items()},
         earlier=earlier,
         files=end.files,
         asked=end.origins,
@@ -170,17 +172,15 @@ def _ordered(asked: Mapping[str, Origin], others: Mapping[str, Origin], earlier:
     return {name: merged[name] for name in dict.fromkeys([*before, *merged]) if name in merged}
 
 
-def _entry(origin: Origin, earlier: Index | None, further: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing.
-
-    ``further`` is ``None`` for a teacher that is carried over: what is said of it is as old as it was.
-    """
-    before = earlier.record["teachers"].get(origin.teacher, {}) if earlier else {}
+def _entry(end: Ending, origin: Origin, earlier: Index | None) -> dict[str, Any]:
+    """What the index says of a teacher besides its origin; from the earlier index where this run adds nothing."""
+    name = origin.teacher
+    before = earlier.record["teachers"].get(name, {}) if earlier else {}
     same = before.get("fingerprint") == origin.fingerprint.digest
     kept = {key: before[key] for key in _KEPT if same and key in before}
-    if further is None:
-        return kept | {"begun": begun_with(earlier, origin.teacher) if earlier and before else 0}
-    return kept | dict(further)
+    when = _begun(end, name, earlier)
+    own = {} if when == begun(end.record) else {"begun": when}
+    return kept | (dict(end.entries.get(name, {})) if name in end.origins else {}) | own
 
 
 def _clean_up(end: Ending, others: Mapping[str, Origin], published: Published, watcher: Watcher) -> None:

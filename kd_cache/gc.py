@@ -306,11 +306,11 @@ def _remove(directory: Path, items: Sequence[Garbage], *, may_be_link: bool) -> 
             if went:
                 yield item
     finally:
-        try:
-            with store_errors(directory, "sync"):
+        with store_errors(directory, "sync"):
+            try:
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _unlink(item: Garbage, directory: int) -> bool:

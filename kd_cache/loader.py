@@ -289,7 +289,6 @@ class LogitCache:
         for number, rows in enumerate(self._rows_of):
             positions = self._position(number, found[present])
             for at in np.flatnonzero(asked.differ_from(rows.names(positions)))[:1].tolist():
-                rows.take(positions[at : at + 1])  # a name that was damaged on disk is no collision
                 name, other = names[present[at]].decode("utf-8", "replace"), rows.files(positions[at : at + 1])[0]
                 raise CorruptError(
                     f"{shown(name)} and {shown(other)} have the same MD5 key; one of them must be renamed"

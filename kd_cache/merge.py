@@ -353,7 +353,7 @@ def _copy(source: Path, directory: Path) -> None:
             file.writelines(_chunks(source))
             file.flush()
             os.fsync(file.fileno())
-        if _digests(temporary) != (next(_chunks(source))[:USER_BLOCK], source.stem.rpartition("-")[2]):
+        if _digests(temporary) != (_head(source), source.stem.rpartition("-")[2]):
             raise StoreError(f"the copy of {shown(source)} in {shown(directory)} is not what was copied")
         temporary.replace(target)
         sync_directory(directory)
@@ -367,6 +367,11 @@ def _digests(path: Path) -> tuple[bytes, str]:
         digest.update(chunk if head else chunk[USER_BLOCK:])
         head = head or chunk[:USER_BLOCK]
     return head, digest.hexdigest()
+
+
+def _head(path: Path) -> bytes:
+    with store_errors(path, "read"), open_file(path) as file:
+        return file.read(USER_BLOCK)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

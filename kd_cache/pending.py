@@ -85,23 +85,15 @@ def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
     return sorted(found, key=lambda record: (begun(record.record), record.path.name))
 
 
-def forget(
-    folder: CacheFolder, records: Iterable[Index], origins: Mapping[str, Origin], since: Mapping[str, int]
-) -> None:
-    """Remove the records that an index now tells of, and those it overtook.
+def forget(folder: CacheFolder, records: Iterable[Index], words: Mapping[str, int]) -> None:
+    """Remove the records that an index overtook: what it says of each of their teachers is as new or newer.
 
     Args:
-        origins: the index's teachers.
-        since: when those of them that were scored or sealed for it were begun: what an older record says of these was
-            overtaken, whatever its fingerprint.
+        words: by teacher of the index, when what it says was begun.
     """
 
     def is_told(record: Index) -> bool:
-        return all(
-            (name in since and begun_with(record, name) <= since[name])
-            or (name in origins and origins[name].fingerprint.digest == origin.fingerprint.digest)
-            for name, origin in record.origins.items()
-        )
+        return all(name in words and begun_with(record, name) <= words[name] for name in record.record["teachers"])
 
     remove_files(folder.pending_path, [record.path for record in records if is_told(record)])
 

@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 _ENTRIES = {"batch_size", "bins", "batches", "digest"}
 
-_MOST_BYTES = 1 << 22
+_MOST_BYTES = 1 << 21
 _MOST_SAMPLES = 1 << 16
 """No batch is larger: a damaged plan must not ask for all the memory there is."""
 

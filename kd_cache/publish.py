@@ -188,6 +188,7 @@ def _entry(
         "rows": 0 if pack is None else len(pack),
         "pack": None if pack is None else pack.path.name,
         "accuracy": accuracy.as_json(),
+        "measured": accuracy.measured,
         "earlier": _earlier_parts(earlier, origin),
     }
 

@@ -124,7 +124,9 @@ class PackRows(TeacherRows):
         return self._union.take(self._positions(np.arange(len(self.keys))))
 
     def files(self, positions: np.ndarray) -> list[str]:
-        return self._union.files(self._positions(positions))
+        mine = self._positions(positions)
+        self._union.touch(mine)
+        return self._union.files(mine)
 
     def _positions(self, positions: np.ndarray) -> np.ndarray:
         """Where these are in the union."""

@@ -178,7 +178,7 @@ _SCENARIOS: dict[str, tuple[Sequence[Arguments | Callable[[Place], None]], Seque
     "export npy": ((dumping(),), (exporting("npy"),)),
     "gc": ((dumping(), RESCORING), (("gc", "disk/cache/A2b", "--older-than", "0"),)),
     "merge": (_APART, (("merge", "disk/one/A2b", "disk/two/A2b", "--target", "b", "--cache-root", "disk/cache"),)),
-    "repair": ((dumping(), _lose_a_pack), (("repair", "--cache-root", "disk/cache", *TINY),)),
+    "repair": ((dumping(), _lose_a_pack), (("repair", "--cache-root", "disk/cache", *TINY), SEALING)),
 }
 SCENARIOS = tuple(_SCENARIOS) if FULL else ("dump", "seal", "export pt")
 

@@ -417,7 +417,7 @@ def readers(count: int, cache: Path, right: Rows, folder: Path) -> Iterator[list
     save_rows(folder / "right.json", right)
     stop = folder / "stop"
     stop.unlink(missing_ok=True)
-    asked = (cache, folder / "right.json", stop, 0.01 * count)  # they must leave the others some of the machine
+    asked = (cache, folder / "right.json", stop, 0.02 * count)  # they must leave the others some of the machine
     running = [host().start(*asked, cwd=folder, call="reader") for _ in range(count)]
     tallies: list[Tally] = []
     with ended_at_last(running):

@@ -214,7 +214,7 @@ PLANS: dict[str, bytes] = {
     "another's digest": b'{"batch_size": 16, "bins": 20, "batches": {"12x20": 2}, "digest": "0"}',
     "a number": b"3",
     "a pickle": pickle.dumps(Touch()),
-    "4 MB of brackets": b"[" + b"[]," * 1_390_000 + b"[]]",
+    "2 MB of brackets": b"[" + b"[]," * 690_000 + b"[]]",
 }
 
 # -- packs -------------------------------------------------------------------------------------------------------------

@@ -240,6 +240,14 @@ def test_a_hostile_feature_is_refused(world: World, case: str) -> None:
     assert picture(world.root) == before
 
 
+def test_a_feature_in_fortran_order_is_the_same_feature(world: World) -> None:
+    path = world.feature(world.permitted()[0])
+    np.save(path, np.asfortranarray(np.load(path)))
+    assert b"'fortran_order': True" in path.read_bytes()
+    outcome = at_the_fence(world, *DUMP, *OWN)
+    refused(outcome, 0, None, "every permitted sample is cached and fresh")
+
+
 def test_a_hostile_feature_can_be_skipped_and_its_row_goes(world: World) -> None:
     """The row is of a feature that no longer exists: it is not served."""
     victim = world.permitted()[0]
@@ -343,6 +351,32 @@ def test_what_is_no_manifest_is_refused_unread(world: World, what: str) -> None:
     says = {"loop": "symbolic links", "folder": "a directory", "4 GB that take no room": "--max-manifest-bytes"}
     for outcome in all_at_the_fence(world, [*DUMP, *OWN], VERIFY):
         refused(outcome, 2, "ManifestError", says.get(what, "not a regular file"))
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+DOUBLING = "x0: &x0 {a: 1}\n" + "".join(f"x{n + 1}: &x{n + 1} {{<<: [*x{n}, *x{n}]}}\n" for n in range(40))
+SETTINGS = {
+    "code": (f"target: !!python/object/apply:os.system ['touch {CANARY}']\n", "could not determine a constructor"),
+    "merges that double 40 times": (DOUBLING, "merge keys (<<) are not settings"),
+    "100k nesting": ("target: " + "[" * 100_000, "more than 16384 characters"),
+    "16k nesting": ("target: " + "[" * 16_000, "maximum recursion depth"),
+    "an integer of 10k digits": ("batch-size: " + "9" * 10_000, "4300 digits"),
+    "escapes": ('"\\e[2J\\a": 3\n', r"unknown setting \x1b[2J\x07"),
+    "64 GB that take no room": (None, "more than 16384 characters"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_hostile_settings_file_in_the_current_folder_is_refused(world: World, case: str) -> None:
+    content, says = SETTINGS[case]
+    path = world.root / "kd-cache.yaml"
+    path.write_text(content or "")
+    if content is None:
+        os.truncate(path, 1 << 36)
+    before = picture(world.root)
+    refused(at_the_fence(world, *DUMP, *OWN), 2, None, "kd-cache.yaml", says)
+    assert picture(world.root) == before
 
 
 # -- what a cache is made of -------------------------------------------------------------------------------------------

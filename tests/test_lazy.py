@@ -191,6 +191,8 @@ def test_a_damaged_block_is_refused_when_it_is_read_and_the_others_are_served(ma
     with pytest.raises(CorruptError, match="row 600"):
         cache.tensor()
     with pytest.raises(CorruptError, match="row 600"):
+        cache.input_digests(torch.tensor([1, 600]))
+    with pytest.raises(CorruptError, match="row 600"):
         cache.batch([rows.files[600]])
     np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
 
@@ -205,6 +207,8 @@ def test_a_damaged_file_name_is_damage_and_no_collision(made: MadeCache) -> None
     cache = LogitCache.open(made.path, verify="lazy")
     with pytest.raises(CorruptError, match="row 600 does not match"):
         cache.rows(rows.files)
+    with pytest.raises(CorruptError, match="row 600 does not match"):
+        _ = cache.files
     np.testing.assert_array_equal(cache.batch(rows.files[:512])[:, 0].numpy(), rows.logits[:512])
 
 

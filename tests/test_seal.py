@@ -935,13 +935,27 @@ def test_a_record_that_was_written_late_is_as_old_as_its_dump(run: Run, world: W
     assert pending(world) == []
 
 
+@pytest.mark.parametrize("when", ["while it scores", "while it ends"])
 def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
-    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """A part with new weights runs just when a dump with the old ones, begun before, ends."""
+    """A part with new weights runs just when a dump with the old ones, begun before, scores or ends."""
     command = weighing(world, 1)
-    with meanwhile(monkeypatch, lambda: run(*weighing(world, 2), "--shard", "0/2")):
-        assert run(*command).exit_code == 0
+    write, done = kd_cache.shard.write_pack, []
+
+    def scoring(*args: Any) -> Path:
+        if not done:
+            done.append(True)
+            assert run(*weighing(world, 2), "--shard", "0/2").exit_code == 0
+        return write(*args)
+
+    if when == "while it scores":
+        with monkeypatch.context() as patched:
+            patched.setattr(kd_cache.shard, "write_pack", scoring)
+            assert run(*command).exit_code == 0
+    else:
+        with meanwhile(monkeypatch, lambda: run(*weighing(world, 2), "--shard", "0/2")):
+            assert run(*command).exit_code == 0
     assert len(pending(world)) == 1
     first = served(world.cache)
     assert run(*SEAL).exit_code == 3
@@ -950,6 +964,21 @@ def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
     assert run(*SEAL).exit_code == 0
     assert pending(world) == []
     assert served(world.cache) != first
+
+
+def test_a_dump_of_another_teacher_does_not_forget_which_weights_came_last(dump: Run, run: Run, world: World) -> None:
+    """Old weights, new ones, and the old ones again: the index says the same as the last, but is older."""
+    dump()
+    current = LogitCache.open(world.cache).fingerprints
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    for part in ("0/2", "1/2"):
+        run(*weighing(world, 7, "other"), "--shard", part)
+    for part in ("0/2", "1/2"):
+        run(*base, "--only", "other", "--shard", part)
+    assert run(*base, "--only", "tiny").exit_code == 0
+    assert run(*SEAL).exit_code == 0
+    assert LogitCache.open(world.cache).fingerprints == current
+    assert pending(world) == []
 
 
 def test_records_of_other_teachers_outlive_somebody_elses_end(dump: Run, run: Run, world: World) -> None:

@@ -16,6 +16,7 @@ import yaml
 from kd_cache.errors import KDCacheError, UsageError, shown
 
 DEFAULT_FILE = Path("kd-cache.yaml")
+_MOST = 1 << 14
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -30,11 +31,22 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+class _Loader(yaml.SafeLoader):
+    """Without merge keys (``<<``): a few dozen of them, each of the one before twice, take for ever."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not settings", node.start_mark)
+
+
 def _load(path: Path) -> dict[str, Any]:
     """The file's settings by name, underscores for hyphens."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST + 1)  # the file in the current folder may be anybody's
+        if len(text) > _MOST:
+            raise UsageError(f"{shown(path)} has more than {_MOST} characters, expected settings")
+        content = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
         top = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"cannot read {shown(path)}: {error.strerror or error}") from error

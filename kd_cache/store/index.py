@@ -52,6 +52,7 @@ _TEACHER = {
     "earlier": [_TEXTS],
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
+    "measured": str,
     "storage_cost": (None, {...: (int, float)}),
     "begun": int,
 }

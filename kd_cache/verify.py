@@ -193,7 +193,7 @@ class _Audit:
             self._compare_labels(index, packs, permitted)
         if pending := read_pending(self.job.folder, self.watcher):
             self.report.notes.append(
-                f"{len(pending)} dumps have begun that the index does not tell of; see kd-cache seal"
+                f"dumps begun of which the index tells nothing: {len(pending)}; see kd-cache seal"
             )
         digests = self._feature_digests(index)
         for name, origin in index.origins.items():

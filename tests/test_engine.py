@@ -135,3 +135,17 @@ def test_an_unknown_or_absent_device_is_a_usage_error(name: str) -> None:
         resolve_device(name)
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("devices", "rank", "expected"),
+    [(0, None, "cpu"), (0, "3", "cpu"), (4, None, "cuda"), (4, "3", "cuda:3"), (2, "3", "cuda:1"), (4, "x", "cuda")],
+)
+def test_auto_takes_the_gpu_of_the_local_rank(
+    monkeypatch: pytest.MonkeyPatch, devices: int, rank: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert resolve_device("auto") == torch.device(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 from conftest import TINY, Run, World
 
 from kd_cache.cli.console import size
@@ -101,3 +102,22 @@ def test_bytes_are_shown_for_a_person() -> None:
         "2.5 MB",
         "7.0 GB",
     ]
+
+
+def test_info_tells_how_good_the_rows_are_and_what_is_not_sealed(dump: Run, run: Run, world: World) -> None:
+    dump()
+    record = json.loads(run("info", world.cache, "--json").stdout)["caches"][0]
+    kept = record["teachers"]["tiny"]["accuracy"]
+    labels = {
+        row["file"]: row["scene_label"] for row in world.rows if row["device_id"] == "A" and row["split"] == "train"
+    }
+    right = sum(int(np.load(world.view("tiny", file)).argmax() == label) for file, label in labels.items())
+    assert kept == {"correct": right, "rows": len(labels)}
+    shown = run("info", world.cache).stdout
+    assert f"{100 * right / len(labels):.2f} % of {len(labels)} labelled source rows" in shown
+    assert "not sealed" not in shown
+    world.add(60, "A", "train")
+    world.write()
+    assert dump("--shard", "0/1").exit_code == 0
+    assert dump("--shard", "1/2").exit_code == 0
+    assert "dumps begun and not sealed: 1" in run("info", world.cache).stdout

@@ -122,7 +122,7 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
         f"on disk   {size(sum(on_disk.values()))} in {len(on_disk)} packs, view: {'yes' if record['files'] else 'no'}",
     ]
     if pending := read_pending(folder, Watcher()):
-        lines.append(f"pending   {len(pending)} dumps have begun and are not sealed")
+        lines.append(f"pending   dumps begun and not sealed: {len(pending)}")
     if record["missing"]:
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")
     policy = record["split_policy"]

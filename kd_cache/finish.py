@@ -79,6 +79,8 @@ def finish(end: Ending, watcher: Watcher) -> Published:
             published = _publish(end, earlier, others, state, watcher)
         except IndexChangedError:
             continue
+        if not _stands(end):
+            continue
         forget(end.folder, pending, {name: _begun(end, name, earlier) for name in {**end.origins, **others}})
         _clean_up(end, others, published, watcher)
         return published
@@ -100,6 +102,12 @@ def nothing_readable(count: int) -> FeatureError:
     return FeatureError(
         f"none of the {count} features can be read; the cache stays as it is", hint="Check --data-root."
     )
+
+
+def _stands(end: Ending) -> bool:
+    """Whether the index tells of our teachers: another process's, put in place a moment after ours, may not."""
+    now = _index_now(end)
+    return now is not None and end.origins.keys() <= now.record["teachers"].keys()
 
 
 def _index_now(end: Ending) -> Index | None:

@@ -192,9 +192,7 @@ class _Audit:
         if permitted is not None:
             self._compare_labels(index, packs, permitted)
         if pending := read_pending(self.job.folder, self.watcher):
-            self.report.notes.append(
-                f"dumps begun of which the index tells nothing: {len(pending)}; see kd-cache seal"
-            )
+            self.report.notes.append(f"dumps begun of which the index tells nothing: {len(pending)}; see kd-cache seal")
         digests = self._feature_digests(index)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:

@@ -577,7 +577,7 @@ def test_at_every_moment_of_a_seal_the_index_on_disk_finds_its_rows(
     """Other weights, samples that came, samples that went: a crash leaves the cache of before or that of afterwards."""
     few(world)
     dump(files, "--shard-size", 1)
-    old = served(world.cache)
+    old, before = served(world.cache), snapshot(world.cache)
     world.add(40, "A", "train")
     world.add(41, "A", "train")
     world.rows.pop(0)
@@ -607,6 +607,9 @@ def test_at_every_moment_of_a_seal_the_index_on_disk_finds_its_rows(
             assert served(world.cache) == (new if is_new else old), did
             if not is_new:
                 assert set(pending_teachers(world)) == {"tiny", "other"}
+            for name, content in snapshot(world.cache).items():
+                if name.endswith(".npy") and "tmp-" not in name:
+                    assert content in (before.get(name), finished.get(name)), name
             states.append(is_new)
             seal_cache(_job(world))
             after_all = {n: c for n, c in snapshot(world.cache).items() if "/.tmp-" not in f"/{n}"}
@@ -774,6 +777,30 @@ def test_an_index_that_never_stops_changing_is_an_error_and_no_endless_loop(
     assert len(done) == 100
     assert run(*SEAL).exit_code == 0
     assert len(served(world.cache)) == 5
+
+
+def test_an_index_that_another_process_replaces_in_the_same_moment_is_written_again(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both looked before either renamed. Who came first looks again before it is done."""
+    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
+    assert run(*base, "--only", "tiny").exit_code == 0
+    late, write, done = index_bytes(world), kd_cache.publish.write_index, []
+
+    def overtaken(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        if not done:
+            done.append(True)
+            (world.cache / ".tmp-1-1").write_bytes(late)
+            (world.cache / ".tmp-1-1").replace(world.cache / "cache_index.json")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd_cache.publish, "write_index", overtaken)
+        assert run(*base, "--only", "other").exit_code == 0
+    assert done
+    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
+    assert pending(world) == []
+    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
 
 
 def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

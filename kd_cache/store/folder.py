@@ -141,7 +141,8 @@ def _opened(path: Path, check: str) -> Pack | CorruptError | None:
             return CorruptError(f"the pack {shown(path)} is damaged: it is not a regular file", hint="Remove it.")
         return open_pack(path, check)
     except CorruptError as error:
-        return error
+        # Another in its place: its traceback would keep the whole pack mapped for as long as anybody keeps the error.
+        return CorruptError(error.message, hint=error.hint)
     except FileNotFoundError:
         return None
 

@@ -394,8 +394,8 @@ class Machine(RuleBasedStateMachine):
             by_kind.setdefault("view" if name in NAMES else name, []).append(path)
         chosen = by_kind[sorted(by_kind)[kind % len(by_kind)]]
         path = chosen[which % len(chosen)]
-        if path.parent.name == "packs":
-            self.saved.clear()
+        if path.parent.name in ("packs", "pending") or path == self.folder.index_path:
+            self.saved.clear()  # a pack is gone, or what says whose packs they are
         return path
 
     # Numbers, not names and sizes, are drawn: those hold random and timely parts, and a draw must be repeatable.

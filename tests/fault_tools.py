@@ -176,6 +176,8 @@ class Host:
         """Start ``kd-cache`` with these arguments, or another of the `CALLS`."""
         self._count += 1
         output = self._folder / str(self._count)
+        for suffix in (".out", ".err"):
+            output.with_suffix(suffix).touch()  # a command may be killed before it comes to open them
         plan = None
         if fault is not None:
             assert self._shim is not None

@@ -455,6 +455,7 @@ class Machine(RuleBasedStateMachine):
         if sum(row["device_id"] == device for row in self.rows.values()) > 1:
             del self.rows[file], self.features[file]
             self._write_manifest()
+            self.saved.clear()  # packs that hold it and are not current go as a whole
 
     @rule(data=st.data(), label=st.integers(0, CLASSES - 1))
     def relabel(self, data: st.DataObject, label: int) -> None:

@@ -1,8 +1,8 @@
-# Two commands: `make demo` shows the product, `make test` runs the whole gate.
+# `make demo` shows the product, `make test` runs the whole gate, `make bench` measures (BENCH=--quick: in 3 minutes).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint sample-teachers clean
+.PHONY: demo test bench sample-teachers clean
 
 demo: .venv/installed  ## dump the sample's logits, verify them, and let a student read them
 	$(BIN)/kd-cache dump --target b
@@ -15,6 +15,9 @@ test: .venv/installed-dev  ## ruff, mypy --strict, pytest
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+bench: .venv/installed-bench  ## measure against real alternatives
+	$(BIN)/python -m benchmarks $(BENCH)
+
 sample-teachers: .venv/installed  ## train the committed teachers of the sample again
 	$(BIN)/python -m teachers.train_sample --target all
 
@@ -26,6 +29,11 @@ sample-teachers: .venv/installed  ## train the committed teachers of the sample 
 .venv/installed-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-bench: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 
 from kd_cache import features
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.features import FeatureSource, parse_header, read_array
+from kd_cache.features import FeatureSource, parse_header, read_array, stat_row
 from kd_cache.fingerprint import input_digest
 
 small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
@@ -545,6 +545,90 @@ def test_a_root_that_is_no_folder_is_a_usage_error(tmp_path: Path, make: Callabl
         FeatureSource(tmp_path / "root")
     assert caught.value.exit_code == 2
     assert "--data-root" in str(caught.value)
+
+
+# -- many at once ------------------------------------------------------------------------------------------------------
+
+
+def test_many_are_read_in_order_with_errors_in_their_places(root: Path) -> None:
+    np.save(root / "half.npy", GOOD.astype(np.float16))
+    (root / "bad.npy").write_bytes(b"bad")
+    source = FeatureSource(root)
+    files = ["x/good.npy", "bad.npy", "half.npy", "none.npy", "x/good.npy"]
+    found = source.read_many(files)
+    for file, one in zip(files, found, strict=True):
+        alone = source.try_read(file)
+        if isinstance(one, FeatureError):
+            assert isinstance(alone, FeatureError)
+            assert one.message == alone.message
+            assert file in one.message
+        else:
+            assert not isinstance(alone, FeatureError)
+            np.testing.assert_array_equal(one.array, np.load(root / file))
+            assert one.array.dtype == alone.array.dtype
+            assert one.digest == alone.digest == input_digest(np.load(root / file))
+    assert [isinstance(one, FeatureError) for one in found] == [False, True, False, True, False]
+    assert source.read_many([]) == []
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (101, 64), (128, 64), (129, 64)])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(root: Path, dtype: str, shape: tuple[int, int]) -> None:
+    array = np.random.default_rng(3).normal(size=shape).astype(dtype)
+    for place in {0, 1, 7, 16, 31, array.size // 2, array.size - 2, array.size - 1} & set(range(array.size)):
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            wrong = array.copy()
+            wrong.flat[place] = value
+            frame, band = divmod(place, shape[1])
+            (root / "bad.npy").write_bytes(saved(wrong))
+            assert f"frame {frame}, bin {band} is {wrong.flat[place]}" in refusal(FeatureSource(root), "bad.npy")
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_values_are_finite_though_their_squares_are_not(root: Path, dtype: str, sign: int) -> None:
+    array = np.full((101, 64), sign * np.finfo(dtype).max, dtype)
+    np.save(root / "large.npy", array)
+    np.testing.assert_array_equal(FeatureSource(root).read("large.npy").array, array)
+
+
+def test_stat_many_tells_files_apart_and_their_versions(root: Path) -> None:
+    np.save(root / "y.npy", GOOD)
+    source = FeatureSource(root)
+    files = ["x/good.npy", "y.npy", "x/../y.npy"]
+    before = source.stat_many(files)
+    assert before.shape == (3, 5)
+    assert before.dtype == np.int64
+    assert (before[1] == before[2]).all()
+    status = (root / "y.npy").stat()
+    numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    assert tuple(before[1]) == numbers
+    np.save(root / "new.npy", GOOD + 1)
+    os.utime(root / "new.npy", ns=(status.st_atime_ns, status.st_mtime_ns))  # as old as the other, by its own word
+    (root / "new.npy").replace(root / "y.npy")
+    after = source.stat_many(files)
+    assert (after[0] == before[0]).all()
+    assert (after[1] != before[1]).any()
+    assert source.stat_many([]).shape == (0, 5)
+
+
+def test_stat_many_does_not_answer_for_what_only_read_can_judge(root: Path, outside: Path, tmp_path: Path) -> None:
+    _fifo(root)
+    (root / "loop.npy").symlink_to("loop.npy")
+    (root / "inside.npy").symlink_to("x/good.npy")
+    escapes = [escape(root, outside) for escape in ESCAPES.values()]
+    files = ["x/good.npy", "pipe.npy", "x", "", "none.npy", "none/x.npy", "loop.npy", "inside.npy", "\0", "\ud800.npy"]
+    files += ["n" * 5000, *escapes]
+    rows = FeatureSource(root).stat_many(files)
+    assert (rows[0] > 0).all()
+    assert (rows[1:] == -1).all()
+    assert (FeatureSource(root, [outside]).stat_many([str(outside / "secret.npy")]) > 0).all()
+
+
+def test_numbers_of_a_file_system_that_uses_all_64_bits_are_kept(root: Path) -> None:
+    numbers = list((root / "x" / "good.npy").stat())
+    numbers[1] = (1 << 64) - 5
+    assert stat_row(os.stat_result(numbers))[1] == -5
 
 
 def test_no_descriptor_is_left_open(root: Path, outside: Path) -> None:

@@ -30,7 +30,7 @@ from kd_cache.store.hdf5_file import Outlet
 from kd_cache.store.index import INDEX_NAME, Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
-from kd_cache.store.view import ROW_FILE_NAME, differing, row_file_bytes, stored_names, view_name, write_rows
+from kd_cache.store.view import ROW_FILE_NAME, row_file_bytes, stored_names, view_name, view_names, write_view
 from kd_cache.watch import Watcher
 
 KINDS = ("npy", "pt", "tsv")
@@ -357,20 +357,17 @@ def _write_row_files(directory: Path, served: _Served, watcher: Watcher) -> int:
     """Write the row files that differ, remove those of rows that are not served; returns the size of all."""
     if directory.is_symlink():
         raise StoreError(f"{shown(directory)} is a link; row files need a folder of their own", hint="Remove it.")
-    size, promised = 0, set()
-    for start, rows in served.blocks():
-        keys = keys_of(served.files[start : start + len(rows)])
-        stale = [number for number, _ in differing(directory, keys, rows)]
-        write_rows(directory, keys[stale], rows[stale])
-        names = [view_name(key.tobytes()) for key in keys]
-        size += len(names) * (directory / names[0]).stat().st_size
-        promised.update(names)
-        watcher.advance(len(rows))
-    for surplus in stored_names(directory) - promised:
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start, rows in served.blocks():
+            yield keys_of(served.files[start : start + len(rows)]), rows
+
+    write_view(directory, blocks, watcher.advance)
+    for surplus in stored_names(directory) - set(view_names(keys_of(served.files))):
         if ROW_FILE_NAME.match(surplus):
             with store_errors(directory / surplus, "remove"):
                 (directory / surplus).unlink(missing_ok=True)
-    return size
+    return len(served.files) * len(row_file_bytes(np.zeros(served.origin.num_classes, served.origin.stored)))
 
 
 def _index_pieces(output: Path, named: dict[str, list[str]], num_samples: int) -> Iterator[bytes]:

@@ -208,10 +208,17 @@ class _Search:
         self.report.garbage.append(Garbage(kind, path, reason, size, found.st_ino, found.st_mtime_ns, made))
 
     def _find_temporaries(self, directories: Sequence[Path]) -> None:
+        left = "left by a process that was killed"
         for directory in directories:
             for name in _names(directory):
                 if name.startswith(TEMPORARY):
-                    self._add(TEMPORARY_FILE, directory / name, "left by a process that was killed")
+                    self._add(TEMPORARY_FILE, directory / name, left)
+        for directory in _folders(self.folder.path):
+            names = _names(directory) if directory.name.startswith(TEMPORARY) else [""]
+            if all(map(ROW_FILE_NAME.match, names)):  # a view that was not finished
+                for name in names:
+                    self._add(TEMPORARY_FILE, directory / name, left)
+                self._add(FOLDER, directory, left)
 
     def _find_packs(self, index: Index, pending: Collection[Index], complaints: list[str]) -> None:
         packs = self.folder.packs()

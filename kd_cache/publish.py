@@ -6,7 +6,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,10 @@ from kd_cache.store.pack import Origin, Pack, open_pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.seal import Sealed, remove_files, seal
 from kd_cache.store.union import Union
-from kd_cache.store.view import ROW_FILE_NAME, differing, stored_names, view_name, write_rows
+from kd_cache.store.view import ROW_FILE_NAME, stored_names, view_names, write_view
 from kd_cache.watch import Watcher
 
-_BLOCK = 4096
+_BLOCK = 8192
 _EARLIER = 20
 
 
@@ -280,22 +280,19 @@ def _bring_view_in_line(
         promised: dict[str, str] = {}
         if wanted and pack is not None:
             done.view_written += _write_view(directory, pack, watcher)
-            held = dict(zip(pack.files, pack.keys, strict=True))
-            promised = {file: view_name(held[file].tobytes()) for file in files if file in held}
+            held = dict(zip(pack.files, view_names(pack.keys), strict=True))
+            promised = {file: held[file] for file in files if file in held}
         done.view_removed += _prune_view(directory, set(promised.values()))
         maps[name] = {file: f"{shown_path}/{name}/{row_file}" for file, row_file in promised.items()}
     return maps
 
 
 def _write_view(directory: Path, pack: Pack, watcher: Watcher) -> int:
-    written = 0
-    for start in range(0, len(pack), _BLOCK):
-        keys, rows = pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]
-        stale = [number for number, _ in differing(directory, keys, rows)]
-        write_rows(directory, keys[stale], rows[stale])
-        written += len(stale)
-        watcher.advance(len(keys))
-    return written
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(pack), _BLOCK):
+            yield pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]
+
+    return write_view(directory, blocks, watcher.advance)
 
 
 def _prune_view(directory: Path, promised: set[str]) -> int:

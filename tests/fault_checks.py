@@ -18,12 +18,11 @@ import numpy as np
 import tiny_teachers
 import torch
 from conftest import TINY, World
-from fault_disk import ROW_FILE, Tree, put_tree, tree
+from fault_disk import ROW_FILE, Tree, is_temporary, put_tree, tree
 from fault_tools import FULL, Fault, Outcome, Rows, compare, host
 
 from kd_cache.errors import MissingLogitsError
 from kd_cache.loader import LogitCache
-from kd_cache.store.atomic import TEMPORARY
 from kd_cache.store.folder import CacheFolder
 
 Arguments = tuple[object, ...]
@@ -265,12 +264,12 @@ def complete_samples(rows: Rows) -> int:
 
 def temporaries(folder: Path) -> list[str]:
     """Temporary files left behind, anywhere in a folder."""
-    return [name for name in tree(folder) if Path(name).name.startswith(TEMPORARY)]
+    return [name for name in tree(folder) if is_temporary(name)]
 
 
 def check_same(found: Tree, expected: Tree) -> None:
     """Two folders are equal to the byte, but for temporaries and for the moment and settings the index tells of."""
-    ours, theirs = ({n: b for n, b in t.items() if not Path(n).name.startswith(TEMPORARY)} for t in (found, expected))
+    ours, theirs = ({n: b for n, b in t.items() if not is_temporary(n)} for t in (found, expected))
     assert ours.keys() == theirs.keys(), f"only one of two has {sorted(ours.keys() ^ theirs.keys())}"
     for name in ours:
         one, other = _comparable(name, ours[name]), _comparable(name, theirs[name])

@@ -62,6 +62,11 @@ def calls(record: Path) -> list[Call]:
 # -- folders as they are ----------------------------------------------------------------------------------------------
 
 
+def is_temporary(path: str) -> bool:
+    """Whether a path, in a cache or not, is of a temporary file, or in a temporary folder."""
+    return any(part.startswith(TEMPORARY) for part in Path(path).parts)
+
+
 def tree(folder: Path) -> Tree:
     """Everything in a folder."""
     found: Tree = {}
@@ -216,14 +221,16 @@ def _listing(folder: _Folder, kept: Any, left: Any, prefix: str = "") -> Iterato
 class Protocol:
     """Follows the calls of a command and fails at the first that breaks the rules of a durable commit.
 
-    A file is written under a temporary name only, which no other process uses; it is fsynced after its last byte and
-    before it gets its name; the name is fsynced before anything is acknowledged or removed, and before the end.
+    A file is written under a temporary name only, or in a folder that has one, which no other process uses; it is
+    fsynced after its last byte and before it gets its name (the row files of a view are not: it can be rebuilt); the
+    name is fsynced before anything is acknowledged or removed, and before the end.
     """
 
     def __init__(self) -> None:
         self.temporary: set[str] = set()
         self.commits = 0
         self._nameless: set[str] = set()
+        self._folders: set[str] = set()  # temporary ones, for the rows of a view
         self._unsynced: set[str] = set()
         self._synced: set[str] = set()
         self._named: dict[str, set[str]] = {}  # by folder: names that a power cut may still take away
@@ -236,7 +243,7 @@ class Protocol:
         return self
 
     def _create(self, call: Call) -> None:
-        assert Path(call.path).name.startswith(TEMPORARY), f"written under its final name: {call}"
+        assert is_temporary(call.path), f"written under its final name: {call}"
         if not call.path.endswith(UNNAMED):
             self.temporary.add(call.path)
         self._nameless.add(call.path)
@@ -253,10 +260,19 @@ class Protocol:
         self._named.pop(call.path, None)
 
     def _mkdir(self, call: Call) -> None:
+        if is_temporary(call.path):
+            self._folders.add(call.path)
+            return
         self._named.setdefault(str(Path(call.path).parent), set()).add(call.path)
 
     def _rename(self, call: Call) -> None:
-        if not ROW_FILE.match(call.second):
+        if call.path in self._folders:
+            self._folders.discard(call.path)
+            inside = {path for path in self._nameless if path.startswith(f"{call.path}/")}
+            assert all(map(ROW_FILE.match, inside)), f"not a view: {inside}"
+            self._nameless -= inside
+            self._named.setdefault(str(Path(call.second).parent), set()).add(call.second)
+        elif not ROW_FILE.match(call.second):
             durable = call.path in self._synced and call.path not in self._unsynced
             assert durable, f"named before its bytes are durable: {call}"
             self._named.setdefault(str(Path(call.second).parent), set()).add(call.second)

@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -27,10 +26,8 @@ from fault_checks import (
     stored_rows,
     temporaries,
 )
-from fault_disk import CUTS, ROW_FILE, Call, Disk, Protocol, Tree, calls, put_tree, tree
+from fault_disk import CUTS, ROW_FILE, Call, Disk, Protocol, Tree, calls, is_temporary, put_tree, tree
 from fault_tools import FULL, MARKS, NEEDS_SHIM, Fault, often
-
-from kd_cache.store.atomic import TEMPORARY
 
 pytestmark = [*MARKS, NEEDS_SHIM]
 
@@ -203,7 +200,7 @@ def check_cuts(scenario: Scenario, done: list[Call]) -> list[Tree]:
             put_tree(place.disk, disk.visible())
             acknowledged = acknowledged | stored_rows(place.cache)
             samples = acknowledged_samples(call.content.decode())
-        if not disk.apply(call) or (call.what != "rename" and Path(call.path).name.startswith(TEMPORARY)):
+        if not disk.apply(call) or (call.what != "rename" and is_temporary(call.path)):
             continue  # nothing but a temporary is another
         for cut in CUTS:
             state = disk.after_a_cut(cut)
@@ -226,8 +223,7 @@ def check_cuts(scenario: Scenario, done: list[Call]) -> list[Tree]:
 
 def _matters(name: str, content: bytes | None) -> bool:
     """Whether a state differs for our purposes. The view is for other readers; its states are for the full run."""
-    temporary = Path(name).name.startswith(TEMPORARY)
-    return content is not None and not temporary and (FULL or not ROW_FILE.match(f"/{name}"))
+    return content is not None and not is_temporary(name) and (FULL or not ROW_FILE.match(f"/{name}"))
 
 
 def _without_row_files(content: Tree) -> Tree:

@@ -320,12 +320,25 @@ def test_packs_behind_a_link_stay(cache: MadeCache, tmp_path: Path) -> None:
     assert snapshot(tmp_path / "elsewhere") == before
 
 
-def test_folders_and_devices_with_a_temporarys_name_stay(cache: MadeCache) -> None:
-    (cache.path / ".tmp-1-folder").mkdir()
-    os.mkfifo(cache.path / ".tmp-1-fifo")
+def test_a_view_that_was_not_finished_goes_with_its_folder(cache: MadeCache) -> None:
+    put(cache.path / ".tmp-1-view" / STRAY)
+    (cache.path / ".tmp-2-view").mkdir()
+    age(cache.path)
+    put(cache.path / ".tmp-3-view" / STRAY, hours=0)
+    report = collect(cache.path)
+    assert removed(report) == {f".tmp-1-view/{STRAY}", ".tmp-1-view", ".tmp-2-view"}
+    assert sorted(path.name for path in cache.path.glob(".tmp*")) == [".tmp-3-view"]
+
+
+def test_other_folders_and_devices_with_a_temporarys_name_stay(cache: MadeCache) -> None:
+    put(cache.path / ".tmp-1-folder" / "notes.txt")
+    put(cache.path / ".tmp-1-folder" / STRAY)
+    os.mkfifo(cache.path / ".tmp-2-folder-not")
+    (cache.path / ".tmp-3-folder" / STRAY).mkdir(parents=True)
     os.mkfifo(cache.path / "scene" / STRAY)
     age(cache.path)
     assert removed(collect(cache.path)) == set()
+    assert (cache.path / ".tmp-1-folder" / STRAY).exists()
 
 
 def test_a_cache_reached_through_a_link_is_cleaned(cache: MadeCache, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,29 @@ from store_fixtures import MadeCache, Rows, flipping, md5, names, no_file_over, 
 
 from kd_cache import load_cached_logits_batch
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError
-from kd_cache.store.view import differing, read_row_file, row_file_bytes, stored_names, view_name, write_rows
+from kd_cache.store.view import (
+    Blocks,
+    differing,
+    read_row_file,
+    row_file_bytes,
+    stored_names,
+    view_name,
+    view_names,
+    write_rows,
+    write_view,
+)
 
 FIVE = Rows.of(names(5), 10, "fp16")
 
 
+def blocks(rows: Rows = FIVE, size: int = 2) -> Blocks:
+    """``rows``, so many at a time."""
+    return lambda: ((rows.keys[at : at + size], rows.logits[at : at + size]) for at in range(0, len(rows), size))
+
+
 @pytest.fixture
 def view(tmp_path: Path) -> Path:
-    write_rows(tmp_path / "scene", FIVE.keys, FIVE.logits)
+    write_view(tmp_path / "scene", blocks())
     return tmp_path / "scene"
 
 
@@ -55,11 +71,64 @@ def test_files_are_named_by_key_and_np_load_reads_them(view: Path) -> None:
 
 
 def test_what_is_written_is_counted_and_no_temporary_stays(tmp_path: Path) -> None:
-    written = write_rows(tmp_path / "a" / "scene", FIVE.keys, FIVE.logits)
+    told: list[int] = []
+    assert write_view(tmp_path / "a" / "scene", blocks(), told.append) == 5
+    assert told == [2, 2, 1]
     files = snapshot(tmp_path)
-    assert written == sum(map(len, files.values())) == 5 * len(row_file_bytes(FIVE.logits[0]))
-    assert len(files) == 5
-    assert write_rows(tmp_path / "none", FIVE.keys[:0], FIVE.logits[:0]) == 0
+    assert {Path(name).name for name in files} == set(view_names(FIVE.keys))
+    assert set(files.values()) == {row_file_bytes(row) for row in FIVE.logits}
+    assert os.listdir(tmp_path / "a") == ["scene"]
+    assert write_view(tmp_path / "a" / "scene", blocks(), told.append) == 0
+    assert told == [2, 2, 1] * 2
+    assert write_view(tmp_path / "none", blocks(FIVE.part([]))) == 0
+    assert (tmp_path / "none").is_dir()
+
+
+def test_a_view_that_stands_is_mended_and_other_files_in_it_stay(view: Path) -> None:
+    path_of(view, 0).unlink()
+    path_of(view, 3).write_bytes(b"")
+    (view / "notes.txt").write_text("mine")
+    before = path_of(view, 1).stat()
+    assert write_view(view, blocks()) == 2
+    assert problems(view) == {}
+    assert path_of(view, 1).stat().st_ino == before.st_ino
+    assert stored_names(view) == {*view_names(FIVE.keys), "notes.txt"}
+
+
+def test_many_rows_are_written_by_several_threads(tmp_path: Path) -> None:
+    many = Rows.of(names(5000), 3)
+    assert write_view(tmp_path / "scene", blocks(many, 4000)) == 5000
+    assert list(differing(tmp_path / "scene", many.keys, many.logits)) == []
+    assert path_of(tmp_path / "scene", 0).name in stored_names(tmp_path / "scene")
+
+
+@pytest.mark.parametrize("count", [5, 5000])
+def test_a_view_is_not_there_before_all_of_it_is(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows.of(names(count), 3)
+    create, last = os.open, view_names(rows.keys[-1:])[0]
+
+    def fails(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        assert not (tmp_path / "scene").exists()
+        if path == last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return create(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", fails)
+    with pytest.raises(StoreError, match=rf"cannot write .*scene/{last}: No space left"):
+        write_view(tmp_path / "scene", blocks(rows, 4000))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("theirs", [FIVE, FIVE.part([0, 3]), FIVE.part([])])
+def test_another_process_that_is_faster_keeps_its_folder(tmp_path: Path, theirs: Rows) -> None:
+    def late() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield from blocks()()
+        if not (tmp_path / "scene").exists():
+            write_view(tmp_path / "scene", blocks(theirs))
+
+    assert write_view(tmp_path / "scene", late) == 5 - len(theirs)
+    assert problems(tmp_path / "scene") == {}
+    assert os.listdir(tmp_path) == ["scene"]
 
 
 def test_another_writers_temporary_is_no_row(view: Path) -> None:
@@ -71,18 +140,24 @@ def test_another_writers_temporary_is_no_row(view: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, 100, 147])
 def test_a_full_disk_leaves_no_torn_row(tmp_path: Path, size: int) -> None:
     assert len(row_file_bytes(FIVE.logits[0])) == 148
-    with no_file_over(size), pytest.raises(StoreError, match=r"cannot write .*scene/[0-9a-f]{32}\.npy: File too large"):
-        write_rows(tmp_path / "scene", FIVE.keys, FIVE.logits)
-    assert snapshot(tmp_path) == {}
+    for before in ([], ["scene"]):
+        with (
+            no_file_over(size),
+            pytest.raises(StoreError, match=r"cannot write .*scene/[0-9a-f]{32}\.npy: File too large"),
+        ):
+            write_view(tmp_path / "scene", blocks())
+        assert os.listdir(tmp_path) == before
+        assert snapshot(tmp_path) == {}
+        (tmp_path / "scene").mkdir(exist_ok=True)
 
 
 def test_a_failing_rename_leaves_the_old_row_and_no_temporary(view: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(view)
 
-    def fails(path: Path, target: Path) -> None:
+    def fails(old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(StoreError, match="Input/output error"):
         write_rows(view, FIVE.keys, FIVE.logits + np.float16(1))
     assert snapshot(view) == before
@@ -149,6 +224,8 @@ def test_a_folder_that_cannot_be_made_or_listed_is_an_error(tmp_path: Path) -> N
     (tmp_path / "scene").write_text("a file")
     for call in (
         lambda: write_rows(tmp_path / "scene", FIVE.keys, FIVE.logits),
+        lambda: write_view(tmp_path / "scene", blocks()),
+        lambda: list(differing(tmp_path / "scene", FIVE.keys, FIVE.logits)),
         lambda: stored_names(tmp_path / "scene"),
     ):
         with pytest.raises(StoreError, match="scene"):

@@ -78,11 +78,11 @@ class CacheFolder:
         return self.path / teacher
 
     def view_folders(self) -> list[Path]:
-        """Every folder that may hold row files, whatever the index says: all but our own."""
+        """Every folder that may hold row files, whatever the index says: all but our own, and those still written."""
         ours = (self.packs_path.name, self.pending_path.name)
         with store_errors(self.path, "list"):
             entries = [entry for entry in os.scandir(self.path) if entry.is_dir() and entry.name not in ours]
-        return sorted(self.path / entry.name for entry in entries)
+        return sorted(self.path / entry.name for entry in entries if not entry.name.startswith(TEMPORARY))
 
     def permitted(self, index: Index) -> Permitted | None:
         """The permitted samples that the index names; ``None`` where it names none (kd-cache 0.1 wrote none).

@@ -16,7 +16,6 @@ is checked before a byte is believed, and then its datasets are views of those b
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -37,7 +36,7 @@ from kd_cache.errors import CorruptError, KDCacheError, StoreError, shown
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
 from kd_cache.store.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
 from kd_cache.store.hdf5_file import Outlet, reading_hdf5, writing_hdf5
-from kd_cache.store.keys import are_ascending
+from kd_cache.store.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
 
 MAGIC = b"KDCPACK\n"
@@ -49,6 +48,9 @@ MAPPED = 1 << 20
 interrupted dump can leave thousands of small packs."""
 CHECKED_AT_ONCE = 512
 """Rows whose checksums are compared together where a pack is checked as it is read."""
+_AT_ONCE = 1 << 16
+_RECORD_BYTES = 1 << 20
+"""Checksums of so many rows, and of records of so many bytes, are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
 STORED = {"fp32": "<f4", "fp16": "<f2"}
 VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid")
@@ -98,8 +100,11 @@ class Pack:
         """Check the blocks in which ``rows`` lie, each the first time. Raises `CorruptError`."""
         if self.unchecked is None:
             return
-        blocks = np.unique(rows // CHECKED_AT_ONCE)
-        for block in blocks[self.unchecked[blocks]].tolist():
+        blocks = rows // CHECKED_AT_ONCE
+        pending = self.unchecked[blocks]
+        if not pending.any():
+            return
+        for block in np.unique(blocks[pending]).tolist():
             start = block * CHECKED_AT_ONCE
             wrong = self.wrong_rows(np.arange(start, min(start + CHECKED_AT_ONCE, len(self))))
             if wrong:
@@ -122,29 +127,56 @@ class Pack:
 
     @cached_property
     def files(self) -> list[str]:
-        """The manifest paths of all rows."""
-        return [self.file(row) for row in range(len(self))]
+        """The manifest paths of all rows. Raises `CorruptError` if one is not UTF-8."""
+        names = self._names(slice(0, len(self)))
+        try:
+            return [name.decode("utf-8") for name in names]
+        except UnicodeDecodeError:
+            return [self.file(row) for row in range(len(self))]  # says which
 
-    def wrong_rows(self, rows: np.ndarray) -> list[int]:
-        """Those of ``rows`` whose checksum, or whose key, is not that of what is stored beside it."""
-        parts = (self.keys[rows], self.inputs[rows], self.logits[rows])
-        expected = row_checksums(self.origin.fingerprint, *parts)
-        wrong = expected != self.checksums[rows]
-        for number, row in enumerate(rows.tolist()):
-            wrong[number] |= (
-                hashlib.md5(self.file_bytes(row), usedforsecurity=False).digest() != self.keys[row].tobytes()
-            )
-        return [int(row) for row in rows[wrong]]
+    def _names(self, part: slice) -> list[bytes]:
+        """The manifest paths of neighbouring rows, UTF-8."""
+        offsets = self.file_offsets[part.start : part.stop + 1].astype(np.int64)
+        first, *ends = (offsets - offsets[0]).tolist()
+        blob = self.files_blob[int(offsets[0]) : int(offsets[-1])].tobytes()
+        return [blob[start:end] for start, end in zip([first, *ends], ends, strict=False)]
+
+    def wrong_rows(self, rows: np.ndarray | None = None) -> list[int]:
+        """Those of ``rows`` (all by default) whose checksum, or whose key, is not that of what is stored beside it."""
+        rows = np.arange(len(self)) if rows is None else rows
+        wrong = []
+        for start in range(0, len(rows), _AT_ONCE):
+            block = rows[start : start + _AT_ONCE]
+            first, last = int(block[0]), int(block[-1])
+            if np.array_equal(block, np.arange(first, last + 1)):  # neighbours need not be copied one by one
+                part = slice(first, last + 1)
+                bad = self._is_wrong(part, self._names(part))
+            else:
+                bad = self._is_wrong(block, list(map(self.file_bytes, block.tolist())))
+            wrong += block[bad].tolist()
+        return wrong
+
+    def _is_wrong(self, rows: slice | np.ndarray, names: list[bytes]) -> np.ndarray:
+        keys = self.keys[rows]
+        expected = row_checksums(self.origin.fingerprint, keys, self.inputs[rows], self.logits[rows])
+        wrong: np.ndarray = (expected != self.checksums[rows]) | (keys_of_bytes(names) != keys).any(axis=1)
+        return wrong
 
 
 def row_checksums(fingerprint: Fingerprint, keys: np.ndarray, inputs: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """``[N]`` u8: xxh3-64 of key, input digest, fingerprint (32 bytes) and the row's bytes, in this order."""
-    count = len(keys)
-    made_by = np.frombuffer(bytes.fromhex(fingerprint.digest), np.uint8)
-    row_bytes = np.ascontiguousarray(logits).view(np.uint8).reshape(count, logits.shape[1] * logits.itemsize)
-    records = np.concatenate([keys, inputs, np.broadcast_to(made_by, (count, 32)), row_bytes], axis=1)
-    digest = xxhash.xxh3_64_intdigest
-    return np.fromiter((digest(record) for record in records), np.uint64, count)
+    count, width = len(keys), logits.shape[1] * logits.itemsize
+    block = max(1, min(count, _RECORD_BYTES // (64 + width)))
+    records = np.empty((block, 64 + width), np.uint8)
+    records[:, 32:64] = np.frombuffer(bytes.fromhex(fingerprint.digest), np.uint8)
+    sums = np.empty(count, np.uint64)
+    for start in range(0, count, block):
+        part = slice(start, min(start + block, count))
+        filled = records[: part.stop - start]
+        filled[:, :16], filled[:, 16:32] = keys[part], inputs[part]
+        filled[:, 64:] = np.ascontiguousarray(logits[part]).view(np.uint8).reshape(len(filled), width)
+        sums[part] = np.fromiter(map(xxhash.xxh3_64_intdigest, filled), np.uint64, len(filled))
+    return sums
 
 
 def write_pack(

@@ -15,7 +15,9 @@ from kd_cache.features import parse_header
 from kd_cache.manifest import sample_key
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import Pack
+from kd_cache.store.page_cache import expect_random, read_ahead
 from kd_cache.store.permitted import Permitted
+from kd_cache.store.take import take_rows
 from kd_cache.store.union import Union
 from kd_cache.store.view import read_row_file, view_name
 
@@ -68,9 +70,24 @@ class TeacherRows:
         """``[Q, C]`` logits."""
         raise NotImplementedError
 
+    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
+        """The same into contiguous ``[Q, C]``. Positions are not checked: they must be some."""
+        raise NotImplementedError
+
     def all(self) -> np.ndarray:
         """``[N, C]`` logits of all positions."""
         raise NotImplementedError
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The size of what is mapped rather than held."""
+        return 0
+
+    def read_ahead(self) -> None:
+        """Have mapped files read from start to end while we go on."""
+
+    def expect_random(self) -> None:
+        """Have no more of mapped files read than is asked for."""
 
     def files(self, positions: np.ndarray) -> list[str]:
         raise NotImplementedError
@@ -78,6 +95,10 @@ class TeacherRows:
     def names(self, positions: np.ndarray) -> Names:
         """The same as `files`, without an object for each."""
         raise NotImplementedError
+
+    def has_names_of(self, other: TeacherRows) -> bool:
+        """Whether all positions have the same names as in another, as far as that is quickly seen."""
+        return False
 
     def is_ambiguous(self, key: np.ndarray) -> bool:
         raise NotImplementedError
@@ -92,9 +113,14 @@ class TeacherRows:
 
 
 class PackRows(TeacherRows):
-    """Rows of packs of one origin: of those the ``permitted``, of a sample scored from two inputs none."""
+    """Rows of packs of one origin: of those the ``permitted``, of a sample scored from two inputs none.
 
-    def __init__(self, packs: Sequence[Pack], permitted: Permitted | None = None) -> None:
+    What is the same in ``other`` (another teacher's rows under the same permission) is shared with it.
+    """
+
+    def __init__(
+        self, packs: Sequence[Pack], permitted: Permitted | None = None, other: PackRows | None = None
+    ) -> None:
         self._union = union = Union(packs)
         self._permitted = permitted
         self.name = union.origin.teacher
@@ -102,15 +128,32 @@ class PackRows(TeacherRows):
         self.dtype = union.origin.stored
         self.signature = tuple(pack.path.name for pack in union.packs)
         self.is_lazy = any(pack.unchecked is not None for pack in union.packs)
-        self._kept = _kept(union, permitted)
+        self._kept: np.ndarray | None
+        if other is not None and _same_keys(union, other._union):
+            self._kept, self.keys, self.finder = other._kept, other.keys, other.finder
+        else:
+            self._kept = _kept(union, permitted)
+            self.keys = union.keys if self._kept is None else union.keys[self._kept]
+            self.finder = union.finder if self._kept is None else KeyFinder(self.keys)
         self._pack = union.packs[0] if self._kept is None else None
-        self.keys, self.finder = union.keys, union.finder
-        if self._kept is not None:
-            self.keys = union.keys[self._kept]
-            self.finder = KeyFinder(self.keys)
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         return self._union.take(self._positions(positions))
+
+    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
+        self._union.take_into(self._positions(positions), out)
+
+    @property
+    def mapped_bytes(self) -> int:
+        return sum(pack.logits.nbytes for pack in self._union.packs)
+
+    def read_ahead(self) -> None:
+        for pack in self._union.packs:
+            read_ahead(pack.logits)
+
+    def expect_random(self) -> None:
+        for pack in self._union.packs:
+            expect_random(pack.logits)
 
     def inputs(self, positions: np.ndarray) -> np.ndarray:
         mine = self._positions(positions)
@@ -139,12 +182,28 @@ class PackRows(TeacherRows):
         starts, ends = (self._pack.file_offsets[part].astype(np.int64) for part in (positions, positions + 1))
         return Names(self._pack.files_blob, starts, ends - starts)
 
+    def has_names_of(self, other: TeacherRows) -> bool:
+        mine, its = self._pack, other._pack if isinstance(other, PackRows) else None
+        return (
+            mine is not None
+            and its is not None
+            and np.array_equal(mine.file_offsets, its.file_offsets)
+            and np.array_equal(mine.files_blob, its.files_blob)
+        )
+
     def is_ambiguous(self, key: np.ndarray) -> bool:
         position = int(self._union.find(key)[0])
         return position >= 0 and bool(self._union.ambiguous[position])
 
     def is_promised(self, key: np.ndarray) -> bool:
         return self._permitted is not None and bool(KeyFinder(self._permitted.keys).find(key)[0] >= 0)
+
+
+def _same_keys(one: Union, other: Union) -> bool:
+    """Whether each is one pack, and both have the same keys."""
+    return len(one.packs) == len(other.packs) == 1 and np.array_equal(
+        one.keys.view(np.uint64), other.keys.view(np.uint64)
+    )
 
 
 def _kept(union: Union, permitted: Permitted | None) -> np.ndarray | None:
@@ -179,6 +238,9 @@ class OlderRows(TeacherRows):
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         return self._logits.take(positions, axis=0)
+
+    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
+        take_rows(self._logits, positions, out)
 
     def all(self) -> np.ndarray:
         return self._logits

@@ -17,7 +17,7 @@ from conftest import Run, World
 from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, two_teachers
 from torch.utils.data import DataLoader, TensorDataset
 
-import kd_cache.loader as loader_module
+import kd_cache.placement as placement_module
 import kd_cache.store.pack as pack_module
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StaleError, StoreError, UsageError
 from kd_cache.store.folder import CacheFolder, PackSet
@@ -100,7 +100,7 @@ def test_full_hashes_every_byte_at_once_and_nothing_later(made: MadeCache, hashe
 
 def test_lazy_hashes_nothing_at_open_and_each_block_once(made: MadeCache, hashed: list[int]) -> None:
     cache = LogitCache.open(made.path, verify="lazy")
-    assert cache._table is None
+    assert cache.preloaded == "warmed"
     rows = cache.rows(made.rows["scene"].files)
     assert hashed == []
     np.testing.assert_array_equal(cache.batch(rows[700:702])[:, 0].numpy(), made.rows["scene"].logits[700:702])
@@ -127,15 +127,15 @@ def test_auto_is_full_up_to_a_limit_and_lazy_above(
     made: MadeCache, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = only_pack(made).stat().st_size
-    assert loader_module.FULLY_CHECKED == 10**9
-    monkeypatch.setattr(loader_module, "FULLY_CHECKED", size)
-    assert LogitCache.open(made.path)._table is not None
+    assert placement_module.FULLY_CHECKED == 10**9
+    monkeypatch.setattr(placement_module, "FULLY_CHECKED", size)
+    assert LogitCache.open(made.path).preloaded == "table"
     assert hashed == [size - 512]
     hashed.clear()
-    monkeypatch.setattr(loader_module, "FULLY_CHECKED", size - 1)
+    monkeypatch.setattr(placement_module, "FULLY_CHECKED", size - 1)
     cache = LogitCache.open(made.path)
     assert hashed == []
-    assert cache._table is None, "a table of everything would check everything at once, row by row"
+    assert cache.preloaded == "warmed", "a table of everything would check everything at once, row by row"
     cache.batch(torch.tensor([0]))
     assert hashed == [-CHECKED_AT_ONCE]
 
@@ -146,12 +146,12 @@ def test_the_limit_is_for_the_packs_of_the_opened_teachers_together(
     made = two_teachers(tmp_path / "A2b", packs=2)
     packs = list((made.path / "packs").iterdir())
     sizes = [sum(path.stat().st_size for path in packs if path.name.startswith(name)) for name in made.rows]
-    monkeypatch.setattr(loader_module, "FULLY_CHECKED", max(sizes))
+    monkeypatch.setattr(placement_module, "FULLY_CHECKED", max(sizes))
     hashed.clear()
-    assert LogitCache.open(made.path, ["scene"])._table is not None
+    assert LogitCache.open(made.path, ["scene"]).preloaded == "table"
     assert len(hashed) == 2
     hashed.clear()
-    assert LogitCache.open(made.path)._table is None
+    assert LogitCache.open(made.path).preloaded == "warmed"
     assert hashed == []
 
 
@@ -319,7 +319,7 @@ def test_a_pickled_cache_is_checked_in_the_same_way(made: MadeCache, hashed: lis
         cache = LogitCache.open(made.path, verify=verify)
         copy = pickle.loads(pickle.dumps(cache))  # noqa: S301 (our own)
         assert hashed == []
-        assert (copy._table is None) == (verify == "lazy")
+        assert copy.preloaded == ("mapped" if verify == "lazy" else "table")
         np.testing.assert_array_equal(copy.tensor()[:, 0].numpy(), made.rows["scene"].logits)
         assert sum(hashed) == -checked
 

@@ -40,10 +40,11 @@ from torch.utils.data import (
     random_split,
 )
 
-from kd_cache import loader as loader_module
+from kd_cache import placement as placement_module
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError
 from kd_cache.fingerprint import Fingerprint
 from kd_cache.loader import CachedDataset, LogitCache
+from kd_cache.store import keys as keys_module
 from kd_cache.store.pack import write_pack
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16}
@@ -53,7 +54,7 @@ TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small caches are one table in memory, large ones are gathered from the mapped packs."""
     if request.param == "mapped":
-        monkeypatch.setattr(loader_module, "TABLE_BYTES", 0)
+        monkeypatch.setattr(placement_module, "TABLE_BYTES", 0)
     return str(request.param)
 
 
@@ -80,7 +81,7 @@ def test_rows_and_batches_are_those_of_the_plain_files(tmp_path: Path, mode: str
     made = two_teachers(tmp_path / "A2b", dtype=dtype, packs=packs)
     opened = LogitCache.open(made.path)
     assert (opened.teachers, opened.num_classes, len(opened)) == (("city2scene", "scene"), 3, 40)
-    assert (opened._table is None) == (mode == "mapped")
+    assert opened.preloaded == ("table" if mode == "table" else "warmed")
     files = shuffled(names(40))[:25]
     rows = opened.rows(files)
     assert (rows.dtype, rows.shape) == (torch.int64, (25,))
@@ -386,7 +387,7 @@ def test_two_files_with_one_key_are_an_error_and_not_each_others_row(
     for packs in (1, 2):
         opened = LogitCache.open(two_teachers(cache.path.parent / f"{packs}" / "A2b", packs=packs).path)
         with monkeypatch.context() as patch:
-            patch.setattr(hashlib, "md5", colliding)
+            patch.setattr(keys_module, "_md5", colliding)
             for twin in twins:
                 with pytest.raises(CorruptError, match=f"{twin.decode()} and x/clip-0-a.npy have the same MD5 key"):
                     opened.rows([*names(40, 0), twin.decode()])

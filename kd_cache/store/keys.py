@@ -8,6 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
+try:  # the interpreter's own: for short texts, OpenSSL spends more on its contexts than on the digest (0.57, 0.34 µs)
+    from _md5 import md5 as _md5  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    _md5 = hashlib.md5
+
 
 def keys_of(files: Iterable[str]) -> np.ndarray:
     """``[N, 16]`` u1: the MD5 keys of manifest paths."""
@@ -16,8 +21,7 @@ def keys_of(files: Iterable[str]) -> np.ndarray:
 
 def keys_of_bytes(names: Iterable[bytes]) -> np.ndarray:
     """``[N, 16]`` u1: the MD5 keys of manifest paths that are UTF-8 already."""
-    md5 = hashlib.md5
-    joined = b"".join([md5(name, usedforsecurity=False).digest() for name in names])
+    joined = b"".join([_md5(name, usedforsecurity=False).digest() for name in names])
     return np.frombuffer(joined, np.uint8).reshape(-1, 16)
 
 
@@ -53,10 +57,10 @@ class KeyFinder:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """First position of each of ``[Q, 16]`` keys, int64, ``-1`` where there is none."""
         high, low = key_columns(keys)
-        order = np.argsort(high)  # neighbours in the array are looked up one after the other: twice as fast
-        position = np.empty(len(keys), np.int64)
-        position[order] = np.searchsorted(self._high, high[order])
-        found = np.full(len(keys), -1, np.int64)
+        order = np.argsort(high)  # neighbours in the array are looked up one after the other: several times as fast
+        high, low = high[order], low[order]
+        position = np.searchsorted(self._high, high)
+        found = np.full(len(keys), -1, np.int64)  # in that order
         pending = np.arange(len(keys))
         # Two keys rarely share their first eight bytes; where they do, step on until the rest matches too.
         while len(pending):
@@ -66,4 +70,6 @@ class KeyFinder:
             found[pending[hit]] = position[pending[hit]]
             pending = pending[~hit]
             position[pending] += 1
-        return found
+        in_turn = np.empty_like(found)
+        in_turn[order] = found
+        return in_turn

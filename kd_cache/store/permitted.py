@@ -57,7 +57,8 @@ class Permitted:
         """Whether these ``[M, 16]`` are exactly the permitted keys; looks without copying them."""
         blocks = range(0, len(keys), _BLOCK)
         return len(keys) == len(self) and all(
-            np.array_equal(self.rows[at : at + _BLOCK, :16], keys[at : at + _BLOCK]) for at in blocks
+            np.array_equal(self.rows[at : at + _BLOCK, :16].view("<u8"), keys[at : at + _BLOCK].view("<u8"))
+            for at in blocks
         )
 
     def write(self, directory: Path) -> str:
@@ -90,7 +91,7 @@ def read_permitted(path: Path) -> Permitted:
     if content[: len(header)].tobytes() != header or (len(content) - len(header)) % _ROW:
         raise _damaged(path, "it is not an array of keys and labels")
     permitted = Permitted(content[len(header) :].reshape(-1, _ROW))
-    if not are_ascending(permitted.keys):
+    if not are_ascending(permitted.rows[:, :16]):
         raise _damaged(path, "its keys are not sorted")
     return permitted
 

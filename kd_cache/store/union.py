@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from kd_cache.store.keys import KeyFinder, sorted_order
 from kd_cache.store.pack import Origin, Pack
+from kd_cache.store.take import take_rows
 
 
 class Union:
@@ -23,6 +24,7 @@ class Union:
         if not self.packs:
             raise ValueError("a union needs at least one pack")
         self._single = len(self.packs) == 1
+        self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}
         self.keys = self.packs[0].keys
         if not self._single:
             keys = np.concatenate([pack.keys for pack in self.packs])
@@ -92,21 +94,49 @@ class Union:
 
     def touch(self, positions: np.ndarray) -> None:
         """Check these rows where packs are checked as they are read. Raises `CorruptError`."""
-        for number, pack in enumerate(self.packs):
-            if pack.unchecked is not None:
-                pack.touch(positions if self._single else self.row_no[positions[self.pack_no[positions] == number]])
+        if not self._unchecked:
+            return
+        for number, rows, _ in self._by_pack(positions):
+            if number in self._unchecked:
+                self._touch(number, rows)
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """``[Q, C]`` rows as stored. Raises `CorruptError` where a pack is checked as it is read."""
-        self.touch(positions)
         if self._single:
+            self.touch(positions)
             return self.packs[0].logits.take(positions, axis=0)
         out = np.empty((len(positions), self.origin.num_classes), self.origin.stored)
-        numbers = self.pack_no[positions]
-        for number in np.unique(numbers):
-            mine = np.flatnonzero(numbers == number)
-            out[mine] = self.packs[number].logits[self.row_no[positions[mine]]]
+        self.take_into(positions, out)
         return out
+
+    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
+        """Copy rows into contiguous ``[Q, C]``; positions must be some. Raises `CorruptError` as `take`."""
+        if self._single:
+            if self._unchecked:
+                self._touch(0, positions)
+            take_rows(self.packs[0].logits, positions, out)
+            return
+        for number, rows, mine in self._by_pack(positions):
+            if number in self._unchecked:
+                self._touch(number, rows)
+            out[mine] = self.packs[number].logits[rows]
+
+    def _by_pack(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Each pack that holds some of these: its number, its rows, and where those stand among the positions."""
+        if self._single:
+            yield 0, positions, np.arange(len(positions))
+            return
+        numbers, rows = self.pack_no[positions], self.row_no[positions]
+        order = np.argsort(numbers, kind="stable")
+        starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+        for mine in np.split(order, starts[1:]) if len(order) else []:
+            yield int(numbers[mine[0]]), rows[mine], mine
+
+    def _touch(self, number: int, rows: np.ndarray) -> None:
+        pack = self.packs[number]
+        pack.touch(rows)
+        if pack.unchecked is None or not pack.unchecked.any():
+            self._unchecked.discard(number)  # every block was looked at: nothing is left to ask
 
     def file_bytes(self, positions: np.ndarray) -> list[bytes]:
         """The manifest path of each position, UTF-8."""

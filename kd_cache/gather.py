@@ -1,0 +1,123 @@
+"""From row numbers to logits ``[B, T, C]``: out of one table in memory, or out of every teacher's packs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from kd_cache.errors import UsageError
+from kd_cache.rows import TeacherRows
+from kd_cache.store.take import take_rows
+
+_BLOCK = 1 << 18
+"""So many bytes of rows are gathered, then put in their place while they are still in the processor's cache."""
+
+
+class Gatherer:
+    """Gathers rows of all teachers at once. ``place`` is one of `kd_cache.placement.PLACES`.
+
+    Row numbers count in the common order of the teachers and are not checked here.
+    """
+
+    def __init__(self, tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None], count: int, place: str):
+        self._teachers = tables
+        self._positions = positions  # where the common rows are among a teacher's own; None where they are the same
+        self._is_table = place == "table"
+        self.shape = (count, len(tables), tables[0].num_classes)
+        self.dtype = tables[0].dtype
+        self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
+        for rows in tables:
+            if place == "warmed":
+                rows.read_ahead()
+            elif place == "mapped":
+                rows.expect_random()
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """``[N, T * C]``: made when it is first needed, before workers are forked that could share it."""
+        try:
+            table = np.empty(self.shape, self.dtype)
+        except MemoryError as error:
+            raise UsageError(
+                f"{self.nbytes / 1e9:.1f} GB of logits do not fit into memory", hint='Pass preload="auto" or False.'
+            ) from error
+        for number, rows in enumerate(self._teachers):
+            positions = self._positions[number]
+            table[:, number] = rows.all() if positions is None else rows.take(positions)
+        return table.reshape(self.shape[0], self.shape[1] * self.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """What the logits of all rows take."""
+        count, teachers, classes = self.shape
+        return count * teachers * classes * self.dtype.itemsize
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the table is there by now."""
+        return "_table" in self.__dict__
+
+    def prepare(self) -> None:
+        """Make the table now, if there is to be one."""
+        if self._is_table:
+            self._table  # noqa: B018 (reading it makes it)
+
+    def fresh(self, rows: np.ndarray, dtype: torch.dtype | None) -> torch.Tensor:
+        """A new tensor ``[B, T, C]`` in ``dtype``, by default the stored one."""
+        shape = (len(rows), *self.shape[1:])
+        if dtype is not None and dtype != self.torch_dtype and not self._is_record:
+            return self._into_tensor(rows, torch.empty(shape, dtype=dtype))
+        out = np.empty(shape, self.dtype)
+        self._into(rows, out)
+        logits = torch.from_numpy(out)
+        return logits if dtype is None else logits.to(dtype)
+
+    def into(self, rows: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+        """Fill ``out`` ``[B, T, C]`` of any floating dtype, strides and device."""
+        if out.dtype == self.torch_dtype and out.device.type == "cpu" and out.is_contiguous():
+            self._into(rows, out.detach().numpy())
+            return out
+        if self._is_record:
+            return out.copy_(self.fresh(rows, None))
+        return self._into_tensor(rows, out)
+
+    @property
+    def _is_record(self) -> bool:
+        """Whether all teachers' logits of a row lie side by side."""
+        return self._is_table or len(self._teachers) == 1
+
+    def _into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        if self._is_table:
+            table = self._table
+            take_rows(table, rows, out.reshape(len(rows), table.shape[1]))
+        elif len(self._teachers) == 1:
+            self._take(0, rows, out.reshape(len(rows), self.shape[2]))
+        else:
+            for part, gathered in self._blocks(rows):
+                out[part] = gathered.transpose(1, 0, 2)
+
+    def _into_tensor(self, rows: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+        """The same with a conversion, while a block is at hand."""
+        for part, gathered in self._blocks(rows):
+            out[part] = torch.from_numpy(gathered).transpose(0, 1)
+        return out
+
+    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Slices of the batch and their logits ``[T, b, C]``, in memory that the next block uses again."""
+        _, teachers, classes = self.shape
+        step = max(64, _BLOCK // (teachers * classes * self.dtype.itemsize))
+        scratch = np.empty((teachers, min(step, len(rows)), classes), self.dtype)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            numbers = rows[part]
+            gathered = scratch[:, : len(numbers)]
+            for number in range(teachers):
+                self._take(number, numbers, gathered[number])
+            yield part, gathered
+
+    def _take(self, number: int, rows: np.ndarray, out: np.ndarray) -> None:
+        positions = self._positions[number]
+        self._teachers[number].take_into(rows if positions is None else positions[rows], out)

@@ -23,6 +23,7 @@ from fault_tools import FULL, Fault, Outcome, Rows, compare, host
 
 from kd_cache.errors import MissingLogitsError
 from kd_cache.loader import LogitCache
+from kd_cache.seen import SEEN_NAME
 from kd_cache.store.folder import CacheFolder
 
 Arguments = tuple[object, ...]
@@ -268,8 +269,12 @@ def temporaries(folder: Path) -> list[str]:
 
 
 def check_same(found: Tree, expected: Tree) -> None:
-    """Two folders are equal to the byte, but for temporaries and for the moment and settings the index tells of."""
-    ours, theirs = ({n: b for n, b in t.items() if not is_temporary(n)} for t in (found, expected))
+    """Two folders are equal to the byte, but for temporaries, for notes of the features as one run saw them, and for the
+    moment and settings the index tells of.
+    """
+    ours, theirs = (
+        {n: b for n, b in t.items() if not is_temporary(n) and Path(n).name != SEEN_NAME} for t in (found, expected)
+    )
     assert ours.keys() == theirs.keys(), f"only one of two has {sorted(ours.keys() ^ theirs.keys())}"
     for name in ours:
         one, other = _comparable(name, ours[name]), _comparable(name, theirs[name])

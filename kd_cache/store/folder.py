@@ -70,6 +70,11 @@ class CacheFolder:
         return self.path / "plan.json"
 
     @property
+    def seen_path(self) -> Path:
+        """Notes of the features, which save the next dump reading them; a cache is complete without."""
+        return self.path / "seen.bin"
+
+    @property
     def pending_path(self) -> Path:
         """Where dumps that no index tells of yet say what they are making."""
         return self.path / "pending"

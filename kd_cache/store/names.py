@@ -6,7 +6,7 @@ import re
 
 INDEX_NAME = "cache_index.json"
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json")
+RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json", "seen.bin")
 
 
 def is_teacher_name(name: str) -> bool:

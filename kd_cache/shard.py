@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -85,70 +83,3 @@ class Shard:
             path = write_pack(self._directory, self._origins[teacher], keys[order], inputs, ordered, logits.__getitem__)
             self.written.append(path)
             del self._rows[teacher], self._counts[teacher]
-
-
-class Commits:
-    """Shards that a thread commits while the next one fills. Use it in a ``with`` statement.
-
-    A shard is handed over with a *mark*, whatever the caller counts by. What `durable` returns is the mark of the last
-    shard whose packs are on the disk: rows count as kept only then. What goes wrong in the thread is raised by the next
-    call of `hand_over`, `durable` or `finish`; from then on the mark stays. At most two shards are in memory.
-    """
-
-    def __init__(self, directory: Path, origins: Mapping[str, Origin], size: int, seconds: float) -> None:
-        self._arguments = (directory, origins, size, seconds)
-        self.filling = Shard(*self._arguments)
-        self.written: list[Path] = []
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._running: tuple[Shard, int, Future[None]] | None = None
-        self._mark = 0
-        self._failed = False
-
-    def __enter__(self) -> Commits:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
-
-    def hand_over(self, mark: int) -> None:
-        """Have what was added so far committed; waits for the shard before, if that is not durable yet."""
-        self._settle(wait=True)
-        if self.filling.is_empty:
-            self._advance(mark)
-            return
-        shard, self.filling = self.filling, Shard(*self._arguments)
-        self._running = (shard, mark, self._pool.submit(shard.commit))
-
-    def durable(self) -> int:
-        """The mark up to which everything is on the disk; does not wait."""
-        self._settle(wait=False)
-        return self._mark
-
-    def finish(self, mark: int) -> None:
-        """Hand over the rest and wait until it is durable. Nothing is lost if it is called twice."""
-        self.hand_over(mark)
-        self._settle(wait=True)
-
-    def _settle(self, *, wait: bool) -> None:
-        if self._running is None:
-            return
-        shard, mark, running = self._running
-        if not (wait or running.done()):
-            return
-        try:
-            running.result()
-        except BaseException:
-            self._failed = running.done()  # it is not, where Ctrl-C ended the waiting
-            raise
-        finally:
-            if running.done():
-                self.written += shard.written  # some teachers' packs may be there although the next one failed
-                self._running = None
-        self._advance(mark)
-
-    def _advance(self, mark: int) -> None:
-        """Rows that were lost lie below every later mark."""
-        if not self._failed:
-            self._mark = mark

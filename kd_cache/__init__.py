@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
+    from kd_cache.attach import CachedDataset
+    from kd_cache.batch_loader import BatchLoader
     from kd_cache.diff import DiffReport, diff_caches
     from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
     from kd_cache.errors import (
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from kd_cache.features import FeatureSource
     from kd_cache.fingerprint import Fingerprint, weights_digest
     from kd_cache.gc import GcReport, find_garbage, remove_garbage
-    from kd_cache.loader import CachedDataset, LogitCache
+    from kd_cache.loader import LogitCache
     from kd_cache.manifest import Manifest, Sample, load_manifest, sample_key
     from kd_cache.merge import MergeJob, MergeReport, merge_caches
     from kd_cache.splits import Selection, select
@@ -43,6 +45,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "kd_cache.adopt": ("AdoptJob", "AdoptReport", "adopt_rows"),
+    "kd_cache.attach": ("CachedDataset",),
+    "kd_cache.batch_loader": ("BatchLoader",),
     "kd_cache.diff": ("DiffReport", "diff_caches"),
     "kd_cache.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
     "kd_cache.errors": (
@@ -62,7 +66,7 @@ _HOME = {
     "kd_cache.features": ("FeatureSource",),
     "kd_cache.fingerprint": ("Fingerprint", "weights_digest"),
     "kd_cache.gc": ("GcReport", "find_garbage", "remove_garbage"),
-    "kd_cache.loader": ("CachedDataset", "LogitCache"),
+    "kd_cache.loader": ("LogitCache",),
     "kd_cache.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
     "kd_cache.merge": ("MergeJob", "MergeReport", "merge_caches"),
     "kd_cache.splits": ("Selection", "select"),
@@ -76,6 +80,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdoptJob",
     "AdoptReport",
+    "BatchLoader",
     "CachedDataset",
     "CheckpointError",
     "CorruptError",

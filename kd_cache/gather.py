@@ -27,6 +27,7 @@ class Gatherer:
         self._positions = positions  # where the common rows are among a teacher's own; None where they are the same
         self._is_table = place == "table"
         self.shape = (count, len(tables), tables[0].num_classes)
+        self._width = self.shape[1] * self.shape[2]
         self.dtype = tables[0].dtype
         self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
         for rows in tables:
@@ -47,7 +48,7 @@ class Gatherer:
         for number, rows in enumerate(self._teachers):
             positions = self._positions[number]
             table[:, number] = rows.all() if positions is None else rows.take(positions)
-        return table.reshape(self.shape[0], self.shape[1] * self.shape[2])
+        return table.reshape(self.shape[0], self._width)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +68,7 @@ class Gatherer:
 
     def fresh(self, rows: np.ndarray, dtype: torch.dtype | None) -> torch.Tensor:
         """A new tensor ``[B, T, C]`` in ``dtype``, by default the stored one."""
-        shape = (len(rows), *self.shape[1:])
+        shape = (len(rows), self.shape[1], self.shape[2])
         if dtype is not None and dtype != self.torch_dtype and not self._is_record:
             return self._into_tensor(rows, torch.empty(shape, dtype=dtype))
         out = np.empty(shape, self.dtype)
@@ -77,8 +78,8 @@ class Gatherer:
 
     def into(self, rows: np.ndarray, out: torch.Tensor) -> torch.Tensor:
         """Fill ``out`` ``[B, T, C]`` of any floating dtype, strides and device."""
-        if out.dtype == self.torch_dtype and out.device.type == "cpu" and out.is_contiguous():
-            self._into(rows, out.detach().numpy())
+        if out.dtype == self.torch_dtype and out.is_cpu and out.is_contiguous():
+            self._into(rows, out.numpy())
             return out
         if self._is_record:
             return out.copy_(self.fresh(rows, None))
@@ -91,10 +92,9 @@ class Gatherer:
 
     def _into(self, rows: np.ndarray, out: np.ndarray) -> None:
         if self._is_table:
-            table = self._table
-            take_rows(table, rows, out.reshape(len(rows), table.shape[1]))
+            take_rows(self._table, rows, out.reshape(len(rows), self._width))
         elif len(self._teachers) == 1:
-            self._take(0, rows, out.reshape(len(rows), self.shape[2]))
+            self._take(0, rows, out.reshape(len(rows), self._width))
         else:
             for part, gathered in self._blocks(rows):
                 out[part] = gathered.transpose(1, 0, 2)

@@ -32,6 +32,7 @@ from kd_cache.store.index import Index
 from kd_cache.store.keys import KeyFinder, keys_of_bytes
 from kd_cache.store.pack import CHECKS
 
+_INT64 = np.dtype(np.int64)
 _MANY = 100_000
 """From so many files on it is worth looking whether two teachers' packs name the same files."""
 
@@ -70,6 +71,7 @@ class LogitCache:
         self.num_classes = tables[0].num_classes
         self.dtype = tables[0].dtype
         self._keys = _common_keys([rows.keys for rows in tables])
+        self._count = len(self._keys)
         # Where a teacher's own rows are the common ones, positions are rows.
         self._positions = [
             None if len(rows.keys) == len(self._keys) else rows.finder.find(self._keys) for rows in tables
@@ -77,12 +79,11 @@ class LogitCache:
         self._finder = tables[0].finder if self._positions[0] is None else KeyFinder(self._keys)
         self.preloaded = choose(
             preload,
-            len(self._keys) * len(tables) * self.num_classes * self.dtype.itemsize,
-            sum(rows.mapped_bytes for rows in tables),
+            self._count * len(tables) * self.num_classes * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
-        self._gatherer = Gatherer(tables, self._positions, len(self._keys), self.preloaded)
+        self._gatherer = Gatherer(tables, self._positions, self._count, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
@@ -162,7 +163,7 @@ class LogitCache:
         return {name: origins[name].fingerprint.digest for name in self.teachers if name in origins}
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self._count
 
     def rows(self, files: Iterable[str]) -> torch.Tensor:
         """Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
@@ -208,7 +209,7 @@ class LogitCache:
             MissingLogitsError, IndexError: a file without logits, a row that is none.
             UsageError: ``out`` has another shape or dtype.
         """
-        if not isinstance(rows, torch.Tensor | np.ndarray):
+        if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
         numbers = self._numbers(rows)
         if out is not None:
@@ -282,19 +283,20 @@ class LogitCache:
         numbers = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
         if numbers.ndim != 1 or numbers.dtype.kind != "i":
             raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
-        if numbers.dtype != np.int64:
-            numbers = numbers.astype(np.int64)
+        if numbers.dtype is not _INT64:
+            numbers = numbers.astype(_INT64)
         if not len(numbers):
             return numbers
         # As unsigned numbers the negative ones are the largest: one look finds both ends.
-        lowest = numbers + 1 if self._on_miss == "nan" else numbers
-        if np.maximum.reduce(lowest.view(np.uint64)) >= len(self) + (self._on_miss == "nan"):
-            raise IndexError(f"rows must lie in [0, {len(self)}), found {numbers.min()} to {numbers.max()}")
+        first = -1 if self._on_miss == "nan" else 0
+        unsigned = (numbers - first if first else numbers).view(np.uint64)
+        if np.maximum.reduce(unsigned) >= self._count - first:
+            raise IndexError(f"rows must lie in [0, {self._count}), found {numbers.min()} to {numbers.max()}")
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, count: int, dtype: torch.dtype | None) -> None:
         expected = (count, len(self.teachers), self.num_classes)
-        if tuple(out.shape) != expected or not out.is_floating_point() or dtype not in (None, out.dtype):
+        if out.shape != expected or not out.is_floating_point() or dtype not in (None, out.dtype):
             raise UsageError(
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
             )

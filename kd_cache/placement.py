@@ -33,12 +33,11 @@ def check_of(verify: str, preload: bool | str, pack_bytes: int) -> str:
     return "full" if preload is True or pack_bytes <= FULLY_CHECKED else "lazy"
 
 
-def choose(preload: bool | str, table_bytes: int, pack_bytes: int, *, is_lazy: bool, in_worker: bool = False) -> str:
+def choose(preload: bool | str, table_bytes: int, *, is_lazy: bool, in_worker: bool = False) -> str:
     """One of `PLACES`.
 
     Args:
-        table_bytes: what a table of all rows and opened teachers takes.
-        pack_bytes: the size of the mapped files.
+        table_bytes: what the logits of all rows and opened teachers take, as a table or mapped.
         is_lazy: rows are checked when they are first read. A table would read, and so check, all of them now.
         in_worker: a process that opens the cache for itself beside others that do the same.
     """
@@ -48,4 +47,4 @@ def choose(preload: bool | str, table_bytes: int, pack_bytes: int, *, is_lazy: b
         return "table" if table_bytes <= WORKER_TABLE_BYTES and not is_lazy else "mapped"
     if preload is True or (table_bytes <= TABLE_BYTES and not is_lazy):
         return "table"
-    return "warmed" if pack_bytes <= available_memory() // 2 else "mapped"
+    return "warmed" if table_bytes <= available_memory() // 2 else "mapped"

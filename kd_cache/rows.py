@@ -78,11 +78,6 @@ class TeacherRows:
         """``[N, C]`` logits of all positions."""
         raise NotImplementedError
 
-    @property
-    def mapped_bytes(self) -> int:
-        """The size of what is mapped rather than held."""
-        return 0
-
     def read_ahead(self) -> None:
         """Have mapped files read from start to end while we go on."""
 
@@ -142,10 +137,6 @@ class PackRows(TeacherRows):
 
     def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
         self._union.take_into(self._positions(positions), out)
-
-    @property
-    def mapped_bytes(self) -> int:
-        return sum(pack.logits.nbytes for pack in self._union.packs)
 
     def read_ahead(self) -> None:
         for pack in self._union.packs:

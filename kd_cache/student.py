@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kd_cache.attach import CachedDataset, Gathered
 from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.features import MAX_BYTES, FeatureSource
-from kd_cache.loader import CachedDataset, Gathered, LogitCache
+from kd_cache.loader import LogitCache
 from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
+from kd_cache.sample_columns import SampleColumns
 from kd_cache.splits import refuse_outside, select
 
 IGNORED = -100
@@ -39,7 +41,7 @@ class FeatureDataset(Dataset[tuple[torch.Tensor, Sample]]):
         scored: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         self.source = source
-        self.samples = samples
+        self.samples = SampleColumns(samples)
         self.transform = transform
         self.scored = scored
 

@@ -24,6 +24,7 @@ kd-cache info
 
 kd-cache info cache/A2b --json"""
 
+WHEN_CHECKED = {"full": "when opened", "lazy": "when first read"}
 SOURCES = {"commandline": "command line", "default_map": "file"}
 
 
@@ -58,7 +59,32 @@ def info_command(
 
 def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
     disk = _pack_sizes(folder)
-    return {"path": str(folder.path), "num_samples": index.num_samples, "packs": disk, **index.record}
+    reading = _reading(index, disk)
+    return {
+        "path": str(folder.path),
+        "num_samples": index.num_samples,
+        "packs": disk,
+        "reading": reading,
+        **index.record,
+    }
+
+
+def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """What ``LogitCache.open`` chooses on this machine, by the teachers that can be opened together."""
+    from kd_cache.placement import check_of, choose
+    from kd_cache.store.folder import teacher_in_name
+
+    together: dict[tuple[Any, ...], list[str]] = {}
+    for name, origin in index.origins.items():
+        together.setdefault((origin.value_kind, origin.num_classes, origin.stored.itemsize), []).append(name)
+    found = {}
+    for (_, classes, item), names in together.items():
+        table = index.num_samples * len(names) * classes * item
+        on_disk = sum(bytes_ for pack, bytes_ in packs.items() if teacher_in_name(Path(pack)) in names)
+        verify = check_of("auto", "auto", on_disk)
+        place = choose("auto", table, is_lazy=verify == "lazy")
+        found[", ".join(names)] = {"preload": place, "verify": verify, "table_bytes": table}
+    return found
 
 
 def _pack_sizes(folder: CacheFolder) -> dict[str, int]:
@@ -102,6 +128,7 @@ def _checkpoint(entry: dict[str, Any]) -> str:
 
 def _lines(folder: CacheFolder, index: Index) -> list[str]:
     from kd_cache.pending import read_pending
+    from kd_cache.placement import PLACES
     from kd_cache.watch import Watcher
 
     record = index.record
@@ -121,6 +148,11 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
         f"settings  {', '.join(changed) or 'all defaults'}",
         f"on disk   {size(sum(on_disk.values()))} in {len(on_disk)} packs, view: {'yes' if record['files'] else 'no'}",
     ]
+    for names, chosen in _reading(index, on_disk).items():
+        lines.append(
+            f"read      {names}: {PLACES[chosen['preload']]} ({size(chosen['table_bytes'])} of logits), "
+            f"bytes checked {WHEN_CHECKED[chosen['verify']]}"
+        )
     if pending := read_pending(folder, Watcher()):
         lines.append(f"pending   dumps begun and not sealed: {len(pending)}")
     if record["missing"]:

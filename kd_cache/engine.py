@@ -1,100 +1,26 @@
-"""Scoring: fixed-shape batches through every teacher, reproducibly."""
+"""Scoring: fixed-shape batches through every teacher, reproducibly.
+
+On a GPU a batch is started and left running while the next is made ready: features leave and logits come back through
+pinned memory, without waiting. On a CPU a batch is scored at once.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
-from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
-from kd_cache.plan import Place, Shape
+from kd_cache.device import full_precision
+from kd_cache.errors import KDCacheError, TeacherError, shown
+from kd_cache.stages import COPYING, SCORING, Busy
 from kd_cache.teacher import Teacher
 
-_CPU = torch.device("cpu")
-_ERROR = 2  # torch's debug mode: an operation without a deterministic implementation is an error
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` (a GPU, else the CPU), ``cpu``, ``cuda`` or ``cuda:i``. Raises `UsageError` if it is absent.
-
-    ``auto`` takes the GPU of ``LOCAL_RANK`` where a launcher has set that, else the first.
-    """
-    if name == "auto":
-        local = os.environ.get("LOCAL_RANK", "")
-        count = torch.cuda.device_count()
-        return torch.device(f"cuda:{int(local) % count}" if local.isdecimal() else "cuda") if count else _CPU
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {shown(name)!r}, expected auto, cpu, cuda or cuda:i")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"device {name} is not available: this machine has {torch.cuda.device_count()} CUDA devices",
-            hint="Use --device cpu or --device auto.",
-        )
-    return device
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What, besides the fingerprint, the last bits of a number depend on."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "cuda": (torch.version.cuda or "none") if on_gpu else "none",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "h5py": h5py.__version__,
-        "platform": platform.platform(),
-    }
-
-
-@contextmanager
-def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
-    """Deterministic algorithms, TF32 exactly as asked for (matmul's and cuDNN's), autocast for bf16 and fp16.
-
-    Everything global is put back afterwards.
-    """
-    if precision == "tf32" and device.type != "cuda":
-        raise UsageError("precision tf32 exists on CUDA devices only", hint="Use --precision fp32.")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this set
-    before = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        torch.get_deterministic_debug_mode(),
-    )
-    tf32 = precision == "tf32"
-    _set_numerics(tf32, tf32, False, _ERROR)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-            torch.manual_seed(seed)
-            stack.enter_context(torch.inference_mode())
-            if precision in _AUTOCAST:
-                stack.enter_context(torch.autocast(device.type, dtype=_AUTOCAST[precision]))
-            yield
-    finally:
-        _set_numerics(*before)
-
-
-def _set_numerics(matmul_tf32: bool, cudnn_tf32: bool, benchmark: bool, deterministic: int) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
-    torch.backends.cudnn.allow_tf32 = cudnn_tf32
-    torch.backends.cudnn.benchmark = benchmark
-    # Not use_deterministic_algorithms: that imports the whole compiler, more than a second, to set the same flag.
-    torch.set_deterministic_debug_mode(deterministic)
+AHEAD = 2
+"""Batches that a GPU has before it when the next is made ready: it must never wait for Python."""
 
 
 @dataclass(eq=False)
@@ -111,69 +37,211 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scored:
-    """Results of one batch: ``numbers`` of its n samples, and by teacher ``[n, C]`` float32 logits or an error."""
+    """Results of one batch: ``numbers`` of its n samples, and by teacher ``[n, C]`` float32 logits or an error.
+
+    ``exact`` holds the logits of the same samples in full precision, for the batches that are compared.
+    """
 
     numbers: list[int]
     logits: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, TeacherError] = field(default_factory=dict)
+    exact: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class _UnscoredError(Exception):
     """A teacher cannot score these samples."""
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A batch whose results may still be under way: tensors ``[size, C]`` on the host, valid when ``done`` is."""
+
+    scored: Scored
+    slots: list[int]
+    logits: dict[str, torch.Tensor]
+    exact: dict[str, torch.Tensor]
+    events: list[torch.cuda.Event]
+
+
 class Engine:
-    """Scores batches of fixed shape. Use inside `numerics`.
+    """Scores batches of fixed shape. Use inside `device.numerics`.
 
     Args:
         teachers: by name; moved to ``device`` and to evaluation mode.
+        compiled: run them through ``torch.compile``.
+        compare: score batch 1, 2, 4, 8, … in full precision as well (`Scored.exact`).
+        busy: hears how long copying and scoring take.
+        note: hears what a person should know.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], device: torch.device) -> None:
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher],
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        compare: bool = False,
+        busy: Busy | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.device = device
         self.teachers = {name: _placed(teacher, device) for name, teacher in teachers.items()}
+        self.most_rows: int | None = None
+        self._calls = {name: _compiled(teacher) if compiled else teacher for name, teacher in self.teachers.items()}
+        self._compare = compare
+        self._busy = busy or Busy()
+        self._note = note
+        self._count = 0
+        self._running: deque[_Running] = deque()
+
+    @property
+    def halved(self) -> bool:
+        """Whether memory ran out, so that batches are scored in parts: their last bits may differ from other runs'."""
+        return self.most_rows is not None
+
+    def submit(self, batch: Batch) -> Iterator[Scored]:
+        """Start on a batch; gives batches that are done by now, in the order of their submission."""
+        self._running.append(self._start(batch))
+        while len(self._running) > (AHEAD if self.device.type == "cuda" else 0):
+            yield self._result(self._running.popleft())
+
+    def finish(self) -> Iterator[Scored]:
+        """Wait for what is still running."""
+        while self._running:
+            yield self._result(self._running.popleft())
 
     def score(self, batch: Batch) -> Scored:
-        """Score the samples of a batch with its teachers.
+        """Score the samples of a batch with its teachers, and wait for that.
 
         Empty slots are filled with a sample that is there: what stands in other slots does not touch a row's bits.
         A teacher that refuses these features, or returns anything but ``[size, C]``, has an error in the result.
 
         Raises:
-            TeacherError: a teacher failed in a way that it did not foresee (out of memory, say).
+            TeacherError: a teacher failed in a way that it did not foresee, or memory is too small for one sample.
         """
-        slots = list(batch.rows)
-        filler = batch.rows[slots[0]][1]
-        padded = np.empty((batch.size, *filler.shape), np.float32)
-        for slot in range(batch.size):
-            padded[slot] = batch.rows[slot][1] if slot in batch.rows else filler
-        features = torch.from_numpy(padded).to(self.device)
-        scored = Scored([number for number, _ in batch.rows.values()])
+        return self._result(self._start(batch))
+
+    def forward(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """``[B, C]`` of features ``[B, T, F]`` on the device, all at once. Raises as the teacher does."""
+        return self._calls[name](features)
+
+    def _start(self, batch: Batch) -> _Running:
+        self._count += 1
+        marks = [self._mark()]
+        with self._busy.doing(COPYING):
+            features = self._to_device(batch)
+        marks.append(self._mark())
+        running = _Running(Scored([number for number, _ in batch.rows.values()]), list(batch.rows), {}, {}, marks)
+        compare = self._compare and self._count & (self._count - 1) == 0
         for name in self.teachers:
             if name not in batch.teachers:
                 continue
             try:
-                scored.logits[name] = self._run(name, features).float().cpu().numpy()[slots]
+                running.logits[name] = self._to_host(self._run(name, features))
+                if compare:
+                    with full_precision():
+                        running.exact[name] = self._to_host(self._run(name, features))
             except _UnscoredError as error:
-                scored.errors[name] = TeacherError(str(error))
-        return scored
+                running.scored.errors[name] = TeacherError(str(error))
+        marks.append(self._mark())
+        return running
+
+    def _result(self, running: _Running) -> Scored:
+        if self.device.type == "cuda":
+            started, copied, done = running.events
+            try:
+                done.synchronize()
+            except RuntimeError as error:
+                raise TeacherError(f"a teacher failed on {self.device}: {shown(error)}") from error
+            self._busy.add(COPYING, started.elapsed_time(copied) / 1000)
+            self._busy.add(SCORING, copied.elapsed_time(done) / 1000)
+        for mine, theirs in ((running.scored.logits, running.logits), (running.scored.exact, running.exact)):
+            mine.update({name: logits.numpy()[running.slots] for name, logits in theirs.items()})
+        return running.scored
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return _NEVER
+        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def _to_device(self, batch: Batch) -> torch.Tensor:
+        """``[size, T, F]`` float32, through pinned memory where there is a GPU (torch keeps and reuses it)."""
+        filler = next(iter(batch.rows.values()))[1]
+        pinned = self.device.type == "cuda"
+        padded = torch.empty((batch.size, *filler.shape), dtype=torch.float32, pin_memory=pinned)
+        into = padded.numpy()
+        for slot in range(batch.size):
+            into[slot] = batch.rows[slot][1] if slot in batch.rows else filler
+        return padded.to(self.device, non_blocking=True)
+
+    def _to_host(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        if self.device.type != "cuda":
+            return logits
+        host = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
+        return host.copy_(logits, non_blocking=True)
 
     def _run(self, name: str, features: torch.Tensor) -> torch.Tensor:
-        teacher = self.teachers[name]
+        if self.device.type == "cuda":  # measured on the device: the call only starts the work
+            return self._in_parts(name, features)
+        with self._busy.doing(SCORING):
+            return self._in_parts(name, features)
+
+    def _in_parts(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """All rows at once; where memory is too small for that, halves of it, of those halves, …"""
+        while True:
+            parts = torch.split(features, self.most_rows or len(features))
+            try:
+                logits = [self._checked(name, part) for part in parts]
+                return logits[0] if len(logits) == 1 else torch.cat(logits)
+            except _OutOfMemoryError as error:
+                if len(parts[0]) == 1:
+                    raise TeacherError(
+                        f"teacher {name}: there is not enough memory to score one sample of shape "
+                        f"{list(features.shape[1:])} ({shown(error)})"
+                    ) from error
+                self.most_rows = len(parts[0]) // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._note(
+                f"out of memory with {len(parts[0])} samples at once: going on with {self.most_rows}; the last bits of "
+                "these rows may differ from those of other runs (a smaller --batch-size avoids that)"
+            )
+
+    def _checked(self, name: str, features: torch.Tensor) -> torch.Tensor:
         try:
-            logits = teacher(features)
+            logits = self.forward(name, features)
         except KDCacheError as error:
             raise _UnscoredError(f"teacher {name}: {error.message}") from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise _OutOfMemoryError(error) from error
             raise TeacherError(
                 f"teacher {name} failed on features of shape {list(features.shape)}: "
                 f"{type(error).__name__}: {shown(error)}"
             ) from error
-        expected = (len(features), teacher.num_classes)
+        expected = (len(features), self.teachers[name].num_classes)
         if not isinstance(logits, torch.Tensor) or logits.shape != expected or not logits.is_floating_point():
             found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise _UnscoredError(f"teacher {name} must return floating-point {list(expected)}, it returned {found}")
         return logits
+
+
+_NEVER: Any = None
+"""The mark of a device on which every call waits for its end."""
+
+
+class _OutOfMemoryError(Exception):
+    """Memory, the device's or the host's, was too small."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, on a GPU or on a CPU, or Python could not get the memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _placed(teacher: Teacher, device: torch.device) -> Teacher:
@@ -185,54 +253,6 @@ def _placed(teacher: Teacher, device: torch.device) -> Teacher:
     return moved  # type: ignore[no-any-return]
 
 
-class Batcher:
-    """Puts samples into batches of one shape, each at its planned slot, and scores a batch when it is full.
-
-    Where only some samples are to be scored, a few batches are kept open at once, so that little of them stays empty;
-    never more than ``most_samples`` samples or ``most_bytes`` bytes of features (or two batches) wait.
-    """
-
-    _OPEN = 8
-    _MOST_BYTES = 256 << 20
-
-    def __init__(self, engine: Engine, most_bytes: int = _MOST_BYTES, most_samples: int = 1024) -> None:
-        self._engine = engine
-        self._most = (most_bytes, most_samples)
-        self._open: dict[tuple[Shape, frozenset[str]], list[Batch]] = {}
-        self._bytes = self._samples = 0
-
-    def add(self, number: int, array: np.ndarray, teachers: frozenset[str], place: Place) -> Iterator[Scored]:
-        """Take one sample for these teachers; gives what had to be scored to make room, or has become full."""
-        shape = (array.shape[0], array.shape[1])
-        batches = self._open.setdefault((shape, teachers), [])
-        batch = next((batch for batch in batches if place.slot not in batch.rows), None)
-        if batch is None:
-            if len(batches) == self._OPEN:
-                yield self._score(max(batches, key=lambda batch: len(batch.rows)), batches)
-            batch = Batch(place.size, teachers)
-            batches.append(batch)
-        batch.rows[place.slot] = (number, array)
-        self._bytes += array.nbytes
-        self._samples += 1
-        if len(batch.rows) == batch.size:
-            yield self._score(batch, batches)
-        room = (max(self._most[0], 2 * place.size * array.nbytes), max(self._most[1], 2 * place.size))
-        while self._bytes > room[0] or self._samples > room[1]:
-            # Many shapes with few samples each: what waits must not grow with the data set.
-            fullest, among = max(
-                ((batch, batches) for batches in self._open.values() for batch in batches),
-                key=lambda pair: len(pair[0].rows) / pair[0].size,
-            )
-            yield self._score(fullest, among)
-
-    def finish(self) -> Iterator[Scored]:
-        """Score what is still open."""
-        for batches in self._open.values():
-            while batches:
-                yield self._score(batches[0], batches)
-
-    def _score(self, batch: Batch, among: list[Batch]) -> Scored:
-        among.remove(batch)
-        self._bytes -= sum(array.nbytes for _, array in batch.rows.values())
-        self._samples -= len(batch.rows)
-        return self._engine.score(batch)
+def _compiled(teacher: Teacher) -> Callable[[torch.Tensor], torch.Tensor]:
+    # Shapes are few and fixed, each worth its own code.
+    return torch.compile(teacher, dynamic=False)

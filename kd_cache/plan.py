@@ -149,6 +149,10 @@ class Places:
         self._ranks[shape] += 1
         return rank
 
+    def pass_over(self, shape: Shape, count: int) -> None:
+        """So many more samples of this shape, whose ranks nobody asks for."""
+        self._ranks[shape] += count
+
 
 def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool) -> dict[Shape, int]:
     """How many features have each ``(T, F)``, from their headers alone.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class Watcher:
     """Hears of a run's stages and remarks. This one ignores them; the command line shows them."""
@@ -12,8 +14,11 @@ class Watcher:
     def advance(self, count: int) -> None:
         """So many more samples of the current stage are done."""
 
-    def saved(self) -> None:
-        """Everything that the current stage has advanced over is durable from now on."""
+    def saved(self, count: int) -> None:
+        """The first ``count`` samples that the current stage advanced over are durable from now on."""
+
+    def busy(self, shares: Mapping[str, float]) -> None:
+        """The part of the time that each stage of the work has been busy, from 0 to 1, the busiest first."""
 
     def note(self, text: str) -> None:
         """Something a person should know: what was found, decided or healed."""

@@ -98,7 +98,8 @@ class LoadedTeacher(nn.Module):
         role: str | None = None,
     ) -> None:
         super().__init__()
-        self.net = net
+        # Same numbers, but for the last bits: convolutions run up to twice as fast in this layout.
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.source = source
         self.record = dict(record or {})
         self.role = "city2scene" if isinstance(net, City2Scene) else role or self.record.get("role")

@@ -497,10 +497,10 @@ def test_a_teacher_that_another_dump_finished_meanwhile_stays_in_the_index(
 
     publish = kd_cache.dump._Dump._publish
 
-    def late(self: object, replaced: list[Path]) -> object:
+    def late(self: object, *rest: object) -> object:
         monkeypatch.setattr(kd_cache.dump._Dump, "_publish", publish)
         assert run(*only(world, "other")).exit_code == 0  # a whole dump, while the first is about to publish
-        return publish(self, replaced)  # type: ignore[arg-type]
+        return publish(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(kd_cache.dump._Dump, "_publish", late)
     assert run(*only(world, "tiny")).exit_code == 0
@@ -592,7 +592,9 @@ def test_probabilities_declared_as_logits_are_refused(run: Run, world: World, fa
 
 
 def test_waiting_features_do_not_grow_with_the_data_set() -> None:
-    from kd_cache.engine import Batcher, Engine, numerics
+    from kd_cache.batcher import Batcher
+    from kd_cache.device import numerics
+    from kd_cache.engine import Engine
     from kd_cache.plan import Place
 
     cpu = torch.device("cpu")

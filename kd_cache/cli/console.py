@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import typer
@@ -75,7 +75,7 @@ class Screen(Watcher):
         self._progress: Progress | None = None
         self._task: Any = None
         self._noted: set[str] = set()
-        self._name, self._total, self._done = "", 0, 0
+        self._name, self._total, self._done, self._busy = "", 0, 0, ""
         self._began = self._logged = time.monotonic()
 
     def __enter__(self) -> Screen:
@@ -86,7 +86,7 @@ class Screen(Watcher):
 
     def stage(self, name: str, total: int) -> None:
         self._close()
-        self._name, self._total, self._done = name, total, 0
+        self._name, self._total, self._done, self._busy = name, total, 0, ""
         self._began = self._logged = time.monotonic()
         if self.quiet or not self.stderr.is_terminal:
             return
@@ -97,13 +97,14 @@ class Screen(Watcher):
             TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"),
             TextColumn("{task.fields[saved]}"),
+            TextColumn("{task.fields[busy]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.stderr,
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task(name, total=total, rate="", saved="")
+        self._task = self._progress.add_task(name, total=total, rate="", saved="", busy="")
 
     def advance(self, count: int) -> None:
         self._done += count
@@ -114,13 +115,20 @@ class Screen(Watcher):
         if not self.quiet and time.monotonic() - self._logged >= _LOG_SECONDS:
             self._logged = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
-            self.remark(f"{self._name}: {self._done:,}/{self._total:,} · {rate:,.0f} samples/s · ETA {left:,.0f} s")
+            busy = f" · {self._busy}" if self._busy else ""
+            done = f"{self._done:,}/{self._total:,}"
+            self.remark(f"{self._name}: {done} · {rate:,.0f} samples/s · ETA {left:,.0f} s{busy}")
 
-    def saved(self) -> None:
+    def saved(self, count: int) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, saved=f"saved {self._done:,}")
+            self._progress.update(self._task, saved=f"saved {count:,}")
         else:
-            self.remark(f"saved: {self._done:,}/{self._total:,} samples")
+            self.remark(f"saved: {count:,}/{self._total:,} samples")
+
+    def busy(self, shares: Mapping[str, float]) -> None:
+        self._busy = " · ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
+        if self._progress is not None:
+            self._progress.update(self._task, busy=self._busy)
 
     def note(self, text: str) -> None:
         """Once: what is read twice need not be told of twice."""

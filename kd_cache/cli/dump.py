@@ -29,6 +29,7 @@ def dump_command(
     target: opt.RequiredTargetOption,
     json_path: opt.JsonPathOption = None,
     data_root: opt.DataRootOption = None,
+    features: opt.FeaturesOption = None,
     num_scenes: opt.NumScenesOption = 10,
     num_cities: opt.NumCitiesOption = 12,
     allow_shared_locations: opt.AllowSharedOption = False,
@@ -110,12 +111,24 @@ def dump_command(
             rich_help_panel=opt.RUN,
         ),
     ] = "fp32",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Run the teachers through torch.compile: minutes to begin with, faster afterwards, other last bits.",
+            envvar="KD_CACHE_COMPILE",
+            show_envvar=False,
+            rich_help_panel=opt.RUN,
+        ),
+    ] = False,
     batch_size: Annotated[
-        int | None,
+        Any,  # an integer or "auto"; typer knows no such union
         typer.Option(
             "--batch-size",
-            min=1,
-            help="Most samples scored at once. (default: 32 on a CPU, 256 on a GPU)",
+            metavar="N|auto",
+            parser=opt.batch_size,
+            help="Most samples scored at once; auto measures the largest that still makes it faster. "
+            "(default: 32 on a CPU, 256 on a GPU)",
             envvar="KD_CACHE_BATCH_SIZE",
             show_envvar=False,
             rich_help_panel=opt.RUN,

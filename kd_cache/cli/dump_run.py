@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ Part = tuple[int, int] | None
 
 if TYPE_CHECKING:
     from kd_cache.dump import DumpJob, DumpReport
+    from kd_cache.storage_cost import StorageCost
     from kd_cache.verify import VerifyReport
 
 
@@ -36,6 +37,7 @@ class DumpOptions:
     target: opt.Target
     json_path: Path | None
     data_root: Path | None
+    features: Path | None
     num_scenes: int
     num_cities: int
     allow_shared_locations: bool
@@ -53,7 +55,8 @@ class DumpOptions:
     num_verify: int
     device: str
     precision: opt.Precision
-    batch_size: int | None
+    compiled: bool
+    batch_size: int | Literal["auto"] | None
     workers: int
     seed: int
     shard_size: int
@@ -77,6 +80,7 @@ def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
             options.target,
             options.json_path,
             options.data_root,
+            options.features,
             num_scenes=options.num_scenes,
             num_cities=options.num_cities,
             allow_shared_locations=options.allow_shared_locations,
@@ -126,8 +130,8 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         own_data=given(ctx, "json_path") or given(ctx, "data_root"),
     )
     # What can fail without torch, which takes seconds to import, has failed by now.
+    from kd_cache.device import resolve_device
     from kd_cache.dump import DumpJob
-    from kd_cache.engine import resolve_device
 
     device = resolve_device(options.device)
     teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
@@ -141,6 +145,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         dtype=_storage(ctx, options),
         precision=options.precision,
         batch_size=options.batch_size,
+        compiled=options.compiled,
         skip_existing=options.skip_existing,
         files=options.files,
         on_bad_sample=options.on_bad_sample,
@@ -231,6 +236,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {report.rate:,.0f} samples/s "
             f"on {job.device}, {job.precision}, stored as {job.dtype}"
         )
+        lines.append("busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items()))
     if report.published is not None:
         done = report.published
         lines.append(
@@ -245,16 +251,22 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():
-        if result.cost is not None and result.cost.rows:
-            cost = result.cost.as_json()
-            measured = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
-            lines.append(f"{name}: fp16 cost over {cost['rows']:,} rows: {measured}")
+        lines += _cost_line(f"{name}: storing as fp16", result.cost)
+        lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
     for number, (file, reason) in enumerate(report.missing.items()):
         if number == 20:
             lines.append(f"… and {len(report.missing) - 20:,} more missing samples")
             break
         lines.append(f"missing: {shown(file)}: {shown(reason)}")
     return lines
+
+
+def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
+    if measured is None or not measured.rows:
+        return []
+    cost = measured.as_json()
+    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
+    return [f"{what}, over {cost['rows']:,} rows: {told}"]
 
 
 def _seal_command(job: DumpJob) -> str:
@@ -286,6 +298,8 @@ def _as_json(report: DumpReport) -> dict[str, Any]:
         "missing": report.missing,
         "seconds": report.seconds,
         "samples_per_second": report.rate,
+        "busy": report.busy,
+        "halved_to": report.halved_to,
     }
     if report.published is None:
         return content | {"bytes": report.bytes_planned}

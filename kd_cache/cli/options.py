@@ -61,6 +61,16 @@ DataRootOption = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+FeaturesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--features",
+        help="One HDF5 file that holds the features, instead of files below the data root.",
+        envvar="KD_CACHE_FEATURES",
+        show_envvar=False,
+        rich_help_panel=DATA,
+    ),
+]
 NumScenesOption = Annotated[
     int,
     typer.Option(
@@ -249,3 +259,10 @@ DebugOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+
+def batch_size(text: str) -> int | str:
+    """A positive number, or ``auto``."""
+    if text == "auto" or (text.isdecimal() and text.isascii() and len(text) < 10 and int(text) > 0):
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"expected a number from 1, or auto, found {text!r}")

@@ -40,6 +40,7 @@ def repair_command(
     cache_root: opt.CacheRootOption = Path("cache"),
     json_path: opt.JsonPathOption = None,
     data_root: opt.DataRootOption = None,
+    features: opt.FeaturesOption = None,
     num_scenes: opt.NumScenesOption = 10,
     num_cities: opt.NumCitiesOption = 12,
     allow_shared_locations: opt.AllowSharedOption = False,
@@ -86,7 +87,7 @@ def repair_command(
 
 def _repair_one(ctx: typer.Context, folder: CacheFolder, screen: Screen) -> RepairReport:
     from kd_cache.cli.saved import run_record, saved_inputs, saved_teachers, saved_with
-    from kd_cache.engine import environment, resolve_device
+    from kd_cache.device import environment, resolve_device
     from kd_cache.manifest import SOURCE
     from kd_cache.repair import RepairJob, repair_cache
     from kd_cache.verify import VerifyJob

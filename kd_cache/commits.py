@@ -1,0 +1,75 @@
+"""Shards on their way to disk, one at a time, beside the scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_cache.dump_job import DumpJob
+from kd_cache.pending import PendingRecord
+from kd_cache.shard import Shard
+from kd_cache.stages import COMMITTING, Busy
+from kd_cache.watch import Watcher
+
+Entries = Callable[[], Mapping[str, Mapping[str, Any]]]
+
+
+class Commits:
+    """Takes scored rows; makes them durable in a thread of its own, a shard at a time, and tells when they are.
+
+    Args:
+        entries: gives what the pending record says of each teacher, asked for before the first shard.
+    """
+
+    def __init__(self, job: DumpJob, pending: PendingRecord, entries: Entries, watcher: Watcher, busy: Busy) -> None:
+        self._job, self._pending, self._entries, self._watcher, self._busy = job, pending, entries, watcher, busy
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._running: Future[None] | None = None
+        self._shard = self._empty()
+        self.written: list[Path] = []
+
+    def add(self, teacher: str, files: list[str], inputs: np.ndarray, rows: np.ndarray) -> None:
+        """Rows ``[n, C]`` of a teacher in the stored dtype, and the digests ``[n, 16]`` u1 of what was scored."""
+        for file, digest, row in zip(files, inputs, rows, strict=True):
+            self._shard.add(teacher, file, digest.tobytes(), row)
+
+    def advance(self, done: int) -> None:
+        """The run is through with ``done`` samples: commit their rows if there are enough of them, or it is time."""
+        if self._shard.due:
+            self._wait()
+            shard, self._shard = self._shard, self._empty()
+            self._running = self._thread.submit(self._commit, shard, self._first_entries(), done)
+
+    def finish(self, done: int) -> None:
+        """Commit what is left, also when stopping. Raises what a commit raised: nothing of it was told to be saved."""
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+        if not self._shard.is_empty:
+            shard, self._shard = self._shard, self._empty()
+            self._commit(shard, self._first_entries(), done)
+
+    def _commit(self, shard: Shard, entries: Mapping[str, Mapping[str, Any]] | None, done: int) -> None:
+        with self._busy.doing(COMMITTING):
+            if entries is not None:
+                self._pending.write(entries, {})
+            shard.commit()
+        self.written += shard.written
+        self._watcher.saved(done)
+
+    def _first_entries(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """What the pending record is to say: before the first pack, it says what is being made."""
+        return None if self._pending.is_written else self._entries()
+
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _empty(self) -> Shard:
+        return Shard(self._job.folder.packs_path, self._job.origins, self._job.shard_size, self._job.shard_seconds)

@@ -1,0 +1,44 @@
+"""Where a run's time goes: how busy each of its stages is, so that a person sees which one to make faster."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+READING = "reading"
+COPYING = "copying"
+SCORING = "scoring"
+COMMITTING = "committing"
+
+
+class Busy:
+    """Seconds that each stage has worked, added up from any thread."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def doing(self, stage: str, workers: int = 1) -> Iterator[None]:
+        """Work of one of ``workers`` that a stage has."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, (time.perf_counter() - began) / workers)
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[stage] += seconds
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The part of the time since the beginning that each stage worked, from 0 to 1; the busiest first."""
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        with self._lock:
+            busiest = sorted(self._seconds.items(), key=lambda item: -item[1])
+            return {stage: min(seconds / elapsed, 1.0) for stage, seconds in busiest}

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError, StoreError
 from kd_cache.seal import SealJob, current_in, seal_cache
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.index import Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin, Pack, write_pack
 from kd_cache.store.seal import remove_files
@@ -30,6 +31,7 @@ from kd_cache.verify import (
     ROW,
     STALE,
     TEACHER,
+    UNCHECKED,
     VIEW,
     Problem,
     VerifyJob,
@@ -96,11 +98,11 @@ def repair_cache(job: RepairJob, watcher: Watcher | None = None) -> RepairReport
     """
     watcher = watcher or Watcher()
     audit = replace(job.audit, n=None)
-    before = verify_cache(audit, watcher)
+    before = _audit(audit, watcher)
     report = RepairReport(before, before)
     if _index_is_lost(audit.folder):
         _rebuild(job, report, watcher)
-        report.after = verify_cache(audit, watcher)
+        report.after = _audit(audit, watcher)
     if report.after.problems:
         _repair(job, report, watcher)
     elif _is_unsealed(audit.folder):
@@ -108,8 +110,21 @@ def repair_cache(job: RepairJob, watcher: Watcher | None = None) -> RepairReport
         report.rebuilt = True
     else:
         return report
-    report.after = verify_cache(replace(audit, recompute=False), watcher)
+    report.after = _audit(replace(audit, recompute=False), watcher)
     return report
+
+
+def _audit(job: VerifyJob, watcher: Watcher) -> VerifyReport:
+    """Raises `StoreError` where the index could not be read: nothing says then what is to be mended."""
+    report = verify_cache(job, watcher)
+    _refuse_unread(report.problems)
+    return report
+
+
+def _refuse_unread(problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        if (problem.kind, problem.about) == (UNCHECKED, INDEX):
+            raise StoreError(problem.reason)
 
 
 def _index_is_lost(folder: CacheFolder) -> bool:
@@ -120,9 +135,16 @@ def _index_is_lost(folder: CacheFolder) -> bool:
         return error.exit_code == CorruptError.exit_code
 
 
+def _index_of(folder: CacheFolder) -> Index | None:
+    """The index, ``None`` where it is lost or another's. Raises `StoreError` where nobody can tell: it is not read."""
+    index, problems = open_index(folder)
+    _refuse_unread(problems)
+    return index
+
+
 def _is_unsealed(folder: CacheFolder) -> bool:
     """A pack that the index names is gone. Its rows may be there: a repair that was killed has taken it apart."""
-    index = open_index(folder)[0]
+    index = _index_of(folder)
     named = [] if index is None else [entry["pack"] for entry in index.record["teachers"].values()]
     return not {name for name in named if name is not None} <= {path.name for path in folder.pack_paths()}
 
@@ -146,7 +168,7 @@ def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
 
 
 def _repair(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
-    index = open_index(job.audit.folder)[0]
+    index = _index_of(job.audit.folder)
     if index is None:
         return
     rows, found = _Rows(index.origins, index.record), report.after

@@ -4,7 +4,7 @@ A note of a feature is the file's device, inode, size, mtime and ctime, its shap
 all five numbers are still the same, and only notes are taken of files whose last change (ctime) was clearly past when
 they were looked at: what is written within the granularity of a file system's clock would leave them as they are.
 Whoever sets a clock back, or goes on writing into a mapped file, can still deceive it. So no audit goes by these notes.
-They save a dump the reading of features whose rows it has; without the file, or with a damaged one, a cache is complete.
+They only save a dump the reading of features whose rows it has; a cache is complete without them, or with damaged ones.
 
 Layout: magic ``b"KDCSEEN\\n"``, format version (little-endian u4), xxh3-128 of what follows (16 bytes, big-endian),
 then 80 bytes per sample, keys ascending: key (16), device, inode, size, mtime, ctime (little-endian i8, the times in

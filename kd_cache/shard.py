@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kd_cache.store.atomic import make_directory
-from kd_cache.store.keys import keys_of_bytes, sorted_order
+from kd_cache.store.keys import are_ascending, keys_of_bytes, sorted_order
 from kd_cache.store.pack import Origin, write_pack
 
 _Rows = tuple[np.ndarray, np.ndarray, Sequence[bytes], np.ndarray]  # keys, inputs, names, logits
@@ -75,11 +75,13 @@ class Shard:
         while self._rows:
             teacher, batches = next(iter(self._rows.items()))
             keys = np.concatenate([keys for keys, _, _, _ in batches])
-            order = sorted_order(keys)
-            inputs = np.concatenate([inputs for _, inputs, _, _ in batches])[order]
+            inputs = np.concatenate([inputs for _, inputs, _, _ in batches])
             names = [name for _, _, names, _ in batches for name in names]
-            logits = np.concatenate([logits for _, _, _, logits in batches])[order]
-            ordered = [names[number] for number in order.tolist()]
-            path = write_pack(self._directory, self._origins[teacher], keys[order], inputs, ordered, logits.__getitem__)
+            logits = np.concatenate([logits for _, _, _, logits in batches])
+            if not are_ascending(keys):
+                order = sorted_order(keys)
+                keys, inputs, logits = keys[order], inputs[order], logits[order]
+                names = [names[number] for number in order.tolist()]
+            path = write_pack(self._directory, self._origins[teacher], keys, inputs, names, logits.__getitem__)
             self.written.append(path)
             del self._rows[teacher], self._counts[teacher]

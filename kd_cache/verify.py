@@ -7,53 +7,52 @@ the exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kd_cache.accuracy import alarm, changed_labels, labels_of, measure, stored_accuracy
-from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown, worst_exit_code
-from kd_cache.features import Feature, FeatureSource
+from kd_cache.audited import Features, Rows, read_features
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown
+from kd_cache.features import FeatureSource
 from kd_cache.manifest import Manifest, sample_key
 from kd_cache.pending import read_pending
 from kd_cache.plan import BatchPlan, load_plan, places_of, plan_of
+from kd_cache.problems import (
+    ALL_ROWS,
+    CORRUPT,
+    FEATURE,
+    INDEX,
+    LABEL,
+    LEAK,
+    MISS,
+    PACK,
+    ROW,
+    STALE,
+    TEACHER,
+    UNCHECKED,
+    VIEW,
+    Problem,
+    TeacherResult,
+    VerifyReport,
+)
 from kd_cache.splits import Selection
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
-from kd_cache.store.keys import keys_of
+from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import Origin
 from kd_cache.store.permitted import NO_LABEL, Permitted
 from kd_cache.store.union import Union
-from kd_cache.store.view import differing, stored_names, view_name
+from kd_cache.store.view import differing, stored_names, view_names
 from kd_cache.teacher import Teacher, teacher_fingerprint
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
     import torch
 
-MISS, CORRUPT, STALE, LEAK, UNCHECKED = "miss", "corrupt", "stale", "leak", "unchecked"
-# What a problem is about; `kd-cache repair` scores rows, features and teachers again and rebuilds the rest from packs.
-ROW, TEACHER, PACK, VIEW, INDEX, FEATURE, LABEL = "row", "teacher", "pack", "view", "index", "feature", "label"
-_ALL_ROWS = "(all rows)"
-_SEVERITY = (LEAK, CORRUPT, STALE, MISS, UNCHECKED)
-EXIT_CODES = {MISS: 3, CORRUPT: 4, STALE: 5, LEAK: 6, UNCHECKED: 1}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong.
-
-    ``file`` is a manifest path or a path in the cache; ``teacher`` is empty where the whole cache is meant. ``about``
-    is ``row``, ``teacher`` (all its rows), ``pack``, ``view``, ``index``, ``feature`` or ``label``.
-    """
-
-    kind: str
-    teacher: str
-    file: str
-    reason: str
-    about: str
+_BLOCK = 65_536
 
 
 @dataclass(frozen=True)
@@ -84,63 +83,6 @@ class VerifyJob:
     device: torch.device | None = None
 
 
-@dataclass
-class TeacherResult:
-    """Counts over the checked samples of one teacher; ``None`` where a check was not made."""
-
-    checked: int = 0
-    hits: int = 0
-    intact: int = 0
-    fresh: int | None = 0
-    rows: int = 0
-    forbidden: int = 0
-    view: int | None = None
-    fingerprint: str = ""
-    recomputed: int | None = None
-    bit_exact: int = 0
-    deviation: float = 0.0
-
-
-@dataclass
-class VerifyReport:
-    """Everything `verify_cache` found.
-
-    ``wrong_rows`` are the files by teacher whose stored row is not what it should be, under their own names.
-    """
-
-    cache: str
-    seed: int
-    checked: int = 0
-    promised: int = 0
-    everything: bool = False
-    teachers: dict[str, TeacherResult] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    wrong_rows: dict[str, set[str]] = field(default_factory=dict)
-
-    @property
-    def worst_first(self) -> list[Problem]:
-        """The problems by severity: leaks, damage, stale rows, misses, what could not be checked."""
-        return sorted(self.problems, key=lambda problem: _SEVERITY.index(problem.kind))
-
-    @property
-    def exit_code(self) -> int:
-        return worst_exit_code(EXIT_CODES[problem.kind] for problem in self.problems)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "cache": self.cache,
-            "seed": self.seed,
-            "checked": self.checked,
-            "promised": self.promised,
-            "all": self.everything,
-            "exit_code": self.exit_code,
-            "teachers": {name: vars(result) for name, result in self.teachers.items()},
-            "problems": [vars(problem) for problem in self.worst_first],
-            "notes": self.notes,
-        }
-
-
 def verify_cache(job: VerifyJob, watcher: Watcher | None = None) -> VerifyReport:
     """Audit one cache. Problems are returned, not raised; nothing on disk changes."""
     return _Audit(job, watcher or Watcher()).run()
@@ -169,12 +111,12 @@ class _Audit:
         self.job = job
         self.watcher = watcher
         self.all_files = job.selection.files
-        self.files = self.all_files
+        self.all_keys = keys_of(self.all_files)
+        self.permitted = KeyFinder(self.all_keys[sorted_order(self.all_keys)])
+        self.files, self.keys = self.all_files, self.all_keys
         if job.n is not None and job.n < len(self.all_files):
-            drawn = random.Random(job.seed).sample(range(len(self.all_files)), job.n)  # noqa: S311 (no secret)
-            self.files = [self.all_files[number] for number in sorted(drawn)]
-        self.permitted = {key.tobytes() for key in keys_of(self.all_files)}
-        self.keys = keys_of(self.files)
+            drawn = sorted(random.Random(job.seed).sample(range(len(self.all_files)), job.n))  # noqa: S311 (no secret)
+            self.files, self.keys = [self.all_files[number] for number in drawn], self.all_keys[drawn]
         self.changed: set[str] = set()
         self.report = VerifyReport(
             str(job.folder.path), job.seed, len(self.files), len(self.all_files), everything=job.n is None
@@ -193,11 +135,11 @@ class _Audit:
             self._compare_labels(index, packs, permitted)
         if pending := read_pending(self.job.folder, self.watcher):
             self.report.notes.append(f"dumps begun of which the index tells nothing: {len(pending)}; see kd-cache seal")
-        digests = self._feature_digests(index)
+        present = self._features_now(index)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:
                 continue
-            self._audit_teacher(index, packs, name, origin, digests)
+            self._audit_teacher(index, packs, name, origin, present)
             if permitted is not None:
                 self._compare_accuracy(index, packs, permitted, name, origin)
         self._look_for_forbidden_rows(packs)
@@ -242,7 +184,7 @@ class _Audit:
             before = stored_accuracy(index.record["teachers"][name])
             if before is not None:
                 moved.append(f"{name} {before.share} → {measure(packs.union(origin), now).share}")
-        file_of = {key.tobytes(): file for key, file in zip(keys_of(self.all_files), self.all_files, strict=True)}
+        file_of = {key.tobytes(): file for key, file in zip(self.all_keys, self.all_files, strict=True)}
         for key, old, new in changed:
             was, is_now = ("none" if label == NO_LABEL else label for label in (old, new))
             reason = f"its scene label was {was} at the dump and is {is_now} now (accuracy: {', '.join(moved)})"
@@ -251,63 +193,66 @@ class _Audit:
     def _compare_accuracy(self, index: Index, packs: PackSet, then: Permitted, name: str, origin: Origin) -> None:
         wrong = alarm(packs.union(origin), then, index.record["teachers"][name])
         if wrong is not None:
-            self._problem(CORRUPT, name, _ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
+            self._problem(CORRUPT, name, ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
 
     # -- features -----------------------------------------------------------------------------------------------------
 
-    def _feature_digests(self, index: Index) -> list[bytes | None]:
-        """The digest of each checked sample's present feature; ``None`` where it cannot be read."""
+    def _features_now(self, index: Index) -> Features:
+        """The digest of each checked sample's present feature."""
         self.watcher.stage("checking", len(self.files))
-        digests: list[bytes | None] = []
+        found = Features(np.zeros((len(self.files), 16), np.uint8), np.zeros(len(self.files), bool))
         known_missing = index.missing
-        for file in self.files:
-            feature = self.job.source.try_read(file)
-            if isinstance(feature, FeatureError) and file not in known_missing:
+        for number, feature in enumerate(read_features(self.job.source, self.files)):
+            if not isinstance(feature, FeatureError):
+                found.digests[number] = np.frombuffer(feature.digest, np.uint8)
+                found.readable[number] = True
+            elif (file := self.files[number]) not in known_missing:
                 self._problem(UNCHECKED, "", file, f"its freshness cannot be checked: {feature.message}", FEATURE)
-            digests.append(feature.digest if isinstance(feature, Feature) else None)
             self.watcher.advance(1)
-        return digests
+        return found
 
     # -- one teacher --------------------------------------------------------------------------------------------------
 
-    def _audit_teacher(
-        self, index: Index, packs: PackSet, name: str, origin: Origin, digests: Sequence[bytes | None]
-    ) -> None:
+    def _audit_teacher(self, index: Index, packs: PackSet, name: str, origin: Origin, present: Features) -> None:
         result = self.report.teachers[name] = TeacherResult(checked=len(self.files))
         entry = index.record["teachers"][name]
         if "adopted" in entry:
             reason = "they were adopted from elsewhere and never verified; run kd-cache repair --recompute"
-            self._problem(UNCHECKED, name, _ALL_ROWS, reason, TEACHER)
+            self._problem(UNCHECKED, name, ALL_ROWS, reason, TEACHER)
             if name not in self.job.teachers:
                 why, _ = self.job.unchecked.get(name, ("it was not loaded", False))
                 self.report.notes.append(f"{name}: its adopted rows cannot be scored again: {why}")
-            fresh_teacher = False
+            is_current = False
         else:
-            fresh_teacher = self._check_fingerprint(name, origin, result)
-        fresh = 0
+            is_current = self._check_fingerprint(name, origin, result)
         union = packs.union(origin)
+        rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.keys, present)
+        self._tell_of_rows(name, rows, index.missing)
         result.rows = 0 if union is None else int((~union.repeats).sum())
-        found = np.full(len(self.files), -1, np.int64) if union is None else union.find(self.keys)
-        wrong = self._wrong_positions(union, found)
-        missing = index.missing
-        for number, file in enumerate(self.files):
-            if union is None or found[number] < 0:
-                reason = missing.get(file) or "no row; run kd-cache dump"
-                self._problem(MISS, name, file, reason)
-                continue
-            result.hits += 1
-            if int(found[number]) in wrong:
-                self._wrong_row(name, file, "its row does not match its checksum")
-                continue
-            result.intact += 1
-            stale = self._stale_reason(union, int(found[number]), digests[number])
-            if stale is not None:
-                self._problem(STALE, name, file, stale)
-            elif fresh_teacher and digests[number] is not None:
-                fresh += 1
-        result.fresh = fresh if name in self.job.teachers and "adopted" not in entry else None
+        result.hits = int((rows.at >= 0).sum())
+        result.intact = result.hits - int(rows.wrong.sum())
+        if name in self.job.teachers and "adopted" not in entry:
+            good = (rows.at >= 0) & ~rows.wrong & ~rows.ambiguous & ~rows.outdated
+            result.fresh = int((good & present.readable).sum()) if is_current else 0
+        else:
+            result.fresh = None
         if index.record["files"] and union is not None:
-            result.view = self._audit_view(index, name, union, found)
+            result.view = self._audit_view(index, name, union, rows.at)
+
+    def _tell_of_rows(self, name: str, rows: Rows, missing: Mapping[str, str]) -> None:
+        """One problem for each sample whose row is not what it should be, in their order."""
+        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.ambiguous | rows.outdated).tolist():
+            file = self.files[number]
+            if rows.at[number] < 0:
+                self._problem(MISS, name, file, missing.get(file) or "no row; run kd-cache dump")
+            elif rows.wrong[number]:
+                self._wrong_row(name, file, "its row does not match its checksum")
+            elif rows.ambiguous[number]:
+                self._problem(
+                    STALE, name, file, "its feature changed, and the dump that scored it again has not finished"
+                )
+            else:
+                self._problem(STALE, name, file, "its feature file is not the one that was scored; run kd-cache dump")
 
     def _check_fingerprint(self, name: str, origin: Origin, result: TeacherResult) -> bool:
         result.fingerprint = origin.fingerprint.digest
@@ -315,7 +260,7 @@ class _Audit:
         if teacher is None:
             reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
             if is_problem:
-                self._problem(UNCHECKED, name, _ALL_ROWS, f"its fingerprint cannot be checked: {reason}", TEACHER)
+                self._problem(UNCHECKED, name, ALL_ROWS, f"its fingerprint cannot be checked: {reason}", TEACHER)
             else:
                 self.report.notes.append(f"{name}: its fingerprint was not checked: {reason}")
             return False
@@ -328,60 +273,42 @@ class _Audit:
             return True
         self.changed.add(name)
         reason = f"the teacher changed since the dump ({origin.fingerprint.difference(now)}); run kd-cache dump"
-        self._problem(STALE, name, _ALL_ROWS, reason, TEACHER)
+        self._problem(STALE, name, ALL_ROWS, reason, TEACHER)
         return False
 
-    def _wrong_positions(self, union: Union | None, found: np.ndarray) -> set[int]:
-        """Positions among ``found`` whose row fails its checksum or stands under a wrong key."""
-        wrong: set[int] = set()
-        if union is None:
-            return wrong
-        present = found[found >= 0]
-        for number, pack in enumerate(union.packs):
-            mine = present[union.pack_no[present] == number]
-            bad = set(pack.wrong_rows(union.row_no[mine]))
-            wrong.update(int(position) for position in mine if int(union.row_no[position]) in bad)
-        return wrong
-
-    def _stale_reason(self, union: Union, position: int, digest: bytes | None) -> str | None:
-        if bool(union.ambiguous[position]):
-            return "its feature changed, and the dump that scored it again has not finished"
-        if digest is not None and union.inputs[position].tobytes() != digest:
-            return "its feature file is not the one that was scored; run kd-cache dump"
-        return None
-
-    def _audit_view(self, index: Index, name: str, union: Union, found: np.ndarray) -> int:
-        present = np.flatnonzero(found >= 0)
-        directory = self.job.folder.view_path(name)
+    def _audit_view(self, index: Index, name: str, union: Union, at: np.ndarray) -> int:
+        """How many of the rows that are there have a file that is named, there, and equal."""
+        present = np.flatnonzero(at >= 0)
+        names = [f"{name}/{row_file}" for row_file in view_names(self.keys[present])]
         paths = index.maps[name]
         bad = set()
-        for number in present.tolist():
-            file = self.files[number]
-            expected = f"{name}/{view_name(self.keys[number].tobytes())}"
-            if not paths.get(file, "").endswith(expected):
-                self._problem(MISS, name, file, "the index does not name its .npy file; run kd-cache seal", VIEW)
+        for number, expected in zip(present.tolist(), names, strict=True):
+            if not paths.get(self.files[number], "").endswith(expected):
+                reason = "the index does not name its .npy file; run kd-cache seal"
+                self._problem(MISS, name, self.files[number], reason, VIEW)
                 bad.add(number)
-        rows = union.take(found[present])
-        for position, is_missing in differing(directory, self.keys[present], rows):
-            number = int(present[position])
-            path = f"{name}/{view_name(self.keys[number].tobytes())}"
-            what = "is missing" if is_missing else "differs from the pack"
-            kind = MISS if is_missing else CORRUPT
-            self._problem(kind, name, self.files[number], f"{path} {what}; run kd-cache seal", VIEW)
-            bad.add(number)
+        for start in range(0, len(present), _BLOCK):
+            part = present[start : start + _BLOCK]
+            for position, is_missing in differing(
+                self.job.folder.view_path(name), self.keys[part], union.take(at[part])
+            ):
+                number = int(part[position])
+                what = "is missing" if is_missing else "differs from the pack"
+                reason = f"{names[start + position]} {what}; run kd-cache seal"
+                self._problem(MISS if is_missing else CORRUPT, name, self.files[number], reason, VIEW)
+                bad.add(number)
         return len(present) - len(bad)
 
     # -- what nothing promises ----------------------------------------------------------------------------------------
 
     def _look_for_forbidden_rows(self, packs: PackSet) -> None:
         for pack in packs.good:
-            for row, key in enumerate(pack.keys):
-                if key.tobytes() not in self.permitted:
-                    file = pack.file_bytes(row).decode("utf-8", "replace")
-                    reason = f"{pack.path.name} holds it, but the manifest does not permit it; run kd-cache dump"
-                    self._problem(LEAK, pack.origin.teacher, file, reason, PACK)
-                    if pack.origin.teacher in self.report.teachers:
-                        self.report.teachers[pack.origin.teacher].forbidden += 1
+            for row in np.flatnonzero(self.permitted.find(pack.keys) < 0).tolist():
+                file = pack.file_bytes(row).decode("utf-8", "replace")
+                reason = f"{pack.path.name} holds it, but the manifest does not permit it; run kd-cache dump"
+                self._problem(LEAK, pack.origin.teacher, file, reason, PACK)
+                if pack.origin.teacher in self.report.teachers:
+                    self.report.teachers[pack.origin.teacher].forbidden += 1
 
     def _compare_manifest(self, index: Index) -> None:
         if index.record["manifest"]["sha256"] != self.job.manifest.digest:
@@ -405,12 +332,14 @@ class _Audit:
 
     def _look_the_other_way(self, index: Index) -> None:
         """Disk → index: row files that nothing promises, in every folder that may hold some."""
-        listed = {key.tobytes() for key in keys_of(sample.file for sample in self.job.manifest)}
-        forbidden = {view_name(key) for key in listed - self.permitted}
+        forbidden: set[str] | None = None
         for directory in self.job.folder.view_folders():
             name = directory.name
             promised = {path.rpartition("/")[2] for path in index.maps.get(name, {}).values()}
             for surplus in sorted(stored_names(directory) - promised):
+                if forbidden is None:
+                    listed = {*view_names(keys_of(sample.file for sample in self.job.manifest))}
+                    forbidden = listed - {*view_names(self.all_keys)}
                 kind = LEAK if surplus in forbidden else STALE
                 reason = "nothing promises this file; run kd-cache dump, or remove it"
                 self._problem(kind, name, f"{name}/{surplus}", reason, VIEW)

@@ -269,7 +269,7 @@ def temporaries(folder: Path) -> list[str]:
 
 
 def check_same(found: Tree, expected: Tree) -> None:
-    """Two folders are equal to the byte, but for temporaries, notes of features, and what the index tells of the run."""
+    """Two folders are equal to the byte, but for temporaries, notes of features, and what tells of the run."""
     ours, theirs = (
         {n: b for n, b in t.items() if not is_temporary(n) and Path(n).name != SEEN_NAME} for t in (found, expected)
     )

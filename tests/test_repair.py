@@ -1127,7 +1127,7 @@ def test_a_read_only_cache_is_an_error_that_names_path_and_cause(
     dump()
     damage(world)
     content = snapshot(world.cache)
-    opening = Path.open
+    opening, opening_below = Path.open, os.open
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(30, os.strerror(30))
@@ -1135,8 +1135,12 @@ def test_a_read_only_cache_is_an_error_that_names_path_and_cause(
     def only_for_reading(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         return refuse() if set(mode) & set("wxa+") else opening(path, mode, *args, **kwargs)
 
+    def only_what_is_there(path: Any, flags: int, *args: Any, **kwargs: Any) -> Any:
+        return refuse() if flags & os.O_CREAT else opening_below(path, flags, *args, **kwargs)
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", only_for_reading)
+        patch.setattr(os, "open", only_what_is_there)
         for name in ("replace", "unlink", "mkdir", "rmdir"):
             patch.setattr(os, name, refuse)
         done = repair()

@@ -543,20 +543,20 @@ def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Iterator[
     did: list[str] = []
 
     def wrap(name: str) -> None:
-        original = getattr(Path, name)
+        original = getattr(os, name)
 
-        def operation(self: Path, *args: Any, **kwargs: Any) -> Any:
-            target = str(args[0] if name == "replace" else self)
+        def operation(path: Any, *args: Any, **kwargs: Any) -> Any:
+            target = str(args[0] if name == "replace" else path)
             if len(did) > at or (len(did) == at and not after):
                 did.extend([""] * (at + 1 - len(did)))
                 raise Dead
-            result = original(self, *args, **kwargs)
+            result = original(path, *args, **kwargs)
             did.append(f"{name} {target}")
             if len(did) > at:
                 raise Dead
             return result
 
-        patched.setattr(Path, name, operation)
+        patched.setattr(os, name, operation)
 
     with monkeypatch.context() as patched:
         wrap("replace")

@@ -115,7 +115,7 @@ def _write_folder(directory: Path, blocks: Blocks, advance: Callable[[int], None
                 written += len(keys)
                 advance(len(keys))
         try:
-            temporary.rename(directory)
+            temporary.replace(directory)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return None

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kd_cache.loader import LogitCache
     from kd_cache.manifest import Manifest, Sample, load_manifest, sample_key
     from kd_cache.merge import MergeJob, MergeReport, merge_caches
+    from kd_cache.packed_features import PackedFeatures
     from kd_cache.splits import Selection, select
     from kd_cache.store.view import load_cached_logits_batch
     from kd_cache.student import student_loader
@@ -69,6 +70,7 @@ _HOME = {
     "kd_cache.loader": ("LogitCache",),
     "kd_cache.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
     "kd_cache.merge": ("MergeJob", "MergeReport", "merge_caches"),
+    "kd_cache.packed_features": ("PackedFeatures",),
     "kd_cache.splits": ("Selection", "select"),
     "kd_cache.store.view": ("load_cached_logits_batch",),
     "kd_cache.student": ("student_loader",),
@@ -101,6 +103,7 @@ __all__ = [
     "MergeJob",
     "MergeReport",
     "MissingLogitsError",
+    "PackedFeatures",
     "Problem",
     "Sample",
     "Selection",

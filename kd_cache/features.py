@@ -62,13 +62,13 @@ class NpyHeader:
 
 
 StatRow = tuple[int, int, int, int, int]
-_UNKNOWN: StatRow = (-1, -1, -1, -1, -1)
+UNKNOWN: StatRow = (-1, -1, -1, -1, -1)
 
 
 def stat_row(status: os.stat_result) -> StatRow:
     """Device, inode, size, mtime and ctime in nanoseconds, as int64; -1 throughout for what is not a regular file."""
     if not stat.S_ISREG(status.st_mode):
-        return _UNKNOWN
+        return UNKNOWN
     device, inode = (n if n < 1 << 63 else n - (1 << 64) for n in (status.st_dev, status.st_ino))
     return device, inode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -107,7 +107,7 @@ class FeatureSource:
             finally:
                 os.close(descriptor)
             array = read_array(content)
-            _check_array(array)
+            check_array(array)
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
         return Feature(array, input_digest(array))
@@ -129,7 +129,7 @@ class FeatureSource:
         A row of -1 is a file that only `read` can judge: missing, a link, not a regular file, outside the permitted
         places.
         """
-        rows = [_UNKNOWN] * len(files)
+        rows = [UNKNOWN] * len(files)
         for number, file in enumerate(files):
             with suppress(ValueError, OSError):
                 path, inside = self._path(file)
@@ -201,9 +201,9 @@ def read_array(content: bytes) -> np.ndarray:
     """The array in the bytes of a ``.npy`` file, C order, read-only. Raises ``ValueError`` saying what is wrong."""
     header = parse_header(content)
     _check_size(header, len(content))
-    flat = np.frombuffer(content, header.dtype, offset=header.offset)
     if not header.fortran_order:
-        return flat.reshape(header.shape)
+        return np.ndarray(header.shape, header.dtype, content, header.offset)
+    flat = np.frombuffer(content, header.dtype, offset=header.offset)
     array = np.array(flat.reshape(header.shape[::-1]).T, order="C")
     array.flags.writeable = False
     return array
@@ -264,7 +264,7 @@ def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _check_array(array: np.ndarray) -> None:
+def check_array(array: np.ndarray) -> None:
     _frames_and_bins(array.shape)
     if not _is_finite(array):
         finite = np.isfinite(array)

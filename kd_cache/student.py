@@ -17,6 +17,7 @@ from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.features import MAX_BYTES, FeatureSource
 from kd_cache.loader import LogitCache
 from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
+from kd_cache.packed_features import PackedFeatures
 from kd_cache.sample_columns import SampleColumns
 from kd_cache.splits import refuse_outside, select
 
@@ -111,6 +112,7 @@ def student_loader(
     allow_shared_locations: bool = False,
     allow_outside: Sequence[str | Path] = (),
     max_feature_bytes: int = MAX_BYTES,
+    features: str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
     check_features: bool = True,
     **loader_options: Any,
@@ -125,7 +127,7 @@ def student_loader(
         target: the target device; by default the cache's.
         files: train on these only; each must be permitted.
         transform: applied to each feature ``[T, F]`` float32, in the worker.
-        allow_shared_locations, allow_outside, max_feature_bytes: as for the dump.
+        allow_shared_locations, allow_outside, max_feature_bytes, features: as for the dump.
         dtype: of the logits; ``None`` keeps the stored one.
         check_features: refuse a feature that is not the one the teachers scored. Turn it off where the student's
             front end differs from the teachers'.
@@ -153,7 +155,11 @@ def student_loader(
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
     scored = _scored(cache, samples) if check_features else None
-    base = FeatureDataset(FeatureSource(root, allow_outside, max_feature_bytes), samples, transform, scored)
+    if features is None:
+        source = FeatureSource(root, allow_outside, max_feature_bytes)
+    else:
+        source = PackedFeatures(Path(features).expanduser(), max_feature_bytes)
+    base = FeatureDataset(source, samples, transform, scored)
     data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate_samples)
     return DataLoader(
         data,

@@ -11,6 +11,7 @@ from kd_cache.cli import options as opt
 from kd_cache.cli.teachers import SAMPLE
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import Manifest, load_manifest
+from kd_cache.packed_features import PackedFeatures
 from kd_cache.splits import Selection, select
 
 
@@ -28,6 +29,7 @@ def load_inputs(
     target: str,
     json_path: Path | None,
     data_root: Path | None,
+    features: Path | None = None,
     *,
     num_scenes: int,
     num_cities: int,
@@ -38,17 +40,22 @@ def load_inputs(
 ) -> Inputs:
     """Read the manifest and pass it through the guard, before anything else is touched.
 
-    Raises what `load_manifest`, `select` and `FeatureSource` raise.
+    ``features`` is one HDF5 file that holds them all; the data root then only tells how the manifest's paths are meant.
+
+    Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
     """
     json_path, data_root = data_paths(json_path, data_root)
     manifest = load_manifest(json_path, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes)
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=data_root)
-    paths = {
+    paths: dict[str, Any] = {
         "json_path": str(json_path.absolute()),
         "data_root": str(data_root.absolute()),
         "allow_outside": [str(path.absolute()) for path in allow_outside],
     }
-    return Inputs(manifest, selection, FeatureSource(data_root, allow_outside, max_feature_bytes), paths)
+    if features is None:
+        return Inputs(manifest, selection, FeatureSource(data_root, allow_outside, max_feature_bytes), paths)
+    paths["features"] = str(features.absolute())
+    return Inputs(manifest, selection, PackedFeatures(features, max_feature_bytes), paths)
 
 
 def data_paths(json_path: Path | None, data_root: Path | None) -> tuple[Path, Path]:

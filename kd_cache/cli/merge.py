@@ -13,7 +13,6 @@ from kd_cache.cli.seal import FilesOption, sealed_lines
 from kd_cache.errors import shown
 
 if TYPE_CHECKING:
-    from kd_cache.cli.inputs import Inputs
     from kd_cache.cli.saved import Saved
     from kd_cache.merge import MergeReport
     from kd_cache.store.folder import CacheFolder
@@ -34,6 +33,7 @@ def merge_command(
     only: opt.OnlyOption = [],  # noqa: B006 (typer copies it)
     json_path: opt.JsonPathOption = None,
     data_root: opt.DataRootOption = None,
+    features: opt.FeaturesOption = None,
     num_scenes: opt.NumScenesOption = 10,
     num_cities: opt.NumCitiesOption = 12,
     allow_shared_locations: opt.AllowSharedOption = False,
@@ -72,7 +72,7 @@ def merge_command(
             inputs.source,
             f"{cache_root}/{folder.path.name}",
             only=only,
-            paths=_paths(ctx, saved, inputs),
+            paths=inputs.paths,
             files=files,
             workers=workers,
         )
@@ -94,18 +94,6 @@ def _saved(folder: CacheFolder, source: Path) -> Saved:
         return saved_in(told_in(folder)[-1])
     except (MissingLogitsError, CorruptError):  # the merge itself says what it is
         return saved_in(told_in(CacheFolder(source))[-1])
-
-
-def _paths(ctx: typer.Context, saved: Saved, inputs: Inputs) -> dict[str, Any]:
-    """Where manifest and features are, as the index keeps it for the commands that come after."""
-    from kd_cache.cli.config import given
-
-    outside = ctx.params["allow_outside"] if given(ctx, "allow_outside") else saved.paths.get("allow_outside", [])
-    return {
-        "json_path": str(Path(str(inputs.manifest.path)).absolute()),
-        "data_root": str(inputs.source.root.absolute()),
-        "allow_outside": [str(Path(path).expanduser().absolute()) for path in outside],
-    }
 
 
 def _table(report: MergeReport) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 import kd_cache
-from kd_cache.cli.config import given, resolved_settings
+from kd_cache.cli.config import given, resolved_settings, source_name
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import Inputs, load_inputs
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
@@ -73,10 +73,14 @@ def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
 
     json_path = chosen("json_path", saved.paths)
     data_root = chosen("data_root", saved.paths)
+    # A data root that is given now, and not in the file that serves every command, means the files below it.
+    elsewhere = source_name(ctx, "data_root") in ("COMMANDLINE", "ENVIRONMENT")
+    features = chosen("features", {} if elsewhere else saved.paths)
     return load_inputs(
         target,
         None if json_path is None else Path(json_path).expanduser(),
         None if data_root is None else Path(data_root).expanduser(),
+        None if features is None else Path(features).expanduser(),
         num_scenes=chosen("num_scenes", saved.values),
         num_cities=chosen("num_cities", saved.values),
         allow_shared_locations=chosen("allow_shared_locations", saved.values),

@@ -41,6 +41,7 @@ def seal_command(
     cache_root: opt.CacheRootOption = Path("cache"),
     json_path: opt.JsonPathOption = None,
     data_root: opt.DataRootOption = None,
+    features: opt.FeaturesOption = None,
     num_scenes: opt.NumScenesOption = 10,
     num_cities: opt.NumCitiesOption = 12,
     allow_shared_locations: opt.AllowSharedOption = False,

@@ -32,10 +32,9 @@ class Commits:
         self._shard = self._empty()
         self.written: list[Path] = []
 
-    def add(self, teacher: str, files: list[str], inputs: np.ndarray, rows: np.ndarray) -> None:
-        """Rows ``[n, C]`` of a teacher in the stored dtype, and the digests ``[n, 16]`` u1 of what was scored."""
-        for file, digest, row in zip(files, inputs, rows, strict=True):
-            self._shard.add(teacher, file, digest.tobytes(), row)
+    def add(self, teacher: str, keys: np.ndarray, inputs: np.ndarray, files: list[str], rows: np.ndarray) -> None:
+        """Rows ``[n, C]`` of a teacher in the stored dtype, the samples' keys and digests ``[n, 16]`` u1, and paths."""
+        self._shard.add_rows(teacher, keys, inputs, [file.encode() for file in files], rows)
 
     def advance(self, done: int) -> None:
         """The run is through with ``done`` samples: commit their rows if there are enough of them, or it is time."""

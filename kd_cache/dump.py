@@ -22,6 +22,7 @@ from kd_cache.pending import PendingRecord
 from kd_cache.publish import Published
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.keys import keys_of
+from kd_cache.unchanged import Unchanged
 from kd_cache.watch import Watcher
 
 __all__ = ["DumpJob", "DumpReport", "dump_logits", "plan_dump"]
@@ -72,8 +73,13 @@ class _Dump:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
         from kd_cache.scoring import due_reasons, refuse_bad
 
+        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
         for number in self.part:
             file = self.files[number]
+            if unchanged.fresh[number]:
+                for result in self.report.teachers.values():
+                    result.skipped += 1
+                continue
             held = self.job.skip_existing and any(known.holds(number) for known in self.found.known.values())
             digest = b""
             try:
@@ -84,7 +90,8 @@ class _Dump:
             except FeatureError as error:
                 refuse_bad(self.job, self.report, file, error)
                 continue
-            reasons = due_reasons(self.job, self.found, number, digest)
+            digests = np.frombuffer(digest or bytes(16), np.uint8)[None]
+            reasons = due_reasons(self.job, self.found, np.array([number]), digests)[0]
             self.report.samples_scored += bool(reasons)
             for name, result in self.report.teachers.items():
                 if name in reasons:
@@ -106,7 +113,7 @@ class _Dump:
         before = [pack.path for origin in self.job.origins.values() for pack in self.found.packs.of(origin)]
         busy = Busy()
         commits = Commits(self.job, self.pending, self._entries, self.watcher, busy)
-        scoring = Scoring(self.job, self.found, self.files, self.part, self.report, self.watcher)
+        scoring = Scoring(self.job, self.found, self.files, self.keys, self.part, self.report, self.watcher)
         scoring.run(commits, busy)
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
@@ -119,6 +126,7 @@ class _Dump:
             self.pending.write(self._entries(), self.report.missing)
         replaced = [] if self.job.skip_existing else [path for path in before if path not in commits.written]
         self.report.published = self._publish(scoring.inputs, scoring.readable, replaced)
+        scoring.remember()
         return self.report
 
     def _is_news(self) -> bool:

@@ -34,6 +34,7 @@ class DumpJob:
         teachers: by name, in the order of the index.
         notes: further content of a teacher's index entry (its checkpoint, for example).
         batch_size: the most samples scored at once; ``None`` chooses by device, ``auto`` by measuring.
+        reread: read every feature, also where nobody touched its file since a dump read it.
         compiled: run the teachers through ``torch.compile``.
         shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
         workers: threads that read features ahead; 0 reads in place.
@@ -52,6 +53,7 @@ class DumpJob:
     precision: str = "fp32"
     batch_size: int | Literal["auto"] | None = None
     compiled: bool = False
+    reread: bool = False
     skip_existing: bool = True
     files: bool = True
     on_bad_sample: str = "stop"

@@ -90,6 +90,12 @@ class Ranks:
 
     def rank(self, number: int, shape: Shape) -> int:
         """The rank of this sample. Ask in ascending order."""
+        if number > self._at:
+            self._pass_over(number)
+        self._at = number + 1
+        return self._places.next_rank(shape)
+
+    def _pass_over(self, number: int) -> None:
         between = self.shapes[self._at : number]
         for offset in np.flatnonzero(between[:, 0] == 0).tolist():
             with suppress(FeatureError):
@@ -97,5 +103,3 @@ class Ranks:
         known, counts = np.unique(between[between[:, 0] > 0], axis=0, return_counts=True)
         for (frames, bins), count in zip(known.tolist(), counts.tolist(), strict=True):
             self._places.pass_over((frames, bins), count)
-        self._at = number + 1
-        return self._places.next_rank(shape)

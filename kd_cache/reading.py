@@ -18,10 +18,8 @@ _WAITING = 3
 Read = list[Feature | FeatureError]
 
 
-def read_ahead(
-    source: FeatureSource, files: Sequence[str], workers: int, busy: Busy
-) -> Iterator[Feature | FeatureError]:
-    """Each file's feature, or why it has none, in the order of ``files``.
+def read_ahead(source: FeatureSource, files: Sequence[str], workers: int, busy: Busy) -> Iterator[Read]:
+    """Each file's feature, or why it has none, in the order of ``files``, some at a time.
 
     At most three chunks for each of ``workers`` threads wait, of up to 32 features and about 8 MiB; with no workers
     features are read when they are asked for.
@@ -38,7 +36,7 @@ def read_ahead(
             features = read(files[start : start + size])
             start += size
             size = _chunk_size(features)
-            yield from features
+            yield features
         return
     waiting: deque[Future[Read]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
@@ -50,7 +48,7 @@ def read_ahead(
                     start += size
                 features = waiting.popleft().result()
                 size = _chunk_size(features)
-                yield from features
+                yield features
         finally:
             for future in waiting:
                 future.cancel()

@@ -280,6 +280,7 @@ def _dump_job(job: RepairJob, rows: _Rows, names: Sequence[str], dtype: str, pre
         files=bool(rows.record.get("files", True)),
         on_bad_sample=job.on_bad_sample,
         workers=job.workers,
+        reread=True,  # the audit that asked for this has read the features; no note may gainsay it
         notes=job.notes,
         record={**job.record, **{key: rows.record[key] for key in _RUN if key in rows.record}},
     )

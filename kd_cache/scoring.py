@@ -20,8 +20,9 @@ from kd_cache.features import Feature
 from kd_cache.found import Found
 from kd_cache.known import ASKED, FRESH, NEW, Known
 from kd_cache.planning import Planner, Ranks
-from kd_cache.reading import read_ahead
+from kd_cache.reading import Read, read_ahead
 from kd_cache.stages import Busy
+from kd_cache.unchanged import Unchanged
 from kd_cache.value_kind import contradiction
 from kd_cache.watch import Watcher
 
@@ -30,7 +31,7 @@ class Scoring:
     """Scores the samples of a part.
 
     Args:
-        files: of all permitted samples, in key order.
+        files: of all permitted samples, in key order; ``keys`` ``[N, 16]`` u1 theirs.
         part: which of them to score.
         report: gets the counts.
 
@@ -40,9 +41,17 @@ class Scoring:
     """
 
     def __init__(
-        self, job: DumpJob, found: Found, files: Sequence[str], part: range, report: DumpReport, watcher: Watcher
+        self,
+        job: DumpJob,
+        found: Found,
+        files: Sequence[str],
+        keys: np.ndarray,
+        part: range,
+        report: DumpReport,
+        watcher: Watcher,
     ) -> None:
-        self._job, self._found, self._files, self._part = job, found, files, part
+        self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
+        self._unchanged = Unchanged(job, found, files, keys, part)
         self._report, self._watcher = report, watcher
         self._ranks = Ranks(job.source, files)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
@@ -67,6 +76,11 @@ class Scoring:
             commits.finish(self._done)
             self._report.busy = busy.shares
 
+    def remember(self) -> None:
+        """Note the features that were read, for the next dump."""
+        read = self.readable & ~self._unchanged.fresh
+        self._unchanged.remember(read, self.inputs, self._ranks.shapes)
+
     def _score_all(self) -> None:
         job = self._job
         engine = Engine(
@@ -79,38 +93,57 @@ class Scoring:
         )
         planner = Planner(job, self._found, self._files, engine, self._watcher)
         batcher = Batcher(engine)
-        numbers = list(self._part)
-        features = read_ahead(job.source, [self._files[number] for number in numbers], job.workers, self._busy)
-        for number, feature in zip(numbers, features, strict=True):
-            if isinstance(feature, FeatureError):
-                self._bad(number, feature)
-                continue
-            needed = self._needed(number, feature)
-            if not needed:
-                self._advance(1)
-                continue
-            shape = (feature.array.shape[0], feature.array.shape[1])
-            plan = planner.plan_for(shape)
-            if shape[1] != plan.bins:
-                what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
-                self._bad(number, FeatureError(f"feature {shown(self._files[number])} {what}"))
-                continue
-            place = plan.place(shape, self._ranks.rank(number, shape))
-            self._keep(batcher.add(number, feature.array, needed, place))
+        unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
+        self._pass_over_unchanged()
+        at = 0
+        for features in read_ahead(job.source, [self._files[n] for n in unread.tolist()], job.workers, self._busy):
+            self._take_chunk(unread[at : at + len(features)], features, planner, batcher)
+            at += len(features)
         self._keep(batcher.finish())
         self._report.halved_to = engine.most_rows
 
-    def _needed(self, number: int, feature: Feature) -> frozenset[str]:
-        """The teachers that must score this sample. Why is counted when they have."""
-        self.inputs[number] = np.frombuffer(feature.digest, np.uint8)
-        self.readable[number] = True
-        self._ranks.shapes[number] = feature.array.shape
-        reasons = due_reasons(self._job, self._found, number, feature.digest)
+    def _pass_over_unchanged(self) -> None:
+        fresh = self._unchanged.fresh
+        self.inputs[fresh], self.readable[fresh] = self._unchanged.digests[fresh], True
+        self._ranks.shapes[fresh] = self._unchanged.shapes[fresh]
+        count = int(fresh.sum())
+        for report in self._report.teachers.values():
+            report.skipped += count
+        self._advance(count)
+
+    def _take_chunk(self, numbers: np.ndarray, features: Read, planner: Planner, batcher: Batcher) -> None:
+        """Put what must be scored of these samples into batches."""
+        good = np.array([isinstance(feature, Feature) for feature in features])
+        present = [feature for feature in features if isinstance(feature, Feature)]
+        digests = np.frombuffer(b"".join([feature.digest for feature in present]), np.uint8).reshape(-1, 16)
+        self.inputs[numbers[good]], self.readable[numbers[good]] = digests, True
+        self._ranks.shapes[numbers[good]] = np.array([f.array.shape for f in present], np.int32).reshape(-1, 2)
+        reasons = dict(zip(numbers[good].tolist(), self._reasons(numbers[good], digests), strict=True))
+        for number, feature in zip(numbers.tolist(), features, strict=True):
+            if isinstance(feature, FeatureError):
+                self._bad(number, feature)
+            elif reasons[number]:
+                self._due[number] = reasons[number]
+                self._place(number, feature.array, planner, batcher)
+            else:
+                self._advance(1)
+
+    def _reasons(self, numbers: np.ndarray, digests: np.ndarray) -> list[dict[str, str]]:
+        """Of each sample, why which teachers must score it. Counted when they have."""
+        reasons = due_reasons(self._job, self._found, numbers, digests)
         for name in self._found.known:
-            self._report.teachers[name].skipped += name not in reasons
-        if reasons:
-            self._due[number] = reasons
-        return frozenset(reasons)
+            self._report.teachers[name].skipped += sum(name not in each for each in reasons)
+        return reasons
+
+    def _place(self, number: int, array: np.ndarray, planner: Planner, batcher: Batcher) -> None:
+        shape = (array.shape[0], array.shape[1])
+        plan = planner.plan_for(shape)
+        if shape[1] != plan.bins:
+            what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
+            self._bad(number, FeatureError(f"feature {shown(self._files[number])} {what}"))
+            return
+        place = plan.place(shape, self._ranks.rank(number, shape))
+        self._keep(batcher.add(number, array, frozenset(self._due[number]), place))
 
     def _advance(self, count: int) -> None:
         self._done += count
@@ -144,7 +177,8 @@ class Scoring:
             )
         fits = np.isfinite(stored).all(axis=1)
         kept = [number for row, number in enumerate(numbers) if fits[row]]
-        self._commits.add(name, [self._files[number] for number in kept], self.inputs[kept], stored[fits])
+        files = [self._files[number] for number in kept]
+        self._commits.add(name, self._keys[kept], self.inputs[kept], files, stored[fits])
         for number in kept:
             report.count(self._due[number][name])
         for row in np.flatnonzero(~fits).tolist():
@@ -166,16 +200,19 @@ class Scoring:
             self._advance(1)
 
 
-def due_reasons(job: DumpJob, found: Found, number: int, digest: bytes) -> dict[str, str]:
-    """Why each teacher must score this sample; those for whom its row is fresh are left out."""
-    states = {name: _state(job, known, number, digest) for name, known in found.known.items()}
-    return {name: state for name, state in states.items() if state != FRESH}
+def due_reasons(job: DumpJob, found: Found, numbers: np.ndarray, digests: np.ndarray) -> list[dict[str, str]]:
+    """Why each teacher must score these samples (``digests`` ``[n, 16]`` u1); those with a fresh row are left out."""
+    states = [_states(job, known, numbers, digests) for known in found.known.values()]
+    return [
+        {name: state for name, state in zip(found.known, each, strict=True) if state != FRESH}
+        for each in zip(*states, strict=True)
+    ]
 
 
-def _state(job: DumpJob, known: Known, number: int, digest: bytes) -> str:
+def _states(job: DumpJob, known: Known, numbers: np.ndarray, digests: np.ndarray) -> list[str]:
     if job.skip_existing:
-        return known.state(number, digest)
-    return ASKED if known.holds(number) or number in known.superseded else NEW
+        return known.states(numbers, digests)
+    return [ASKED if scored else NEW for scored in known.was_scored(numbers).tolist()]
 
 
 def refuse_bad(job: DumpJob, report: DumpReport, file: str, error: KDCacheError) -> bool:

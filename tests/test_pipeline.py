@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def source(tmp_path: Path) -> FeatureSource:
 def test_features_come_in_order_each_with_its_own_error(source: FeatureSource, workers: int) -> None:
     files = [f"{number}.npy" for number in range(150)]
     busy = Busy()
-    for number, feature in enumerate(read_ahead(source, files, workers, busy)):
+    for number, feature in enumerate(chain.from_iterable(read_ahead(source, files, workers, busy))):
         if number == 77:
             assert isinstance(feature, FeatureError)
             assert "77.npy" in feature.message
@@ -92,7 +93,7 @@ def test_large_features_are_read_in_small_chunks(tmp_path: Path, monkeypatch: py
         return read_many(files)
 
     monkeypatch.setattr(source, "read_many", counting)
-    assert len(list(read_ahead(source, ["a.npy"] * 12, 1, Busy()))) == 12
+    assert sum(map(len, read_ahead(source, ["a.npy"] * 12, 1, Busy()))) == 12
     assert max(sizes) == 4
 
 

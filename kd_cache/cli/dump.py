@@ -100,6 +100,16 @@ def dump_command(
             rich_help_panel=opt.CACHE,
         ),
     ] = 10,
+    reread: Annotated[
+        bool,
+        typer.Option(
+            "--reread/--no-reread",
+            help="Read every feature, also where nobody touched its file since the last dump read it.",
+            envvar="KD_CACHE_REREAD",
+            show_envvar=False,
+            rich_help_panel=opt.RUN,
+        ),
+    ] = False,
     device: opt.DeviceOption = "auto",
     precision: Annotated[
         opt.Precision,

@@ -55,6 +55,7 @@ class DumpOptions:
     num_verify: int
     device: str
     precision: opt.Precision
+    reread: bool
     compiled: bool
     batch_size: int | Literal["auto"] | None
     workers: int
@@ -146,6 +147,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         precision=options.precision,
         batch_size=options.batch_size,
         compiled=options.compiled,
+        reread=options.reread,
         skip_existing=options.skip_existing,
         files=options.files,
         on_bad_sample=options.on_bad_sample,

@@ -88,10 +88,10 @@ def verify_cache(job: VerifyJob, watcher: Watcher | None = None) -> VerifyReport
     return _Audit(job, watcher or Watcher()).run()
 
 
-def open_index(folder: CacheFolder) -> tuple[Index | None, list[Problem]]:
-    """The index, or the problem that keeps everything else from being checked."""
+def open_index(folder: CacheFolder, *, maps: bool = True) -> tuple[Index | None, list[Problem]]:
+    """The index, with its maps or quickly without, or the problem that keeps everything else from being checked."""
     try:
-        index = folder.index()
+        index = folder.index(maps=maps)
     except KDCacheError as error:
         kind = {4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)
         return None, [Problem(kind, "", shown(folder.index_path), shown(error.message), INDEX)]

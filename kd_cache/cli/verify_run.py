@@ -60,7 +60,7 @@ def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Scre
 
     options = ctx.params
     target = folder.path.name.removeprefix(f"{SOURCE}2")
-    index, problem = open_index(folder)
+    index, problem = open_index(folder, maps=False)
     if index is None and not given(ctx, "json_path"):
         return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=problem)
     saved = saved_in(index)

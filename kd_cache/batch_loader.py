@@ -54,6 +54,7 @@ class BatchLoader:
                 raise UsageError(
                     f"tensor {number} has shape {list(tensor.shape)}, expected one entry for each of {len(rows)} files"
                 )
+        cache.prepare()
         self.cache = cache
         self.batch_size = batch_size
         self.shuffle = shuffle

@@ -10,10 +10,12 @@ import torch
 
 from kd_cache.errors import UsageError
 from kd_cache.rows import TeacherRows
-from kd_cache.store.take import take_rows
+from kd_cache.store.take import WIDE, take_rows
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 """So many bytes of rows are gathered, then put in their place while they are still in the processor's cache."""
+_FEW = 8192
+"""Up to so many narrow values a call costs more than its copying, and torch's own gather has the cheaper call."""
 
 
 class Gatherer:
@@ -27,9 +29,11 @@ class Gatherer:
         self._positions = positions  # where the common rows are among a teacher's own; None where they are the same
         self._is_table = place == "table"
         self.shape = (count, len(tables), tables[0].num_classes)
-        self._width = self.shape[1] * self.shape[2]
+        self._width = self.shape[1] * self.shape[2]  # values in a row of all teachers
         self.dtype = tables[0].dtype
         self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
+        self._has_cheap_calls = self._is_table and self._width * self.dtype.itemsize < WIDE
+        self._is_warmed = place == "warmed"
         for rows in tables:
             if place == "warmed":
                 rows.read_ahead()
@@ -50,6 +54,11 @@ class Gatherer:
             table[:, number] = rows.all() if positions is None else rows.take(positions)
         return table.reshape(self.shape[0], self._width)
 
+    @cached_property
+    def _tensor(self) -> torch.Tensor:
+        """The table as ``[N, T, C]``."""
+        return torch.from_numpy(self._table.reshape(self.shape))
+
     @property
     def nbytes(self) -> int:
         """What the logits of all rows take."""
@@ -62,9 +71,25 @@ class Gatherer:
         return "_table" in self.__dict__
 
     def prepare(self) -> None:
-        """Make the table now, if there is to be one."""
+        """Make the table now, if there is to be one, or have all of the maps at hand, if they are to be."""
         if self._is_table:
             self._table  # noqa: B018 (reading it makes it)
+        elif self._is_warmed:
+            self._is_warmed = False  # once is enough
+            for rows in self._teachers:
+                rows.populate()
+
+    def few(self, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
+        """The quickest way for a small batch, or ``None`` where it is not. Torch checks these rows: `IndexError`."""
+        if not self._has_cheap_calls or rows.ndim != 1 or rows.dtype is not torch.int64:
+            return None
+        if len(rows) * self._width > _FEW:
+            return None
+        if out is None:
+            return self._tensor.index_select(0, rows)
+        if out.dtype == self.torch_dtype and out.is_cpu:
+            return torch.index_select(self._tensor, 0, rows, out=out)
+        return None
 
     def fresh(self, rows: np.ndarray, dtype: torch.dtype | None) -> torch.Tensor:
         """A new tensor ``[B, T, C]`` in ``dtype``, by default the stored one."""
@@ -96,27 +121,26 @@ class Gatherer:
         elif len(self._teachers) == 1:
             self._take(0, rows, out.reshape(len(rows), self._width))
         else:
-            for part, gathered in self._blocks(rows):
-                out[part] = gathered.transpose(1, 0, 2)
+            for part, scratch in self._blocks(rows, 1):
+                for number in range(len(self._teachers)):
+                    self._take(number, rows[part], scratch[0])
+                    out[part, number] = scratch[0]
 
     def _into_tensor(self, rows: np.ndarray, out: torch.Tensor) -> torch.Tensor:
         """The same with a conversion, while a block is at hand."""
-        for part, gathered in self._blocks(rows):
-            out[part] = torch.from_numpy(gathered).transpose(0, 1)
+        for part, scratch in self._blocks(rows, len(self._teachers)):
+            for number in range(len(self._teachers)):
+                self._take(number, rows[part], scratch[number])
+            out[part] = torch.from_numpy(scratch).transpose(0, 1)
         return out
 
-    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Slices of the batch and their logits ``[T, b, C]``, in memory that the next block uses again."""
-        _, teachers, classes = self.shape
-        step = max(64, _BLOCK // (teachers * classes * self.dtype.itemsize))
-        scratch = np.empty((teachers, min(step, len(rows)), classes), self.dtype)
+    def _blocks(self, rows: np.ndarray, teachers: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Slices of the batch, each with room for ``[teachers, b, C]`` that the next one uses again."""
+        step = max(64, _BLOCK // (self._width * self.dtype.itemsize))
+        scratch = np.empty((teachers, min(step, len(rows)), self.shape[2]), self.dtype)
         for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            numbers = rows[part]
-            gathered = scratch[:, : len(numbers)]
-            for number in range(teachers):
-                self._take(number, numbers, gathered[number])
-            yield part, gathered
+            part = slice(start, min(start + step, len(rows)))
+            yield part, scratch[:, : part.stop - start]
 
     def _take(self, number: int, rows: np.ndarray, out: np.ndarray) -> None:
         positions = self._positions[number]

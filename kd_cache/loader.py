@@ -9,6 +9,7 @@ for batch, logits in loader:  # logits [B, T, C], teachers in the order of cache
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -211,15 +212,25 @@ class LogitCache:
         """
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
-        numbers = self._numbers(rows)
         if out is not None:
-            self._refuse_misfit(out, len(numbers), dtype)
+            self._refuse_misfit(out, rows, dtype)
+        if isinstance(rows, torch.Tensor) and (dtype is None or out is not None):
+            try:
+                logits = self._gatherer.few(rows, out)
+            except (IndexError, RuntimeError):
+                logits = None  # what is wrong with these rows is said below
+            if logits is not None:
+                return logits
+        numbers = self._numbers(rows)
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
 
     def prepare(self) -> None:
-        """Make the table in memory now, if there is to be one. (Else it is made when rows are first asked for.)"""
+        """Make the table in memory now, or have the maps read whole, as ``preloaded`` says. `attach` does it.
+
+        Without it, a table is made when rows are first asked for, and maps are read as they are.
+        """
         self._gatherer.prepare()
 
     def tensor(
@@ -294,8 +305,8 @@ class LogitCache:
             raise IndexError(f"rows must lie in [0, {self._count}), found {numbers.min()} to {numbers.max()}")
         return numbers
 
-    def _refuse_misfit(self, out: torch.Tensor, count: int, dtype: torch.dtype | None) -> None:
-        expected = (count, len(self.teachers), self.num_classes)
+    def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:
+        expected = (math.prod(rows.shape), len(self.teachers), self.num_classes)
         if out.shape != expected or not out.is_floating_point() or dtype not in (None, out.dtype):
             raise UsageError(
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"

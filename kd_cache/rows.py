@@ -15,7 +15,7 @@ from kd_cache.features import parse_header
 from kd_cache.manifest import sample_key
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import Pack
-from kd_cache.store.page_cache import expect_random, read_ahead
+from kd_cache.store.page_cache import expect_random, populate, read_ahead
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.take import take_rows
 from kd_cache.store.union import Union
@@ -81,6 +81,9 @@ class TeacherRows:
     def read_ahead(self) -> None:
         """Have mapped files read from start to end while we go on."""
 
+    def populate(self) -> None:
+        """Have all of mapped files at hand, when this returns."""
+
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""
 
@@ -141,6 +144,10 @@ class PackRows(TeacherRows):
     def read_ahead(self) -> None:
         for pack in self._union.packs:
             read_ahead(pack.logits)
+
+    def populate(self) -> None:
+        for pack in self._union.packs:
+            populate(pack.logits)
 
     def expect_random(self) -> None:
         for pack in self._union.packs:

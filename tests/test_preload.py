@@ -106,6 +106,7 @@ def test_advice_reaches_the_maps_of_large_packs_and_small_ones_need_none(
     advised: list[int] = []
     monkeypatch.setattr(page_cache, "_RANDOM", 17)
     monkeypatch.setattr(page_cache, "_WILL_NEED", 19)
+    monkeypatch.setattr(page_cache, "_POPULATE_READ", 23)
 
     class Mapping(page_cache.mmap.mmap):
         def madvise(self, option: int, *_: int) -> None:
@@ -117,10 +118,24 @@ def test_advice_reaches_the_maps_of_large_packs_and_small_ones_need_none(
     LogitCache.open(made.path, preload=False)
     assert advised == [17, 17]
     monkeypatch.setattr(placement, "TABLE_BYTES", 0)
-    LogitCache.open(made.path)
+    cache = LogitCache.open(made.path)
     assert advised == [17, 17, 19, 19]
+    for _ in range(2):
+        cache.attach(torch.utils.data.TensorDataset(torch.arange(2)), names(2))
+    assert advised == [17, 17, 19, 19, 23, 23]  # once is enough
     LogitCache.open(two_teachers(tmp_path / "small/A2b").path, preload=False)
-    assert len(advised) == 4
+    assert len(advised) == 6
+
+
+def test_a_kernel_that_does_not_know_the_advice_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = two_teachers(tmp_path / "A2b", count=200, classes=3000)
+    monkeypatch.setattr(page_cache, "_POPULATE_READ", 9999)
+    monkeypatch.setattr(placement, "TABLE_BYTES", 0)
+    cache = LogitCache.open(made.path)
+    cache.prepare()
+    equal(cache.batch(names(200)), made.stacked(names(200)))
+    monkeypatch.setattr(page_cache, "_POPULATE_READ", None)
+    LogitCache.open(made.path).prepare()
 
 
 def test_a_system_that_does_not_tell_its_free_memory_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

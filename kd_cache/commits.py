@@ -30,6 +30,7 @@ class Commits:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None
         self._shard = self._empty()
+        self._is_lost = False  # a shard could not be committed: what comes after it is kept, but not told to be saved
         self.written: list[Path] = []
 
     def add(self, teacher: str, keys: np.ndarray, inputs: np.ndarray, files: list[str], rows: np.ndarray) -> None:
@@ -44,14 +45,14 @@ class Commits:
             self._running = self._thread.submit(self._commit, shard, self._first_entries(), done)
 
     def finish(self, done: int) -> None:
-        """Commit what is left, also when stopping. Raises what a commit raised: nothing of it was told to be saved."""
+        """Commit what is left, also when stopping. Raises what a commit raised."""
         try:
             self._wait()
         finally:
             self._thread.shutdown()
-        if not self._shard.is_empty:
-            shard, self._shard = self._shard, self._empty()
-            self._commit(shard, self._first_entries(), done)
+            if not self._shard.is_empty:
+                shard, self._shard = self._shard, self._empty()
+                self._commit(shard, self._first_entries(), done)
 
     def _commit(self, shard: Shard, entries: Mapping[str, Mapping[str, Any]] | None, done: int) -> None:
         with self._busy.doing(COMMITTING):
@@ -59,7 +60,8 @@ class Commits:
                 self._pending.write(entries, {})
             shard.commit()
         self.written += shard.written
-        self._watcher.saved(done)
+        if not self._is_lost:
+            self._watcher.saved(done)
 
     def _first_entries(self) -> Mapping[str, Mapping[str, Any]] | None:
         """What the pending record is to say: before the first pack, it says what is being made."""
@@ -68,7 +70,11 @@ class Commits:
     def _wait(self) -> None:
         running, self._running = self._running, None
         if running is not None:
-            running.result()
+            try:
+                running.result()
+            except BaseException:
+                self._is_lost = True
+                raise
 
     def _empty(self) -> Shard:
         return Shard(self._job.folder.packs_path, self._job.origins, self._job.shard_size, self._job.shard_seconds)

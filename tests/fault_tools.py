@@ -78,8 +78,9 @@ class Fault:
     sticky: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        named = {"error": errno.errorcode, "signal": signal.Signals}.get(self.how)
-        what = self.how if named is None else str(named[self.code])
+        what = self.how
+        if self.how in ("error", "signal"):
+            what = errno.errorcode[self.code] if self.how == "error" else signal.Signals(self.code).name
         return f"{what} at call {self.at}" + (", and from then on" if self.sticky else "")
 
 

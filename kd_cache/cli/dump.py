@@ -121,7 +121,7 @@ def dump_command(
             rich_help_panel=opt.RUN,
         ),
     ] = "fp32",
-    compiled: Annotated[
+    compile: Annotated[  # noqa: A002 (what the option is called)
         bool,
         typer.Option(
             "--compile/--no-compile",

@@ -56,7 +56,7 @@ class DumpOptions:
     device: str
     precision: opt.Precision
     reread: bool
-    compiled: bool
+    compile: bool
     batch_size: int | Literal["auto"] | None
     workers: int
     seed: int
@@ -146,7 +146,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         dtype=_storage(ctx, options),
         precision=options.precision,
         batch_size=options.batch_size,
-        compiled=options.compiled,
+        compiled=options.compile,
         reread=options.reread,
         skip_existing=options.skip_existing,
         files=options.files,

@@ -69,7 +69,8 @@ class CachedDataset(Dataset[Any]):
         items = list(fetch(numbers)) if callable(fetch) else [self.dataset[number] for number in numbers]
         if len(items) != len(numbers):
             raise UsageError(f"the dataset gave {len(items)} items for {len(numbers)} numbers: whose logits are whose?")
-        return Gathered(items, self.cache.batch(self._rows[np.asarray(numbers, np.int64)], self._dtype))
+        rows = torch.from_numpy(self._rows[np.asarray(numbers, np.int64)])
+        return Gathered(items, self.cache.batch(rows, self._dtype))
 
     def collate(
         self, batch: Gathered | list[tuple[Any, torch.Tensor]] | tuple[Any, torch.Tensor]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from kd_cache.errors import UsageError
@@ -63,7 +62,7 @@ class BatchLoader:
         self._dtype = dtype
         self._device = torch.device(device)
         self._tensors = [tensor.to(self._device) for tensor in tensors]
-        self._rows = rows.numpy()
+        self._rows = rows
         size = len(rows) * len(cache.teachers) * cache.num_classes * cache.dtype.itemsize
         self._table = None
         if self._device.type != "cpu" and size <= DEVICE_TABLE_BYTES:
@@ -76,22 +75,22 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         order = torch.randperm(len(self._rows), generator=self.generator) if self.shuffle else None
-        numbers = None if order is None else order.numpy()
+        rows = self._rows if order is None else self._rows[order]
         there = None if order is None else order.to(self._device)
         for number in range(len(self)):
             part = slice(number * self.batch_size, (number + 1) * self.batch_size)
             at = None if there is None else there[part]
-            logits = self._logits(part if numbers is None else numbers[part], part if at is None else at)
+            logits = self._logits(rows[part], part if at is None else at)
             yield logits, *(tensor[part] if at is None else tensor.index_select(0, at) for tensor in self._tensors)
 
-    def _logits(self, here: slice | np.ndarray, there: slice | torch.Tensor) -> torch.Tensor:
-        """The logits of files ``here`` in memory, which are ``there`` on the device."""
+    def _logits(self, rows: torch.Tensor, there: slice | torch.Tensor) -> torch.Tensor:
+        """The logits of these rows of the cache, which are ``there`` in the table on the device, if there is one."""
         if self._table is not None:
             logits = self._table[there]
             return logits if self._dtype is None else logits.to(self._dtype)
-        logits = self.cache.batch(self._rows[here], None if self._device.type != "cpu" else self._dtype)
         if self._device.type == "cpu":
-            return logits
+            return self.cache.batch(rows, self._dtype)
+        logits = self.cache.batch(rows)
         if self._device.type == "cuda":
             logits = logits.pin_memory()
         return logits.to(self._device, non_blocking=True).to(self._dtype or logits.dtype)

@@ -16,6 +16,8 @@ _BLOCK = 1 << 20
 """So many bytes of rows are gathered, then put in their place while they are still in the processor's cache."""
 _FEW = 8192
 """Up to so many narrow values a call costs more than its copying, and torch's own gather has the cheaper call."""
+_NEAR = 1 << 24
+"""A table of up to so many bytes is near the processor: torch's gather is as quick there, numpy's only farther off."""
 
 
 class Gatherer:
@@ -32,7 +34,8 @@ class Gatherer:
         self._width = self.shape[1] * self.shape[2]  # values in a row of all teachers
         self.dtype = tables[0].dtype
         self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
-        self._has_cheap_calls = self._is_table and self._width * self.dtype.itemsize < WIDE
+        self._is_narrow_table = self._is_table and self._width * self.dtype.itemsize < WIDE
+        self._is_near = self.nbytes <= _NEAR
         self._is_warmed = place == "warmed"
         for rows in tables:
             if place == "warmed":
@@ -80,10 +83,10 @@ class Gatherer:
                 rows.populate()
 
     def few(self, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
-        """The quickest way for a small batch, or ``None`` where it is not. Torch checks these rows: `IndexError`."""
-        if not self._has_cheap_calls or rows.ndim != 1 or rows.dtype is not torch.int64:
+        """The quickest way for small batches and tables, else ``None``. Torch checks these rows: `IndexError`."""
+        if not self._is_narrow_table or rows.ndim != 1 or rows.dtype is not torch.int64:
             return None
-        if len(rows) * self._width > _FEW:
+        if not self._is_near and len(rows) * self._width > _FEW:
             return None
         if out is None:
             return self._tensor.index_select(0, rows)

@@ -214,13 +214,13 @@ class LogitCache:
             rows = self.rows(rows)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
-        if isinstance(rows, torch.Tensor) and (dtype is None or out is not None):
+        if isinstance(rows, torch.Tensor):
             try:
                 logits = self._gatherer.few(rows, out)
             except (IndexError, RuntimeError):
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
-                return logits
+                return logits if dtype is None else logits.to(dtype)
         numbers = self._numbers(rows)
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._with_nan(numbers, dtype, out)

@@ -42,6 +42,7 @@ class SampleColumns(Sequence[Sample]):
         if isinstance(number, slice):
             return [self[one] for one in range(*number.indices(len(self)))]
         at = range(len(self))[number]
-        scene, city, domain = (None if label == _NO_LABEL else label for label in self._numbers[at].tolist())
+        scene, city, domain = self._numbers[at].tolist()
         file = self._files[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass")
-        return Sample(file, scene, city, domain or 0, *self._rest[self._codes[at]])
+        scene, city = None if scene == _NO_LABEL else scene, None if city == _NO_LABEL else city
+        return Sample(file, scene, city, domain, *self._rest[self._codes[at]])

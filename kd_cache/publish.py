@@ -6,7 +6,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
 from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, PackSet
 from kd_cache.store.index import Index, IndexChangedError, State, origin_entry, write_index
-from kd_cache.store.keys import keys_of, sorted_order
+from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import Origin, Pack, open_pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.seal import Sealed, remove_files, seal
@@ -110,8 +110,7 @@ def publish(
         expected = set(missing) if name in asked else None
         sealed[name], merged = _seal_teacher(folder, origin, promise, replaced, expected, hint, done, watcher)
         superfluous.update(merged)
-    held = [set() if pack is None else set(pack.files) for pack in sealed.values()]
-    done.num_samples = len(set.intersection(*held)) if held else 0
+    done.num_samples = _held_by_all(sealed.values())
     maps = _bring_view_in_line(folder, shown_path, sealed, promise.files, files, done, watcher)
     record = {
         **record,
@@ -127,6 +126,16 @@ def publish(
     current = set(done.packs.values())
     remove_files(folder.packs_path, sorted(path for path in superfluous if path.name not in current))
     return done
+
+
+def _held_by_all(packs: Iterable[Pack | None]) -> int:
+    """How many samples have a row in every one of these packs."""
+    keys: np.ndarray | None = None
+    for pack in packs:
+        if pack is None:
+            return 0
+        keys = pack.keys if keys is None else keys[KeyFinder(pack.keys).find(keys) >= 0]
+    return 0 if keys is None else len(keys)
 
 
 def make_view(folder: CacheFolder, shown_path: str, watcher: Watcher) -> Published:
@@ -236,13 +245,14 @@ def _seal_teacher(
 
 def drop_forbidden(folder: CacheFolder, packs: PackSet, origins: Mapping[str, Origin], files: Sequence[str]) -> int:
     """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
-    permitted = {key.tobytes() for key in keys_of(files)}
+    keys = keys_of(files)
+    permitted = KeyFinder(keys[sorted_order(keys)])
     gone = 0
     for pack in packs.good:
         current = origins.get(pack.origin.teacher)
         if current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest:
             continue
-        if any(key.tobytes() not in permitted for key in pack.keys):
+        if (permitted.find(pack.keys) < 0).any():
             gone += len(pack)
             with store_errors(pack.path, "remove"):
                 pack.path.unlink(missing_ok=True)

@@ -56,4 +56,5 @@ class Unchanged:
         if not read.any():
             return
         noted = self._seen.record(self._keys[read], self._stats[read], shapes[read], digests[read], self._moment)
-        noted.only(self._keys).save(self._path)
+        if len(noted) or len(self._seen):
+            noted.only(self._keys).save(self._path)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
+import kd_cache.seen
 from kd_cache.cli import app
 from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, sample_key
 
@@ -82,6 +83,12 @@ class World:
 
     def packs(self, teacher: str = "") -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted((self.cache / "packs").glob(f"{teacher}*.h5"))}
+
+
+@pytest.fixture(autouse=True)
+def _no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No feature is old enough to be noted: whether ``seen.bin`` is there must not depend on how fast a test is."""
+    monkeypatch.setattr(kd_cache.seen, "SETTLED", 1 << 62)
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ from kd_cache.dump_job import DumpJob, DumpReport, TeacherReport
 from kd_cache.errors import FeatureError, UsageError
 from kd_cache.finish import Ending, describe, finish, nothing_readable
 from kd_cache.found import find_rows
-from kd_cache.manifest import sample_key
 from kd_cache.pending import PendingRecord
 from kd_cache.publish import Published
 from kd_cache.storage_cost import StorageCost
-from kd_cache.store.keys import keys_of
+from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.unchanged import Unchanged
 from kd_cache.watch import Watcher
 
@@ -54,8 +53,11 @@ class _Dump:
         self.folder = job.folder
         self.begun = time.time_ns()
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
-        self.files = sorted(job.selection.files, key=sample_key)
-        self.keys = keys_of(self.files)
+        listed = job.selection.files
+        keys = keys_of(listed)
+        self.order = sorted_order(keys)
+        self.files = [listed[number] for number in self.order.tolist()]
+        self.keys = keys[self.order]
         self.found = find_rows(job, self.keys, watcher)
         self.part = _part(job, len(self.files))
         self.pending = PendingRecord(job.folder, job.origins, self._record())
@@ -141,25 +143,25 @@ class _Dump:
 
     def _count_dropped(self) -> None:
         """Samples that the cache holds, of scored and other teachers, and that are no longer permitted."""
-        permitted = {key.tobytes() for key in self.keys}
+        permitted = KeyFinder(self.keys)
         gone: dict[str, set[bytes]] = {}
         for pack in self.found.packs.good:
-            surplus = {key.tobytes() for key in pack.keys} - permitted
-            gone.setdefault(pack.origin.teacher, set()).update(surplus)
+            surplus = pack.keys[permitted.find(pack.keys) < 0]
+            gone.setdefault(pack.origin.teacher, set()).update(key.tobytes() for key in surplus)
         for name, keys in gone.items():
             if keys or name in self.report.teachers:
                 self.report.teachers.setdefault(name, TeacherReport()).dropped = len(keys)
 
     def _publish(self, inputs: np.ndarray, readable: np.ndarray, replaced: list[Path]) -> Published:
-        position = {file: number for number, file in enumerate(self.files)}
-        order = [position[file] for file in self.job.selection.files]  # the manifest's, in which the index lists them
+        listed = np.empty_like(self.order)  # the manifest's order, in which the index lists them
+        listed[self.order] = np.arange(len(listed))
         end = Ending(
             self.folder,
             self._shown_path,
             self.job.manifest,
             self.job.selection,
-            inputs[order],
-            readable[order],
+            inputs[listed],
+            readable[listed],
             self.job.origins,
             self._record(),
             self.job.files,

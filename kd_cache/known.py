@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from kd_cache.store.folder import PackSet
@@ -35,11 +33,6 @@ class Known:
     def holds(self, number: int) -> bool:
         """A row of the present fingerprint exists, fresh or not."""
         return bool(self.first[number] >= 0)
-
-    @cached_property
-    def superseded(self) -> dict[int, str]:
-        """The samples that have rows of other fingerprints, and what changed since."""
-        return {number: self.reasons[self._superseded[number]] for number in np.flatnonzero(self._superseded).tolist()}
 
     def was_scored(self, numbers: np.ndarray) -> np.ndarray:
         """``[n]`` bool: a row exists, whatever its fingerprint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kd_cache.errors import FeatureError
@@ -18,7 +18,7 @@ _WAITING = 3
 Read = list[Feature | FeatureError]
 
 
-def read_ahead(source: FeatureSource, files: Sequence[str], workers: int, busy: Busy) -> Iterator[Read]:
+def read_ahead(source: FeatureSource, files: Sequence[str], workers: int, busy: Busy) -> Generator[Read]:
     """Each file's feature, or why it has none, in the order of ``files``, some at a time.
 
     At most three chunks for each of ``workers`` threads wait, of up to 32 features and about 8 MiB; with no workers

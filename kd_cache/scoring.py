@@ -7,6 +7,7 @@ with every teacher that needs them, and another thread commits what was scored. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -96,9 +97,12 @@ class Scoring:
         unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
         self._pass_over_unchanged()
         at = 0
-        for features in read_ahead(job.source, [self._files[n] for n in unread.tolist()], job.workers, self._busy):
-            self._take_chunk(unread[at : at + len(features)], features, planner, batcher)
-            at += len(features)
+        # Closed here whatever happens: threads that read on would outlive an interrupted dump.
+        reading = read_ahead(job.source, [self._files[n] for n in unread.tolist()], job.workers, self._busy)
+        with closing(reading) as chunks:
+            for features in chunks:
+                self._take_chunk(unread[at : at + len(features)], features, planner, batcher)
+                at += len(features)
         self._keep(batcher.finish())
         self._report.halved_to = engine.most_rows
 

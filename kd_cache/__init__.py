@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from kd_cache.manifest import Manifest, Sample, load_manifest, sample_key
     from kd_cache.merge import MergeJob, MergeReport, merge_caches
     from kd_cache.packed_features import PackedFeatures
+    from kd_cache.problems import Problem, VerifyReport
     from kd_cache.splits import Selection, select
     from kd_cache.store.view import load_cached_logits_batch
     from kd_cache.student import student_loader
     from kd_cache.teacher import Teacher, teacher_fingerprint
-    from kd_cache.verify import Problem, VerifyJob, VerifyReport, verify_cache
+    from kd_cache.verify import VerifyJob, verify_cache
 
 __version__ = "0.1.0"
 
@@ -75,7 +76,8 @@ _HOME = {
     "kd_cache.store.view": ("load_cached_logits_batch",),
     "kd_cache.student": ("student_loader",),
     "kd_cache.teacher": ("Teacher", "teacher_fingerprint"),
-    "kd_cache.verify": ("Problem", "VerifyJob", "VerifyReport", "verify_cache"),
+    "kd_cache.problems": ("Problem", "VerifyReport"),
+    "kd_cache.verify": ("VerifyJob", "verify_cache"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

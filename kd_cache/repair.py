@@ -16,13 +16,7 @@ import numpy as np
 
 from kd_cache.dump import DumpJob, dump_logits
 from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError, StoreError
-from kd_cache.seal import SealJob, current_in, seal_cache
-from kd_cache.store.folder import CacheFolder
-from kd_cache.store.index import Index
-from kd_cache.store.keys import keys_of
-from kd_cache.store.pack import Origin, Pack, write_pack
-from kd_cache.store.seal import remove_files
-from kd_cache.verify import (
+from kd_cache.problems import (
     CORRUPT,
     INDEX,
     LABEL,
@@ -34,11 +28,15 @@ from kd_cache.verify import (
     UNCHECKED,
     VIEW,
     Problem,
-    VerifyJob,
     VerifyReport,
-    open_index,
-    verify_cache,
 )
+from kd_cache.seal import SealJob, current_in, seal_cache
+from kd_cache.store.folder import CacheFolder
+from kd_cache.store.index import Index
+from kd_cache.store.keys import keys_of
+from kd_cache.store.pack import Origin, Pack, write_pack
+from kd_cache.store.seal import remove_files
+from kd_cache.verify import VerifyJob, open_index, verify_cache
 from kd_cache.watch import Watcher
 
 _SCORED_AGAIN = (MISS, CORRUPT, STALE)

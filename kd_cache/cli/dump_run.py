@@ -26,8 +26,8 @@ Part = tuple[int, int] | None
 
 if TYPE_CHECKING:
     from kd_cache.dump import DumpJob, DumpReport
+    from kd_cache.problems import VerifyReport
     from kd_cache.storage_cost import StorageCost
-    from kd_cache.verify import VerifyReport
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from kd_cache.cli.console import table
 from kd_cache.errors import shown
 
 if TYPE_CHECKING:
-    from kd_cache.verify import Problem, TeacherResult, VerifyReport
+    from kd_cache.problems import Problem, TeacherResult, VerifyReport
 
 
 def verify_table(report: VerifyReport) -> Any:

@@ -17,7 +17,7 @@ from kd_cache.manifest import SOURCE, TARGETS
 from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
 if TYPE_CHECKING:
-    from kd_cache.verify import VerifyReport
+    from kd_cache.problems import VerifyReport
 
 
 def run_verify(ctx: typer.Context) -> None:
@@ -56,7 +56,8 @@ def chosen_caches(ctx: typer.Context, screen: Screen) -> list[CacheFolder]:
 
 
 def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
-    from kd_cache.verify import VerifyJob, VerifyReport, open_index, verify_cache
+    from kd_cache.problems import VerifyReport
+    from kd_cache.verify import VerifyJob, open_index, verify_cache
 
     options = ctx.params
     target = folder.path.name.removeprefix(f"{SOURCE}2")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kd_cache.errors import UsageError
+from kd_cache.placement import fits
 from kd_cache.rows import TeacherRows
 from kd_cache.store.take import WIDE, take_rows
 
@@ -40,8 +41,8 @@ class Gatherer:
         for rows in tables:
             if place == "warmed":
                 rows.read_ahead()
-            elif place == "mapped":
-                rows.expect_random()
+            elif place == "mapped" and not fits(self.nbytes):
+                rows.expect_random()  # what the kernel would read around them pushes out what was read before
 
     @cached_property
     def _table(self) -> np.ndarray:

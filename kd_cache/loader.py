@@ -21,21 +21,19 @@ from torch.utils.data import Dataset, default_collate
 
 from kd_cache.attach import CachedDataset as CachedDataset
 from kd_cache.attach import Gathered as Gathered
-from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, UsageError, listed, shown
+from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.fingerprint import Fingerprint
 from kd_cache.gather import Gatherer
 from kd_cache.generation import look, older_rows, refuse_mixture, refuse_unexpected
 from kd_cache.manifest import SOURCE
 from kd_cache.placement import checked, choose
-from kd_cache.rows import Names, TeacherRows
+from kd_cache.resolve import Resolver
+from kd_cache.rows import TeacherRows
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
-from kd_cache.store.keys import KeyFinder, keys_of_bytes
 from kd_cache.store.pack import CHECKS
 
 _INT64 = np.dtype(np.int64)
-_MANY = 100_000
-"""From so many files on it is worth looking whether two teachers' packs name the same files."""
 
 
 class LogitCache:
@@ -71,20 +69,15 @@ class LogitCache:
         self.teachers = tuple(rows.name for rows in tables)
         self.num_classes = tables[0].num_classes
         self.dtype = tables[0].dtype
-        self._keys = _common_keys([rows.keys for rows in tables])
-        self._count = len(self._keys)
-        # Where a teacher's own rows are the common ones, positions are rows.
-        self._positions = [
-            None if len(rows.keys) == len(self._keys) else rows.finder.find(self._keys) for rows in tables
-        ]
-        self._finder = tables[0].finder if self._positions[0] is None else KeyFinder(self._keys)
+        self._resolver = Resolver(path, tables, index)
+        self._count = len(self._resolver)
         self.preloaded = choose(
             preload,
             self._count * len(tables) * self.num_classes * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
-        self._gatherer = Gatherer(tables, self._positions, self._count, self.preloaded)
+        self._gatherer = Gatherer(tables, self._resolver.positions, self._count, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
@@ -155,7 +148,7 @@ class LogitCache:
     @property
     def files(self) -> list[str]:
         """Files that every opened teacher holds, ordered by key. (Built when asked for.)"""
-        return self._rows_of[0].files(self._position(0, np.arange(len(self))))
+        return self._resolver.files(np.arange(len(self)))
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -175,17 +168,10 @@ class LogitCache:
         if isinstance(files, str):
             raise UsageError(f"expected a list of files, found the one text {shown(files)}; put it in a list")
         asked = list(files)
-        names = _encoded(asked)
-        found = self._finder.find(keys_of_bytes(names))
-        self._refuse_collisions(names, found)
+        found = self._resolver.find(asked)
         missing = np.flatnonzero(found < 0)
         if len(missing) and self._on_miss == "raise":
-            reasons = [f"{asked[number]}: {self._why_missing(asked[number])}" for number in missing[:20].tolist()]
-            raise MissingLogitsError(
-                f"{len(missing)} of {len(asked)} files have no logits in {shown(self.path)}\n"
-                + listed(reasons, total=len(missing)),
-                hint="Run kd-cache dump with the manifest you train on.",
-            )
+            raise self._resolver.missing([asked[number] for number in missing.tolist()], len(asked))
         if len(missing):
             self.misses += len(missing)
             warnings.warn(
@@ -256,7 +242,7 @@ class LogitCache:
         script, which kept none.
         """
         numbers = rows.numpy()
-        parts = [part.inputs(self._position(number, numbers)) for number, part in enumerate(self._rows_of)]
+        parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
         known = [part for part in parts if part is not None]
         return np.stack(known, axis=1) if len(known) == len(parts) else None
 
@@ -312,11 +298,6 @@ class LogitCache:
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
             )
 
-    def _position(self, number: int, rows: Any) -> Any:
-        """Where these rows are in a teacher's own order."""
-        positions = self._positions[number]
-        return rows if positions is None else positions[rows]
-
     def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
         present = np.flatnonzero(rows >= 0)
         if out is None:
@@ -325,34 +306,6 @@ class LogitCache:
         out.fill_(float("nan"))
         out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)
         return out
-
-    def _refuse_collisions(self, names: list[bytes], found: np.ndarray) -> None:
-        """Refuse a file whose key is that of another file's row."""
-        present = np.flatnonzero(found >= 0)
-        asked = Names.of(names if len(present) == len(names) else [names[number] for number in present.tolist()])
-        for number, rows in enumerate(self._rows_of):
-            if number and len(present) >= _MANY and rows.has_names_of(self._rows_of[0]):
-                continue
-            positions = self._position(number, found[present])
-            for at in np.flatnonzero(asked.differ_from(rows.names(positions)))[:1].tolist():
-                name, other = names[present[at]].decode("utf-8", "replace"), rows.files(positions[at : at + 1])[0]
-                raise CorruptError(
-                    f"{shown(name)} and {shown(other)} have the same MD5 key; one of them must be renamed"
-                )
-
-    def _why_missing(self, file: str) -> str:
-        reason = self._index.missing.get(file) if self._index is not None else None
-        if reason is not None:
-            return f"could not be scored ({reason})"
-        key = keys_of_bytes([file.encode("utf-8", "surrogatepass")])
-        if any(rows.is_ambiguous(key) for rows in self._rows_of):
-            return "its feature changed and a dump has not finished since"
-        holders = [rows.name for rows in self._rows_of if rows.finder.find(key)[0] >= 0]
-        if holders:
-            return f"only {', '.join(holders)} scored it"
-        if any(rows.is_promised(key) for rows in self._rows_of):
-            return "its row is gone or damaged; run kd-cache repair"
-        return "not in the cache: not in the manifest of the dump, or not a permitted train sample"
 
 
 def _reopen(
@@ -378,24 +331,3 @@ def _reopen(
             hint="Open it anew; do not dump into a cache that a running training reads with worker processes.",
         )
     return cache
-
-
-def _encoded(files: list[str]) -> list[bytes]:
-    """Their UTF-8. A lone surrogate is not in any manifest; it has an encoding here, so that it can be missed."""
-    try:
-        return list(map(str.encode, files))
-    except UnicodeEncodeError:
-        return [file.encode("utf-8", "surrogatepass") for file in files]
-    except TypeError as error:
-        raise UsageError(
-            f"expected files as texts ({error})", hint="Row numbers come from LogitCache.rows, as a tensor or an array."
-        ) from None
-
-
-def _common_keys(keys: list[np.ndarray]) -> np.ndarray:
-    """Keys that all teachers hold, sorted."""
-    common = keys[0]
-    for other in keys[1:]:
-        if other is not common and not np.array_equal(common.view(np.uint64), other.view(np.uint64)):
-            common = common[KeyFinder(other).find(common) >= 0]
-    return common

@@ -47,4 +47,9 @@ def choose(preload: bool | str, table_bytes: int, *, is_lazy: bool, in_worker: b
         return "table" if table_bytes <= WORKER_TABLE_BYTES and not is_lazy else "mapped"
     if preload is True or (table_bytes <= TABLE_BYTES and not is_lazy):
         return "table"
-    return "warmed" if table_bytes <= available_memory() // 2 else "mapped"
+    return "warmed" if fits(table_bytes) else "mapped"
+
+
+def fits(size: int) -> bool:
+    """Whether so much can be kept in memory beside what a training needs there."""
+    return size <= available_memory() // 2

@@ -116,6 +116,10 @@ def test_advice_reaches_the_maps_of_large_packs_and_small_ones_need_none(
     made = two_teachers(tmp_path / "large/A2b", count=200, classes=3000)
     assert min(path.stat().st_size for path in (made.path / "packs").iterdir()) > 1 << 20
     LogitCache.open(made.path, preload=False)
+    assert advised == []  # it would fit into memory: what is read around a row is read for good
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "available_memory", lambda: 0)
+        LogitCache.open(made.path, preload=False)
     assert advised == [17, 17]
     monkeypatch.setattr(placement, "TABLE_BYTES", 0)
     cache = LogitCache.open(made.path)
@@ -318,7 +322,7 @@ def test_teachers_of_the_same_samples_share_their_keys(made: MadeCache) -> None:
 
 @pytest.mark.parametrize("packs", [1, 2])
 def test_many_files_are_resolved_as_few_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packs: int) -> None:
-    monkeypatch.setattr("kd_cache.loader._MANY", 10)
+    monkeypatch.setattr("kd_cache.resolve._MANY", 10)
     made = two_teachers(tmp_path / "A2b", packs=packs)
     cache = LogitCache.open(made.path)
     files = names(40)[::-1]

@@ -22,13 +22,13 @@ from torch import nn
 
 from benchmarks.harness import Report, Row, options
 from kd_cache.cli.console import Screen
-from kd_cache.device import numerics
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.dump_job import DumpReport
-from kd_cache.engine import Engine
 from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
 from kd_cache.manifest import load_manifest
+from kd_cache.pipeline.device import numerics
+from kd_cache.pipeline.dump_job import DumpReport
+from kd_cache.pipeline.engine import Engine
 from kd_cache.splits import select
 from kd_cache.teacher import Teacher
 from teachers.builtin import ARCHITECTURES, City2Scene, LoadedTeacher

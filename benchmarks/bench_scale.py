@@ -22,7 +22,7 @@ from benchmarks.made_cache import TEACHERS, block_of_rows, make_cache, names, or
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.fingerprint import input_digest
 from kd_cache.manifest import Manifest, load_manifest
-from kd_cache.shard import Shard
+from kd_cache.pipeline.shard import Shard
 from kd_cache.splits import Selection, select
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.keys import keys_of, sorted_order

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.dump_job import DumpJob, DumpReport, TeacherReport
 from kd_cache.errors import FeatureError, UsageError
 from kd_cache.finish import Ending, describe, finish, nothing_readable
-from kd_cache.found import find_rows
 from kd_cache.pending import PendingRecord
+from kd_cache.pipeline.dump_job import DumpJob, DumpReport, TeacherReport
+from kd_cache.pipeline.found import find_rows
+from kd_cache.pipeline.unchanged import Unchanged
 from kd_cache.publish import Published
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
-from kd_cache.unchanged import Unchanged
 from kd_cache.watch import Watcher
 
 __all__ = ["DumpJob", "DumpReport", "dump_logits", "plan_dump"]
@@ -73,7 +73,7 @@ class _Dump:
 
     def survey(self) -> DumpReport:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
-        from kd_cache.scoring import due_reasons, refuse_bad
+        from kd_cache.pipeline.scoring import due_reasons, refuse_bad
 
         unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
         for number in self.part:
@@ -106,9 +106,9 @@ class _Dump:
         return self.report
 
     def run(self) -> DumpReport:
-        from kd_cache.commits import Commits
-        from kd_cache.scoring import Scoring
-        from kd_cache.stages import Busy
+        from kd_cache.pipeline.commits import Commits
+        from kd_cache.pipeline.scoring import Scoring
+        from kd_cache.pipeline.stages import Busy
 
         began = time.monotonic()
         # Packs are content-named: a row scored again may bring back a name that was here before.
@@ -180,7 +180,7 @@ class _Dump:
 
     def _record(self) -> dict[str, Any]:
         """What index and pending record keep of this run, besides its results."""
-        from kd_cache.device import environment
+        from kd_cache.pipeline.device import environment
 
         described = describe(self.folder, self.job.manifest, self.job.selection, self.job.record)
         own = {

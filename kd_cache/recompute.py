@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from kd_cache.batcher import Batcher
-from kd_cache.device import numerics
-from kd_cache.engine import Batch, Engine, Scored
 from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
+from kd_cache.pipeline.batcher import Batcher
+from kd_cache.pipeline.device import numerics
+from kd_cache.pipeline.engine import Batch, Engine, Scored
 from kd_cache.plan import Place
 from kd_cache.store.keys import keys_of
 from kd_cache.store.union import Union

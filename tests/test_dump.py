@@ -592,9 +592,9 @@ def test_probabilities_declared_as_logits_are_refused(run: Run, world: World, fa
 
 
 def test_waiting_features_do_not_grow_with_the_data_set() -> None:
-    from kd_cache.batcher import Batcher
-    from kd_cache.device import numerics
-    from kd_cache.engine import Engine
+    from kd_cache.pipeline.batcher import Batcher
+    from kd_cache.pipeline.device import numerics
+    from kd_cache.pipeline.engine import Engine
     from kd_cache.plan import Place
 
     cpu = torch.device("cpu")

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_teachers import Linear
 
-from kd_cache.batcher import Batcher
-from kd_cache.device import numerics, resolve_device
-from kd_cache.engine import Engine
 from kd_cache.errors import FeatureError, UsageError
 from kd_cache.features import FeatureSource
+from kd_cache.pipeline.batcher import Batcher
+from kd_cache.pipeline.device import numerics, resolve_device
+from kd_cache.pipeline.engine import Engine
 from kd_cache.plan import BatchPlan, Place, Places, count_shapes, load_plan, places_of
 
 CPU = torch.device("cpu")

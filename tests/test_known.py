@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from store_fixtures import Rows, names, origin
 
-from kd_cache.known import FEATURE_CHANGED, FRESH, NEW, Known
+from kd_cache.pipeline.known import FEATURE_CHANGED, FRESH, NEW, Known
 from kd_cache.store.folder import CacheFolder
 
 NOW, EARLIER, OLDER = origin(), origin(weights="earlier"), origin(weights="older", architecture="tiny/0")

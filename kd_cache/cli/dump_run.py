@@ -131,8 +131,8 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         own_data=given(ctx, "json_path") or given(ctx, "data_root"),
     )
     # What can fail without torch, which takes seconds to import, has failed by now.
-    from kd_cache.device import resolve_device
     from kd_cache.dump import DumpJob
+    from kd_cache.pipeline.device import resolve_device
 
     device = resolve_device(options.device)
     teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)

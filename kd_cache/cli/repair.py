@@ -87,8 +87,8 @@ def repair_command(
 
 def _repair_one(ctx: typer.Context, folder: CacheFolder, screen: Screen) -> RepairReport:
     from kd_cache.cli.saved import run_record, saved_inputs, saved_teachers, saved_with
-    from kd_cache.device import environment, resolve_device
     from kd_cache.manifest import SOURCE
+    from kd_cache.pipeline.device import environment, resolve_device
     from kd_cache.repair import RepairJob, repair_cache
     from kd_cache.verify import VerifyJob
 

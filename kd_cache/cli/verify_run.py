@@ -68,7 +68,7 @@ def _verify_one(ctx: typer.Context, folder: CacheFolder, seed: int, screen: Scre
     inputs = saved_inputs(ctx, saved, target)
     device = None
     if options["recompute"]:
-        from kd_cache.device import resolve_device
+        from kd_cache.pipeline.device import resolve_device
 
         device = resolve_device(options["device"])
     loaded = saved_teachers(ctx, saved, target)

@@ -11,19 +11,19 @@ from contextlib import closing
 
 import numpy as np
 
-from kd_cache.batcher import Batcher
-from kd_cache.commits import Commits
-from kd_cache.device import numerics
-from kd_cache.dump_job import DumpJob, DumpReport
-from kd_cache.engine import Engine, Scored
 from kd_cache.errors import FeatureError, KDCacheError, TeacherError, shown
 from kd_cache.features import Feature
-from kd_cache.found import Found
-from kd_cache.known import ASKED, FRESH, NEW, Known
-from kd_cache.planning import Planner, Ranks
-from kd_cache.reading import Read, read_ahead
-from kd_cache.stages import Busy
-from kd_cache.unchanged import Unchanged
+from kd_cache.pipeline.batcher import Batcher
+from kd_cache.pipeline.commits import Commits
+from kd_cache.pipeline.device import numerics
+from kd_cache.pipeline.dump_job import DumpJob, DumpReport
+from kd_cache.pipeline.engine import Engine, Scored
+from kd_cache.pipeline.found import Found
+from kd_cache.pipeline.known import ASKED, FRESH, NEW, Known
+from kd_cache.pipeline.planning import Planner, Ranks
+from kd_cache.pipeline.reading import Read, read_ahead
+from kd_cache.pipeline.stages import Busy
+from kd_cache.pipeline.unchanged import Unchanged
 from kd_cache.value_kind import contradiction
 from kd_cache.watch import Watcher
 

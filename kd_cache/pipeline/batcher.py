@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kd_cache.engine import Batch, Engine, Scored
+from kd_cache.pipeline.engine import Batch, Engine, Scored
 from kd_cache.plan import Place, Shape
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_cache.features import FeatureSource
-from kd_cache.known import NEW
 from kd_cache.manifest import SOURCE, Manifest
+from kd_cache.pipeline.known import NEW
 from kd_cache.publish import Published
 from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost

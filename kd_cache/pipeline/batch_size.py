@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from kd_cache.engine import Engine, is_out_of_memory
+from kd_cache.pipeline.engine import Engine, is_out_of_memory
 from kd_cache.plan import Shape
 
 SMALLEST = 8

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_cache.device import full_precision
 from kd_cache.errors import KDCacheError, TeacherError, shown
-from kd_cache.stages import COPYING, SCORING, Busy
+from kd_cache.pipeline.device import full_precision
+from kd_cache.pipeline.stages import COPYING, SCORING, Busy
 from kd_cache.teacher import Teacher
 
 AHEAD = 2

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kd_cache.dump_job import DumpJob
-from kd_cache.found import Found
+from kd_cache.pipeline.dump_job import DumpJob
+from kd_cache.pipeline.found import Found
 from kd_cache.seen import Seen
 
 _AT_ONCE = 65_536

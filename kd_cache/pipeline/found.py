@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd_cache.accuracy import refuse_wrong_joins
-from kd_cache.dump_job import DumpJob
 from kd_cache.errors import CorruptError, StaleError, TeacherError, shown
-from kd_cache.known import Known
+from kd_cache.pipeline.dump_job import DumpJob
+from kd_cache.pipeline.known import Known
 from kd_cache.store.folder import PackSet, refuse_file_as_root, refuse_renamed
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.pack import Origin

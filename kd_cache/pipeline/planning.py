@@ -7,12 +7,12 @@ from contextlib import suppress
 
 import numpy as np
 
-from kd_cache.batch_size import best_batch_size
-from kd_cache.dump_job import DEFAULT_BATCH, DumpJob
-from kd_cache.engine import Engine
 from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
-from kd_cache.found import Found
+from kd_cache.pipeline.batch_size import best_batch_size
+from kd_cache.pipeline.dump_job import DEFAULT_BATCH, DumpJob
+from kd_cache.pipeline.engine import Engine
+from kd_cache.pipeline.found import Found
 from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, plan_of
 from kd_cache.store.atomic import make_directory
 from kd_cache.watch import Watcher

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from kd_cache.errors import FeatureError
 from kd_cache.features import Feature, FeatureSource
-from kd_cache.stages import READING, Busy
+from kd_cache.pipeline.stages import READING, Busy
 
 CHUNK = 32
 """Samples that a thread reads at one go: handing over each by itself costs more than reading a small one."""

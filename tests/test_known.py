@@ -50,8 +50,6 @@ def test_every_state_in_one_call_and_one_by_one(tmp_path: Path, wanted: Rows) ->
     assert found[6:] == [older, *[NEW] * 5]
     assert [held.state(number, wanted.inputs[number].tobytes()) for number in range(12)] == found
     assert held.was_scored(np.arange(12)).tolist() == [True] * 7 + [False] * 5
-    assert sorted(held.superseded) == [0, 4, 5, 6]
-    assert held.superseded[6] == older
     picked = np.array([6, 1, 3, 1])
     assert held.states(picked, changed.inputs[picked]) == [older, FRESH, FRESH, FRESH]
     assert held.are_fresh(picked, wanted.inputs[picked]).tolist() == [False, True, False, True]

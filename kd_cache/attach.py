@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kd_cache.errors import UsageError
+from kd_cache.parcel import sent_pair
 
 if TYPE_CHECKING:
     from kd_cache.loader import LogitCache
@@ -79,5 +80,5 @@ class CachedDataset(Dataset[Any]):
         if isinstance(batch, tuple):
             return batch
         if isinstance(batch, Gathered):
-            return self._collate(batch.items), batch.logits
-        return self._collate([item for item, _ in batch]), torch.stack([logits for _, logits in batch])
+            return sent_pair(self._collate(batch.items), batch.logits)
+        return sent_pair(self._collate([item for item, _ in batch]), torch.stack([logits for _, logits in batch]))

@@ -18,6 +18,7 @@ from kd_cache.features import MAX_BYTES, FeatureSource
 from kd_cache.loader import LogitCache
 from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
 from kd_cache.packed_features import PackedFeatures
+from kd_cache.parcel import sent_batch
 from kd_cache.sample_columns import SampleColumns
 from kd_cache.splits import refuse_outside, select
 
@@ -96,7 +97,7 @@ class _StudentCollate:
 
     def __call__(self, batch: Gathered | list[Any]) -> dict[str, Any]:
         base, logits = self.data.collate(batch)
-        return {**base, "teacher_logits": logits}
+        return sent_batch({**base, "teacher_logits": logits})
 
 
 def student_loader(

@@ -40,9 +40,9 @@ def sent_batch(batch: dict[str, Any]) -> dict[str, Any]:
 
 def _packed(value: Any) -> Any:
     """The tensor's array where it is small, plain and alone; everything else as it is."""
-    if type(value) is not torch.Tensor or not value.is_cpu or value.nbytes > _SMALL or value.requires_grad:
+    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.dtype is torch.bfloat16:
         return value
-    if value.layout is not torch.strided or value.dtype is torch.bfloat16:
+    if not value.is_cpu or value.requires_grad or value.nbytes > _SMALL:
         return value
     return _Array(value.numpy())
 

@@ -178,6 +178,8 @@ class LogitCache:
                 f"{len(missing)} of {len(asked)} files have no logits in {shown(self.path)}; they are served as NaN",
                 stacklevel=2,
             )
+        if self.preloaded == "table":
+            self.prepare()  # whoever resolves files gathers next, and may fork workers before
         return torch.from_numpy(found)
 
     def batch(
@@ -215,7 +217,7 @@ class LogitCache:
     def prepare(self) -> None:
         """Make the table in memory now, or have the maps read whole, as ``preloaded`` says. `attach` does it.
 
-        Without it, a table is made when rows are first asked for, and maps are read as they are.
+        Without it, a table is made when files are first resolved, and maps are read as rows are asked for.
         """
         self._gatherer.prepare()
 

@@ -59,7 +59,10 @@ def test_the_table_is_made_at_once_on_request_and_else_before_it_is_needed(made:
     assert LogitCache.open(made.path, preload=True)._table is not None
     cache = LogitCache.open(made.path)
     assert (cache.preloaded, cache._table) == ("table", None)
-    cache.attach(torch.utils.data.TensorDataset(torch.arange(40)), names(40))
+    cache.rows(names(1))
+    assert cache._table is not None
+    cache = LogitCache.open(made.path)
+    cache.batch(torch.tensor([3]))
     assert cache._table is not None
     mapped = LogitCache.open(made.path, preload=False)
     mapped.prepare()

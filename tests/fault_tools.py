@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -292,6 +293,7 @@ def _preload() -> None:
         sys.argv = ["kd-cache", "dump", "--target", "b", "--json-path", os.devnull]
         _status_of(_command)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     gc.freeze()
 
@@ -321,6 +323,8 @@ def _become(question: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
+        with contextlib.suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined] # as the interpreter does at its end: it joins threads
         os._exit(status)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -53,14 +55,26 @@ def _root(
     """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 Ctrl-C, 143 SIGTERM."""
 
 
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM, as job schedulers send it: unwind, so that a dump commits what it has scored."""
-    raise SystemExit(128 + number)
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ctrl-C, and SIGTERM as job schedulers send it: unwind, so that a dump commits what it has scored."""
+    for each in _STOPPING:
+        signal.signal(each, _already_stopping)  # a second one would interrupt that
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _already_stopping(number: int, frame: object) -> None:
+    with suppress(OSError):
+        os.write(2, b"already stopping, as soon as what was scored is saved; SIGKILL ends this at once\n")
 
 
 def main() -> None:
     """Entry point of ``kd-cache``."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells have it for what runs behind
+            signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not fail a finished dump

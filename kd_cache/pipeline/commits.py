@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,23 @@ class Commits:
         """The run is through with ``done`` samples: commit their rows if there are enough of them, or it is time."""
         if self._shard.due:
             self._wait()
-            shard, self._shard = self._shard, self._empty()
-            self._running = self._thread.submit(self._commit, shard, self._first_entries(), done)
+            self._hand_over(done)
 
     def finish(self, done: int) -> None:
         """Commit what is left, also when stopping. Raises what a commit raised."""
         try:
             self._wait()
         finally:
-            self._thread.shutdown()
-            if not self._shard.is_empty:
-                shard, self._shard = self._shard, self._empty()
-                self._commit(shard, self._first_entries(), done)
+            try:
+                if not self._shard.is_empty:
+                    self._hand_over(done)
+                self._wait()
+            finally:
+                self._thread.shutdown(wait=False)
+
+    def _hand_over(self, done: int) -> None:
+        shard, self._shard = self._shard, self._empty()
+        self._running = self._thread.submit(self._commit, shard, self._first_entries(), done)
 
     def _commit(self, shard: Shard, entries: Mapping[str, Mapping[str, Any]] | None, done: int) -> None:
         with self._busy.doing(COMMITTING):
@@ -68,13 +73,20 @@ class Commits:
         return None if self._pending.is_written else self._entries()
 
     def _wait(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
+        """Until nothing is being committed, whatever signals come meanwhile: it takes seconds, and is worth them."""
+        interrupt: BaseException | None = None
+        while (running := self._running) is not None:
             try:
+                wait([running])
+                self._running = None
                 running.result()
-            except BaseException:
-                self._is_lost = True
-                raise
+            except BaseException as error:
+                if self._running is None:
+                    self._is_lost = True
+                    raise
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _empty(self) -> Shard:
         return Shard(self._job.folder.packs_path, self._job.origins, self._job.shard_size, self._job.shard_seconds)

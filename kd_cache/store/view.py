@@ -128,8 +128,8 @@ def _write_folder(directory: Path, blocks: Blocks, advance: Callable[[int], None
 def _temporary_folder(directory: Path) -> Iterator[Path]:
     """A new folder beside ``directory`` under a unique temporary name; what is still there at the end goes."""
     temporary = directory.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()  # in here: a signal may come as soon as it is there
         yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # what went wrong first is what the user must read

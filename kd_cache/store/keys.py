@@ -54,6 +54,10 @@ class KeyFinder:
     def _high(self) -> np.ndarray:
         return key_columns(self._keys)[0]
 
+    def _low(self, positions: np.ndarray) -> np.ndarray:
+        low: np.ndarray = self._keys.view(">u8")[:, 1][positions].astype(np.uint64)
+        return low
+
     def find(self, keys: np.ndarray) -> np.ndarray:
         """First position of each of ``[Q, 16]`` keys, int64, ``-1`` where there is none."""
         high, low = key_columns(keys)
@@ -61,15 +65,17 @@ class KeyFinder:
         high, low = high[order], low[order]
         position = np.searchsorted(self._high, high)
         found = np.full(len(keys), -1, np.int64)  # in that order
-        pending = np.arange(len(keys))
+        there = np.flatnonzero(position < len(self._keys))
+        pending = there[self._high[position[there]] == high[there]]
         # Two keys rarely share their first eight bytes; where they do, step on until the rest matches too.
         while len(pending):
-            pending = pending[position[pending] < len(self._keys)]
-            pending = pending[self._high[position[pending]] == high[pending]]
-            hit = key_columns(self._keys[position[pending]])[1] == low[pending]
-            found[pending[hit]] = position[pending[hit]]
+            at = position[pending]
+            hit = self._low(at) == low[pending]
+            found[pending[hit]] = at[hit]
             pending = pending[~hit]
             position[pending] += 1
+            pending = pending[position[pending] < len(self._keys)]
+            pending = pending[self._high[position[pending]] == high[pending]]
         in_turn = np.empty_like(found)
         in_turn[order] = found
         return in_turn

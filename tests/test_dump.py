@@ -429,7 +429,14 @@ def test_a_signal_keeps_what_was_scored_and_a_rerun_goes_on(
     ]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What runs behind a shell ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not world.packs() and time.monotonic() < deadline:

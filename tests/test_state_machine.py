@@ -142,7 +142,7 @@ class Ear(Watcher):
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
-    def saved(self) -> None:
+    def saved(self, count: int) -> None:
         self.machine.saved |= self.machine._stored_rows()
 
 

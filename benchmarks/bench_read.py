@@ -330,9 +330,7 @@ def open_and_resolve(report: Report, path: Path, files: list[str], case: str, *,
     cache.prepare()
     for start in ("fork", "spawn"):
         place, grown = in_process(start, epoch_in_worker, cache, rows)
-        report.add(
-            Row(case, f"memory that a worker adds ({start})", grown / 1e6, "MB", note=f"an epoch of its own, {place}")
-        )
+        report.add(Row(case, f"memory that an epoch adds to a worker ({start})", grown / 1e6, "MB", note=f"{place}"))
 
 
 # -- all --------------------------------------------------------------------------------------------------------------

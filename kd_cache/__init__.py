@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
-    from kd_cache.attach import CachedDataset
-    from kd_cache.batch_loader import BatchLoader
     from kd_cache.diff import DiffReport, diff_caches
     from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
     from kd_cache.errors import (
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from kd_cache.merge import MergeJob, MergeReport, merge_caches
     from kd_cache.packed_features import PackedFeatures
     from kd_cache.problems import Problem, VerifyReport
+    from kd_cache.reader.attach import CachedDataset
+    from kd_cache.reader.batch_loader import BatchLoader
     from kd_cache.splits import Selection, select
     from kd_cache.store.view import load_cached_logits_batch
     from kd_cache.student import student_loader
@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "kd_cache.adopt": ("AdoptJob", "AdoptReport", "adopt_rows"),
-    "kd_cache.attach": ("CachedDataset",),
-    "kd_cache.batch_loader": ("BatchLoader",),
+    "kd_cache.reader.attach": ("CachedDataset",),
+    "kd_cache.reader.batch_loader": ("BatchLoader",),
     "kd_cache.diff": ("DiffReport", "diff_caches"),
     "kd_cache.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
     "kd_cache.errors": (

@@ -23,7 +23,7 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, UsageError, listed, shown
 from kd_cache.pickle_scan import PickleScan, unlisted
-from kd_cache.rows import OlderRows
+from kd_cache.reader.rows import OlderRows
 from kd_cache.store.atomic import open_file, store_errors
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import INDEX_NAME, read_older_maps

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from kd_cache.attach import CachedDataset as CachedDataset
-from kd_cache.attach import Gathered as Gathered
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.fingerprint import Fingerprint
-from kd_cache.gather import Gatherer
-from kd_cache.generation import look, older_rows, refuse_mixture, refuse_unexpected
 from kd_cache.manifest import SOURCE
-from kd_cache.placement import checked, choose
-from kd_cache.resolve import Resolver
-from kd_cache.rows import TeacherRows
+from kd_cache.reader.attach import CachedDataset as CachedDataset
+from kd_cache.reader.attach import Gathered as Gathered
+from kd_cache.reader.gather import Gatherer
+from kd_cache.reader.generation import look, older_rows, refuse_mixture, refuse_unexpected
+from kd_cache.reader.placement import checked, choose
+from kd_cache.reader.resolve import Resolver
+from kd_cache.reader.rows import TeacherRows
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.pack import CHECKS

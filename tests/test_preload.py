@@ -14,8 +14,9 @@ import torch
 from conftest import Run, World
 from store_fixtures import MadeCache, Rows, forks, names, origin, two_teachers
 
-from kd_cache import LogitCache, StaleError, UsageError, placement
+from kd_cache import LogitCache, StaleError, UsageError
 from kd_cache.cli.info import _reading
+from kd_cache.reader import placement
 from kd_cache.store import page_cache
 from kd_cache.store.pack import CHECKED_AT_ONCE
 from kd_cache.store.take import take_rows
@@ -325,7 +326,7 @@ def test_teachers_of_the_same_samples_share_their_keys(made: MadeCache) -> None:
 
 @pytest.mark.parametrize("packs", [1, 2])
 def test_many_files_are_resolved_as_few_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packs: int) -> None:
-    monkeypatch.setattr("kd_cache.resolve._MANY", 10)
+    monkeypatch.setattr("kd_cache.reader.resolve._MANY", 10)
     made = two_teachers(tmp_path / "A2b", packs=packs)
     cache = LogitCache.open(made.path)
     files = names(40)[::-1]

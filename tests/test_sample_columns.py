@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_cache.manifest import Sample
-from kd_cache.sample_columns import SampleColumns
+from kd_cache.reader.sample_columns import SampleColumns
 
 label = st.none() | st.integers(0, 20)
 sample = st.builds(

@@ -71,7 +71,7 @@ def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
 
 def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
     """What ``LogitCache.open`` chooses on this machine, by the teachers that can be opened together."""
-    from kd_cache.placement import check_of, choose
+    from kd_cache.reader.placement import check_of, choose
     from kd_cache.store.folder import teacher_in_name
 
     together: dict[tuple[Any, ...], list[str]] = {}
@@ -128,7 +128,7 @@ def _checkpoint(entry: dict[str, Any]) -> str:
 
 def _lines(folder: CacheFolder, index: Index) -> list[str]:
     from kd_cache.pending import read_pending
-    from kd_cache.placement import PLACES
+    from kd_cache.reader.placement import PLACES
     from kd_cache.watch import Watcher
 
     record = index.record

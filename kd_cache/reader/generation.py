@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError, shown
 from kd_cache.fingerprint import Fingerprint
-from kd_cache.placement import check_of
-from kd_cache.rows import OlderRows, PackRows, TeacherRows
+from kd_cache.reader.placement import check_of
+from kd_cache.reader.rows import OlderRows, PackRows, TeacherRows
 from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, read_older_maps

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from kd_cache.errors import UsageError
-from kd_cache.placement import fits
-from kd_cache.rows import TeacherRows
+from kd_cache.reader.placement import fits
+from kd_cache.reader.rows import TeacherRows
 from kd_cache.store.take import WIDE, take_rows
 
 _BLOCK = 1 << 20
@@ -22,7 +22,7 @@ _NEAR = 1 << 24
 
 
 class Gatherer:
-    """Gathers rows of all teachers at once. ``place`` is one of `kd_cache.placement.PLACES`.
+    """Gathers rows of all teachers at once. ``place`` is one of `kd_cache.reader.placement.PLACES`.
 
     Row numbers count in the common order of the teachers and are not checked here.
     """

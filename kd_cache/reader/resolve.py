@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, UsageError, listed, shown
-from kd_cache.rows import Names, TeacherRows
+from kd_cache.reader.rows import Names, TeacherRows
 from kd_cache.store.index import Index
 from kd_cache.store.keys import KeyFinder, keys_of_bytes
 

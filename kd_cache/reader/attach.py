@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kd_cache.errors import UsageError
-from kd_cache.parcel import sent_pair
+from kd_cache.reader.parcel import sent_pair
 
 if TYPE_CHECKING:
     from kd_cache.loader import LogitCache

@@ -1,0 +1,1 @@
+"""What is behind `LogitCache`: opening a generation, resolving files, gathering rows, serving batches."""

@@ -184,7 +184,7 @@ class _Dump:
 
         described = describe(self.folder, self.job.manifest, self.job.selection, self.job.record)
         own = {
-            "environment": environment(self.job.device, compiled=self.job.compiled),
+            "environment": environment(self.job.device),
             "files": self.job.files,
             "shown_path": self._shown_path,
         }
@@ -200,8 +200,11 @@ class _Dump:
                 entries[name]["storage_cost"] = report.cost.as_json()
             if report.precision_cost is not None and report.precision_cost.rows:
                 entries[name]["precision_cost"] = report.precision_cost.as_json()
-            if self.report.halved_to is not None:
-                entries[name]["batches_halved_to"] = self.report.halved_to
+            if report.scored or report.rescored:
+                if self.report.halved_to is not None:
+                    entries[name]["batches_halved_to"] = self.report.halved_to
+                if self.job.compiled:
+                    entries[name]["compiled"] = True
         return entries
 
 

@@ -126,15 +126,17 @@ class FeatureSource:
     def stat_many(self, files: Sequence[str]) -> np.ndarray:
         """``[N, 5]`` int64: device, inode, size, mtime and ctime in nanoseconds of each file, which is not opened.
 
-        A row of -1 is a file that only `read` can judge: missing, a link, not a regular file, outside the permitted
-        places.
+        A row of -1 is a file that only `read` can judge: missing, a link, not a regular file, too large, outside the
+        permitted places.
         """
         rows = [UNKNOWN] * len(files)
         for number, file in enumerate(files):
             with suppress(ValueError, OSError):
                 path, inside = self._path(file)
                 if inside or self._is_permitted(path):
-                    rows[number] = stat_row(os.lstat(path))
+                    status = os.lstat(path)
+                    if status.st_size <= self.max_bytes:
+                        rows[number] = stat_row(status)
         return np.array(rows, np.int64).reshape(-1, 5)
 
     def shape(self, file: str) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from kd_cache.store.pack import Origin
 from kd_cache.store.permitted import Permitted
 from kd_cache.watch import Watcher
 
-_KEPT = ("source", "storage_cost", "adopted")
+_KEPT = ("source", "storage_cost", "precision_cost", "compiled", "batches_halved_to", "adopted")
 
 
 @dataclass(frozen=True)

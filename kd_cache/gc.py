@@ -216,8 +216,10 @@ class _Search:
         for directory in _folders(self.folder.path):
             names = _names(directory) if directory.name.startswith(TEMPORARY) else [""]
             if all(map(ROW_FILE_NAME.match, names)):  # a view that was not finished
+                made = _look(directory)
+                youngest = 0.0 if made is None else made.st_mtime  # as long as files come, none of them is left over
                 for name in names:
-                    self._add(TEMPORARY_FILE, directory / name, left)
+                    self._add(TEMPORARY_FILE, directory / name, left, since=youngest)
                 self._add(FOLDER, directory, left)
 
     def _find_packs(self, index: Index, pending: Collection[Index], complaints: list[str]) -> None:

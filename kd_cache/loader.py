@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.fingerprint import Fingerprint
@@ -178,7 +178,7 @@ class LogitCache:
                 f"{len(missing)} of {len(asked)} files have no logits in {shown(self.path)}; they are served as NaN",
                 stacklevel=2,
             )
-        if self.preloaded == "table":
+        if self.preloaded == "table" and get_worker_info() is None:
             self.prepare()  # whoever resolves files gathers next, and may fork workers before
         return torch.from_numpy(found)
 
@@ -241,9 +241,11 @@ class LogitCache:
         """``[B, teachers, 16]`` u1: the digest of the features that each teacher scored, by rows from `rows`.
 
         `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
-        script, which kept none.
+        script, which kept none. Raises IndexError for a row that is none.
         """
         numbers = rows.numpy()
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"rows must lie in [0, {len(self)}), found {numbers.min()} to {numbers.max()}")
         parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
         known = [part for part in parts if part is not None]
         return np.stack(known, axis=1) if len(known) == len(parts) else None

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from kd_cache.errors import FeatureError
+from kd_cache.errors import FeatureError, UsageError
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json
 from kd_cache.store.atomic import open_file, store_errors, write_atomic
@@ -55,6 +55,8 @@ class BatchPlan:
         """A plan for so many samples per shape; sizes that ``earlier`` fixed stay as they are."""
         if not counts:
             raise FeatureError("no feature could be read, so there is nothing to plan", hint="Check --data-root.")
+        if batch_size > _MOST_SAMPLES:
+            raise UsageError(f"batch_size is {batch_size}, expected at most {_MOST_SAMPLES}")
         per_bins: Counter[int] = Counter()
         for (_, bins), count in counts.items():
             per_bins[bins] += count

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Run, World
 from store_fixtures import MadeCache, names, two_teachers
 
 from kd_cache import BatchLoader, LogitCache, MissingLogitsError, UsageError
@@ -116,3 +117,19 @@ def test_what_does_not_fit_is_refused(cache: LogitCache) -> None:
             BatchLoader(cache, FILES, NUMBERS, wrong, batch_size=4)
     with pytest.raises(UsageError, match="put it in a list"):
         BatchLoader(cache, "x/clip-0-a.npy", batch_size=4)
+
+
+def test_what_a_student_does_to_a_batch_does_not_come_back(world: World, dump: Run) -> None:
+    dump()
+    cache = LogitCache.open(world.cache)
+    labels = torch.arange(len(cache))
+    loader = BatchLoader(cache, cache.files, labels, batch_size=4, dtype=None)
+    loader._table = cache.tensor()  # as on a GPU
+    first = [(logits.clone(), label.clone()) for logits, label in loader]
+    for logits, label in loader:
+        logits.mul_(0.5)
+        label.zero_()
+    for (logits, label), (before, known) in zip(loader, first, strict=True):
+        assert torch.equal(logits, before)
+        assert torch.equal(label, known)
+    assert torch.equal(labels, torch.arange(len(cache)))

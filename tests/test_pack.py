@@ -686,3 +686,20 @@ def test_too_many_open_files_is_an_error_that_says_so(packs: Path) -> None:
             open_pack(path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_a_signal_within_the_reading_of_a_pack_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
+    path = Rows.of(names(3)).write(tmp_path, origin())
+
+    def reading(*_: object) -> object:
+        try:
+            raise interrupt
+        except BaseException as error:
+            raise SystemError("returned a result with an exception set") from error  # what h5py makes of it
+
+    monkeypatch.setattr(pack_module, "_read_attributes", reading)
+    with pytest.raises(interrupt):
+        open_pack(path)

@@ -85,3 +85,16 @@ def test_small_tensors_go_in_the_message_and_others_as_torch_sends_them() -> Non
         assert parcel._packed(odd) is odd
     sent = pickle.loads(pickle.dumps(parcel._Pair((1, TENSORS["int64"]))))  # noqa: S301 (our own)
     same(sent[1], TENSORS["int64"])
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3, dtype=torch.complex64).conj(),
+        torch.ones(3, dtype=torch.complex64).conj().imag,
+        torch.zeros(3, dtype=torch.float8_e5m2),
+        torch.zeros(3, dtype=torch.bfloat16),
+    ],
+)
+def test_tensors_that_are_no_plain_arrays_travel_as_torch_sends_them(tensor: torch.Tensor) -> None:
+    assert parcel._packed(tensor) is tensor

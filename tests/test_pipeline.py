@@ -173,6 +173,34 @@ def test_too_little_memory_for_one_sample_is_an_error_that_says_so() -> None:
         Engine({"tiny": Cramped(0)}, CPU).score(full_batch(8))
 
 
+class InPlace(Cramped):
+    """Writes into what it is given and gives the same buffer each time."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(room)
+        self.buffers: dict[int, torch.Tensor] = {}
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features.sub_(1.0)
+        buffer = self.buffers.setdefault(len(features), torch.empty(len(features), 10))
+        return buffer.copy_(super().forward(features))
+
+
+def test_what_a_teacher_does_to_its_input_and_output_reaches_no_other_row() -> None:
+    arrays = full_batch(16)
+    shifted = Batch(16, ONLY, {slot: (number, array - 1) for slot, (number, array) in arrays.rows.items()})
+    with numerics(CPU, "fp32", 1):
+        expected = Engine({"tiny": Linear(1)}, CPU).score(shifted).logits["tiny"]
+        for room in (16, 5):
+            engine = Engine({"first": InPlace(room), "tiny": InPlace(room)}, CPU, compare=True)
+            both = Batch(16, frozenset({"first", "tiny"}), dict(arrays.rows))
+            scored = [engine.score(both) for _ in range(2)]  # compared, and both
+            for done in scored:
+                for name in ("first", "tiny"):
+                    np.testing.assert_allclose(done.logits[name], expected, rtol=1e-5)
+                    np.testing.assert_allclose(done.exact[name], expected, rtol=1e-5)
+
+
 def test_another_runtime_error_does_not_pass_for_lack_of_memory() -> None:
     class Broken(Linear):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -250,7 +278,10 @@ def test_compiled_teachers_score_the_same_and_the_index_says_that_they_were(dump
     assert result.exit_code == 0, result.output
     torch.testing.assert_close(LogitCache.open(world.cache).tensor(), plain, rtol=1e-5, atol=1e-6)
     index = json.loads((world.cache / "cache_index.json").read_bytes())
-    assert index["kd_cache"]["environment"]["compiled"] == "yes"
+    assert index["kd_cache"]["teachers"]["tiny"]["compiled"] is True
+    assert dump().exit_code == 0  # nothing to score, nothing to forget
+    index = json.loads((world.cache / "cache_index.json").read_bytes())
+    assert index["kd_cache"]["teachers"]["tiny"]["compiled"] is True
 
 
 def test_progress_says_how_busy_each_stage_is(dump: Run) -> None:
@@ -320,7 +351,7 @@ def test_parts_must_be_told_their_batch_size(dump: Run) -> None:
     assert "the same for all parts" in result.stderr
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "", "٣", "9" * 12])
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "", "٣", "9" * 12, "65537"])
 def test_a_batch_size_that_is_none_is_a_usage_error(dump: Run, text: str) -> None:
     result = dump("--batch-size", text)
     assert result.exit_code == 2, result.output

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from typing import Annotated
 
@@ -56,18 +57,25 @@ def _root(
 
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE = 10.0
+_stopped_at = 0.0
 
 
 def _stop(number: int, frame: object) -> None:
     """Ctrl-C, and SIGTERM as job schedulers send it: unwind, so that a dump commits what it has scored."""
+    global _stopped_at
+    _stopped_at = time.monotonic()
     for each in _STOPPING:
         signal.signal(each, _already_stopping)  # a second one would interrupt that
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _already_stopping(number: int, frame: object) -> None:
+    """For a while. Then whatever holds up the end is interrupted as well."""
+    if time.monotonic() - _stopped_at > _PATIENCE:
+        _stop(number, frame)
     with suppress(OSError):
-        os.write(2, b"already stopping, as soon as what was scored is saved; SIGKILL ends this at once\n")
+        os.write(2, b"already stopping, as soon as what was scored is saved\n")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ BadSample = Literal["stop", "skip"]
 
 # As kd_cache.manifest, kd_cache.features and teachers.checkpoint_file have them; importing those takes numpy and torch.
 MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT = 1 << 30, 1 << 24, 4 << 30
+MAX_BATCH = 1 << 16  # kd_cache.plan
 
 DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
 
@@ -262,7 +263,7 @@ DebugOption = Annotated[
 
 
 def batch_size(text: str) -> int | str:
-    """A positive number, or ``auto``."""
-    if text == "auto" or (text.isdecimal() and text.isascii() and len(text) < 10 and int(text) > 0):
+    """A number that a batch plan may hold, or ``auto``."""
+    if text == "auto" or (text.isdecimal() and text.isascii() and len(text) < 10 and 0 < int(text) <= MAX_BATCH):
         return text if text == "auto" else int(text)
-    raise typer.BadParameter(f"expected a number from 1, or auto, found {text!r}")
+    raise typer.BadParameter(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")

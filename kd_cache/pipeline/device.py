@@ -41,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def environment(device: torch.device, *, compiled: bool = False) -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """What, besides the fingerprint, the last bits of a number depend on."""
     on_gpu = device.type == "cuda"
     return {
@@ -53,7 +53,7 @@ def environment(device: torch.device, *, compiled: bool = False) -> dict[str, st
         "numpy": np.__version__,
         "h5py": h5py.__version__,
         "platform": platform.platform(),
-    } | ({"compiled": "yes"} if compiled else {})
+    }
 
 
 @contextmanager

@@ -177,9 +177,9 @@ class Engine:
         return padded.to(self.device, non_blocking=True)
 
     def _to_host(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.float()
         if self.device.type != "cuda":
-            return logits
+            return logits.to(torch.float32, copy=True)  # the teacher may use its buffer again
+        logits = logits.float()
         host = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
         return host.copy_(logits, non_blocking=True)
 
@@ -194,8 +194,10 @@ class Engine:
         while True:
             parts = torch.split(features, self.most_rows or len(features))
             try:
-                logits = [self._checked(name, part) for part in parts]
-                return logits[0] if len(logits) == 1 else torch.cat(logits)
+                # A teacher may write into what it is given, and give the same buffer each time.
+                if len(parts) == 1:
+                    return self._checked(name, features.clone())
+                return torch.cat([self._checked(name, part.clone()).clone() for part in parts])
             except _OutOfMemoryError as error:
                 if len(parts[0]) == 1:
                     raise TeacherError(
@@ -229,6 +231,7 @@ class Engine:
         return logits
 
 
+_MOST_COMPILED = 4096
 _NEVER: Any = None
 """The mark of a device on which every call waits for its end."""
 
@@ -254,5 +257,8 @@ def _placed(teacher: Teacher, device: torch.device) -> Teacher:
 
 
 def _compiled(teacher: Teacher) -> Callable[[torch.Tensor], torch.Tensor]:
-    # Shapes are few and fixed, each worth its own code.
+    # Each shape is worth its own code. Beyond its limits torch would go on without compiling, silently: then the last
+    # bits would depend on the order of the shapes.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_COMPILED
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(teacher, dynamic=False)

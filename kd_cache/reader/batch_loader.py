@@ -81,13 +81,14 @@ class BatchLoader:
             part = slice(number * self.batch_size, (number + 1) * self.batch_size)
             at = None if there is None else there[part]
             logits = self._logits(rows[part], part if at is None else at)
-            yield logits, *(tensor[part] if at is None else tensor.index_select(0, at) for tensor in self._tensors)
+            # Copies also where a view would do: what a student does to its batch must not come back in the next epoch.
+            aligned = (tensor[part].clone() if at is None else tensor.index_select(0, at) for tensor in self._tensors)
+            yield logits, *aligned
 
     def _logits(self, rows: torch.Tensor, there: slice | torch.Tensor) -> torch.Tensor:
         """The logits of these rows of the cache, which are ``there`` in the table on the device, if there is one."""
         if self._table is not None:
-            logits = self._table[there]
-            return logits if self._dtype is None else logits.to(self._dtype)
+            return self._table[there].to(self._dtype or self._table.dtype, copy=isinstance(there, slice))
         if self._device.type == "cpu":
             return self.cache.batch(rows, self._dtype)
         logits = self.cache.batch(rows)

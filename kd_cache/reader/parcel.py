@@ -38,11 +38,15 @@ def sent_batch(batch: dict[str, Any]) -> dict[str, Any]:
     return batch if get_worker_info() is None else _Batch(batch)
 
 
+_PLAIN = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+_PLAIN.add(torch.bool)  # not complex numbers; and what is a negated view of some is no plain array either
+
+
 def _packed(value: Any) -> Any:
     """The tensor's array where it is small, plain and alone; everything else as it is."""
-    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.dtype is torch.bfloat16:
+    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.dtype not in _PLAIN:
         return value
-    if not value.is_cpu or value.requires_grad or value.nbytes > _SMALL:
+    if not value.is_cpu or value.requires_grad or value.is_neg() or value.nbytes > _SMALL:
         return value
     return _Array(value.numpy())
 

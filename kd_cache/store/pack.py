@@ -318,6 +318,7 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     except KDCacheError:
         raise
     except Exception as error:  # what h5py makes of a malformed file is anybody's guess
+        _raise_interrupt(error)
         raise _damaged(path, f"HDF5 cannot read it ({shown(error)})") from error
     if name.removesuffix(".h5").rpartition("-")[0] != pack.origin.teacher:
         raise _damaged(path, f"its name does not carry its teacher {shown(pack.origin.teacher)}")
@@ -325,6 +326,14 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     if check == "lazy":
         pack = replace(pack, unchecked=np.ones(-(-len(pack) // CHECKED_AT_ONCE), bool))
     return pack
+
+
+def _raise_interrupt(error: BaseException | None) -> None:
+    """A signal that came within libhdf5's reading of our bytes is no damage, whatever h5py made of it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 def _damaged(path: Path, why: str) -> CorruptError:

@@ -116,10 +116,8 @@ def _write_folder(directory: Path, blocks: Blocks, advance: Callable[[int], None
                 advance(len(keys))
         try:
             temporary.replace(directory)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return None
-            raise
+        except OSError:  # another process was faster, or this file system renames no folders: file by file, then
+            return None
         sync_directory(directory.parent)
     return written
 

@@ -536,5 +536,5 @@ class Machine(RuleBasedStateMachine):
 
 def test_nothing_wrong_is_ever_served_whatever_happens_in_whatever_order() -> None:
     run_state_machine_as_test(
-        Machine, settings=settings(max_examples=400 if FULL else 25, stateful_step_count=40 if FULL else 15)
+        Machine, settings=settings(max_examples=100 if FULL else 25, stateful_step_count=30 if FULL else 15)
     )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kd_cache.errors import FeatureError
-from kd_cache.features import Feature, FeatureSource
 from kd_cache.store.union import Union
-
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -58,9 +53,3 @@ def _are_wrong(union: Union, positions: np.ndarray) -> np.ndarray:
         wrong[mine] = np.isin(rows, pack.wrong_rows(rows))
     found: np.ndarray = wrong[positions]
     return found
-
-
-def read_features(source: FeatureSource, files: Sequence[str]) -> Iterator[Feature | FeatureError]:
-    """Each file's feature, or why it has none."""
-    for start in range(0, len(files), _CHUNK):
-        yield from source.read_many(files[start : start + _CHUNK])

@@ -76,24 +76,22 @@ class _Dump:
         from kd_cache.pipeline.scoring import due_reasons, refuse_bad
 
         unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
+        digests, good = unchanged.digests, unchanged.fresh.copy()
         for number in self.part:
-            file = self.files[number]
-            if unchanged.fresh[number]:
-                for result in self.report.teachers.values():
-                    result.skipped += 1
+            if good[number]:
                 continue
+            file = self.files[number]
             held = self.job.skip_existing and any(known.holds(number) for known in self.found.known.values())
-            digest = b""
             try:
                 if held:
-                    digest = self.job.source.read(file).digest
+                    digests[number] = np.frombuffer(self.job.source.read(file).digest, np.uint8)
                 else:
                     self.job.source.shape(file)
+                good[number] = True
             except FeatureError as error:
                 refuse_bad(self.job, self.report, file, error)
-                continue
-            digests = np.frombuffer(digest or bytes(16), np.uint8)[None]
-            reasons = due_reasons(self.job, self.found, np.array([number]), digests)[0]
+        numbers = np.flatnonzero(good)
+        for reasons in due_reasons(self.job, self.found, numbers, digests[numbers]):
             self.report.samples_scored += bool(reasons)
             for name, result in self.report.teachers.items():
                 if name in reasons:
@@ -115,8 +113,10 @@ class _Dump:
         before = [pack.path for origin in self.job.origins.values() for pack in self.found.packs.of(origin)]
         busy = Busy()
         commits = Commits(self.job, self.pending, self._entries, self.watcher, busy)
-        scoring = Scoring(self.job, self.found, self.files, self.keys, self.part, self.report, self.watcher)
-        scoring.run(commits, busy)
+        scoring = Scoring(
+            self.job, self.found, self.files, self.keys, self.part, self.report, commits, self.watcher, busy
+        )
+        scoring.run()
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)

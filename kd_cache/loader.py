@@ -209,7 +209,7 @@ class LogitCache:
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
                 return logits if dtype is None else logits.to(dtype)
-        numbers = self._numbers(rows)
+        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
@@ -243,9 +243,7 @@ class LogitCache:
         `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
         script, which kept none. Raises IndexError for a row that is none.
         """
-        numbers = rows.numpy()
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
-            raise IndexError(f"rows must lie in [0, {len(self)}), found {numbers.min()} to {numbers.max()}")
+        numbers = self._numbers(rows)
         parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
         known = [part for part in parts if part is not None]
         return np.stack(known, axis=1) if len(known) == len(parts) else None
@@ -279,8 +277,8 @@ class LogitCache:
     def _table(self) -> np.ndarray | None:
         return self._gatherer._table if self._gatherer.has_table else None
 
-    def _numbers(self, rows: torch.Tensor | np.ndarray) -> np.ndarray:
-        """Row numbers int64 ``[B]``, each of a row (or -1, with ``on_miss="nan"``). Raises `IndexError`."""
+    def _numbers(self, rows: torch.Tensor | np.ndarray, first: int = 0) -> np.ndarray:
+        """Row numbers int64 ``[B]``, each of a row (with ``first`` -1 also of a miss). Raises `IndexError`."""
         numbers = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
         if numbers.ndim != 1 or numbers.dtype.kind != "i":
             raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
@@ -289,7 +287,6 @@ class LogitCache:
         if not len(numbers):
             return numbers
         # As unsigned numbers the negative ones are the largest: one look finds both ends.
-        first = -1 if self._on_miss == "nan" else 0
         unsigned = (numbers - first if first else numbers).view(np.uint64)
         if np.maximum.reduce(unsigned) >= self._count - first:
             raise IndexError(f"rows must lie in [0, {self._count}), found {numbers.min()} to {numbers.max()}")

@@ -7,8 +7,9 @@ No teacher is loaded. Every permitted feature is read, because a row of a featur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kd_cache.features import FeatureSource
 from kd_cache.finish import Ending, finish, nothing_readable
 from kd_cache.manifest import Manifest
 from kd_cache.pending import begun, begun_with, read_pending
+from kd_cache.pipeline.reading import read_ahead
 from kd_cache.publish import Published
 from kd_cache.splits import Selection
 from kd_cache.store.folder import CacheFolder, PackSet, refuse_renamed, teacher_in_name
@@ -28,8 +30,6 @@ from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
 from kd_cache.store.view import stored_names
 from kd_cache.watch import Watcher
-
-_AHEAD = 1024
 
 
 @dataclass(frozen=True)
@@ -265,16 +265,12 @@ def read_digests(
     """
     inputs, known = np.zeros((len(files), 16), np.uint8), np.zeros(len(files), bool)
     watcher.stage("reading features", len(files))
-    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="read") as pool:
-        for start in range(0, len(files), _AHEAD):
-            block = files[start : start + _AHEAD]
-            for number, feature in enumerate(pool.map(source.try_read, block), start):
-                if not isinstance(feature, FeatureError):
-                    inputs[number] = np.frombuffer(feature.digest, np.uint8)
-                    known[number] = True
-                elif files[number] not in missing:
-                    raise FeatureError(
-                        feature.message, hint=feature.hint or "Mend it, or dump with --on-bad-sample skip."
-                    )
-            watcher.advance(len(block))
+    with closing(read_ahead(source, files, workers)) as chunks:
+        for number, feature in enumerate(chain.from_iterable(chunks)):
+            if not isinstance(feature, FeatureError):
+                inputs[number] = np.frombuffer(feature.digest, np.uint8)
+                known[number] = True
+            elif files[number] not in missing:
+                raise FeatureError(feature.message, hint=feature.hint or "Mend it, or dump with --on-bad-sample skip.")
+            watcher.advance(1)
     return inputs, known

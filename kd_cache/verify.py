@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kd_cache.accuracy import alarm, changed_labels, labels_of, measure, stored_accuracy
-from kd_cache.audited import Features, Rows, read_features
+from kd_cache.audited import Features, Rows
 from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import Manifest, sample_key
 from kd_cache.pending import read_pending
+from kd_cache.pipeline.reading import read_ahead
 from kd_cache.plan import BatchPlan, load_plan, places_of, plan_of
 from kd_cache.problems import (
     ALL_ROWS,
@@ -202,7 +204,7 @@ class _Audit:
         self.watcher.stage("checking", len(self.files))
         found = Features(np.zeros((len(self.files), 16), np.uint8), np.zeros(len(self.files), bool))
         known_missing = index.missing
-        for number, feature in enumerate(read_features(self.job.source, self.files)):
+        for number, feature in enumerate(chain.from_iterable(read_ahead(self.job.source, self.files, workers=0))):
             if not isinstance(feature, FeatureError):
                 found.digests[number] = np.frombuffer(feature.digest, np.uint8)
                 found.readable[number] = True

@@ -18,15 +18,16 @@ _WAITING = 3
 Read = list[Feature | FeatureError]
 
 
-def read_ahead(source: FeatureSource, files: Sequence[str], workers: int, busy: Busy) -> Generator[Read]:
+def read_ahead(source: FeatureSource, files: Sequence[str], workers: int, busy: Busy | None = None) -> Generator[Read]:
     """Each file's feature, or why it has none, in the order of ``files``, some at a time.
 
     At most three chunks for each of ``workers`` threads wait, of up to 32 features and about 8 MiB; with no workers
-    features are read when they are asked for.
+    features are read when they are asked for. ``busy`` hears how long it takes.
     """
+    clock = busy or Busy()
 
     def read(chunk: Sequence[str]) -> Read:
-        with busy.doing(READING, max(workers, 1)):
+        with clock.doing(READING, max(workers, 1)):
             return source.read_many(chunk)
 
     # The first alone: how much there is to a feature is not known before one is read.

@@ -35,6 +35,8 @@ class Scoring:
         files: of all permitted samples, in key order; ``keys`` ``[N, 16]`` u1 theirs.
         part: which of them to score.
         report: gets the counts.
+        commits: takes the rows.
+        busy: hears how long each stage works.
 
     Attributes:
         inputs: ``[N, 16]`` u1, the digest of each feature that was read.
@@ -49,33 +51,33 @@ class Scoring:
         keys: np.ndarray,
         part: range,
         report: DumpReport,
+        commits: Commits,
         watcher: Watcher,
+        busy: Busy,
     ) -> None:
         self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
         self._unchanged = Unchanged(job, found, files, keys, part)
-        self._report, self._watcher = report, watcher
+        self._report, self._commits, self._watcher, self._busy = report, commits, watcher, busy
         self._ranks = Ranks(job.source, files)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
         self._done = 0
-        self._busy = Busy()
         self.inputs = np.zeros((len(files), 16), np.uint8)
         self.readable = np.zeros(len(files), bool)
 
-    def run(self, commits: Commits, busy: Busy) -> None:
+    def run(self) -> None:
         """Score everything that must be, and commit it: also when stopping, what was scored is kept.
 
         Raises:
             FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``.
             StoreError: a commit failed.
         """
-        self._busy, self._commits = busy, commits
         self._watcher.stage("scoring", len(self._part))
         try:
             with numerics(self._job.device, self._job.precision, self._job.seed):
                 self._score_all()
         finally:
-            commits.finish(self._done)
-            self._report.busy = busy.shares
+            self._commits.finish(self._done)
+            self._report.busy = self._busy.shares
 
     def remember(self) -> None:
         """Note the features that were read, for the next dump."""

@@ -17,7 +17,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -258,30 +258,27 @@ def differing(directory: Path, keys: np.ndarray, rows: np.ndarray) -> Iterator[t
         StoreError: naming the file that cannot be read.
     """
     files = _Files(keys, rows)
-    with store_errors(directory, "look into"):
+    with store_errors(directory, "look into"), ExitStack() as stack:
         try:
-            folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            folder = stack.enter_context(_opened(directory))
         except FileNotFoundError:
             yield from ((number, True) for number in range(len(files)))
             return
-        try:
-            for number, name in enumerate(files.names):
+        for number, name in enumerate(files.names):
+            try:
+                descriptor = os.open(name, _LOOK, dir_fd=folder)
                 try:
-                    descriptor = os.open(name, _LOOK, dir_fd=folder)
-                    try:
-                        content = os.read(descriptor, files.size + 1)
-                    finally:
-                        os.close(descriptor)
-                except OSError as error:
-                    # A link, a socket, a folder: not to be followed, and not the row's file.
-                    if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EAGAIN):
-                        raise _told(error, directory / name, "read") from error
-                    yield number, error.errno == errno.ENOENT
-                    continue
-                if content != files.content(number):  # a FIFO has nothing to give
-                    yield number, False
-        finally:
-            os.close(folder)
+                    content = os.read(descriptor, files.size + 1)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                # A link, a socket, a folder: not to be followed, and not the row's file.
+                if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EAGAIN):
+                    raise _told(error, directory / name, "read") from error
+                yield number, error.errno == errno.ENOENT
+                continue
+            if content != files.content(number):  # a FIFO has nothing to give
+                yield number, False
 
 
 def load_cached_logits_batch(

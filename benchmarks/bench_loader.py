@@ -202,7 +202,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as in a worker, so that 0 and 2 workers differ in the workers alone
     with tempfile.TemporaryDirectory(prefix="kd-cache-bench-") as folder:
         world = World(Path(folder), 600 if chosen.quick else 3000)
-        with_features(report, world, 2 if chosen.quick else 12)
+        with_features(report, world, 2 if chosen.quick else 20)
         logits_alone(report, Path(folder), 50_000 if chosen.quick else 300_000, 2 if chosen.quick else 15)
     report.save(chosen.out)
 

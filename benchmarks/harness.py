@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -97,16 +98,21 @@ def options(description: str) -> argparse.Namespace:
 
 
 def in_turns(ways: Mapping[str, Callable[[], Any]], seconds: float, at_least: int = 5) -> dict[str, float]:
-    """Median seconds of one call of each way, after one unmeasured; they take turns for ``seconds`` in all."""
+    """Median seconds of one call of each way, after one unmeasured; they take turns for ``seconds`` in all.
+
+    Each round begins with another way, so that none is always the one after the slowest.
+    """
     took: dict[str, list[float]] = {name: [] for name in ways}
     for call in ways.values():
         call()
+    turns = deque(ways.items())
     until = time.monotonic() + seconds
     while time.monotonic() < until or min(map(len, took.values())) < at_least:
-        for name, call in ways.items():
+        for name, call in turns:
             began = time.perf_counter()
             call()
             took[name].append(time.perf_counter() - began)
+        turns.rotate(1)
     return {name: statistics.median(each) for name, each in took.items()}
 
 

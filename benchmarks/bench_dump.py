@@ -66,7 +66,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
                 ("cp_resnet", "bf16", 65_536 // scale, 200),
             )
         ]
-    few = 2 if quick else 1
+    few = 4 if quick else 1
     return [
         Case("cnn14", "fp32", 101, 128 // few, 16 // few),
         Case("cnn14", "bf16", 101, 512 // few, 16 // few),  # long enough for what comparing with fp32 costs to thin out

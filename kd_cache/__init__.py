@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StaleError,
         StoreError,
         TeacherError,
+        TrainingError,
         UsageError,
     )
     from kd_cache.export import ExportJob, ExportReport, export_logits
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from kd_cache.merge import MergeJob, MergeReport, merge_caches
     from kd_cache.packed_features import PackedFeatures
     from kd_cache.problems import Problem, VerifyReport
+    from kd_cache.provenance import Provenance
     from kd_cache.reader.attach import CachedDataset
     from kd_cache.reader.batch_loader import BatchLoader
     from kd_cache.splits import Selection, select
@@ -62,6 +64,7 @@ _HOME = {
         "StaleError",
         "StoreError",
         "TeacherError",
+        "TrainingError",
         "UsageError",
     ),
     "kd_cache.export": ("ExportJob", "ExportReport", "export_logits"),
@@ -72,6 +75,7 @@ _HOME = {
     "kd_cache.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
     "kd_cache.merge": ("MergeJob", "MergeReport", "merge_caches"),
     "kd_cache.packed_features": ("PackedFeatures",),
+    "kd_cache.provenance": ("Provenance",),
     "kd_cache.splits": ("Selection", "select"),
     "kd_cache.store.view": ("load_cached_logits_batch",),
     "kd_cache.student": ("student_loader",),
@@ -107,12 +111,14 @@ __all__ = [
     "MissingLogitsError",
     "PackedFeatures",
     "Problem",
+    "Provenance",
     "Sample",
     "Selection",
     "StaleError",
     "StoreError",
     "Teacher",
     "TeacherError",
+    "TrainingError",
     "UsageError",
     "VerifyJob",
     "VerifyReport",

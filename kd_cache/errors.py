@@ -9,6 +9,7 @@
     ├── DataLeakageError (ValueError)  exit 6   a sample that must never be scored, cached or distilled
     ├── CheckpointError (ValueError)   exit 1   a teacher's weights cannot be loaded safely and completely
     ├── TeacherError (ValueError)      exit 1   a teacher broke its contract (shape, finiteness, kind)
+    ├── TrainingError (RuntimeError)   exit 1   a teacher's training diverged, or changed what was frozen
     ├── FeatureError (ValueError)      exit 1   a feature file is missing, malformed or not finite
     └── StoreError (OSError)           exit 1   the cache could not be written or read
 
@@ -73,6 +74,10 @@ class CheckpointError(KDCacheError, ValueError):
 
 
 class TeacherError(KDCacheError, ValueError):
+    pass
+
+
+class TrainingError(KDCacheError, RuntimeError):
     pass
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kd_cache.errors import DataLeakageError, UsageError, listed, shown
 from kd_cache.manifest import (
@@ -28,6 +29,8 @@ from kd_cache.manifest import (
     sample_key,
     spelling,
 )
+from kd_cache.provenance import Provenance
+from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 
 # TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later). People put
 # words and folders around them, and other suffixes behind.
@@ -82,6 +85,17 @@ def select(
     """
     if target not in TARGETS:
         raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(TARGETS)}")
+    return _guarded(manifest, target, allow_shared_locations, data_root)
+
+
+def select_source(
+    manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None
+) -> Selection:
+    """The train samples of A alone: what a scene teacher learns from. Arguments and errors as for `select`."""
+    return _guarded(manifest, SOURCE, allow_shared_locations, data_root)
+
+
+def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
     train = [sample for sample in manifest if sample.split == "train"]
     test = [sample for sample in manifest if sample.split.strip().casefold() in _HELD_OUT]
     _refuse_contradictions(manifest)
@@ -140,7 +154,7 @@ def _refuse_unseen_devices(train: list[Sample]) -> None:
 
 
 def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> None:
-    plain = spelling if data_root is None else _Places(data_root).plain
+    plain = spelling if data_root is None else Places(data_root).plain
     train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
     both = [
         f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
@@ -151,7 +165,7 @@ def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> N
         raise DataLeakageError(f"{len(both)} train files stand in another split too\n{listed(both)}")
 
 
-class _Places:
+class Places:
     """Where files lie below a data root: relative, absolute, and through folders that are links."""
 
     def __init__(self, data_root: Path) -> None:
@@ -189,11 +203,11 @@ def _shared_locations(train: list[Sample], test: list[Sample]) -> tuple[int, lis
 
     A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
     """
-    held_out = {place for sample in test for place in _places(sample)}
-    located = sum(1 for sample in test if _places(sample))
+    held_out = {place for sample in test for place in places_of_sample(sample)}
+    located = sum(1 for sample in test if places_of_sample(sample))
     shared = []
     for sample in train:
-        places = _places(sample)
+        places = places_of_sample(sample)
         located += bool(places)
         common = places & held_out
         if common:
@@ -201,7 +215,8 @@ def _shared_locations(train: list[Sample], test: list[Sample]) -> tuple[int, lis
     return located, shared
 
 
-def _places(sample: Sample) -> set[str]:
+def places_of_sample(sample: Sample) -> set[str]:
+    """Its recording location by its field and by its name: none, one, or two that contradict each other."""
     return {place for place in (sample.location, location_in_name(sample.file)) if place is not None}
 
 
@@ -218,3 +233,37 @@ def _refuse_empty(chosen: tuple[Sample, ...], target: str) -> None:
 def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
     if len({sample_key(sample.file) for sample in chosen}) != len(chosen):
         raise UsageError("two different paths have the same MD5 key; rename one of them")
+
+
+def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> list[str]:
+    """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it."""
+    keys = provenance.keys
+    permitted = keys_of(selection.files)
+    outside = keys[KeyFinder(permitted[sorted_order(permitted)]).find(keys) < 0]
+    if not len(outside):
+        return []
+    rows = list(manifest)
+    known = keys_of(row.file for row in rows)
+    order = sorted_order(known)
+    at = KeyFinder(known[order]).find(outside)
+    told = []
+    for key, position in zip(outside, at.tolist(), strict=True):
+        if position < 0:
+            told.append(f"a file with key {key.tobytes().hex()}: not in this manifest")
+        else:
+            row = rows[order[position]]
+            told.append(f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}")
+    return sorted(told, key=lambda line: line.startswith("a file with key"))
+
+
+def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: Selection) -> None:
+    """Raise `DataLeakageError` where a teacher says that it was made with a sample that is not permitted."""
+    for name, teacher in teachers.items():
+        provenance = getattr(teacher, "provenance", None)
+        if provenance is not None and (found := leaked(provenance, manifest, selection)):
+            raise DataLeakageError(
+                f"teacher {shown(name)} was trained or validated on {len(found)} samples that are not permitted train "
+                f"samples of A or {selection.target}\n{listed(found)}",
+                hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
+                "with.",
+            )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, class_order, weights_digest
+from kd_cache.provenance import Provenance
 from kd_cache.store.index import is_teacher_name
 from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
 
@@ -30,7 +31,9 @@ _OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "form
 class Teacher(Protocol):
     """The contract.
 
-    Optional on top of it: ``class_names`` (one per class), ``to(device)``, ``eval()``, ``state_dict()``.
+    Optional on top of it: ``class_names`` (one per class), ``to(device)``, ``eval()``, ``state_dict()``, and
+    ``provenance``, a `kd_cache.Provenance` of the samples that it was made with: where one of them is not permitted,
+    the teacher is refused.
 
     Attributes:
         num_classes: C.
@@ -149,6 +152,8 @@ def check_teacher(name: str, teacher: Any) -> None:
         isinstance(class_names, list | tuple) and all(isinstance(item, str) for item in class_names)
     ):
         raise TeacherError(f"teacher {name}: class_names must be a list of texts, one per class")
+    if not isinstance(getattr(teacher, "provenance", None), Provenance | None):
+        raise TeacherError(f"teacher {name}: provenance must be a kd_cache.Provenance, or None")
     teacher_fingerprint(teacher)
 
 

@@ -40,7 +40,7 @@ from kd_cache.problems import (
     TeacherResult,
     VerifyReport,
 )
-from kd_cache.splits import Selection
+from kd_cache.splits import Selection, leaked
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
@@ -144,6 +144,7 @@ class _Audit:
             self._audit_teacher(index, packs, name, origin, present)
             if permitted is not None:
                 self._compare_accuracy(index, packs, permitted, name, origin)
+            self._compare_provenance(name)
         self._look_for_forbidden_rows(packs)
         self._look_for_forbidden_entries(index)
         self._compare_manifest(index)
@@ -196,6 +197,14 @@ class _Audit:
         wrong = alarm(packs.union(origin), then, index.record["teachers"][name])
         if wrong is not None:
             self._problem(CORRUPT, name, ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
+
+    def _compare_provenance(self, name: str) -> None:
+        """What the teacher learnt from must be permitted, as what it scores must."""
+        provenance = getattr(self.job.teachers.get(name), "provenance", None)
+        if provenance is None:
+            return
+        for told in leaked(provenance, self.job.manifest, self.job.selection):
+            self._problem(LEAK, name, ALL_ROWS, f"its teacher was made with {told}", TEACHER)
 
     # -- features -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class Watcher:
@@ -19,6 +20,9 @@ class Watcher:
 
     def busy(self, shares: Mapping[str, float]) -> None:
         """The part of the time that each stage of the work has been busy, from 0 to 1, the busiest first."""
+
+    def epoch(self, measured: Mapping[str, Any]) -> None:
+        """An epoch of a training is done: ``stage``, ``epoch``, ``train_loss`` and what validation gave."""
 
     def note(self, text: str) -> None:
         """Something a person should know: what was found, decided or healed."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, listed, shown
 from kd_cache.fingerprint import weights_digest
+from kd_cache.provenance import Provenance
 from teachers.cnn14 import CNN14
 from teachers.cp_resnet import CPResNet
 
@@ -55,22 +56,36 @@ FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
 
 
+SceneHead = nn.Linear | nn.Sequential
+
+
 class City2Scene(nn.Module):
-    """A city teacher's backbone, frozen, and a linear scene head: [B, T, F] → scene logits [B, C].
+    """A city teacher's backbone, frozen, and a scene head: [B, T, F] → scene logits [B, C].
 
     Only the embedding path of ``city_model`` is used; its own classifier is kept so that the file is whole.
-    ``scene_head`` has ``city_model.embedding_dim`` inputs and one output per scene.
+    ``scene_head``, a linear layer or a `teachers.cnn14.mlp`, has ``city_model.embedding_dim`` inputs and one output per
+    scene.
     """
 
-    def __init__(self, city_model: Backbone, scene_head: nn.Linear) -> None:
+    city_model: Any  # a `Backbone`, or a user's own net with embed() and embedding_dim
+    scene_head: Any  # a `SceneHead`; while it trains, one whose inputs are standardised
+
+    def __init__(self, city_model: nn.Module, scene_head: nn.Module) -> None:
         super().__init__()
         self.city_model = city_model.requires_grad_(False)
         self.scene_head = scene_head
-        self.num_classes = scene_head.out_features
+        last: Any = scene_head[-1] if isinstance(scene_head, nn.Sequential) else scene_head
+        self.num_classes: int = last.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.scene_head(self.city_model.embed(x))
         return logits
+
+
+def architecture_of(net: nn.Module) -> str | None:
+    """``cnn14`` or ``cp_resnet``, of a City2Scene teacher its backbone's; ``None`` for a net of a user's own."""
+    inner = net.city_model if isinstance(net, City2Scene) else net
+    return next((name for name, kind in ARCHITECTURES.items() if isinstance(inner, kind)), None)
 
 
 class LoadedTeacher(nn.Module):
@@ -83,7 +98,8 @@ class LoadedTeacher(nn.Module):
 
     ``source`` says which entry of the file was used and which prefixes were removed, ``checkpoint_sha256`` is of the
     bytes that were read (``None`` for a teacher that is from no file). ``num_cities`` is the
-    number of outputs of the city classifier, None where there is none.
+    number of outputs of the city classifier, None where there is none. ``provenance`` is what the record says of the
+    samples that made the teacher, None where it says nothing.
     """
 
     value_kind: Literal["logits"] = "logits"
@@ -102,6 +118,8 @@ class LoadedTeacher(nn.Module):
         self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.source = source
         self.record = dict(record or {})
+        made_with = self.record.get("provenance")
+        self.provenance = None if made_with is None else Provenance.from_json(made_with)
         self.role = "city2scene" if isinstance(net, City2Scene) else role or self.record.get("role")
         self.num_classes = net.num_classes
         self.class_names = self._class_names()
@@ -119,7 +137,7 @@ class LoadedTeacher(nn.Module):
     @property
     def architecture(self) -> str:
         """``cnn14`` or ``cp_resnet``."""
-        return next(name for name, kind in ARCHITECTURES.items() if isinstance(self.backbone, kind))
+        return str(architecture_of(self.net))
 
     @property
     def num_cities(self) -> int | None:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -20,12 +21,14 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, shown
+from kd_cache.provenance import Provenance
 from teachers.builtin import (
     ARCHITECTURE_VERSION,
     ARCHITECTURES,
     Backbone,
     City2Scene,
     LoadedTeacher,
+    SceneHead,
     backbone_from,
     clean_tensors,
     fill,
@@ -33,9 +36,12 @@ from teachers.builtin import (
     under,
 )
 from teachers.checkpoint_file import AGAIN, RECORD_ENTRY, kind_of, read_content
+from teachers.cnn14 import mlp, mlp_widths, rows
 
 CITY_ENTRY: Final = "city_model_state_dict"
 HEAD_ENTRY: Final = "scene_head_state_dict"
+STATE_PREFIX: Final = "training_state."
+"""What a run needs to go on (optimiser, averages) lies beside the weights of its last epoch, under this prefix."""
 PLAIN_ENTRIES: Final = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 """Where a plain model's weights are, in order of preference (as in timm); none of them: the file itself."""
 
@@ -45,15 +51,21 @@ ROLES: Final = ("scene", "city2scene", "city")
 # --------------------------------------------------------------------------------------------- writing
 
 
-def save_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    beside: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint that `load_teacher` reads, atomically; the suffix chooses the format.
 
     ``tensors``: bare names for a plain model, ``city_model_state_dict.<name>`` and
     ``scene_head_state_dict.{weight,bias}`` for City2Scene. ``record``: JSON values; known keys are
-    ``architecture``, ``architecture_version``, ``role``, ``class_names``, ``value_kind``, ``feature_spec``
-    and ``training``. ``.safetensors`` carries the record as metadata ``kd_cache``; ``.pth`` as an entry of
-    that name, beside the nested state dicts. Raises CheckpointError when the file cannot be written; a file
-    that was there before then stays.
+    ``architecture``, ``architecture_version``, ``role``, ``class_names``, ``value_kind``, ``feature_spec``,
+    ``training`` and ``provenance`` (`Provenance.as_json`). ``.safetensors`` carries the record as metadata
+    ``kd_cache``; ``.pth`` as an entry of that name, beside the nested state dicts and the plain entries of ``beside``
+    (``epoch``, ``val_acc``, …). Raises CheckpointError when the file cannot be written; a file that was there before
+    then stays.
     """
     path = Path(path)
     if path.suffix not in {".safetensors", ".pth"}:
@@ -65,18 +77,18 @@ def save_checkpoint(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
     # Clones, because safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        _write_whole(path, state, note)
+        _write_whole(path, state, note, beside or {})
     except OSError as error:
         raise CheckpointError(f"{shown(path)}: cannot write the checkpoint: {error.strerror}") from error
 
 
-def _write_whole(path: Path, state: dict[str, Tensor], note: str) -> None:
+def _write_whole(path: Path, state: dict[str, Tensor], note: str, beside: Mapping[str, Any]) -> None:
     """Unique temporary name, fsync, replace, fsync of the directory; no temporary file survives a failure."""
     handle, partial = tempfile.mkstemp(prefix=f".{path.stem[:100]}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would lock colleagues out
-            _serialise(file, state, note, path.suffix)
+            _serialise(file, state, note, path.suffix, beside)
             file.flush()
             os.fsync(file.fileno())
         Path(partial).replace(path)
@@ -90,14 +102,14 @@ def _write_whole(path: Path, state: dict[str, Tensor], note: str) -> None:
         os.close(directory)
 
 
-def _serialise(file: IO[bytes], state: dict[str, Tensor], note: str, suffix: str) -> None:
+def _serialise(file: IO[bytes], state: dict[str, Tensor], note: str, suffix: str, beside: Mapping[str, Any]) -> None:
     if suffix == ".safetensors":
         file.write(safetensors_bytes(state, metadata={RECORD_ENTRY: note}))
         return
     entries: dict[str, Any] = {"model_state_dict": state}
     if any(name.startswith(f"{CITY_ENTRY}.") for name in state):
         entries = {entry: under(state, f"{entry}.") for entry in (CITY_ENTRY, HEAD_ENTRY)}
-    torch.save({**entries, RECORD_ENTRY: note}, file)  # to a file object: the bytes then hold no file name
+    torch.save({**beside, **entries, RECORD_ENTRY: note}, file)  # to a file object: the bytes then hold no file name
 
 
 # --------------------------------------------------------------------------------------------- loading
@@ -123,10 +135,50 @@ def load_teacher(
             raise CheckpointError(f"no role is called {role!r}", hint=f"Roles are {', '.join(ROLES)}.")
         content, size, digest = read_content(path)
         record = _record(content.pop(RECORD_ENTRY, None))
+        content = _without_state(content)
         teacher = _assembled(content, record, role, size)
         teacher.checkpoint_sha256 = digest
         _check_counts(teacher, num_classes, num_cities)
     return teacher
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's tensors, float32 under bare names, and what is known of them.
+
+    Those of a City2Scene file are called ``city_model.…`` and ``scene_head.…``. ``source`` says which entries they are
+    from and which prefixes were removed.
+    """
+
+    tensors: dict[str, Tensor]
+    source: str
+    record: dict[str, Any]
+    sha256: str
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """The tensors of any checkpoint, of a known architecture or not, for a training to begin with.
+
+    Raises CheckpointError as `load_teacher` does, but for what does not fit an architecture.
+    """
+    with _naming(path):
+        content, size, digest = read_content(path)
+        record = _record(content.pop(RECORD_ENTRY, None))
+        content = _without_state(content)
+        city, head, label = _selected(content)
+        names = frozenset[str]().union(*known_names().values())
+        tensors, notes = clean_tensors(city, names, size)
+        source = ", ".join([label, *notes])
+        if head is not None:
+            scene_head, head_notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
+            tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
+            tensors |= {f"scene_head.{name}": tensor for name, tensor in scene_head.items()}
+            source = " + ".join([source, ", ".join([HEAD_ENTRY, *head_notes])])
+    return Weights(tensors, source, record, digest)
+
+
+def _without_state(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in content.items() if not str(name).startswith(STATE_PREFIX)}
 
 
 @contextlib.contextmanager
@@ -155,10 +207,12 @@ def _assembled(content: dict[Any, Any], record: dict[str, Any], role: str | None
 
 
 def _with_head(city_model: Backbone, weights: Mapping[str, Tensor]) -> City2Scene:
-    weight = weights.get("weight")
-    scenes = weight.shape[0] if weight is not None and weight.ndim else 10
     with torch.device("meta"):
-        head = nn.Linear(city_model.embedding_dim, scenes)
+        if any(name[:1].isdecimal() for name in weights):
+            *hidden, scenes = mlp_widths(weights, "", (city_model.embedding_dim, 10))
+            head: SceneHead = mlp(city_model.embedding_dim, hidden, scenes, 0.0)
+        else:
+            head = nn.Linear(city_model.embedding_dim, rows(weights, "weight", 10))
     fill(head, weights, f"the scene head ({HEAD_ENTRY}) on this city model")
     return City2Scene(city_model, head)
 
@@ -240,6 +294,11 @@ def _record(note: object) -> dict[str, Any]:
         raise CheckpointError("class_names of the record must be a list of names", hint=AGAIN)
     if not isinstance(record.get("feature_spec") or "", str):
         raise CheckpointError("feature_spec of the record must be text", hint=AGAIN)
+    if record.get("provenance") is not None:
+        try:
+            Provenance.from_json(record["provenance"])
+        except ValueError as error:
+            raise CheckpointError(f"provenance of the record: {error}", hint=AGAIN) from error
     for key, allowed in (
         ("architecture", tuple(ARCHITECTURES)),
         ("architecture_version", (ARCHITECTURE_VERSION,)),

@@ -24,8 +24,9 @@ from kd_cache.pickle_scan import PickleScan, unlisted
 RECORD_ENTRY: Final = "kd_cache"
 MOST_BYTES: Final = 4 << 30
 """Larger files are refused unread: CNN14 has 0.32 GB of weights, 1 GB with its optimizer. See `checkpoint_limit`."""
-MOST_HEADER: Final = 4 << 20
-"""A safetensors header takes some 100 bytes per tensor. (The format allows 100 MB, which may parse into gigabytes.)"""
+MOST_HEADER: Final = 16 << 20
+"""A safetensors header takes some 100 bytes per tensor, and 22 for every sample that trained the teacher. (The format
+allows 100 MB, which may parse into gigabytes.)"""
 MOST_PICKLE: Final = 4 << 20
 """A state dict takes some 250 bytes of pickle per tensor; a longer one only keeps the reader busy."""
 LEGACY_PICKLES: Final = 5  # magic number, protocol, machine, the object, the keys of its storages

@@ -8,6 +8,7 @@ existing checkpoints.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
@@ -22,6 +23,7 @@ EMBEDDING: Final = 2048
 HIDDEN: Final = (1024, 1024)
 LEAST: Final = 32
 """Smallest T and F: each of the five 2×2 poolings halves both."""
+_LAYER: Final = re.compile("[0-9]{1,2}", re.ASCII)
 
 
 def require_log_mel(architecture: str, x: Tensor, least_frames: int, least_bins: int) -> None:
@@ -59,6 +61,27 @@ def kaiming(module: nn.Module, generator: torch.Generator | None = None) -> None
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             part.reset_parameters()
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float) -> nn.Sequential:
+    """Linear layers with ReLU and dropout between: [B, inputs] → [B, outputs]. Their names are 0, 3, 6, …"""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def mlp_widths(tensors: Mapping[str, Tensor], prefix: str, default: Sequence[int]) -> list[int]:
+    """How many outputs each layer of an `mlp` has, read from the weights under ``prefix``, the first layer first.
+
+    As many layers as the highest number among the names says; widths that are not there are those of ``default``.
+    """
+    numbers = [name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)]
+    last = max((int(number) for number in numbers if _LAYER.fullmatch(number)), default=3 * (len(default) - 1))
+    depth = last // 3 + 1
+    hidden = [*default[:-1], *([default[0]] * depth)][: depth - 1]
+    return [rows(tensors, f"{prefix}{3 * layer}.weight", width) for layer, width in enumerate([*hidden, default[-1]])]
 
 
 class ConvBlock(nn.Module):
@@ -130,33 +153,36 @@ class CNN14Features(nn.Module):
 class CNN14(nn.Module):
     """Log-mel [B, T, F] float32 → logits [B, num_classes].
 
-    ``channels``, ``embedding`` and ``projection`` are those of `CNN14Features`; ``hidden`` are the two hidden
-    widths of the classifier. There is no softmax at the end. T and F must be at least 32, else TeacherError.
+    ``channels``, ``embedding`` and ``projection`` are those of `CNN14Features`; ``hidden`` are the hidden widths of
+    the classifier (1024 and 1024 in the existing checkpoints). There is no softmax at the end. T and F must be at
+    least 32, else TeacherError.
+
+    Parts, for fine-tuning in stages: the *backbone* are the six convolution blocks, the *neck* is ``fc1`` with its
+    batch norm and the projection head where there is one, the *head* is the classifier.
     """
 
     classifier_prefix: ClassVar[str] = "classifier."
     """Names of the tensors that ``embed`` does not use."""
+    neck_prefixes: ClassVar[tuple[str, ...]] = (
+        "feature_extractor.fc1.",
+        "feature_extractor.bn1.",
+        "feature_extractor.projection_head.",
+    )
+    """Names of the tensors between the convolutions and the classifier."""
 
     def __init__(
         self,
         num_classes: int,
         channels: Sequence[int] = CHANNELS,
         embedding: int = EMBEDDING,
-        hidden: tuple[int, int] = HIDDEN,
+        hidden: Sequence[int] = HIDDEN,
         projection: tuple[int, int] | None = None,
+        dropout: float = 0.3,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.feature_extractor = CNN14Features(channels, embedding, projection)
-        self.classifier = nn.Sequential(
-            nn.Linear(self.embedding_dim, hidden[0]),
-            nn.ReLU(),
-            nn.Dropout(0.3),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.ReLU(),
-            nn.Dropout(0.3),
-            nn.Linear(hidden[1], num_classes),
-        )
+        self.classifier = mlp(self.embedding_dim, hidden, num_classes, dropout)
 
     @classmethod
     def for_tensors(cls, tensors: Mapping[str, Tensor]) -> CNN14:
@@ -170,11 +196,12 @@ class CNN14(nn.Module):
                 rows(tensors, f"{head}.3.weight", EMBEDDING),
             )
         blocks = enumerate(CHANNELS, start=1)
+        *hidden, classes = mlp_widths(tensors, cls.classifier_prefix, (*HIDDEN, 10))
         return cls(
-            rows(tensors, "classifier.6.weight", 10),
+            classes,
             [rows(tensors, f"{features}conv_block{i}.conv2.weight", default) for i, default in blocks],
             rows(tensors, f"{features}fc1.weight", EMBEDDING),
-            (rows(tensors, "classifier.0.weight", 1024), rows(tensors, "classifier.3.weight", 1024)),
+            hidden,
             projection,
         )
 

@@ -59,10 +59,15 @@ class CPResNet(nn.Module):
     The head is fully convolutional (1×1 convolution to classes, batch norm, global mean), so T and F are free
     from 5 frames and 17 bins on. ``channels`` are the outputs of the four residual blocks. The third block's
     convolutions have two groups, so its number of channels, and the second's, must be even.
+
+    Parts, for fine-tuning in stages: the *backbone* are the stem and the first three blocks, the *neck* is the fourth
+    block, the *head* is ``head``.
     """
 
     classifier_prefix: ClassVar[str] = "head."
     """Names of the tensors that ``embed`` does not use."""
+    neck_prefixes: ClassVar[tuple[str, ...]] = ("block4.",)
+    """Names of the tensors between the backbone and the head."""
 
     def __init__(self, num_classes: int, channels: tuple[int, int, int, int] = CHANNELS) -> None:
         super().__init__()

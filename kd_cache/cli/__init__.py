@@ -15,6 +15,7 @@ import typer
 import kd_cache
 from kd_cache.cli import adopt, diff, dump, export, gc, info, merge, repair, seal, verify
 from kd_cache.cli.sample_data import sample_data_command
+from kd_cache.cli.train import train_app
 
 app = typer.Typer(
     name="kd-cache",
@@ -39,6 +40,7 @@ app.command("adopt", epilog=adopt.EXAMPLES)(adopt.adopt_command)
 app.command("gc", epilog=gc.EXAMPLES)(gc.gc_command)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
 app.command("sample-data")(sample_data_command)
+app.add_typer(train_app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,7 +16,10 @@ import yaml
 from kd_cache.errors import KDCacheError, UsageError, shown
 
 DEFAULT_FILE = Path("kd-cache.yaml")
+SECTIONS = ("train", "city", "city2scene", "scene")
+"""Parts of the file for `kd-cache train`: for all teachers, and for each. What they leave out, the rest of it says."""
 _MOST = 1 << 14
+_FILE = "kd_cache.file"
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -25,7 +28,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         path = DEFAULT_FILE
     if path is not None and not ctx.resilient_parsing:
         try:
-            ctx.default_map = _applicable(ctx, _load(path), path)
+            ctx.meta[_FILE] = _sections(ctx, _load(path), path)
+            ctx.default_map = file_settings(ctx, str(ctx.command.name))
         except KDCacheError as error:
             raise typer.BadParameter(error.message) from error
     return path
@@ -64,13 +68,43 @@ def _load(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
+def file_settings(ctx: typer.Context, part: str) -> dict[str, Any]:
+    """What the file says for this command, as texts: its section ``part`` before ``train`` before everything else."""
+    found: dict[str, dict[str, Any]] = ctx.meta.get(_FILE, {})
+    training = found.get("train", {}) if is_training(ctx) else {}
+    section = found.get(part, {}) if is_training(ctx) and part in SECTIONS else {}
+    return {**found.get("", {}), **training, **section}
+
+
+def is_training(ctx: typer.Context) -> bool:
+    """Whether this is one of the commands ``kd-cache train …``."""
+    return ctx.parent is not None and ctx.parent.command.name == "train"
+
+
+def _sections(ctx: typer.Context, settings: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """The file's settings that this command has, by section; ``""`` holds those outside of any."""
+    parts = {key: value for key, value in settings.items() if key in SECTIONS and isinstance(value, dict)}
+    found = {"": _applicable(ctx, {key: value for key, value in settings.items() if key not in parts}, path)}
+    for name, section in parts.items():
+        if not all(isinstance(key, str) for key in section):
+            raise UsageError(f"{shown(path)}: {name}: expected settings such as 'epochs: 30', one per line")
+        spelled = {key.replace("-", "_"): value for key, value in section.items()}
+        found[name] = _applicable(ctx, spelled, path)
+    return found
+
+
+def _all_commands(command: Any) -> list[Any]:
+    """The command itself, or all below a group."""
+    below = getattr(command, "commands", None)
+    return [command] if below is None else [leaf for each in below.values() for leaf in _all_commands(each)]
+
+
 def _applicable(ctx: typer.Context, settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings that this command has. One file serves all commands, so another command's are known too."""
-    parent = ctx.parent.command if ctx.parent is not None else None
-    commands = getattr(parent, "commands", {ctx.command.name: ctx.command})
-    known = {spelled for command in commands.values() for spelled in _spellings(command)}
+    commands = _all_commands(ctx.find_root().command)
+    known = {spelled for command in commands for spelled in _spellings(command)}
     # A name means the setting that is called so: "seed" is the dump's, not the one verify draws its samples with.
-    names = {parameter.name for command in commands.values() for parameter in command.params}
+    names = {parameter.name for command in commands for parameter in command.params}
     mine = {key: found for key, found in _spellings(ctx.command).items() if key == found.name or key not in names}
     chosen: dict[str, Any] = {}
     for key, value in settings.items():
@@ -99,10 +133,17 @@ def _spellings(command: Any) -> dict[str, Any]:
 def _checked(parameter: Any, key: str, value: Any, path: Path) -> Any:
     """The value as the command line would have it: a text, a list of texts, or a truth value for a switch."""
     where = f"{shown(path)}: {key}"
+    if parameter.name == "stage":  # a stage may also be written as the settings that it is of
+        value = [
+            _joined(item) if isinstance(item, dict) else item
+            for item in (value if isinstance(value, list) else [value])
+        ]
     if isinstance(value, dict):
         raise UsageError(f"{where} must be a value or a list, not a section")
     if getattr(parameter, "multiple", False):
         return [_text(where, item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list) and "," in (getattr(parameter, "metavar", None) or ""):
+        return ",".join(_text(where, item) for item in value) or "none"
     if isinstance(value, list):
         raise UsageError(f"{where} must be one value, not a list")
     if not getattr(parameter, "is_flag", False):
@@ -110,6 +151,10 @@ def _checked(parameter: Any, key: str, value: Any, path: Path) -> Any:
     if not isinstance(value, bool):
         raise UsageError(f"{where} must be true or false (without quotes), found {shown(value)}")
     return value
+
+
+def _joined(section: dict[Any, Any]) -> str:
+    return ",".join(f"{key}={value}" for key, value in section.items())
 
 
 def _text(where: str, value: Any) -> str:

@@ -75,7 +75,7 @@ class Screen(Watcher):
         self._progress: Progress | None = None
         self._task: Any = None
         self._noted: set[str] = set()
-        self._name, self._total, self._done, self._busy = "", 0, 0, ""
+        self._name, self._total, self._done, self._busy, self._epoch = "", 0, 0, "", ""
         self._began = self._logged = time.monotonic()
 
     def __enter__(self) -> Screen:
@@ -86,7 +86,7 @@ class Screen(Watcher):
 
     def stage(self, name: str, total: int) -> None:
         self._close()
-        self._name, self._total, self._done, self._busy = name, total, 0, ""
+        self._name, self._total, self._done, self._busy, self._epoch = name, total, 0, "", ""
         self._began = self._logged = time.monotonic()
         if self.quiet or not self.stderr.is_terminal:
             return
@@ -116,6 +116,7 @@ class Screen(Watcher):
             self._logged = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
             busy = f" · {self._busy}" if self._busy else ""
+            busy += f" · {self._epoch}" if self._epoch else ""
             done = f"{self._done:,}/{self._total:,}"
             self.remark(f"{self._name}: {done} · {rate:,.0f} samples/s · ETA {left:,.0f} s{busy}")
 
@@ -129,6 +130,16 @@ class Screen(Watcher):
         self._busy = " · ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
         if self._progress is not None:
             self._progress.update(self._task, busy=self._busy)
+
+    def epoch(self, measured: Mapping[str, Any]) -> None:
+        told = (
+            f"epoch {measured['epoch']}: loss {measured['train_loss']:.3f}, validation "
+            f"{measured['val_accuracy']:.1%}, loss {measured['val_log_loss']:.3f}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, saved=told)
+        else:
+            self._epoch = told
 
     def note(self, text: str) -> None:
         """Once: what is read twice need not be told of twice."""

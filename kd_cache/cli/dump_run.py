@@ -112,14 +112,24 @@ def _dry_run(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Par
 
 
 def _dump(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part, screen: Screen) -> int:
+    code, content = dump_and_report(_job(ctx, options, inputs, part), options.num_verify, screen)
+    screen.result_json(content)
+    return code
+
+
+def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
+    """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
     from kd_cache.dump import dump_logits
 
-    job = _job(ctx, options, inputs, part)
     report = dump_logits(job, screen)
     # A part has no index yet; what it wrote was read back before it was put in place.
-    verified = None if part is not None else _verify(job, options.num_verify, screen)
-    _print_report(screen, job, report, verified)
-    return worst_exit_code([3 if report.missing else 0, 0 if verified is None else verified.exit_code])
+    verified = None if job.part is not None else _verify(job, num_verify, screen)
+    screen.result(_summary_table(report), *_summary_lines(job, report))
+    if verified is not None:
+        screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
+    content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
+    codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
+    return worst_exit_code(codes), content
 
 
 def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
@@ -204,15 +214,6 @@ def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
         ),
         screen,
     )
-
-
-def _print_report(screen: Screen, job: DumpJob, report: DumpReport, verified: VerifyReport | None) -> None:
-    screen.result(_summary_table(report), *_summary_lines(job, report))
-    if verified is not None:
-        screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
-    content = _as_json(report)
-    content["verification"] = None if verified is None else verified.as_json()
-    screen.result_json(content)
 
 
 def _summary_table(report: DumpReport) -> Any:

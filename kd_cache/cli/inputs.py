@@ -10,9 +10,9 @@ from typing import Any
 from kd_cache.cli import options as opt
 from kd_cache.cli.teachers import SAMPLE
 from kd_cache.features import FeatureSource
-from kd_cache.manifest import Manifest, load_manifest
+from kd_cache.manifest import SOURCE, Manifest, load_manifest
 from kd_cache.packed_features import PackedFeatures
-from kd_cache.splits import Selection, select
+from kd_cache.splits import Selection, select, select_source
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ def load_inputs(
 ) -> Inputs:
     """Read the manifest and pass it through the guard, before anything else is touched.
 
-    ``features`` is one HDF5 file that holds them all; the data root then only tells how the manifest's paths are meant.
+    Target ``A`` selects the source alone. ``features`` is one HDF5 file that holds them all; the data root then only
+    tells how the manifest's paths are meant.
 
     Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
     """
     json_path, data_root = data_paths(json_path, data_root)
     manifest = load_manifest(json_path, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes)
-    selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=data_root)
+    allowed: dict[str, Any] = {"allow_shared_locations": allow_shared_locations, "data_root": data_root}
+    selection = select_source(manifest, **allowed) if target == SOURCE else select(manifest, target, **allowed)
     paths: dict[str, Any] = {
         "json_path": str(json_path.absolute()),
         "data_root": str(data_root.absolute()),

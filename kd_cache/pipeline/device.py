@@ -14,7 +14,7 @@ import torch
 from kd_cache.errors import UsageError, shown
 
 _CPU = torch.device("cpu")
-_ERROR = 2  # torch's debug mode: an operation without a deterministic implementation is an error
+_ANYTHING, _ERROR = 0, 2  # torch's debug modes: with 2 an operation without a deterministic implementation is an error
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,6 +62,29 @@ def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
 
     Everything global is put back afterwards.
     """
+    with ExitStack() as stack:
+        stack.enter_context(_globals(device, precision, deterministic=True))
+        torch.manual_seed(seed)
+        stack.enter_context(torch.inference_mode())
+        if precision in _AUTOCAST:
+            stack.enter_context(torch.autocast(device.type, dtype=_AUTOCAST[precision]))
+        yield
+
+
+@contextmanager
+def training_numerics(device: torch.device, precision: str, *, deterministic: bool) -> Iterator[None]:
+    """TF32 exactly as asked for, on request only deterministic algorithms. Everything global is put back afterwards.
+
+    Raises `UsageError` for a precision that the device does not have.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError("training in fp16 needs a CUDA device", hint="Use --precision fp32, or bf16.")
+    with _globals(device, precision, deterministic=deterministic):
+        yield
+
+
+@contextmanager
+def _globals(device: torch.device, precision: str, *, deterministic: bool) -> Iterator[None]:
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("precision tf32 exists on CUDA devices only", hint="Use --precision fp32.")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this set
@@ -72,14 +95,9 @@ def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
         torch.get_deterministic_debug_mode(),
     )
     tf32 = precision == "tf32"
-    _set_numerics(tf32, tf32, False, _ERROR)
+    _set_numerics(tf32, tf32, not deterministic, _ERROR if deterministic else _ANYTHING)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-            torch.manual_seed(seed)
-            stack.enter_context(torch.inference_mode())
-            if precision in _AUTOCAST:
-                stack.enter_context(torch.autocast(device.type, dtype=_AUTOCAST[precision]))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         _set_numerics(*before)

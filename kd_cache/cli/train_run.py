@@ -1,0 +1,271 @@
+"""What ``kd-cache train …`` does, once its options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kd_cache.cli.config import file_settings, resolved_settings, source_name
+from kd_cache.cli.console import Screen, table
+from kd_cache.cli.inputs import Inputs, load_inputs
+from kd_cache.cli.saved import run_record
+from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
+from kd_cache.cli.train_options import TrainOptions
+from kd_cache.errors import shown, worst_exit_code
+from kd_cache.manifest import SOURCE, TARGETS
+from kd_cache.teacher import TeacherSpec
+
+if TYPE_CHECKING:
+    from teachers.training.settings import Settings
+    from teachers.training.teacher import TrainJob, TrainReport
+
+CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
+# What a teacher that another one needs takes from the command line, which speaks of that other one.
+_SHARED = {
+    "json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside",
+    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", "feature_dim", "seed",
+    "deterministic", "precision", "compile", "device", "workers", "half", "pth", "resume", "shuffle_labels",
+    "tensorboard", "max_manifest_bytes", "max_feature_bytes", "max_checkpoint_bytes", "target",
+}  # fmt: skip
+
+
+def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
+    """Train one role for one target, or for each."""
+    with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
+        reports = []
+        for target in _targets(role, options.target):
+            if role == CITY2SCENE:
+                reports += _chain(ctx, target, screen, everything=False)
+            else:
+                reports.append(_trained(ctx, role, target, screen, only_shared=False))
+        screen.result(*_tables(reports))
+        screen.result_json({"trained": [report.as_json() for report in reports]})
+
+
+def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
+    """The chain for each target: city, City2Scene, scene (once), then the dump. Exits with the dumps' status."""
+    codes, dumps = [0], []
+    with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
+        scene = _trained(ctx, SCENE, SOURCE, screen, only_shared=False)
+        reports = [scene]
+        for target in _targets(CITY, options.target):
+            pair = _chain(ctx, target, screen, everything=True)
+            reports += pair
+            if not options.shuffle_labels:
+                checkpoints = {CITY2SCENE: pair[-1].checkpoint, SCENE: scene.checkpoint}
+                code, content = _dumped(ctx, options, target, checkpoints, screen)
+                codes.append(code)
+                dumps.append(content)
+        screen.result(*_tables(reports))
+        screen.result_json({"trained": [report.as_json() for report in reports], "dumps": dumps})
+    if code := worst_exit_code(codes):
+        raise typer.Exit(code)
+
+
+def _targets(role: str, target: str) -> Sequence[str]:
+    if role == SCENE:
+        return [SOURCE]
+    return TARGETS if target == "all" else [target]
+
+
+def _chain(ctx: typer.Context, target: str, screen: Screen, *, everything: bool) -> list[TrainReport]:
+    """City2Scene, after the city teacher it stands on where none was given."""
+    own = options_for(ctx, CITY2SCENE)
+    if own.city_teacher_ckpt is not None:
+        return [_trained(ctx, CITY2SCENE, target, screen, backbone=own.city_teacher_ckpt, only_shared=False)]
+    city = _trained(ctx, CITY, target, screen, only_shared=not everything)
+    return [city, _trained(ctx, CITY2SCENE, target, screen, backbone=city.checkpoint, only_shared=False)]
+
+
+def _trained(
+    ctx: typer.Context,
+    role: str,
+    target: str,
+    screen: Screen,
+    *,
+    backbone: Path | None = None,
+    only_shared: bool,
+) -> TrainReport:
+    from teachers.training.teacher import train_teacher
+
+    return train_teacher(_job(ctx, role, target, backbone, only_shared=only_shared), screen)
+
+
+def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, only_shared: bool) -> TrainJob:
+    options = options_for(ctx, role, only_shared=only_shared)
+    inputs = _inputs(options, target)
+    from kd_cache.pipeline.device import resolve_device
+    from teachers.training.teacher import TrainJob
+
+    return TrainJob(
+        settings=settings_of(role, options),
+        manifest=inputs.manifest,
+        selection=inputs.selection,
+        source=inputs.source,
+        output_dir=options.output_dir,
+        device=resolve_device(options.device),
+        data_root=Path(inputs.paths["data_root"]),
+        backbone=backbone,
+        init=options.init,
+        resume=options.resume,
+        workers=options.workers,
+        cached_features=options.cached_features,
+        pth=options.pth,
+        half=options.half,
+        tensorboard=options.tensorboard,
+        record={"options": resolved_settings(ctx), "paths": inputs.paths},
+    )
+
+
+def _inputs(options: TrainOptions, target: str) -> Inputs:
+    return load_inputs(
+        target,
+        options.json_path,
+        options.data_root,
+        options.features,
+        num_scenes=options.num_scenes,
+        num_cities=options.num_cities,
+        allow_shared_locations=options.allow_shared_locations,
+        allow_outside=options.allow_outside,
+        max_manifest_bytes=options.max_manifest_bytes,
+        max_feature_bytes=options.max_feature_bytes,
+    )
+
+
+@contextmanager
+def _checkpoint_limit(options: TrainOptions) -> Iterator[None]:
+    from teachers.checkpoint_file import checkpoint_limit
+
+    with checkpoint_limit(options.max_checkpoint_bytes):
+        yield
+
+
+def settings_of(role: str, options: TrainOptions) -> Settings:
+    """The training's settings. Raises `UsageError` for those that contradict each other."""
+    from teachers.training.settings import Settings, parse_stage
+
+    names = {each.name for each in fields(Settings)} - {"role", "stages", "drop_last"}
+    return Settings(
+        role=role,
+        stages=tuple(map(parse_stage, options.stage)),
+        drop_last=options.drop_last or options.compile,
+        **{name: getattr(options, name) for name in names},
+    )
+
+
+def options_for(ctx: typer.Context, role: str, *, only_shared: bool = False) -> TrainOptions:
+    """The options of one role: the command line, then the environment, the file's section of it, the file, the default.
+
+    ``only_shared``: the command line speaks of another teacher, which needs this one; what both have in common counts.
+    """
+    file = file_settings(ctx, role)
+    chosen: dict[str, Any] = {}
+    params: list[Any] = list(ctx.command.params)
+    for parameter in params:
+        name = str(parameter.name)
+        if name not in {each.name for each in fields(TrainOptions)}:
+            continue
+        is_said = source_name(ctx, name) in ("COMMANDLINE", "ENVIRONMENT")
+        if is_said and (not only_shared or name in _SHARED):
+            chosen[name] = ctx.params[name]
+        elif name == "config":
+            chosen[name] = ctx.params[name]  # its callback reads the file
+        else:
+            chosen[name] = parameter.process_value(ctx, file.get(name, parameter.default))
+    return at_home(TrainOptions(**{"target": "all", **chosen}))
+
+
+def at_home(options: TrainOptions) -> TrainOptions:
+    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
+    changed: dict[str, Any] = {}
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if isinstance(value, Path):
+            changed[each.name] = value.expanduser()
+        elif isinstance(value, tuple | list) and any(isinstance(item, Path) for item in value):
+            changed[each.name] = [item.expanduser() for item in value]
+    return replace(options, **changed)
+
+
+# -- the dump that ends the chain --------------------------------------------------------------------------------------
+
+
+def _dumped(
+    ctx: typer.Context, options: TrainOptions, target: str, checkpoints: dict[str, Path], screen: Screen
+) -> tuple[int, dict[str, Any]]:
+    from kd_cache.cli.dump_run import dump_and_report
+    from kd_cache.dump import DumpJob
+    from kd_cache.pipeline.device import resolve_device
+
+    inputs = _inputs(options, target)
+    specs = [TeacherSpec(name, BUILT_IN[name], path) for name, path in checkpoints.items()]
+    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
+    job = DumpJob(
+        cache_root=options.cache_root,
+        manifest=inputs.manifest,
+        selection=inputs.selection,
+        source=inputs.source,
+        teachers=teachers,
+        device=resolve_device(options.device),
+        workers=options.workers,
+        notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
+        record=run_record(ctx, inputs),
+    )
+    return dump_and_report(job, 10, screen)
+
+
+# -- what a person sees ------------------------------------------------------------------------------------------------
+
+
+def _tables(reports: Sequence[TrainReport]) -> list[Any]:
+    made: list[Any] = [_headlines(reports)]
+    for report in reports:
+        made += ["", *_details(report)]
+    return made
+
+
+def _headlines(reports: Sequence[TrainReport]) -> Any:
+    from teachers.training.evaluation import headline
+
+    rows = []
+    for report in reports:
+        found = headline(report.results)
+        chance = report.results["chance"]
+        validation = report.results["validation"]
+        rows.append(
+            [
+                f"{report.role} {report.place}",
+                report.how,
+                *(_percent(found[where]) for where in ("validation", "test, source", "test, target")),
+                _percent(chance),
+                _number(validation.get("log_loss")),
+                _number(validation.get("ece")),
+            ]
+        )
+    columns = ["Teacher", "", "Validation", "Test, A", "Test, target", "Chance", "Log loss", "ECE"]
+    return table("Accuracy on locations that were not trained on", columns, rows)
+
+
+def _details(report: TrainReport) -> list[Any]:
+    lines: list[Any] = [f"{report.role} {report.place}: {shown(report.checkpoint)}"]
+    lines += [f"  {said}" for said in report.results.get("frozen", [])]
+    test = report.results.get("test") or report.results["validation"]
+    for kind, name in (("device_group", "Devices"), ("device", "Device"), ("city", "City")):
+        groups = test.get("by", {}).get(kind, {})
+        told = ", ".join(f"{group} {_percent(one['accuracy'])} of {one['samples']}" for group, one in groups.items())
+        if told:
+            lines.append(f"  {name}: {told}")
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,114 @@
+"""Fine-tuning in stages: which parts of a net train, and the proof that the others did not.
+
+Level 2 trains the head alone, level 1 neck and head, level 0 everything. What backbone, neck and head are is said by
+each architecture (`CNN14`, `CPResNet`: ``neck_prefixes`` and ``classifier_prefix``); a City2Scene teacher's head is its
+scene head, and its city classifier is used by nothing and trained at no level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from kd_cache.errors import TrainingError, UsageError, listed
+from kd_cache.fingerprint import weights_digest
+from teachers.builtin import City2Scene
+from teachers.training.head import Standardised
+
+HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"
+TRAINED: Final[Mapping[int, frozenset[str]]] = {
+    2: frozenset({HEAD}),
+    1: frozenset({HEAD, NECK}),
+    0: frozenset({HEAD, NECK, BACKBONE}),
+}
+
+
+def parts_of(net: nn.Module) -> dict[str, str]:
+    """The part that each tensor of the net's state dict belongs to.
+
+    Raises:
+        UsageError: an architecture of a user's own that does not say what its parts are.
+    """
+    if isinstance(net, City2Scene):
+        inner = {
+            f"city_model.{name}": UNUSED if part == HEAD else part for name, part in parts_of(net.city_model).items()
+        }
+        return {name: inner.get(name, HEAD) for name in net.state_dict()}
+    if isinstance(net, Standardised):  # a head by itself, over embeddings
+        return dict.fromkeys(net.state_dict(), HEAD)
+    head, neck = getattr(net, "classifier_prefix", None), getattr(net, "neck_prefixes", ())
+    if not isinstance(head, str):
+        return dict.fromkeys(net.state_dict(), BACKBONE)
+    return {
+        name: HEAD if name.startswith(head) else NECK if name.startswith(tuple(neck)) else BACKBONE
+        for name in net.state_dict()
+    }
+
+
+@dataclass
+class Frozen:
+    """The tensors that a stage must not change, and what they were when it began."""
+
+    net: nn.Module
+    level: int
+    names: frozenset[str]
+    digest: str
+    trainable: int
+
+    @classmethod
+    def at(cls, net: nn.Module, level: int) -> Frozen:
+        """Freeze ``net`` for a stage of this level.
+
+        Raises:
+            UsageError: nothing is left to train, or the architecture has no such level.
+        """
+        parts = parts_of(net)
+        trained = TRAINED[level]
+        frozen = frozenset(name for name, part in parts.items() if part not in trained)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        trainable = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+        if not trainable:
+            raise UsageError(
+                f"{type(net).__name__} has no part to train at freeze level {level}",
+                hint="An architecture of your own says what its parts are: classifier_prefix and neck_prefixes.",
+            )
+        return cls(net, level, frozen, _digest(net, frozen), trainable)
+
+    def train(self) -> None:
+        """Training mode, but for what is frozen: batch norm must not move its statistics, dropout not blur it."""
+        self.net.train()
+        for name, module in self.net.named_modules():
+            inside = [f"{name}.{below}" if name else below for below in module.state_dict()]
+            if inside and self.names.issuperset(inside):
+                module.eval()
+
+    def check(self) -> None:
+        """Raise `TrainingError` if any frozen tensor is trainable, or is not bit for bit what it was."""
+        loose = [name for name, tensor in self.net.named_parameters() if name in self.names and tensor.requires_grad]
+        if loose or _digest(self.net, self.names) != self.digest:
+            raise TrainingError(
+                f"what is frozen at level {self.level} changed while it was frozen\n{listed(loose)}".rstrip(),
+                hint="The architecture's own code may write into its tensors; the run is not to be used.",
+            )
+
+    def __str__(self) -> str:
+        if not self.names:
+            return f"level {self.level}: nothing is frozen, {self.trainable:,} parameters train"
+        return (
+            f"level {self.level}: {len(self.names)} tensors are frozen (sha256 {self.digest[:16]}…), 0 of their "
+            f"parameters train, {self.trainable:,} others do"
+        )
+
+
+def _digest(net: nn.Module, names: frozenset[str]) -> str:
+    state: dict[str, Any] = net.state_dict()
+    return weights_digest({name: tensor for name, tensor in state.items() if name in names})
+
+
+def trainable_parameters(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that a stage trains, by name."""
+    return ((name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad)

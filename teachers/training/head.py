@@ -1,0 +1,48 @@
+"""A head over embeddings whose inputs are standardised while it trains, and are not when it is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardised(nn.Module):
+    """``head((x − mean) / scale)``: embeddings ``[B, D]`` → logits ``[B, C]``.
+
+    The embedding of a frozen backbone has directions of very different size, in which a linear layer learns at very
+    different speed. ``mean`` and ``scale`` ``[D]`` are constants of the training embeddings; `folded` is the same
+    function as a plain head.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, head: nn.Linear | nn.Sequential, embeddings: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("mean", embeddings.mean(dim=0))
+        self.register_buffer("scale", embeddings.std(dim=0, correction=0).clamp_min(1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head((x - self.mean) / self.scale)
+        return logits
+
+    @property
+    def out_features(self) -> int:
+        return _layers(self.head)[-1].out_features
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear | nn.Sequential:
+        """A plain head that takes embeddings as they are; equal up to rounding."""
+        plain = copy.deepcopy(self.head)
+        first = _layers(plain)[0]
+        weight = first.weight / self.scale
+        first.bias.copy_(first.bias - weight @ self.mean)
+        first.weight.copy_(weight)
+        return plain
+
+
+def _layers(head: nn.Linear | nn.Sequential) -> list[nn.Linear]:
+    return [layer for layer in head.modules() if isinstance(layer, nn.Linear)]

@@ -1,0 +1,157 @@
+"""The net that a training begins with: built from settings, then given weights whose every name is accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageError, listed, shown
+from kd_cache.provenance import Provenance
+from kd_cache.teacher import resolve_factory
+from teachers.builtin import ARCHITECTURES, City2Scene
+from teachers.checkpoint import Weights, load_teacher, read_weights
+from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp
+from teachers.cp_resnet import CHANNELS, CPResNet
+from teachers.training.freezing import BACKBONE, UNUSED, parts_of
+from teachers.training.settings import BACKBONE as FROM_BACKBONE
+from teachers.training.settings import CITY, FULL_MODEL, Settings
+
+
+def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
+    """An untrained net, on the CPU: features ``[B, T, F]`` → logits ``[B, num_classes]``. One seed, one net.
+
+    Raises:
+        UsageError: an architecture that is not known, or settings that it does not have.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.arch == "cnn14":
+            hidden = HIDDEN if settings.mlp_hidden_dims is None else settings.mlp_hidden_dims
+            return CNN14(
+                num_classes, embedding=settings.feature_dim or EMBEDDING, hidden=hidden, dropout=settings.dropout
+            )
+        if settings.arch == "cp_resnet":
+            if settings.mlp_hidden_dims:
+                raise UsageError(
+                    "cp_resnet ends in a convolution: it has no hidden layers for --mlp-hidden-dims",
+                    hint="Leave it out, or train the head of a City2Scene teacher with it.",
+                )
+            return CPResNet(num_classes, (*CHANNELS[:3], settings.feature_dim or CHANNELS[3]))
+        return _own_net(settings.arch, num_classes)
+
+
+def _own_net(arch: str, num_classes: int) -> nn.Module:
+    if ":" not in arch:
+        raise UsageError(f"no architecture is called {shown(arch)}; known: {', '.join(ARCHITECTURES)}, module:factory")
+    factory: Any = resolve_factory(arch)
+    try:
+        net = factory(num_classes)
+    except KDCacheError:
+        raise
+    except Exception as error:
+        raise TeacherError(f"the factory {shown(arch)} failed: {type(error).__name__}: {shown(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise TeacherError(f"the factory {shown(arch)} must return a torch.nn.Module, found {type(net).__name__}")
+    return net
+
+
+def make_head(inputs: int, settings: Settings, seed: int) -> nn.Linear | nn.Sequential:
+    """An untrained scene head over embeddings ``[B, inputs]``: linear, or with hidden layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.mlp_hidden_dims:
+            return mlp(inputs, settings.mlp_hidden_dims, settings.num_classes, settings.dropout)
+        return nn.Linear(inputs, settings.num_classes)
+
+
+def embedding_dim(net: nn.Module) -> int:
+    """Width of what ``net.embed`` gives. Raises `TeacherError` for a net that has none."""
+    width = getattr(net, "embedding_dim", None)
+    if not isinstance(width, int) or not callable(getattr(net, "embed", None)):
+        raise TeacherError(
+            f"{type(net).__name__} has no embed(features) and embedding_dim, so no head can be put on it"
+        )
+    return width
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What was loaded into a net: its ``kind`` (a whole model, or a backbone), how much, and from where."""
+
+    kind: str
+    told: str
+    sha256: str
+    provenance: Provenance | None
+
+
+def warm_start(net: nn.Module, path: Path) -> WarmStart:
+    """Give ``net`` the weights of a checkpoint: all of them, or at least its whole backbone.
+
+    Raises:
+        CheckpointError: no name fits, or not the whole backbone; the message lists what does not.
+    """
+    weights = read_weights(path)
+    tensors = weights.tensors
+    if isinstance(net, City2Scene) and not any(name.startswith("city_model.") for name in tensors):
+        tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
+    kind, told = fill_matching(net, tensors, shown(path))
+    return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, _provenance(weights))
+
+
+def city_net(path: Path, settings: Settings) -> tuple[nn.Module, WarmStart]:
+    """The city teacher in a checkpoint: of a known architecture as it is there, of one's own as ``settings`` make it.
+
+    Raises:
+        CheckpointError: it is no whole city teacher.
+        TeacherError: a net that has no embedding.
+    """
+    if settings.arch in ARCHITECTURES:
+        teacher = load_teacher(path, role=CITY)
+        told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
+        return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
+    net = make_net(settings, settings.num_cities, settings.seed)
+    start = warm_start(net, path)
+    if start.kind != FULL_MODEL:
+        raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")
+    embedding_dim(net)
+    return net, start
+
+
+def _provenance(weights: Weights) -> Provenance | None:
+    made_with = weights.record.get("provenance")
+    return None if made_with is None else Provenance.from_json(made_with)
+
+
+def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tuple[str, str]:
+    """Copy the tensors whose name and shape the net has; says how many. Raises as `warm_start`."""
+    state, parts = net.state_dict(), parts_of(net)
+    wanted = [name for name in state if not name.endswith("num_batches_tracked") and parts[name] != UNUSED]
+    matched = [name for name in wanted if name in tensors and tensors[name].shape == state[name].shape]
+    told = f"{len(matched)} of {len(wanted)} tensors loaded"
+    problems = [
+        f"{shown(name)}: "
+        + (f"expected {list(state[name].shape)}, found {list(tensors[name].shape)}" if name in tensors else "missing")
+        for name in wanted
+        if name not in set(matched)
+    ]
+    problems += [f"{shown(name)}: unexpected" for name in tensors if name not in state]
+    lost = [name for name in wanted if name not in set(matched) and parts[name] == BACKBONE]
+    if not matched or lost:
+        what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"
+        raise CheckpointError(
+            f"{title}: {told}; {what} in the checkpoint, which has {len(tensors)} tensors\n{listed(problems)}",
+            hint="Give a checkpoint of this architecture (--arch, --feature-dim), or train from scratch.",
+        )
+    with torch.no_grad():
+        for name in [*matched, *(name for name in tensors if parts.get(name) == UNUSED)]:
+            if tensors[name].shape == state[name].shape:
+                state[name].copy_(tensors[name])
+    kind = FULL_MODEL if len(matched) == len(wanted) else FROM_BACKBONE
+    new = [name for name in wanted if name not in set(matched)]
+    if new:
+        told += f" (new: {', '.join(new[:6])}{', …' if len(new) > 6 else ''})"
+    return kind, told

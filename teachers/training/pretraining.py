@@ -1,0 +1,154 @@
+"""Weights of city teachers that were trained before, under a key that covers everything they depend on.
+
+    outputs/pretrained/<key>/
+    ├── weights.safetensors
+    └── entry.json            the key, its parts in words, the SHA-256 of the weights, and how good they were
+
+An entry appears as a whole folder. It is used only where every part of the key is the same and its weights have the
+SHA-256 that they were saved with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import kd_cache
+import teachers
+from kd_cache.errors import shown
+from kd_cache.fingerprint import canonical_json
+from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, sync_directory, write_atomic
+
+WEIGHTS, ENTRY = "weights.safetensors", "entry.json"
+_KEY_SHOWN: Final = 32
+
+
+@cache
+def code_version() -> str:
+    """The version of kd-cache and a SHA-256 over the code that trains and the nets that are trained."""
+    digest = hashlib.sha256()
+    root = Path(teachers.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{kd_cache.__version__}+{digest.hexdigest()[:16]}"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """64 hex digits that change with any of the parts."""
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Cached weights. ``damage`` says why they cannot be used, if so."""
+
+    path: Path
+    parts: dict[str, Any]
+    created: str
+    measured: dict[str, Any]
+    damage: str | None = None
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+
+class Pretrained:
+    """The entries in one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, parts: Mapping[str, Any]) -> Entry | None:
+        """The entry of this key, whole or damaged; ``None`` where there is none."""
+        path = self._place(key_of(parts))
+        return _read(path) if path.is_dir() else None
+
+    def nearest(self, parts: Mapping[str, Any]) -> list[str]:
+        """In what the most similar entry differs; nothing where there is none."""
+        told = [differing_parts(entry.parts, parts) for entry in self.entries() if entry.parts]
+        return min(told, key=len, default=[])
+
+    def entries(self) -> list[Entry]:
+        """All of them, the oldest first."""
+        if not self.root.is_dir():
+            return []
+        with store_errors(self.root, "look into"):
+            folders = [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(TEMPORARY)]
+            return sorted(map(_read, folders), key=lambda entry: (entry.created, entry.path.name))
+
+    def save(self, parts: Mapping[str, Any], weights: Path, measured: Mapping[str, Any]) -> None:
+        """Keep a copy of ``weights`` in place of what was there. Raises `StoreError`."""
+        content = weights.read_bytes()
+        key = key_of(parts)
+        entry = {
+            "key": key,
+            "parts": parts,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "measured": dict(measured),
+        }
+        make_directory(self.root)
+        with store_errors(self.root, "write into"):
+            made = self.root / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+            try:
+                made.mkdir()
+                write_atomic(made / WEIGHTS, content)
+                write_atomic(made / ENTRY, json.dumps(entry, indent=1).encode())
+                self.remove(parts)
+                made.rename(self._place(key))
+                sync_directory(self.root)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+
+    def remove(self, parts: Mapping[str, Any]) -> bool:
+        """Remove the entry of this key, if there is one, and no other. Raises `StoreError`."""
+        path = self._place(key_of(parts))
+        if not path.is_dir():
+            return False
+        with store_errors(path, "remove"):
+            shutil.rmtree(path)
+        return True
+
+    def _place(self, key: str) -> Path:
+        return self.root / key[:_KEY_SHOWN]
+
+
+def _read(path: Path) -> Entry:
+    try:
+        entry = json.loads((path / ENTRY).read_bytes())
+        parts, created, measured = entry["parts"], str(entry["created"]), dict(entry["measured"])
+        if key_of(parts) != entry["key"] or not entry["key"].startswith(path.name):
+            return Entry(path, parts, created, measured, "its key is not that of its parts")
+        with (path / WEIGHTS).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                return Entry(path, parts, created, measured, "its weights are not the bytes that were saved")
+    except OSError as error:
+        return Entry(path, {}, "", {}, f"it cannot be read: {error.strerror or error}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Entry(path, {}, "", {}, f"{ENTRY} is damaged: {shown(error)}")
+    return Entry(path, parts, created, measured)
+
+
+def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names of the parts in which two keys differ, with both values where they are short."""
+    told = []
+    for name in sorted({*one, *other}):
+        mine, theirs = one.get(name), other.get(name)
+        if mine == theirs:
+            continue
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            told += [f"{name}.{inner}" for inner in differing_parts(mine, theirs)]
+        else:
+            values = f" {mine!r} → {theirs!r}"
+            told.append(name + (values if len(values) < 80 else ""))
+    return told

@@ -1,0 +1,183 @@
+"""What a training leaves: ``runs/<time>/`` with weights, settings, history and results; the best weights beside it.
+
+outputs/teacher_city/A2b/
+├── best.safetensors          of the last finished run; replaced as a whole
+└── runs/2026-01-31T12-00-00/
+    ├── config.yaml           every setting as resolved, the stages, and the run's key
+    ├── best.safetensors      the epoch with the best validation
+    ├── last.safetensors      the last epoch, and what is needed to go on after it
+    ├── history.csv           one row per epoch
+    ├── steps.csv             one row per step: learning rate and loss
+    └── results.json          written last: a run without it is unfinished
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from torch import Tensor, nn
+
+from kd_cache.errors import CheckpointError, shown
+from kd_cache.store.atomic import make_directory, store_errors, write_atomic
+from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, STATE_PREFIX, save_checkpoint
+from teachers.checkpoint_file import RECORD_ENTRY, read_content
+from teachers.training.loop import Step
+
+BEST, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
+    "best.safetensors",
+    "last.safetensors",
+    "config.yaml",
+    "history.csv",
+    "steps.csv",
+    "results.json",
+)
+NET: Final = "net."
+"""Where the net that trains is not the one that is kept, it lies in the state of a run under this prefix."""
+_STEP_COLUMNS: Final = ("stage", "epoch", "step", "lr", "loss")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        record: what each checkpoint says of itself.
+        half: store weights as float16.
+
+    Attributes:
+        tensors_of: gives the tensors of what is kept of a net that trains: its own, or those of the teacher that it is
+            the head of.
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, Any], *, half: bool = False) -> None:
+        self.path = path
+        self.tensors_of: Callable[[Any], Mapping[str, Tensor]] = own_tensors
+        self._record, self._half = dict(record), half
+
+    @classmethod
+    def new(cls, home: Path, record: Mapping[str, Any], config: Mapping[str, Any], *, half: bool = False) -> RunFolder:
+        """Make ``home/runs/<time>/`` and write down the settings."""
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
+        path = next(
+            candidate
+            for number in range(1_000_000)
+            if not (candidate := home / "runs" / (stamp if number == 0 else f"{stamp}-{number}")).exists()
+        )
+        make_directory(path)
+        write_atomic(path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+        return cls(path, record, half=half)
+
+    # -- what the loop keeps ------------------------------------------------------------------------------------------
+
+    def keep_best(self, net: nn.Module) -> None:
+        kept = checkpoint_names(self.tensors_of(net))
+        rounded = {name: _half(tensor) if self._half else tensor for name, tensor in kept.items()}
+        save_checkpoint(self.path / BEST, rounded, self._record)
+
+    def keep_last(self, net: nn.Module, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        kept = dict(state)
+        if self.tensors_of is not own_tensors:
+            kept |= {f"{NET}{name}": tensor for name, tensor in net.state_dict().items()}
+        tensors = {
+            **checkpoint_names(self.tensors_of(net)),
+            **{f"{STATE_PREFIX}{name}": value for name, value in kept.items()},
+        }
+        history: Sequence[Mapping[str, Any]] = progress["history"]
+        self._write_history(history)
+        save_checkpoint(self.path / LAST, tensors, {**self._record, "progress": dict(progress)})
+
+    def keep_steps(self, steps: Sequence[Step]) -> None:
+        """Append an epoch's steps; those of an epoch that is done again are replaced."""
+        path, text = self.path / STEPS, io.StringIO()
+        out = csv.writer(text, lineterminator="\n")
+        with store_errors(path, "write"):
+            if path.is_file():
+                first = (steps[0].stage, steps[0].step) if steps else (0, 0)
+                with path.open(encoding="utf-8", newline="") as file:
+                    out.writerows(row for row in csv.reader(file) if not row[0].isdigit() or _place(row) < first)
+            else:
+                out.writerow(_STEP_COLUMNS)
+            for step in steps:
+                out.writerow((step.stage, step.epoch, step.step, f"{step.lr:.8g}", f"{float(step.loss):.8g}"))
+        write_atomic(path, text.getvalue().encode())
+
+    def _write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
+        text = io.StringIO()
+        columns = list(dict.fromkeys(name for row in history for name in row))
+        out = csv.DictWriter(text, columns, lineterminator="\n")
+        out.writeheader()
+        out.writerows(history)
+        write_atomic(self.path / HISTORY, text.getvalue().encode())
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """The mark of a finished run."""
+        write_atomic(self.path / RESULTS, json.dumps(results, indent=1, allow_nan=False).encode())
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def last(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """The net that trained, the state and the progress of the last epoch. Raises `CheckpointError`."""
+        path = self.path / LAST
+        try:
+            content, _, _ = read_content(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{shown(path)}: {error.message}", hint=error.hint) from error
+        progress = json.loads(content.pop(RECORD_ENTRY)).get("progress")
+        state = {name.removeprefix(STATE_PREFIX): value for name, value in content.items() if _is_state(name)}
+        trained = {name.removeprefix(NET): value for name, value in state.items() if name.startswith(NET)}
+        kept = {name: value for name, value in content.items() if not _is_state(name)}
+        return trained or net_tensors(kept), state, progress
+
+
+def unfinished_run(home: Path, key: str) -> Path | None:
+    """The newest run in ``home/runs`` of this key that has an epoch and no results."""
+    for path in sorted((home / "runs").glob("*/"), reverse=True):
+        if (path / RESULTS).exists() or not (path / LAST).is_file():
+            continue
+        try:
+            config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # nobody can say what it was a run of
+        if isinstance(config, dict) and config.get("key") == key:
+            return path
+    return None
+
+
+def own_tensors(net: nn.Module) -> Mapping[str, Tensor]:
+    """All tensors of a net that is kept as it is."""
+    state: dict[str, Tensor] = net.state_dict()
+    return state
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
+
+
+def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A net's tensors under the names of its checkpoint: those of a City2Scene teacher are two state dicts."""
+    renamed = (("city_model.", f"{CITY_ENTRY}."), ("scene_head.", f"{HEAD_ENTRY}."))
+    return {_renamed(name, renamed): tensor for name, tensor in tensors.items()}
+
+
+def net_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way round: a checkpoint's tensors under the names of the net."""
+    renamed = ((f"{CITY_ENTRY}.", "city_model."), (f"{HEAD_ENTRY}.", "scene_head."))
+    return {_renamed(name, renamed): tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
+
+
+def _is_state(name: str) -> bool:
+    return name.startswith(STATE_PREFIX)
+
+
+def _place(row: list[str]) -> tuple[int, int]:
+    return int(row[0]), int(row[2])

@@ -1,0 +1,480 @@
+"""Training one teacher from a manifest and features to a checkpoint: who trains on what, from where, and what is kept.
+
+- *city*: A and the target's train samples, city labels.
+- *city2scene*: the city teacher's backbone, frozen, and a scene head; A's train samples alone, scene labels.
+- *scene*: A's train samples alone, scene labels.
+
+Validation is by location. ``test`` is only measured, after everything is chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_cache.errors import KDCacheError, StoreError, UsageError, listed, shown
+from kd_cache.features import FeatureSource
+from kd_cache.manifest import SOURCE, Manifest
+from kd_cache.pipeline.device import environment, training_numerics
+from kd_cache.provenance import Provenance
+from kd_cache.splits import Selection
+from kd_cache.store.atomic import make_directory, store_errors, write_atomic
+from kd_cache.store.keys import KeyFinder
+from kd_cache.watch import Watcher
+from teachers.builtin import ARCHITECTURE_VERSION, City2Scene, architecture_of
+from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
+from teachers.training.clips import Clips, class_names
+from teachers.training.division import Division, divide, subsample
+from teachers.training.evaluation import evaluated, test_clips
+from teachers.training.head import Standardised
+from teachers.training.loop import Loop, Progress, score
+from teachers.training.metrics import measure
+from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, warm_start
+from teachers.training.pretraining import Pretrained, code_version, key_of
+from teachers.training.run_folder import BEST, RunFolder, checkpoint_names, net_tensors, unfinished_run
+from teachers.training.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
+
+GLOBAL = "global"
+FOLDERS = {CITY: "teacher_city", CITY2SCENE: "teacher_city2scene", "scene": "teacher_scene"}
+AUTO, FRESH = "auto", "fresh"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything a training needs to know.
+
+    Attributes:
+        settings: see `Settings`.
+        selection: the permitted train samples: of A and the target, or of A alone for a scene teacher.
+        output_dir: the checkpoint is ``<output_dir>/teacher_<role>/A2<target>/best.safetensors`` (scene: ``global``).
+        backbone: the city teacher's checkpoint, for City2Scene.
+        init: a checkpoint to start from.
+        resume: ``auto`` goes on with an unfinished run of the same key, and takes a city teacher's weights from
+            earlier ones; ``fresh`` does neither, and removes what is cached under this key.
+        cached_features: train a head that alone trains on embeddings that are computed once.
+        pth: write ``best.pth`` too.
+        half: store weights as float16.
+    """
+
+    settings: Settings
+    manifest: Manifest
+    selection: Selection
+    source: FeatureSource
+    output_dir: Path
+    device: torch.device
+    data_root: Path | None = None
+    backbone: Path | None = None
+    init: Path | None = None
+    resume: str = AUTO
+    workers: int = 2
+    cached_features: bool = True
+    pth: bool = False
+    half: bool = False
+    tensorboard: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """``A2b``, …, or ``global``."""
+        return GLOBAL if self.selection.target == SOURCE else f"{SOURCE}2{self.selection.target}"
+
+    @property
+    def home(self) -> Path:
+        return self.output_dir / FOLDERS[self.settings.role] / self.place
+
+    @cached_property
+    def division(self) -> Division:
+        """Who trains and who validates. Raises as `divide`."""
+        settings = self.settings
+        samples = self.selection.samples
+        if settings.quick_experiment < 1:
+            samples = subsample(samples, settings.quick_experiment, data_root=self.data_root)
+        division = divide(samples, ratio=settings.val_ratio, fold=settings.fold, data_root=self.data_root)
+        # A city teacher and the scene head on it hold out the same locations; the head's samples are those of A.
+        return division.only([SOURCE]) if settings.role == CITY2SCENE else division
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What became of a training. ``how`` is ``trained``, ``resumed`` or ``cached``."""
+
+    role: str
+    place: str
+    how: str
+    checkpoint: Path
+    run: Path | None
+    results: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "place": self.place,
+            "how": self.how,
+            "checkpoint": str(self.checkpoint),
+            "run": None if self.run is None else str(self.run),
+            "results": self.results,
+        }
+
+
+def train_teacher(job: TrainJob, watcher: Watcher | None = None) -> TrainReport:
+    """Train a teacher, or take it from where it was trained before.
+
+    Raises:
+        UsageError: settings or a manifest that make no sense together; a label that is missing.
+        DataLeakageError: a location that cannot be held out.
+        CheckpointError: a checkpoint to start from that does not fit.
+        FeatureError: a feature that cannot be read.
+        TrainingError: the training diverged, learnt nothing, or changed what was frozen.
+        StoreError: a file cannot be written.
+    """
+    return _Training(job, watcher or Watcher()).run()
+
+
+class _Training:
+    def __init__(self, job: TrainJob, watcher: Watcher) -> None:
+        self.job, self.settings, self.watcher = job, job.settings, watcher
+        self._refuse_unlabelled()
+        clips = Clips.read(job.source, [*job.division.train, *job.division.validation], job.workers, watcher)
+        count = len(job.division.train)
+        self.train, self.validation = clips.part(range(count)), clips.part(range(count, len(clips)))
+        self._tell_of_equal_features()
+        if self.settings.shuffle_labels:
+            chance = np.random.default_rng(self.settings.seed)
+            self.train = self.train.with_labels_of(chance.permutation(len(self.train)))
+            self.validation = self.validation.with_labels_of(chance.permutation(len(self.validation)))
+        self.inherited: Provenance | None = None
+        self.net, self.start = self._net()
+        self.stages = self._stages()
+        self.parts = self._key_parts()
+        self.key = key_of(self.parts)
+        self.pretrained = Pretrained(job.output_dir / "pretrained")
+
+    def run(self) -> TrainReport:
+        job, settings = self.job, self.settings
+        self._announce()
+        if job.resume == FRESH:
+            if settings.role == CITY and self.pretrained.remove(self.parts):
+                self.watcher.note(f"removed the cached weights of key {self.key[:16]}…, as --resume fresh asks")
+        elif (path := unfinished_run(job.home, self.key)) is not None:
+            return self._trained(RunFolder(path, self._record(), half=job.half), is_new=False)
+        elif settings.role == CITY and (report := self._from_cache()) is not None:
+            return report
+        config = {"key": self.key, **self._config(), **job.record}
+        return self._trained(RunFolder.new(job.home, self._record(), config, half=job.half), is_new=True)
+
+    # -- before -------------------------------------------------------------------------------------------------------
+
+    def _refuse_unlabelled(self) -> None:
+        label = f"{self.settings.label}_label"
+        division = self.job.division
+        bare = [sample.file for sample in (*division.train, *division.validation) if getattr(sample, label) is None]
+        if bare:
+            raise UsageError(
+                f"{len(bare)} of the samples that a {self.settings.role} teacher learns from have no {label}\n"
+                f"{listed(bare)}",
+                hint="Give them one in the manifest.",
+            )
+
+    def _tell_of_equal_features(self) -> None:
+        ordered = np.unique(self.train.digests, axis=0)
+        same = int((KeyFinder(np.ascontiguousarray(ordered)).find(self.validation.digests) >= 0).sum())
+        if same:
+            self.watcher.note(
+                f"{same:,} validation features are byte for byte a training sample's, under another location: the "
+                "validation is better than it should be"
+            )
+
+    def _net(self) -> tuple[nn.Module, WarmStart | None]:
+        """The net to train, and where its weights come from if they are no chance."""
+        job, settings = self.job, self.settings
+        if settings.role == CITY2SCENE:
+            net, start = self._on_city_teacher()
+        else:
+            net, start = make_net(settings, settings.num_classes, settings.seed), None
+        if job.init is not None:
+            start = warm_start(net, job.init)
+            self.inherited = start.provenance
+        return net, start
+
+    def _on_city_teacher(self) -> tuple[nn.Module, WarmStart]:
+        """A new scene head on the backbone of the city teacher."""
+        job, settings = self.job, self.settings
+        if job.backbone is None:
+            raise UsageError("a City2Scene teacher needs a city teacher", hint="Pass --city-teacher-ckpt.")
+        city, start = city_net(job.backbone, settings)
+        self.inherited = start.provenance
+        return City2Scene(city, make_head(embedding_dim(city), settings, settings.seed)), replace(start, kind=FROZEN)
+
+    def _stages(self) -> tuple[Stage, ...]:
+        stages = stages_of(self.settings, SCRATCH if self.start is None else self.start.kind)
+        if self.start is not None and self.start.kind == FULL_MODEL:
+            for number, stage in enumerate(stages, start=1):
+                if stage.lr > GENTLE:
+                    self.watcher.note(
+                        f"stage {number} starts at a learning rate of {stage.lr:g}: above {GENTLE:g} a whole model is "
+                        "untrained before it is tuned"
+                    )
+        return stages
+
+    def _key_parts(self) -> dict[str, Any]:
+        """Everything that the weights depend on, in words, by what it is about."""
+        job, selection = self.job, self.job.selection
+        where = environment(job.device)
+        return {
+            **self.settings.key_parts(),
+            "data": {"train": self.train.digest(), "validation": self.validation.digest()},
+            "selection": {"target": selection.target, "train": len(self.train), "validation": len(self.validation)},
+            "stages": [asdict(stage) for stage in self.stages],
+            "start": None if self.start is None else {"kind": self.start.kind, "sha256": self.start.sha256},
+            "code": code_version(),
+            "environment": {name: where[name] for name in ("device", "instruction_set", "torch", "cuda")}
+            | {"threads": torch.get_num_threads()},
+            "storage": "float16" if job.half else "float32",
+        }
+
+    def _config(self) -> dict[str, Any]:
+        settings = asdict(self.settings)
+        settings["mlp_hidden_dims"] = list(self.settings.mlp_hidden_dims or ())
+        del settings["stages"]
+        return {
+            "settings": settings,
+            "stages": [asdict(stage) for stage in self.stages],
+            "start": None if self.start is None else self.start.told,
+            "place": self.job.place,
+            "manifest_sha256": self.job.manifest.digest,
+        }
+
+    def _record(self) -> dict[str, Any]:
+        """What each checkpoint of the run says of itself."""
+        settings, job = self.settings, self.job
+        made_with = Provenance.of(
+            (sample.file for sample in self.train.samples), (sample.file for sample in self.validation.samples)
+        )
+        if self.inherited is not None:
+            made_with = made_with.together(self.inherited)
+        return {
+            "architecture": architecture_of(self.net),  # of a user's own net only its factory knows
+            "architecture_version": ARCHITECTURE_VERSION,
+            "role": settings.role,
+            "class_names": class_names(settings.label, settings.num_classes),
+            "value_kind": "logits",
+            "feature_spec": settings.feature_spec or None,
+            "provenance": made_with.as_json(),
+            "training": {
+                "key": self.key,
+                "place": job.place,
+                "manifest_sha256": job.manifest.digest,
+                "seed": settings.seed,
+                "stages": [asdict(stage) for stage in self.stages],
+                "code": code_version(),
+            },
+        }
+
+    def _announce(self) -> None:
+        division = self.job.division
+        self.watcher.note(
+            f"{self.settings.role} for {self.job.place}: {len(self.train):,} training samples of "
+            f"{division.train_locations:,} locations, {len(self.validation):,} validation samples of "
+            f"{division.validation_locations:,} others; key {self.key[:16]}…"
+        )
+        if self.start is not None:
+            self.watcher.note(self.start.told)
+        seen = None if self.inherited is None else self.inherited.has_trained(s.file for s in self.validation.samples)
+        if seen is not None and seen.any():
+            self.watcher.note(
+                f"{int(seen.sum()):,} validation samples trained what this starts from: the validation is better than "
+                "it should be (give both the same --val-ratio, --fold and --quick-experiment)"
+            )
+
+    # -- weights that are there already -------------------------------------------------------------------------------
+
+    def _from_cache(self) -> TrainReport | None:
+        """What a city teacher of this very key came to before; ``None`` where it must be trained."""
+        entry = self.pretrained.find(self.parts)
+        if entry is None:
+            nearest = self.pretrained.nearest(self.parts)
+            if nearest:
+                self.watcher.note(f"no cached weights of this key; the nearest differ in {', '.join(nearest)}")
+            return None
+        if entry.damage is not None:
+            self.watcher.note(f"the cached weights {shown(entry.path)} are damaged ({entry.damage}): training again")
+            return None
+        load_teacher(entry.weights, role=CITY)
+        self.watcher.note(
+            f"pre-training skipped: {shown(entry.path)} of {entry.created} has the same data, selection, fold, front "
+            "end, architecture, augmentation, optimiser settings, seed, code and environment"
+        )
+        checkpoint = self._publish(entry.weights, entry.measured)
+        return TrainReport(self.settings.role, self.job.place, "cached", checkpoint, None, entry.measured)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def _trained(self, folder: RunFolder, *, is_new: bool) -> TrainReport:
+        job, settings = self.job, self.settings
+        with training_numerics(job.device, settings.precision, deterministic=settings.deterministic):
+            whole, train, validation = self.net.to(job.device), self.train, self.validation
+            net: nn.Module = whole
+            if isinstance(whole, City2Scene) and job.init is None:
+                seen = embedded(whole.city_model, train, job.device, settings.batch_size, self.watcher)
+                head = Standardised(whole.scene_head, seen.stacked()).to(job.device)
+                folder.tensors_of = partial(_teacher_tensors, whole.city_model)
+                if job.cached_features and self._trains_head_only():
+                    net, train = head, seen
+                    validation = embedded(whole.city_model, validation, job.device, settings.batch_size, self.watcher)
+                else:
+                    net = City2Scene(whole.city_model, head)
+            random_loss = _random_loss(self.net, self.validation, settings, job.device)
+            loop = Loop(
+                net,
+                train,
+                validation,
+                settings,
+                self.stages,
+                job.device,
+                folder,
+                self.watcher,
+                random_loss=random_loss,
+                is_warm=job.init is not None and self.start is not None and self.start.kind == FULL_MODEL,
+            )
+            if not is_new:
+                self._go_on(folder, loop)
+            loop.run()
+            results = self._results(folder, loop)
+        folder.write_results(results)
+        checkpoint = folder.path / BEST
+        if not settings.shuffle_labels:
+            checkpoint = self._publish(folder.path / BEST, results)
+            self._save_pretrained(folder.path / BEST, results)
+        return TrainReport(
+            settings.role, job.place, "trained" if is_new else "resumed", checkpoint, folder.path, results
+        )
+
+    def _trains_head_only(self) -> bool:
+        """Whether every stage trains a scene head on what the backbone makes of unchanged clips."""
+        return all(stage.level == 2 and self.settings.augmentation(stage).is_off for stage in self.stages)
+
+    def _go_on(self, folder: RunFolder, loop: Loop) -> None:
+        tensors, state, progress = folder.last()
+        loop.net.load_state_dict(tensors)
+        loop.go_on(Progress.from_json(progress), state)
+        self.watcher.note(
+            f"going on with {shown(folder.path)}: {len(loop.progress.history)} epochs are done, stage "
+            f"{loop.progress.stage + 1}"
+        )
+
+    def _results(self, folder: RunFolder, loop: Loop) -> dict[str, Any]:
+        """Metrics of the best epoch's weights as they were stored."""
+        job, settings = self.job, self.settings
+        best, done = self._best_net(folder).to(job.device), loop.progress
+        target = job.selection.target
+        test = test_clips(job.manifest, job.source, job.workers, self.watcher)
+        return {
+            "key": self.key,
+            "role": settings.role,
+            "place": job.place,
+            "validation": evaluated(best, self.validation, settings, target, job.device),
+            "test": None if test is None else evaluated(best, test, settings, target, job.device),
+            "chance": 1 / settings.num_classes,
+            "random_weights_log_loss": done.random_loss,
+            "warm_start_log_loss": done.start_loss,
+            "epochs": len(done.history),
+            "best_epoch": _best_epoch(done),
+            "frozen": done.frozen,
+            "start": None if self.start is None else self.start.told,
+            "locations": {
+                "train": job.division.train_locations,
+                "validation": job.division.validation_locations,
+            },
+            "shuffled_labels": settings.shuffle_labels,
+        }
+
+    def _best_net(self, folder: RunFolder) -> nn.Module:
+        """A copy of the net with the weights of ``best.safetensors``."""
+        net = copy.deepcopy(self.net)
+        tensors = net_tensors(read_weights(folder.path / BEST).tensors)
+        net.load_state_dict({**net.state_dict(), **tensors})
+        return net
+
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def _publish(self, weights: Path, results: Mapping[str, Any]) -> Path:
+        """Put ``weights`` in place as ``best.safetensors`` (and ``best.pth``), each whole."""
+        home = self.job.home
+        make_directory(home)
+        checkpoint = home / BEST
+        with store_errors(weights, "read"):
+            content = weights.read_bytes()
+        write_atomic(checkpoint, content)
+        if self.job.pth:
+            held = read_weights(checkpoint)
+            beside = {
+                "epoch": results.get("best_epoch", 0),
+                "optimizer_state_dict": {},
+                "val_acc": results["validation"].get("accuracy"),
+                "val_loss": results["validation"].get("log_loss"),
+            }
+            save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
+        return checkpoint
+
+    def _save_pretrained(self, weights: Path, results: Mapping[str, Any]) -> None:
+        if self.settings.role != CITY:
+            return
+        try:
+            self.pretrained.save(self.parts, weights, results)
+        except (StoreError, OSError) as error:
+            reason = error.message if isinstance(error, KDCacheError) else error.strerror
+            self.watcher.note(f"the weights were not cached for later runs: {reason}")
+
+
+def _random_loss(net: nn.Module, clips: Clips, settings: Settings, device: torch.device) -> float:
+    """The validation loss of the same net with random weights: what any training must beat."""
+    blank = copy.deepcopy(net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for module in blank.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    logits = score(blank.to(device), clips, device, settings.batch_size)
+    return measure(logits, clips.labels(settings.label).numpy()).log_loss
+
+
+def _teacher_tensors(backbone: nn.Module, net: nn.Module) -> dict[str, Tensor]:
+    """The City2Scene teacher that a head over ``backbone``, or a whole net with such a head, is."""
+    head: Any = net.scene_head if isinstance(net, City2Scene) else net
+    folded: nn.Module = head.folded()
+    found = {f"city_model.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    return found | {f"scene_head.{name}": tensor for name, tensor in folded.state_dict().items()}
+
+
+def embedded(net: nn.Module, clips: Clips, device: torch.device, batch_size: int, watcher: Watcher) -> Clips:
+    """The same samples with their embeddings ``[D]`` for features: what a head over a frozen backbone sees."""
+    watcher.stage("embedding", len(clips))
+    rows = score(_Embedding(net), clips, device, batch_size)
+    made = Clips.of_rows(clips.samples, rows)
+    made.scenes, made.cities = clips.scenes, clips.cities
+    watcher.advance(len(clips))
+    return made
+
+
+class _Embedding(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = self.net.embed(features)  # type: ignore[operator]
+        return found
+
+
+def _best_epoch(done: Progress) -> int:
+    """Counted over all stages, from 1."""
+    scores = [(row["val_accuracy"], -row["val_log_loss"]) for row in done.history]
+    return scores.index(max(scores)) + 1 if scores else 0

@@ -18,8 +18,13 @@ test: .venv/installed-dev  ## ruff, mypy --strict, pytest
 bench: .venv/installed-bench  ## measure against real alternatives
 	$(BIN)/python -m benchmarks $(BENCH)
 
-sample-teachers: .venv/installed  ## train the committed teachers of the sample again
-	$(BIN)/python -m teachers.train_sample --target all
+sample-teachers: .venv/installed  ## train the committed teachers of the sample again, and a control on shuffled labels
+	$(BIN)/kd-cache train all --target all --half --resume fresh --output-dir outputs/sample --cache-root outputs/sample/cache
+	$(BIN)/kd-cache train all --target all --half --resume fresh --output-dir outputs/shuffled --shuffle-labels
+	for place in teacher_scene/global $(addprefix teacher_city2scene/A2,b c s1 s2 s3); do \
+		cp outputs/sample/$$place/best.safetensors data/sample/teachers/$$place/best.safetensors || exit 1; \
+	done
+	$(BIN)/python docs/sample_figures.py outputs/sample outputs/shuffled
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -259,7 +259,7 @@ def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> 
 def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: Selection) -> None:
     """Raise `DataLeakageError` where a teacher says that it was made with a sample that is not permitted."""
     for name, teacher in teachers.items():
-        provenance = getattr(teacher, "provenance", None)
+        provenance: Provenance | None = getattr(teacher, "provenance", None)
         if provenance is not None and (found := leaked(provenance, manifest, selection)):
             raise DataLeakageError(
                 f"teacher {shown(name)} was trained or validated on {len(found)} samples that are not permitted train "

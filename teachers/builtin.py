@@ -59,6 +59,29 @@ UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
 SceneHead = nn.Linear | nn.Sequential
 
 
+class SideBySide(nn.Module):
+    """Several backbones as one: [B, T, F] → their embeddings, one after the other, [B, ΣD]. It classifies nothing."""
+
+    num_classes: None = None
+
+    def __init__(self, backbones: Iterable[Backbone]) -> None:
+        super().__init__()
+        self.backbones = nn.ModuleList(backbones)
+        widths = [int(backbone.embedding_dim) for backbone in self._each()]
+        self.embedding_dim = sum(widths)
+
+    def _each(self) -> list[Any]:
+        return list(self.backbones)
+
+    @property
+    def unused_prefixes(self) -> tuple[str, ...]:
+        """Names of the tensors that ``embed`` does not use."""
+        return tuple(f"backbones.{number}.{each.classifier_prefix}" for number, each in enumerate(self._each()))
+
+    def embed(self, x: Tensor) -> Tensor:
+        return torch.cat([each.embed(x) for each in self._each()], dim=1)
+
+
 class City2Scene(nn.Module):
     """A city teacher's backbone, frozen, and a scene head: [B, T, F] → scene logits [B, C].
 
@@ -83,8 +106,13 @@ class City2Scene(nn.Module):
 
 
 def architecture_of(net: nn.Module) -> str | None:
-    """``cnn14`` or ``cp_resnet``, of a City2Scene teacher its backbone's; ``None`` for a net of a user's own."""
+    """``cnn14`` or ``cp_resnet``, of a City2Scene teacher its backbone's (``cnn14+cp_resnet``: two side by side).
+
+    ``None`` for a net of a user's own.
+    """
     inner = net.city_model if isinstance(net, City2Scene) else net
+    if isinstance(inner, SideBySide):
+        return "+".join(str(architecture_of(each)) for each in inner.backbones)
     return next((name for name, kind in ARCHITECTURES.items() if isinstance(inner, kind)), None)
 
 
@@ -130,7 +158,8 @@ class LoadedTeacher(nn.Module):
         return logits
 
     @property
-    def backbone(self) -> Backbone:
+    def backbone(self) -> Any:
+        """What embeds: a `Backbone`, or several `SideBySide`."""
         net: Backbone | City2Scene = self.net
         return net.city_model if isinstance(net, City2Scene) else net
 
@@ -160,7 +189,9 @@ class LoadedTeacher(nn.Module):
         state: dict[str, Tensor] = self.net.state_dict()
         if not isinstance(self.net, City2Scene):
             return state
-        unused = f"city_model.{self.backbone.classifier_prefix}"
+        city = self.net.city_model
+        own = city.unused_prefixes if isinstance(city, SideBySide) else (city.classifier_prefix,)
+        unused = tuple(f"city_model.{prefix}" for prefix in own)
         return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
 
     def _class_names(self) -> tuple[str, ...] | None:

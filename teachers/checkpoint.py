@@ -29,6 +29,7 @@ from teachers.builtin import (
     City2Scene,
     LoadedTeacher,
     SceneHead,
+    SideBySide,
     backbone_from,
     clean_tensors,
     fill,
@@ -45,6 +46,8 @@ STATE_PREFIX: Final = "training_state."
 PLAIN_ENTRIES: Final = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 """Where a plain model's weights are, in order of preference (as in timm); none of them: the file itself."""
 
+_SEVERAL: Final = "backbones."
+_MOST_BACKBONES: Final = 9
 ROLES: Final = ("scene", "city2scene", "city")
 
 
@@ -196,9 +199,12 @@ def _assembled(content: dict[Any, Any], record: dict[str, Any], role: str | None
     stated = record.get("architecture")
     names = known_names()[stated] if stated else frozenset[str]().union(*known_names().values())
     tensors, notes = clean_tensors(city, names, size)
-    backbone = backbone_from(tensors, stated, label)
     source = ", ".join([label, *notes])
-    net: Backbone | City2Scene = backbone
+    if head is not None and any(name.startswith(_SEVERAL) for name in tensors):
+        backbone: Backbone | SideBySide = _several(tensors, label)
+    else:
+        backbone = backbone_from(tensors, stated, label)
+    net: Any = backbone
     if head is not None:
         weights, head_notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
         net = _with_head(backbone, weights)
@@ -206,7 +212,19 @@ def _assembled(content: dict[Any, Any], record: dict[str, Any], role: str | None
     return LoadedTeacher(net, source=source, record=record, role=role)
 
 
-def _with_head(city_model: Backbone, weights: Mapping[str, Tensor]) -> City2Scene:
+def _several(tensors: Mapping[str, Tensor], label: str) -> SideBySide:
+    """The backbones whose tensors are called ``backbones.0.…``, ``backbones.1.…``, …, each whole."""
+    numbers = sorted({name.removeprefix(_SEVERAL).partition(".")[0] for name in tensors})
+    if numbers != [str(number) for number in range(len(numbers))] or len(numbers) > _MOST_BACKBONES:
+        raise CheckpointError(
+            f"expected backbones 0, 1, … (at most {_MOST_BACKBONES}) under {label}, found {shown(', '.join(numbers))}",
+            hint=AGAIN,
+        )
+    parts = [under(tensors, f"{_SEVERAL}{number}.") for number in numbers]
+    return SideBySide(backbone_from(part, None, f"{label}, backbone {n}") for n, part in enumerate(parts))
+
+
+def _with_head(city_model: Backbone | SideBySide, weights: Mapping[str, Tensor]) -> City2Scene:
     with torch.device("meta"):
         if any(name[:1].isdecimal() for name in weights):
             *hidden, scenes = mlp_widths(weights, "", (city_model.embedding_dim, 10))

@@ -344,7 +344,7 @@ def test_a_factory_without_a_checkpoint_says_so(factory) -> None:
 
 
 def test_exports_are_what_is_public() -> None:
-    modules = {"builtin", "checkpoint", "checkpoint_file", "cnn14", "cp_resnet", "train_sample"}
+    modules = {"builtin", "checkpoint", "checkpoint_file", "cnn14", "cp_resnet", "training"}
     imported = {"annotations", "Path", "CheckpointError"}
     public = {name for name in vars(teachers) if not name.startswith("_")} - modules - imported
     assert public == set(teachers.__all__)
@@ -356,4 +356,4 @@ def test_networks_know_nothing_of_caches() -> None:
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         found = {module for module in found if module and module.startswith("kd_cache")}
-        assert found <= {"kd_cache.errors", "kd_cache.fingerprint"}
+        assert found <= {"kd_cache.errors", "kd_cache.fingerprint", "kd_cache.provenance"}

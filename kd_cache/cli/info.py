@@ -34,15 +34,16 @@ def info_command(
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Tell what a cache holds, made from what, when, by which settings."""
+    """Tell what a cache holds, made from what, when, by which settings; and which city teachers' weights are cached."""
     from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
     path = path.expanduser()
     with Screen(quiet=False, as_json=as_json) as screen:
+        pretrained = _pretrained_root(path)
         folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
         if CacheFolder(path).index_path.is_file():
             folders = [CacheFolder(path)]
-        if not folders:
+        if not folders and pretrained is None:
             raise no_finished_cache(path)
         described = []
         for folder in folders:
@@ -54,7 +55,43 @@ def info_command(
                 )
             described.append(_described(folder, index))
             screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
-        screen.result_json({"caches": described})
+        entries = [] if pretrained is None else _pretrained_entries(pretrained)
+        for entry in entries:
+            screen.result(*_entry_lines(entry))
+        screen.result_json({"caches": described, "pretrained": entries})
+
+
+def _pretrained_root(path: Path) -> Path | None:
+    """Where cached pre-training lies: at the path, below it, or in ``outputs`` where nobody said where to look."""
+    candidates = [path, path / "pretrained", *([Path("outputs/pretrained")] if path == Path("cache") else [])]
+    return next((each for each in candidates if each.name == "pretrained" and each.is_dir()), None)
+
+
+def _pretrained_entries(root: Path) -> list[dict[str, Any]]:
+    from teachers.training.pretraining import Pretrained  # brings torch
+
+    return [
+        {
+            "path": str(entry.path),
+            "created": entry.created,
+            "damage": entry.damage,
+            "validation_accuracy": (entry.measured.get("validation") or {}).get("accuracy"),
+            "parts": entry.parts,
+        }
+        for entry in Pretrained(root).entries()
+    ]
+
+
+def _entry_lines(entry: dict[str, Any]) -> list[str]:
+    lines = [f"{entry['path']}: cached pre-training of a city teacher, {entry['created'] or 'date not known'}"]
+    if entry["damage"]:
+        lines.append(f"damaged   {entry['damage']}; it will be trained again")
+    if entry["validation_accuracy"] is not None:
+        lines.append(f"accuracy  {100 * entry['validation_accuracy']:.1f} % of the validation samples")
+    for name, part in entry["parts"].items():
+        told = ", ".join(f"{key}={value}" for key, value in part.items()) if isinstance(part, dict) else str(part)
+        lines.append(f"  {name:<13} {told}")
+    return [*lines, ""]
 
 
 def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
@@ -117,6 +154,8 @@ def _accuracy(entry: dict[str, Any]) -> str:
     from kd_cache.accuracy import stored_accuracy
 
     accuracy = stored_accuracy(entry)
+    if entry["value_kind"] == "embedding":
+        return "no classes"
     return f"{accuracy.share} of {accuracy.rows:,} labelled source rows" if accuracy and accuracy.rows else "not known"
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from kd_cache.cli import options as opt
 from kd_cache.cli.console import reporting_errors
 from kd_cache.cli.train_options import TrainOptions, signature_for
 
@@ -63,13 +67,65 @@ def _all(ctx: typer.Context, options: TrainOptions) -> None:
     run_train_all(ctx, options)
 
 
-_NOT_CITY = ("city_teacher_ckpt", "cached_features", "cache_root")
+_NOT_CITY = ("city_teacher_ckpt", "cached_features", "embeddings", "sweep", "cache_root")
 for _name, _work, _without in (
     ("city", _city, _NOT_CITY),
     ("city2scene", _city2scene, ("cache_root",)),
     ("scene", _scene, ("target", *_NOT_CITY)),
-    ("all", _all, ("city_teacher_ckpt", "init")),
+    ("all", _all, ("city_teacher_ckpt", "embeddings", "sweep", "init")),
 ):
     _command = signature_for(_work, _without)
     _command.__name__, _command.__doc__ = f"train_{_name}", _work.__doc__
     train_app.command(_name, epilog=EXAMPLES)(reporting_errors(_command))
+
+
+@train_app.command("extract", epilog=EXAMPLES)
+@reporting_errors
+def extract_command(
+    ctx: typer.Context,
+    target: opt.RequiredTargetOption,
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(
+            "--checkpoint",
+            metavar="[NAME=]PATH",
+            help="The teacher whose backbone embeds; repeatable.  (default name: architecture and weights' digest)",
+            envvar="KD_CACHE_CHECKPOINT",
+            show_envvar=False,
+            rich_help_panel=opt.TEACHERS,
+        ),
+    ],
+    json_path: opt.JsonPathOption = None,
+    data_root: opt.DataRootOption = None,
+    features: opt.FeaturesOption = None,
+    num_scenes: opt.NumScenesOption = 10,
+    num_cities: opt.NumCitiesOption = 12,
+    allow_shared_locations: opt.AllowSharedOption = False,
+    allow_outside: opt.AllowOutsideOption = [],  # noqa: B006 (typer copies it)
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir",
+            help="The embeddings go to its folder embeddings/A2<target>.",
+            envvar="KD_CACHE_OUTPUT_DIR",
+            show_envvar=False,
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = Path("outputs"),
+    device: opt.DeviceOption = "auto",
+    workers: opt.WorkersOption = 2,
+    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
+    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
+    max_checkpoint_bytes: opt.MaxCheckpointOption = opt.MAX_CHECKPOINT,
+    config: opt.ConfigOption = None,
+    as_json: opt.JsonOption = False,
+    quiet: opt.QuietOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
+    """Embed the permitted train samples with the backbones of teachers, once, for heads that train on them.
+
+    The same engine and packs as for logits: a rerun embeds only what is new or changed.
+    """
+    from kd_cache.cli.train_extract import run_extract
+
+    run_extract(ctx)

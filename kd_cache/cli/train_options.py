@@ -70,6 +70,15 @@ class TrainOptions:
             START,
         ),
     ] = None
+    embeddings: Annotated[
+        list[str],
+        _option(
+            "--embeddings",
+            "Put the head on these extracted embeddings instead (kd-cache train extract); repeatable, side by side.",
+            START,
+            metavar="NAME",
+        ),
+    ] = field(default_factory=list)
     init: Annotated[
         Path | None, _option("--init", "Start from this checkpoint: a whole model, or one whose head is new.", START)
     ] = None
@@ -139,6 +148,15 @@ class TrainOptions:
     lr: Annotated[
         float | None,
         _option("--lr", "Learning rate of the first stage; later ones keep their proportion.", OPTIMISER, min=0.0),
+    ] = None
+    sweep: Annotated[
+        str | None,
+        _option(
+            "--sweep",
+            "Train a head for each combination over one extraction; the best by validation is kept.",
+            OPTIMISER,
+            metavar="lr=1e-3/1e-2,dropout=0/0.3",
+        ),
     ] = None
     optimizer: Annotated[Literal["adamw", "sgd"], _option("--optimizer", "Which.", OPTIMISER)] = "adamw"
     weight_decay: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kd_cache.cli.inputs import Inputs, load_inputs
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.cli.train_options import TrainOptions
-from kd_cache.errors import shown, worst_exit_code
+from kd_cache.errors import TrainingError, UsageError, shown, worst_exit_code
 from kd_cache.manifest import SOURCE, TARGETS
 from kd_cache.teacher import TeacherSpec
 
@@ -39,7 +40,9 @@ def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
     with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
         reports = []
         for target in _targets(role, options.target):
-            if role == CITY2SCENE:
+            if role == CITY2SCENE and options.sweep is not None:
+                reports += _swept(ctx, options.sweep, target, screen)
+            elif role == CITY2SCENE:
                 reports += _chain(ctx, target, screen, everything=False)
             else:
                 reports.append(_trained(ctx, role, target, screen, only_shared=False))
@@ -75,11 +78,83 @@ def _targets(role: str, target: str) -> Sequence[str]:
 
 def _chain(ctx: typer.Context, target: str, screen: Screen, *, everything: bool) -> list[TrainReport]:
     """City2Scene, after the city teacher it stands on where none was given."""
+    below, backbone = _backbone(ctx, target, screen, everything=everything)
+    return [*below, _trained(ctx, CITY2SCENE, target, screen, backbone=backbone, only_shared=False)]
+
+
+def _backbone(
+    ctx: typer.Context, target: str, screen: Screen, *, everything: bool
+) -> tuple[list[TrainReport], Path | None]:
+    """What a City2Scene teacher stands on, trained if it must be."""
     own = options_for(ctx, CITY2SCENE)
-    if own.city_teacher_ckpt is not None:
-        return [_trained(ctx, CITY2SCENE, target, screen, backbone=own.city_teacher_ckpt, only_shared=False)]
+    if own.embeddings and own.city_teacher_ckpt is not None:
+        raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
+    if own.embeddings or own.city_teacher_ckpt is not None:
+        return [], own.city_teacher_ckpt
     city = _trained(ctx, CITY, target, screen, only_shared=not everything)
-    return [city, _trained(ctx, CITY2SCENE, target, screen, backbone=city.checkpoint, only_shared=False)]
+    return [city], city.checkpoint
+
+
+def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[TrainReport]:
+    """A head for every combination of settings; the best by validation is published. Shows a table of all."""
+    from teachers.training.teacher import publish, train_teacher
+
+    choices = _parse_sweep(text)
+    below, backbone = _backbone(ctx, target, screen, everything=False)
+    base = replace(_job(ctx, CITY2SCENE, target, backbone, only_shared=False), publish=False, shared={})
+    made: list[tuple[dict[str, Any], TrainJob, TrainReport]] = []
+    rows = []
+    for values in product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        job = replace(base, settings=replace(base.settings, **chosen))
+        try:
+            report = train_teacher(job, screen)
+        except TrainingError as error:
+            rows.append([*(f"{value:g}" for value in values), "failed", "–", "–", "–"])
+            screen.note(f"{chosen}: {error.message}")
+            continue
+        made.append((chosen, job, report))
+        rows.append([*(f"{value:g}" for value in values), *_scores(report)])
+    if not made:
+        raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
+    screen.result(table("Sweep", [*choices, "Validation", "Log loss", "Test, A", "Test, target"], rows), "")
+    _, job, best = max(made, key=lambda one: _rank(one[2]))
+    return [*below, replace(best, checkpoint=publish(job, best.checkpoint, best.results))]
+
+
+def _rank(report: TrainReport) -> tuple[float, float]:
+    validation = report.results["validation"]
+    return validation["accuracy"], -validation["log_loss"]
+
+
+def _scores(report: TrainReport) -> list[str]:
+    from teachers.training.evaluation import headline
+
+    found, validation = headline(report.results), report.results["validation"]
+    test = [_percent(found[where]) for where in ("test, source", "test, target")]
+    return [_percent(validation["accuracy"]), _number(validation["log_loss"]), *test]
+
+
+_SWEPT = {"lr": float, "weight_decay": float, "dropout": float, "label_smoothing": float, "batch_size": int,
+          "epochs": int, "seed": int}  # fmt: skip
+
+
+def _parse_sweep(text: str) -> dict[str, list[Any]]:
+    """``lr=1e-3/1e-2,dropout=0/0.3``: values by setting. Raises `UsageError`."""
+    found: dict[str, list[Any]] = {}
+    for item in text.split(","):
+        name, separator, values = item.strip().partition("=")
+        name = name.replace("-", "_")
+        if not separator or name not in _SWEPT or name in found:
+            raise UsageError(
+                f"--sweep {shown(text)}: found {shown(item)}, expected NAME=VALUE/VALUE/…, each name once, of "
+                f"{', '.join(_SWEPT)}"
+            )
+        try:
+            found[name] = [_SWEPT[name](value) for value in values.split("/")]
+        except ValueError as error:
+            raise UsageError(f"--sweep {shown(text)}: {shown(error)}") from error
+    return found
 
 
 def _trained(
@@ -112,6 +187,7 @@ def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, o
         data_root=Path(inputs.paths["data_root"]),
         backbone=backbone,
         init=options.init,
+        embeddings=tuple(options.embeddings),
         resume=options.resume,
         workers=options.workers,
         cached_features=options.cached_features,

@@ -53,7 +53,7 @@ _RECORD_BYTES = 1 << 20
 """Checksums of so many rows, and of records of so many bytes, are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
 STORED = {"fp32": "<f4", "fp16": "<f2"}
-VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid")
+VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
 # Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
 _DATASETS: dict[str, tuple[str | None, int]] = {
     "keys": ("|u1", 2),

@@ -23,8 +23,8 @@ class Augmentation:
         freq_mixstyle: the probability that a batch's frequency-wise statistics are mixed between its clips (MixStyle,
             Zhou et al. 2021, arXiv 2104.02008, over frequency bins as Schmid et al. have it for DCASE 2022).
         mixstyle_alpha: α of the Beta(α, α) they are mixed by.
-        device_response: largest height, in the features' unit, of the random smooth frequency responses that are added,
-            as another microphone would; a third of the clips get a noise floor too.
+        device_response: largest height, in the features' unit, of each of three random smooth bumps over frequency that
+            are added, as another microphone would; three clips in ten get a noise floor too.
     """
 
     time_roll: float = 0.0
@@ -96,7 +96,7 @@ def _uniform(chance: torch.Generator, *shape: int) -> Tensor:
 
 def _beta(alpha: float, count: int, chance: torch.Generator) -> Tensor:
     """``[count]`` of Beta(α, α), as X / (X + Y) of two Gamma(α) variables."""
-    concentration = torch.full((2, count), alpha)
+    concentration = torch.full((2, count), float(alpha))
     x, y = torch._standard_gamma(concentration, generator=chance)
     # Both may underflow to zero for a small α; the limit of the ratio is then 0 or 1, and either is a fair draw.
     ratio = torch.where(x + y > 0, x / (x + y).clamp_min(1e-30), torch.ones(()))
@@ -139,8 +139,8 @@ def _restyled(x: Tensor, alpha: float, chance: torch.Generator) -> Tensor:
 
 def _masked(x: Tensor, axis: int, most: float, chance: torch.Generator) -> Tensor:
     batch, size = len(x), x.shape[axis]
-    length = (most * size * _uniform(chance, batch, 1)).round()
-    start = ((size - length) * _uniform(chance, batch, 1)).floor()
+    length = ((int(most * size) + 1) * _uniform(chance, batch, 1)).floor()
+    start = ((size - length + 1) * _uniform(chance, batch, 1)).floor()
     place = torch.arange(size)
     hidden = (place >= start) & (place < start + length)  # [B, size]
     hidden = (hidden[:, :, None] if axis == 1 else hidden[:, None, :]).to(x.device)

@@ -108,13 +108,12 @@ class Clips:
         made.scenes, made.cities = self.scenes[order], self.cities[order]
         return made
 
-    def digest(self) -> str:
-        """SHA-256 over files, features and labels, whatever their order."""
+    def digest(self, what: str) -> str:
+        """SHA-256 over files, features and ``scene`` or ``city`` labels, whatever their order."""
+        labels = self.labels(what).tolist()
         lines = [
-            canonical_json([sample.file, digest.tobytes().hex(), scene, city])
-            for sample, digest, scene, city in zip(
-                self.samples, self.digests, self.scenes.tolist(), self.cities.tolist(), strict=True
-            )
+            canonical_json([sample.file, digest.tobytes().hex(), label])
+            for sample, digest, label in zip(self.samples, self.digests, labels, strict=True)
         ]
         return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_cache.errors import DataLeakageError, UsageError, listed
-from kd_cache.manifest import CITIES, Sample
+from kd_cache.manifest import CITIES, SOURCE, Sample
 from kd_cache.splits import Places, places_of_sample
 
 
@@ -53,7 +53,7 @@ def divide(
 
     The choice depends on the names of the locations, ``ratio``, ``fold`` and ``seed``, and on nothing else: not on the
     order of the samples, nor on how many each location has. Folds 0, 1, … hold out other locations, until a city has
-    no more of them.
+    no more of them (or a scene would have none left in training).
 
     Args:
         samples: permitted train samples.
@@ -165,7 +165,9 @@ def _location(name: str, numbers: list[int], samples: Sequence[Sample]) -> Locat
         )
     label = next(iter(labels), None)
     city = name.rpartition("-")[0] if label is None else CITIES[label] if label < len(CITIES) else f"city {label}"
-    scene = Counter(samples[number].scene_label for number in numbers).most_common(1)[0][0]
+    # The least of its scenes on A: order and number of samples do not matter, and a target's labels are not looked at.
+    scenes = {samples[number].scene_label for number in numbers if samples[number].device_id == SOURCE}
+    scene = min((each for each in scenes if each is not None), default=None)
     return Location(name, city, scene, tuple(numbers))
 
 
@@ -206,13 +208,26 @@ def _keep_every_scene_in_training(by_city: dict[str, list[Location]], chosen: se
             )
 
 
-def _give_back(scene: int, by_city: dict[str, list[Location]], chosen: set[str], left: Counter[int | None]) -> bool:
+def _give_back(
+    scene: int,
+    by_city: dict[str, list[Location]],
+    chosen: set[str],
+    left: Counter[int | None],
+    seen: frozenset[int] = frozenset(),
+) -> bool:
+    """Bring a location of ``scene`` back into training; another of its city takes its place.
+
+    That one's scene may need one of its own back first, and so on (``seen`` are the scenes this began with).
+    """
+    seen |= {scene}
     for mine in by_city.values():
         for place in mine:
             if place.scene != scene or place.name not in chosen:
                 continue
             for other in mine:
-                if other.name not in chosen and left[other.scene] > 1:
+                if other.name in chosen or other.scene in seen:
+                    continue
+                if other.scene is None or left[other.scene] > 1 or _give_back(other.scene, by_city, chosen, left, seen):
                     chosen.remove(place.name)
                     chosen.add(other.name)
                     left[other.scene] -= 1

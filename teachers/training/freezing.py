@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
 from kd_cache.fingerprint import weights_digest
-from teachers.builtin import City2Scene
+from teachers.builtin import City2Scene, SideBySide
 from teachers.training.head import Standardised
 
 HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"
@@ -39,6 +39,12 @@ def parts_of(net: nn.Module) -> dict[str, str]:
         return {name: inner.get(name, HEAD) for name in net.state_dict()}
     if isinstance(net, Standardised):  # a head by itself, over embeddings
         return dict.fromkeys(net.state_dict(), HEAD)
+    if isinstance(net, SideBySide):
+        return {
+            f"backbones.{number}.{name}": UNUSED if part == HEAD else part
+            for number, backbone in enumerate(net.backbones)
+            for name, part in parts_of(backbone).items()
+        }
     head, neck = getattr(net, "classifier_prefix", None), getattr(net, "neck_prefixes", ())
     if not isinstance(head, str):
         return dict.fromkeys(net.state_dict(), BACKBONE)
@@ -79,7 +85,7 @@ class Frozen:
         return cls(net, level, frozen, _digest(net, frozen), trainable)
 
     def train(self) -> None:
-        """Training mode, but for what is frozen: batch norm must not move its statistics, dropout not blur it."""
+        """Training mode, but for modules that are frozen as a whole: batch norm must not move its statistics."""
         self.net.train()
         for name, module in self.net.named_modules():
             inside = [f"{name}.{below}" if name else below for below in module.state_dict()]

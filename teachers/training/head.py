@@ -22,8 +22,12 @@ class Standardised(nn.Module):
     def __init__(self, head: nn.Linear | nn.Sequential, embeddings: Tensor) -> None:
         super().__init__()
         self.head = head
-        self.register_buffer("mean", embeddings.mean(dim=0))
-        self.register_buffer("scale", embeddings.std(dim=0, correction=0).clamp_min(1e-6))
+        exact = embeddings.double()
+        mean, deviation = exact.mean(dim=0), exact.std(dim=0, correction=0)
+        # What is constant in training says nothing: scaled up, its first other value would drown everything else.
+        scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1.0)
+        self.register_buffer("mean", mean.to(embeddings.dtype))
+        self.register_buffer("scale", scale.to(embeddings.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head((x - self.mean) / self.scale)
@@ -38,8 +42,8 @@ class Standardised(nn.Module):
         """A plain head that takes embeddings as they are; equal up to rounding."""
         plain = copy.deepcopy(self.head)
         first = _layers(plain)[0]
-        weight = first.weight / self.scale
-        first.bias.copy_(first.bias - weight @ self.mean)
+        weight = first.weight.double() / self.scale.double()
+        first.bias.copy_(first.bias.double() - weight @ self.mean.double())
         first.weight.copy_(weight)
         return plain
 

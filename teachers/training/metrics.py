@@ -57,10 +57,13 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     if not len(labels):
         raise UsageError("there are no samples to measure")
     samples, classes = logits.shape
+    if labels.shape != (samples,):
+        raise UsageError(f"expected one label per row of logits: {samples} rows, labels {list(labels.shape)}")
     if labels.min() < 0 or labels.max() >= classes:
         raise UsageError(f"labels must lie in [0, {classes}), found {labels.min()} to {labels.max()}")
     if not np.isfinite(logits).all():
         raise TeacherError("the logits to measure are not finite")
+    labels = labels.astype(np.int64)  # narrower ones would overflow below
     log_probs = _log_softmax(logits.astype(np.float64))
     probs = np.exp(log_probs)
     decisions = logits.argmax(axis=1)

@@ -65,7 +65,11 @@ def make_head(inputs: int, settings: Settings, seed: int) -> nn.Linear | nn.Sequ
         torch.manual_seed(seed)
         if settings.mlp_hidden_dims:
             return mlp(inputs, settings.mlp_hidden_dims, settings.num_classes, settings.dropout)
-        return nn.Linear(inputs, settings.num_classes)
+        linear = nn.Linear(inputs, settings.num_classes)
+    # A convex problem: where it begins does not matter, and at zero every class is as likely as any other.
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def embedding_dim(net: nn.Module) -> int:
@@ -132,18 +136,19 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tup
     wanted = [name for name in state if not name.endswith("num_batches_tracked") and parts[name] != UNUSED]
     matched = [name for name in wanted if name in tensors and tensors[name].shape == state[name].shape]
     told = f"{len(matched)} of {len(wanted)} tensors loaded"
-    problems = [
-        f"{shown(name)}: "
-        + (f"expected {list(state[name].shape)}, found {list(tensors[name].shape)}" if name in tensors else "missing")
-        for name in wanted
-        if name not in set(matched)
-    ]
-    problems += [f"{shown(name)}: unexpected" for name in tensors if name not in state]
-    lost = [name for name in wanted if name not in set(matched) and parts[name] == BACKBONE]
+    new = [name for name in wanted if name not in set(matched)]
+    lost = [name for name in new if parts[name] == BACKBONE]
     if not matched or lost:
         what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"
+        shapes = [
+            f"{shown(name)}: expected {list(state[name].shape)}"
+            + (f", found {list(tensors[name].shape)}" if name in tensors else ", missing")
+            for name in new
+        ]
+        others = [f"{shown(name)}: unexpected" for name in tensors if name not in state]
         raise CheckpointError(
-            f"{title}: {told}; {what} in the checkpoint, which has {len(tensors)} tensors\n{listed(problems)}",
+            f"{title}: {told}; {what} in the checkpoint, which has {len(tensors)} tensors\n{listed(shapes)}\n"
+            f"{listed(others)}".rstrip(),
             hint="Give a checkpoint of this architecture (--arch, --feature-dim), or train from scratch.",
         )
     with torch.no_grad():
@@ -151,7 +156,6 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tup
             if tensors[name].shape == state[name].shape:
                 state[name].copy_(tensors[name])
     kind = FULL_MODEL if len(matched) == len(wanted) else FROM_BACKBONE
-    new = [name for name in wanted if name not in set(matched)]
     if new:
         told += f" (new: {', '.join(new[:6])}{', …' if len(new) > 6 else ''})"
     return kind, told

@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -71,16 +72,17 @@ class Pretrained:
     def find(self, parts: Mapping[str, Any]) -> Entry | None:
         """The entry of this key, whole or damaged; ``None`` where there is none."""
         path = self._place(key_of(parts))
-        return _read(path) if path.is_dir() else None
+        return _read(path) if _is_folder(path) else None
 
     def nearest(self, parts: Mapping[str, Any]) -> list[str]:
         """In what the most similar entry differs; nothing where there is none."""
+        parts = json.loads(canonical_json(parts))  # as entries have them: lists, not tuples
         told = [differing_parts(entry.parts, parts) for entry in self.entries() if entry.parts]
         return min(told, key=len, default=[])
 
     def entries(self) -> list[Entry]:
         """All of them, the oldest first."""
-        if not self.root.is_dir():
+        if not _is_folder(self.root):
             return []
         with store_errors(self.root, "look into"):
             folders = [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(TEMPORARY)]
@@ -88,7 +90,8 @@ class Pretrained:
 
     def save(self, parts: Mapping[str, Any], weights: Path, measured: Mapping[str, Any]) -> None:
         """Keep a copy of ``weights`` in place of what was there. Raises `StoreError`."""
-        content = weights.read_bytes()
+        with store_errors(weights, "read"):
+            content = weights.read_bytes()
         key = key_of(parts)
         entry = {
             "key": key,
@@ -104,16 +107,30 @@ class Pretrained:
                 made.mkdir()
                 write_atomic(made / WEIGHTS, content)
                 write_atomic(made / ENTRY, json.dumps(entry, indent=1).encode())
-                self.remove(parts)
-                made.rename(self._place(key))
-                sync_directory(self.root)
+                self._put_in_place(made, self._place(key))
             finally:
                 shutil.rmtree(made, ignore_errors=True)
+
+    def _put_in_place(self, made: Path, path: Path) -> None:
+        """At every moment the earlier entry is there or the new one, or, for the time of two renames, none."""
+        aside = made.with_name(f"{made.name}-old")
+        if _is_folder(path):
+            path.rename(aside)
+        try:
+            made.rename(path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                aside.rename(path)
+            raise
+        try:
+            sync_directory(self.root)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def remove(self, parts: Mapping[str, Any]) -> bool:
         """Remove the entry of this key, if there is one, and no other. Raises `StoreError`."""
         path = self._place(key_of(parts))
-        if not path.is_dir():
+        if not _is_folder(path):
             return False
         with store_errors(path, "remove"):
             shutil.rmtree(path)
@@ -123,9 +140,16 @@ class Pretrained:
         return self.root / key[:_KEY_SHOWN]
 
 
+def _is_folder(path: Path) -> bool:
+    with store_errors(path, "look into"):
+        return path.is_dir()
+
+
 def _read(path: Path) -> Entry:
     try:
         entry = json.loads((path / ENTRY).read_bytes())
+        if not isinstance(entry["parts"], dict):
+            raise ValueError("its parts are no settings by name")
         parts, created, measured = entry["parts"], str(entry["created"]), dict(entry["measured"])
         if key_of(parts) != entry["key"] or not entry["key"].startswith(path.name):
             return Entry(path, parts, created, measured, "its key is not that of its parts")
@@ -134,7 +158,7 @@ def _read(path: Path) -> Entry:
                 return Entry(path, parts, created, measured, "its weights are not the bytes that were saved")
     except OSError as error:
         return Entry(path, {}, "", {}, f"it cannot be read: {error.strerror or error}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Entry(path, {}, "", {}, f"{ENTRY} is damaged: {shown(error)}")
     return Entry(path, parts, created, measured)
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 import yaml
 from torch import Tensor, nn
 
-from kd_cache.errors import CheckpointError, shown
+from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.store.atomic import make_directory, store_errors, write_atomic
 from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, STATE_PREFIX, save_checkpoint
 from teachers.checkpoint_file import RECORD_ENTRY, read_content
@@ -40,6 +40,7 @@ BEST, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
 )
 NET: Final = "net."
 """Where the net that trains is not the one that is kept, it lies in the state of a run under this prefix."""
+_COUNTS: Final = ("stage", "epoch")
 _STEP_COLUMNS: Final = ("stage", "epoch", "step", "lr", "loss")
 
 
@@ -59,6 +60,7 @@ class RunFolder:
         self.path = path
         self.tensors_of: Callable[[Any], Mapping[str, Tensor]] = own_tensors
         self._record, self._half = dict(record), half
+        self._board: Any = None
 
     @classmethod
     def new(cls, home: Path, record: Mapping[str, Any], config: Mapping[str, Any], *, half: bool = False) -> RunFolder:
@@ -89,11 +91,30 @@ class RunFolder:
             **{f"{STATE_PREFIX}{name}": value for name, value in kept.items()},
         }
         history: Sequence[Mapping[str, Any]] = progress["history"]
+        self._log({name: value for name, value in history[-1].items() if name not in _COUNTS}, len(history))
         self._write_history(history)
         save_checkpoint(self.path / LAST, tensors, {**self._record, "progress": dict(progress)})
 
+    def log_for_tensorboard(self) -> None:
+        """From now on also write ``tensorboard/``. Raises `UsageError` where the package is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(
+                "--tensorboard needs the package tensorboard", hint="pip install -c constraints.txt -e '.[tensorboard]'"
+            ) from error
+        self._board = SummaryWriter(str(self.path / "tensorboard"))
+
+    def _log(self, values: Mapping[str, float], at: int) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, at)
+            self._board.flush()
+
     def keep_steps(self, steps: Sequence[Step]) -> None:
         """Append an epoch's steps; those of an epoch that is done again are replaced."""
+        for step in steps:
+            self._log({f"stage {step.stage}/lr": step.lr, f"stage {step.stage}/loss": float(step.loss)}, step.step)
         path, text = self.path / STEPS, io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         with store_errors(path, "write"):

@@ -20,6 +20,7 @@ EPOCHS: Final = {SCRATCH: 40, FROZEN: 200, FULL_MODEL: 30, BACKBONE: 30}
 """What a preset takes where nothing is said. A head over embeddings computed once learns in no time."""
 GENTLE: Final = 1e-4
 """Above this learning rate a pre-trained model is untrained before it is tuned."""
+RATES: Final = {SCRATCH: 3e-3, FROZEN: 1e-2, FULL_MODEL: GENTLE, BACKBONE: GENTLE}
 _LEVEL_AUGMENT: Final = {2: "off", 1: "moderate", 0: "moderate"}
 _STAGE_KEYS: Final = ("level", "epochs", "lr", "augment", "schedule")
 _SCHEDULES: Final = ("cosine", "constant")
@@ -188,12 +189,14 @@ def stages_of(settings: Settings, start: str) -> tuple[Stage, ...]:
         _refuse_direct_unfreeze(settings)
         return settings.stages
     preset = start if settings.preset == AUTO else settings.preset
-    epochs = settings.epochs or EPOCHS[preset]
+    if preset not in EPOCHS:
+        raise UsageError(f"no preset is called {shown(preset)}; known: {', '.join(PRESETS)}")
+    epochs = EPOCHS[preset] if settings.epochs is None else settings.epochs
+    first = RATES[preset] if settings.lr is None else settings.lr
     if preset == SCRATCH:
-        return (Stage(0, epochs, settings.lr or 3e-3, "moderate"),)
+        return (Stage(0, epochs, first, "moderate"),)
     if preset == FROZEN:
-        return (Stage(2, epochs, settings.lr or 1e-2, "off"),)
-    first = settings.lr or GENTLE
+        return (Stage(2, epochs, first, "off"),)
     if preset == FULL_MODEL:
         fixed = [Stage(2, 5, first, "off", "constant"), Stage(1, 8, first / 2, "moderate", "constant")]
         last, schedule = 0.3 * first, "constant"

@@ -10,6 +10,7 @@ Validation is by location. ``test`` is only measured, after everything is chosen
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from kd_cache.errors import KDCacheError, StoreError, UsageError, listed, shown
 from kd_cache.features import FeatureSource
+from kd_cache.fingerprint import canonical_json
 from kd_cache.manifest import SOURCE, Manifest
 from kd_cache.pipeline.device import environment, training_numerics
 from kd_cache.provenance import Provenance
@@ -29,10 +31,11 @@ from kd_cache.splits import Selection
 from kd_cache.store.atomic import make_directory, store_errors, write_atomic
 from kd_cache.store.keys import KeyFinder
 from kd_cache.watch import Watcher
-from teachers.builtin import ARCHITECTURE_VERSION, City2Scene, architecture_of
-from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
+from teachers.builtin import ARCHITECTURE_VERSION, ARCHITECTURES, City2Scene, SideBySide, architecture_of
+from teachers.checkpoint import read_weights, save_checkpoint
 from teachers.training.clips import Clips, class_names
 from teachers.training.division import Division, divide, subsample
+from teachers.training.embeddings import FOLDER, Source, described, made_with, side_by_side
 from teachers.training.evaluation import evaluated, test_clips
 from teachers.training.head import Standardised
 from teachers.training.loop import Loop, Progress, score
@@ -59,7 +62,10 @@ class TrainJob:
         init: a checkpoint to start from.
         resume: ``auto`` goes on with an unfinished run of the same key, and takes a city teacher's weights from
             earlier ones; ``fresh`` does neither, and removes what is cached under this key.
+        embeddings: names of extracted sources that a City2Scene teacher's head stands on, in place of ``backbone``.
         cached_features: train a head that alone trains on embeddings that are computed once.
+        publish: put the best weights beside the runs.
+        shared: what trainings on the same samples share: features, and what a backbone makes of them.
         pth: write ``best.pth`` too.
         half: store weights as float16.
     """
@@ -75,11 +81,14 @@ class TrainJob:
     init: Path | None = None
     resume: str = AUTO
     workers: int = 2
+    embeddings: tuple[str, ...] = ()
     cached_features: bool = True
+    publish: bool = True
     pth: bool = False
     half: bool = False
     tensorboard: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
+    shared: dict[str, Clips] = field(default_factory=dict)
 
     @property
     def place(self) -> str:
@@ -142,8 +151,10 @@ class _Training:
     def __init__(self, job: TrainJob, watcher: Watcher) -> None:
         self.job, self.settings, self.watcher = job, job.settings, watcher
         self._refuse_unlabelled()
-        clips = Clips.read(job.source, [*job.division.train, *job.division.validation], job.workers, watcher)
-        count = len(job.division.train)
+        if "features" not in job.shared:
+            listed = [*job.division.train, *job.division.validation]
+            job.shared["features"] = Clips.read(job.source, listed, job.workers, watcher)
+        clips, count = job.shared["features"], len(job.division.train)
         self.train, self.validation = clips.part(range(count)), clips.part(range(count, len(clips)))
         self._tell_of_equal_features()
         if self.settings.shuffle_labels:
@@ -151,6 +162,7 @@ class _Training:
             self.train = self.train.with_labels_of(chance.permutation(len(self.train)))
             self.validation = self.validation.with_labels_of(chance.permutation(len(self.validation)))
         self.inherited: Provenance | None = None
+        self.sources: list[Source] = []
         self.net, self.start = self._net()
         self.stages = self._stages()
         self.parts = self._key_parts()
@@ -207,11 +219,25 @@ class _Training:
     def _on_city_teacher(self) -> tuple[nn.Module, WarmStart]:
         """A new scene head on the backbone of the city teacher."""
         job, settings = self.job, self.settings
-        if job.backbone is None:
+        if job.embeddings:
+            city, start = self._on_embeddings()
+        elif job.backbone is not None:
+            city, start = city_net(job.backbone, settings)
+        else:
             raise UsageError("a City2Scene teacher needs a city teacher", hint="Pass --city-teacher-ckpt.")
-        city, start = city_net(job.backbone, settings)
         self.inherited = start.provenance
+        if start.provenance is None:
+            self.watcher.note("what the backbone was trained on is not known: its checkpoint says nothing of it")
         return City2Scene(city, make_head(embedding_dim(city), settings, settings.seed)), replace(start, kind=FROZEN)
+
+    def _on_embeddings(self) -> tuple[nn.Module, WarmStart]:
+        """The backbones of extracted sources, side by side if there are several."""
+        folder = self.job.output_dir / FOLDER / self.job.place
+        self.sources = [Source.open(folder, name) for name in self.job.embeddings]
+        backbones = [source.teacher.backbone for source in self.sources]
+        net = backbones[0] if len(backbones) == 1 else SideBySide(backbones)
+        told = f"embeddings of {', '.join(self.job.embeddings)} in {shown(folder)}, {net.embedding_dim} wide"
+        return net, WarmStart(FULL_MODEL, told, key_of(described(self.sources)), made_with(self.sources))
 
     def _stages(self) -> tuple[Stage, ...]:
         stages = stages_of(self.settings, SCRATCH if self.start is None else self.start.kind)
@@ -226,11 +252,11 @@ class _Training:
 
     def _key_parts(self) -> dict[str, Any]:
         """Everything that the weights depend on, in words, by what it is about."""
-        job, selection = self.job, self.job.selection
+        job, selection, label = self.job, self.job.selection, self.settings.label
         where = environment(job.device)
-        return {
+        parts = {
             **self.settings.key_parts(),
-            "data": {"train": self.train.digest(), "validation": self.validation.digest()},
+            "data": {"train": self.train.digest(label), "validation": self.validation.digest(label)},
             "selection": {"target": selection.target, "train": len(self.train), "validation": len(self.validation)},
             "stages": [asdict(stage) for stage in self.stages],
             "start": None if self.start is None else {"kind": self.start.kind, "sha256": self.start.sha256},
@@ -239,6 +265,8 @@ class _Training:
             | {"threads": torch.get_num_threads()},
             "storage": "float16" if job.half else "float32",
         }
+        found: dict[str, Any] = json.loads(canonical_json(parts))  # as an entry's file gives them back
+        return found
 
     def _config(self) -> dict[str, Any]:
         settings = asdict(self.settings)
@@ -255,19 +283,20 @@ class _Training:
     def _record(self) -> dict[str, Any]:
         """What each checkpoint of the run says of itself."""
         settings, job = self.settings, self.job
-        made_with = Provenance.of(
+        made = Provenance.of(
             (sample.file for sample in self.train.samples), (sample.file for sample in self.validation.samples)
         )
         if self.inherited is not None:
-            made_with = made_with.together(self.inherited)
+            made = made.together(self.inherited)
         return {
-            "architecture": architecture_of(self.net),  # of a user's own net only its factory knows
+            # Of several backbones the tensors tell; of a user's own net only its factory knows.
+            "architecture": known if (known := architecture_of(self.net)) in ARCHITECTURES else None,
             "architecture_version": ARCHITECTURE_VERSION,
             "role": settings.role,
             "class_names": class_names(settings.label, settings.num_classes),
             "value_kind": "logits",
             "feature_spec": settings.feature_spec or None,
-            "provenance": made_with.as_json(),
+            "provenance": made.as_json(),
             "training": {
                 "key": self.key,
                 "place": job.place,
@@ -298,37 +327,43 @@ class _Training:
 
     def _from_cache(self) -> TrainReport | None:
         """What a city teacher of this very key came to before; ``None`` where it must be trained."""
-        entry = self.pretrained.find(self.parts)
+        try:
+            entry = self.pretrained.find(self.parts)
+            nearest = self.pretrained.nearest(self.parts) if entry is None else []
+        except StoreError as error:
+            self.watcher.note(f"cached pre-training cannot be looked for: {error.message}")
+            return None
         if entry is None:
-            nearest = self.pretrained.nearest(self.parts)
             if nearest:
                 self.watcher.note(f"no cached weights of this key; the nearest differ in {', '.join(nearest)}")
             return None
         if entry.damage is not None:
             self.watcher.note(f"the cached weights {shown(entry.path)} are damaged ({entry.damage}): training again")
             return None
-        load_teacher(entry.weights, role=CITY)
+        read_weights(entry.weights)
         self.watcher.note(
             f"pre-training skipped: {shown(entry.path)} of {entry.created} has the same data, selection, fold, front "
             "end, architecture, augmentation, optimiser settings, seed, code and environment"
         )
-        checkpoint = self._publish(entry.weights, entry.measured)
+        checkpoint = publish(self.job, entry.weights, entry.measured)
         return TrainReport(self.settings.role, self.job.place, "cached", checkpoint, None, entry.measured)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _trained(self, folder: RunFolder, *, is_new: bool) -> TrainReport:
         job, settings = self.job, self.settings
+        if job.tensorboard:
+            folder.log_for_tensorboard()
         with training_numerics(job.device, settings.precision, deterministic=settings.deterministic):
             whole, train, validation = self.net.to(job.device), self.train, self.validation
             net: nn.Module = whole
             if isinstance(whole, City2Scene) and job.init is None:
-                seen = embedded(whole.city_model, train, job.device, settings.batch_size, self.watcher)
+                seen = self._embedded(whole.city_model, train, "train")
                 head = Standardised(whole.scene_head, seen.stacked()).to(job.device)
                 folder.tensors_of = partial(_teacher_tensors, whole.city_model)
                 if job.cached_features and self._trains_head_only():
                     net, train = head, seen
-                    validation = embedded(whole.city_model, validation, job.device, settings.batch_size, self.watcher)
+                    validation = self._embedded(whole.city_model, validation, "validation")
                 else:
                     net = City2Scene(whole.city_model, head)
             random_loss = _random_loss(self.net, self.validation, settings, job.device)
@@ -350,12 +385,26 @@ class _Training:
             results = self._results(folder, loop)
         folder.write_results(results)
         checkpoint = folder.path / BEST
-        if not settings.shuffle_labels:
-            checkpoint = self._publish(folder.path / BEST, results)
+        if job.publish and not settings.shuffle_labels:
+            checkpoint = publish(job, folder.path / BEST, results)
             self._save_pretrained(folder.path / BEST, results)
         return TrainReport(
             settings.role, job.place, "trained" if is_new else "resumed", checkpoint, folder.path, results
         )
+
+    def _embedded(self, backbone: nn.Module, clips: Clips, which: str) -> Clips:
+        """The samples with their embeddings for features, extracted before or computed now; once for all that share."""
+        job = self.job
+        name = f"{which} embeddings"
+        if name not in job.shared:
+            if self.sources:
+                rows = side_by_side(self.sources, [sample.file for sample in clips.samples], clips.digests)
+                job.shared[name] = Clips.of_rows(clips.samples, rows)
+            else:
+                job.shared[name] = embedded(backbone, clips, job.device, self.settings.batch_size, self.watcher)
+        found = job.shared[name].part(range(len(clips)))
+        found.scenes, found.cities = clips.scenes, clips.cities
+        return found
 
     def _trains_head_only(self) -> bool:
         """Whether every stage trains a scene head on what the backbone makes of unchanged clips."""
@@ -405,25 +454,6 @@ class _Training:
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
-    def _publish(self, weights: Path, results: Mapping[str, Any]) -> Path:
-        """Put ``weights`` in place as ``best.safetensors`` (and ``best.pth``), each whole."""
-        home = self.job.home
-        make_directory(home)
-        checkpoint = home / BEST
-        with store_errors(weights, "read"):
-            content = weights.read_bytes()
-        write_atomic(checkpoint, content)
-        if self.job.pth:
-            held = read_weights(checkpoint)
-            beside = {
-                "epoch": results.get("best_epoch", 0),
-                "optimizer_state_dict": {},
-                "val_acc": results["validation"].get("accuracy"),
-                "val_loss": results["validation"].get("log_loss"),
-            }
-            save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
-        return checkpoint
-
     def _save_pretrained(self, weights: Path, results: Mapping[str, Any]) -> None:
         if self.settings.role != CITY:
             return
@@ -432,6 +462,26 @@ class _Training:
         except (StoreError, OSError) as error:
             reason = error.message if isinstance(error, KDCacheError) else error.strerror
             self.watcher.note(f"the weights were not cached for later runs: {reason}")
+
+
+def publish(job: TrainJob, weights: Path, results: Mapping[str, Any]) -> Path:
+    """Put ``weights`` beside the runs as ``best.safetensors`` (and ``best.pth``), each whole. Raises `StoreError`."""
+    home = job.home
+    make_directory(home)
+    checkpoint = home / BEST
+    with store_errors(weights, "read"):
+        content = weights.read_bytes()
+    write_atomic(checkpoint, content)
+    if job.pth:
+        held = read_weights(checkpoint)
+        beside = {
+            "epoch": results.get("best_epoch", 0),
+            "optimizer_state_dict": {},
+            "val_acc": results["validation"].get("accuracy"),
+            "val_loss": results["validation"].get("log_loss"),
+        }
+        save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
+    return checkpoint
 
 
 def _random_loss(net: nn.Module, clips: Clips, settings: Settings, device: torch.device) -> float:
@@ -458,10 +508,8 @@ def embedded(net: nn.Module, clips: Clips, device: torch.device, batch_size: int
     """The same samples with their embeddings ``[D]`` for features: what a head over a frozen backbone sees."""
     watcher.stage("embedding", len(clips))
     rows = score(_Embedding(net), clips, device, batch_size)
-    made = Clips.of_rows(clips.samples, rows)
-    made.scenes, made.cities = clips.scenes, clips.cities
     watcher.advance(len(clips))
-    return made
+    return Clips.of_rows(clips.samples, rows)
 
 
 class _Embedding(nn.Module):

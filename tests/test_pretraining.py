@@ -1,0 +1,646 @@
+"""Cached pre-training: found under the very same key only, used whole or reported as damaged, saved whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kd_cache
+from kd_cache.errors import StoreError
+from teachers.training import pretraining
+from teachers.training.pretraining import ENTRY, WEIGHTS, Pretrained, code_version, differing_parts, key_of
+from teachers.training.settings import Settings, Stage
+
+PARTS: dict[str, Any] = {
+    "role": {"role": "city", "num_cities": 12},
+    "seed": {"seed": 42, "deterministic": False},
+    "data": {"train": "ab" * 32, "validation": "cd" * 32},
+    "stages": [{"level": 0, "epochs": 3, "lr": 3e-3}],
+    "start": None,
+    "code": "0.1.0+0123456789abcdef",
+}
+MEASURED = {"validation": {"accuracy": 0.75}, "best_epoch": 3}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Pretrained:
+    return Pretrained(tmp_path / "outputs" / "pretrained")
+
+
+@pytest.fixture
+def save(store: Pretrained, tmp_path: Path) -> Callable[..., Path]:
+    """Save these bytes under these parts; gives the entry's folder."""
+
+    def call(parts: dict[str, Any] = PARTS, content: bytes = b"weights of a city teacher" * 9) -> Path:
+        weights = tmp_path / "best.safetensors"
+        weights.write_bytes(content)
+        store.save(parts, weights, MEASURED)
+        found = store.find(parts)
+        assert found is not None
+        return found.path
+
+    return call
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    return {**PARTS, **values}
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
+
+
+# -- what is saved is found --------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_found_where_nothing_was_saved(store: Pretrained) -> None:
+    assert store.find(PARTS) is None
+    assert store.entries() == []
+    assert store.nearest(PARTS) == []
+    assert store.remove(PARTS) is False
+    assert not store.root.exists()
+
+
+def test_what_was_saved_is_found_whole(store: Pretrained, save: Callable[..., Path]) -> None:
+    save(content=b"some weights")
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage is None
+    assert found.weights.read_bytes() == b"some weights"
+    assert (found.parts, found.measured) == (PARTS, MEASURED)
+    assert store.entries() == [found]
+
+
+def test_an_entry_says_in_words_what_it_is(store: Pretrained, save: Callable[..., Path]) -> None:
+    path = save()
+    content = json.loads((path / ENTRY).read_text())
+    assert content["key"] == key_of(PARTS)
+    assert content["key"].startswith(path.name)
+    assert content["parts"] == PARTS
+    assert sorted(p.name for p in path.iterdir()) == sorted([ENTRY, WEIGHTS])
+    assert [p.name for p in store.root.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(seed={"seed": 43, "deterministic": False}),
+        changed(seed={"seed": 42, "deterministic": True}),
+        changed(role={"role": "scene", "num_cities": 12}),
+        changed(stages=[{"level": 0, "epochs": 3, "lr": 3.0000001e-3}]),
+        changed(stages=[]),
+        changed(start={"kind": "full-model", "sha256": "00"}),
+        changed(code="0.1.1+0123456789abcdef"),
+        changed(more=None),
+        {name: value for name, value in PARTS.items() if name != "start"},
+        {},
+    ],
+    ids=lambda parts: ", ".join(differing_parts(PARTS, parts))[:60],
+)
+def test_a_changed_part_misses(store: Pretrained, save: Callable[..., Path], other: dict[str, Any]) -> None:
+    save()
+    assert store.find(other) is None
+    assert store.remove(other) is False
+    assert store.find(PARTS) is not None
+    save(other, b"others")
+    assert len(store.entries()) == 2
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.weights.read_bytes() != b"others"
+
+
+def test_saving_again_replaces(store: Pretrained, save: Callable[..., Path]) -> None:
+    save(content=b"first")
+    path = save(content=b"second, longer")
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage is None
+    assert found.weights.read_bytes() == b"second, longer"
+    assert [p.name for p in store.root.iterdir()] == [path.name]
+
+
+def test_saving_over_a_damaged_entry_mends_it(store: Pretrained, save: Callable[..., Path]) -> None:
+    path = save()
+    (path / WEIGHTS).unlink()
+    (path / ENTRY).write_bytes(b"{")
+    save(content=b"new")
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage is None
+
+
+def test_only_the_entry_of_this_key_is_removed(store: Pretrained, save: Callable[..., Path]) -> None:
+    paths = [save(changed(number=number)) for number in range(3)]
+    assert store.remove(changed(number=1)) is True
+    assert [path.exists() for path in paths] == [True, False, True]
+    assert store.find(changed(number=1)) is None
+    assert store.remove(changed(number=1)) is False
+    assert len(store.entries()) == 2
+
+
+def test_entries_are_listed_the_oldest_first(store: Pretrained, save: Callable[..., Path]) -> None:
+    for number, created in enumerate(["2026-03-01T00:00:00+00:00", "2025-01-01T00:00:00+00:00", "2026-02-01T00:00:00"]):
+        path = save(changed(number=number))
+        content = json.loads((path / ENTRY).read_text())
+        (path / ENTRY).write_text(json.dumps(content | {"created": created}))
+    assert [entry.parts["number"] for entry in store.entries()] == [1, 2, 0]
+    assert all(entry.damage is None for entry in store.entries())
+
+
+def test_what_is_no_entry_is_not_listed(store: Pretrained, save: Callable[..., Path]) -> None:
+    save()
+    (store.root / ".tmp-1-abc").mkdir()
+    (store.root / "notes.txt").write_text("mine")
+    assert len(store.entries()) == 1
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+SAID = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+
+
+def parts_with(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    values = st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=8,
+    )
+    return st.dictionaries(st.text(max_size=4), values, max_size=5)
+
+
+SOME_PARTS = parts_with(st.none() | SAID)
+
+
+def reversed_dicts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: reversed_dicts(value[name]) for name in reversed(value)}
+    return [reversed_dicts(item) for item in value] if isinstance(value, list) else value
+
+
+@given(SOME_PARTS)
+def test_a_key_does_not_depend_on_the_order_of_its_parts(parts: dict[str, Any]) -> None:
+    key = key_of(parts)
+    assert key_of(reversed_dicts(parts)) == key
+    assert key_of(json.loads(json.dumps(parts))) == key
+    assert len(key) == 64
+    assert int(key, 16) >= 0
+
+
+@given(SOME_PARTS, SOME_PARTS)
+def test_two_keys_are_equal_where_their_json_is(one: dict[str, Any], other: dict[str, Any]) -> None:
+    texts = [json.dumps(parts, sort_keys=True) for parts in (one, other)]
+    assert (key_of(one) == key_of(other)) is (texts[0] == texts[1])
+
+
+def test_the_order_of_a_list_counts() -> None:
+    assert key_of({"a": [1, 2]}) != key_of({"a": [2, 1]})
+
+
+def test_an_entry_is_found_whatever_the_order_of_its_parts(store: Pretrained, save: Callable[..., Path]) -> None:
+    save()
+    assert store.find(reversed_dicts(PARTS)) is not None
+
+
+def test_the_code_version_names_the_release_and_changes_with_any_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert code_version().startswith(f"{kd_cache.__version__}+")
+    copied = tmp_path / "teachers"
+    shutil.copytree(Path(pretraining.teachers.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(pretraining.teachers, "__file__", str(copied / "__init__.py"))
+    version = code_version.__wrapped__
+    versions = {code_version()}
+    assert version() in versions
+    for path in sorted(copied.rglob("*.py")):
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        assert version() not in versions
+        versions.add(version())
+        path.write_bytes(content)
+    (copied / "cnn14.py").rename(copied / "cnn15.py")
+    assert version() not in versions
+    assert len(versions) > 10
+
+
+# -- how keys differ ---------------------------------------------------------------------------------------------------
+
+
+def test_differing_parts_are_named_with_both_values() -> None:
+    other = changed(
+        seed={"seed": 43, "deterministic": False},
+        start={"kind": "backbone"},
+        data={**PARTS["data"], "train": "ee" * 32},
+    )
+    assert differing_parts(PARTS, other) == [
+        "data.train",
+        "seed.seed 42 → 43",
+        "start None → {'kind': 'backbone'}",
+    ]
+    assert differing_parts({"a": 1}, {"b": 2}) == ["a 1 → None", "b None → 2"]
+
+
+@given(parts_with(SAID), parts_with(SAID))
+def test_parts_differ_exactly_where_they_are_not_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    told = differing_parts(one, other)
+    names = {name for name in {*one, *other} if one.get(name) != other.get(name)}
+    assert all(any(line.startswith(name) for line in told) for name in names)
+    assert bool(told) is bool(names)
+    assert differing_parts(one, one) == []
+
+
+def test_the_nearest_entry_is_the_one_with_the_fewest_differences(store: Pretrained, save: Callable[..., Path]) -> None:
+    save(changed(seed={"seed": 1, "deterministic": True}, code="other"))
+    save(changed(seed={"seed": 7, "deterministic": False}))
+    save({})
+    assert store.nearest(PARTS) == ["seed.seed 7 → 42"]
+
+
+def test_the_nearest_entry_tells_only_what_is_another(store: Pretrained, save: Callable[..., Path]) -> None:
+    """Settings hold tuples, which a file gives back as lists."""
+    stages = (Stage(0, 3, 1e-3),)
+    settings = Settings("city", arch="cnn14", mlp_hidden_dims=(64, 32), stages=stages)
+    save(settings.key_parts())
+    other = Settings("city", arch="cnn14", mlp_hidden_dims=(64, 32), stages=stages, seed=43)
+    assert store.nearest(other.key_parts()) == ["seed.seed 42 → 43"]
+    assert store.nearest(settings.key_parts()) == []
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def flip_weights(path: Path, at: int = 7) -> None:
+    content = bytearray((path / WEIGHTS).read_bytes())
+    content[at] ^= 1
+    (path / WEIGHTS).write_bytes(content)
+
+
+def rewritten(**values: Any) -> Callable[[Path], object]:
+    return lambda path: (path / ENTRY).write_text(json.dumps(json.loads((path / ENTRY).read_text()) | values))
+
+
+def without(name: str) -> Callable[[Path], object]:
+    def drop(path: Path) -> None:
+        content = json.loads((path / ENTRY).read_text())
+        del content[name]
+        (path / ENTRY).write_text(json.dumps(content))
+
+    return drop
+
+
+def holding(content: bytes) -> Callable[[Path], object]:
+    return lambda path: (path / ENTRY).write_bytes(content)
+
+
+def folder_for(name: str) -> Callable[[Path], object]:
+    def replace(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return replace
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a flipped bit in the weights": flip_weights,
+    "truncated weights": lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1]),
+    "longer weights": lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes() + b"\0"),
+    "empty weights": lambda path: (path / WEIGHTS).write_bytes(b""),
+    "no weights": lambda path: (path / WEIGHTS).unlink(),
+    "a folder for weights": folder_for(WEIGHTS),
+    "no entry.json": lambda path: (path / ENTRY).unlink(),
+    "a folder for entry.json": folder_for(ENTRY),
+    "an empty folder": lambda path: [(path / name).unlink() for name in (WEIGHTS, ENTRY)],
+    "an empty entry.json": holding(b""),
+    "half an entry.json": lambda path: (path / ENTRY).write_bytes((path / ENTRY).read_bytes()[:200]),
+    "no UTF-8": holding(b"\xff\xfe{}"),
+    "a NUL": holding(b"\0" * 64),
+    "a number": holding(b"7"),
+    "null": holding(b"null"),
+    "a list": holding(b"[]"),
+    "an empty object": holding(b"{}"),
+    "nested too deeply": holding(b"[" * 200_000),
+    "parts nested too deeply": holding(b'{"parts":' + b'{"a":' * 900 + b"1" + b"}" * 901),
+    "a number too long": holding(b'{"parts": ' + b"9" * 5000 + b"}"),
+    "a lone surrogate": rewritten(parts={"a": "\ud800"}),
+    "not a number": rewritten(parts={"a": float("nan")}),
+    "parts of another key": rewritten(parts={**PARTS, "code": "other"}),
+    "parts that are a list": rewritten(parts=["role", "seed"]),
+    "parts that are a text": rewritten(parts="role and seed"),
+    "parts that are a number": rewritten(parts=7),
+    "parts that hold a list for an object": rewritten(parts={**PARTS, "seed": [42, False]}),
+    "another key": rewritten(key="0" * 64),
+    "a key that is no text": rewritten(key=7),
+    "another digest": rewritten(sha256="0" * 64),
+    "a digest that is no text": rewritten(sha256=None),
+    "measured a number": rewritten(measured=7),
+    "measured a text": rewritten(measured="well"),
+    **{f"no {name}": without(name) for name in ("key", "parts", "sha256", "created", "measured")},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_reported_and_never_raised(
+    store: Pretrained, save: Callable[..., Path], damage: Callable[[Path], object]
+) -> None:
+    path = save()
+    save(changed(number=1), b"good")
+    damage(path)
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage
+    assert found.damage.isprintable()
+    assert {entry.path.name: entry.damage is None for entry in store.entries()} == {
+        path.name: False,
+        key_of(changed(number=1))[: len(path.name)]: True,
+    }
+    assert isinstance(store.nearest(changed(number=2)), list)
+    assert store.remove(PARTS) is True
+    assert store.find(PARTS) is None
+    assert [entry.damage for entry in store.entries()] == [None]
+
+
+def test_every_flipped_byte_of_the_weights_is_found(store: Pretrained, save: Callable[..., Path]) -> None:
+    path = save()
+    for at in range((path / WEIGHTS).stat().st_size):
+        flip_weights(path, at)
+        found = store.find(PARTS)
+        assert found is not None
+        assert found.damage == "its weights are not the bytes that were saved"
+        flip_weights(path, at)
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage is None
+
+
+def test_every_flipped_bit_of_an_entry_is_found_or_leaves_its_parts_as_they_were(
+    store: Pretrained, save: Callable[..., Path]
+) -> None:
+    path = save()
+    good = (path / ENTRY).read_bytes()
+    for bit in range(len(good) * 8):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        (path / ENTRY).write_bytes(content)
+        found = store.find(PARTS)
+        assert found is not None
+        assert found.damage or found.parts == PARTS
+
+
+def test_an_entry_of_another_key_copied_over_is_damaged(store: Pretrained, save: Callable[..., Path]) -> None:
+    path, other = save(), save(changed(number=1), b"others")
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage == "its key is not that of its parts"
+    still = store.find(changed(number=1))
+    assert still is not None
+    assert still.damage is None
+
+
+def test_weights_of_another_key_copied_over_are_damaged(store: Pretrained, save: Callable[..., Path]) -> None:
+    path, other = save(), save(changed(number=1), b"others")
+    shutil.copy(other / WEIGHTS, path / WEIGHTS)
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage == "its weights are not the bytes that were saved"
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def full(*_: object, **__: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Failing:
+    """Fails the ``n``-th of these calls, whichever it is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, names: tuple[str, ...]) -> None:
+        self.calls, self.n = 0, n
+        for name in names:
+            monkeypatch.setattr(os, name, self._failing(getattr(os, name)))
+
+    def _failing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            return full() if self.calls == self.n else call(*args, **options)
+
+        return instead
+
+
+def faulty_saves(tmp_path: Path, names: tuple[str, ...], before: bytes | None) -> Iterator[tuple[Pretrained, bool]]:
+    """A store after a save of ``b"after"`` of which one call failed, each in turn, and whether the save said so."""
+    weights, n, reached = tmp_path / "best.safetensors", 0, True
+    while reached:
+        n += 1
+        store = Pretrained(tmp_path / f"{n}" / "pretrained")
+        if before is not None:
+            weights.write_bytes(before)
+            store.save(PARTS, weights, MEASURED)
+        weights.write_bytes(b"after")
+        failed = False
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Failing(patch, n, names)
+            try:
+                store.save(PARTS, weights, MEASURED)
+            except StoreError as error:
+                failed = "No space left" in error.message
+        reached = faults.calls >= n
+        yield store, failed
+
+
+@pytest.mark.parametrize("before", [None, b"before"], ids=["new", "again"])
+def test_a_save_that_fails_anywhere_leaves_no_temporary_folder_and_no_half_entry(
+    tmp_path: Path, before: bytes | None
+) -> None:
+    outcomes = []
+    for store, failed in faulty_saves(tmp_path, ("fsync", "replace", "rename", "mkdir"), before):
+        names = [path.name for path in store.root.iterdir()] if store.root.exists() else []
+        assert not [name for name in names if name.startswith(".tmp-")]
+        found = store.find(PARTS)
+        assert found is None or found.damage is None
+        assert [entry.damage for entry in store.entries()] == ([] if found is None else [None])
+        content = None if found is None else found.weights.read_bytes()
+        assert content in ((before, b"after", None) if failed else (b"after",))
+        outcomes.append(failed)
+    assert sum(outcomes) > 5
+    assert outcomes[-1] is False
+
+
+def test_an_earlier_entry_that_cannot_be_taken_away_is_never_left_by_half(tmp_path: Path) -> None:
+    for store, _ in faulty_saves(tmp_path, ("unlink", "rmdir"), b"before"):
+        found = store.find(PARTS)
+        assert found is not None
+        assert found.damage is None
+        assert found.weights.read_bytes() in (b"before", b"after")
+
+
+@pytest.mark.parametrize("there_before", [False, True], ids=["new", "again"])
+@pytest.mark.parametrize("name", [WEIGHTS, ENTRY])
+def test_a_disk_that_is_full_keeps_what_was_there(
+    store: Pretrained,
+    save: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    there_before: bool,
+) -> None:
+    if there_before:
+        save(content=b"before")
+    before = tree(store.root) if there_before else {}
+    write = pretraining.write_atomic
+    monkeypatch.setattr(
+        pretraining,
+        "write_atomic",
+        lambda path, content: full() if path.name == name else write(path, content),
+    )
+    with pytest.raises(StoreError, match="No space left"):
+        save(content=b"after")
+    assert tree(store.root) == before
+
+
+def test_a_save_that_is_interrupted_leaves_nothing(
+    store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretraining, "write_atomic", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert tree(store.root) == {}
+
+
+def test_a_replacement_that_cannot_be_put_in_place_keeps_the_earlier_entry(
+    store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(content=b"before")
+    rename, tried = os.rename, []
+
+    def failing_once(one: Path, two: Path) -> None:
+        if Path(two) == path and not tried:
+            tried.append(one)
+            full()
+        rename(one, two)
+
+    monkeypatch.setattr(os, "rename", failing_once)
+    with pytest.raises(StoreError, match="No space left"):
+        save(content=b"after")
+    monkeypatch.undo()
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.weights.read_bytes() == b"before"
+    assert [p.name for p in store.root.iterdir()] == [path.name]
+
+
+def test_weights_that_are_not_there_are_a_store_error(store: Pretrained, tmp_path: Path) -> None:
+    with pytest.raises(StoreError):
+        store.save(PARTS, tmp_path / "gone.safetensors", MEASURED)
+    assert not store.root.exists() or tree(store.root) == {}
+
+
+def test_an_entry_that_cannot_be_removed_is_a_store_error(
+    store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save()
+    monkeypatch.setattr(shutil, "rmtree", full)
+    with pytest.raises(StoreError, match="No space left") as caught:
+        store.remove(PARTS)
+    assert path.name in caught.value.message
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, ENTRY])
+def test_a_file_that_cannot_be_read_is_reported_as_damage(
+    store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save()
+    opened = Path.open
+
+    def failing(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    found = store.find(PARTS)
+    assert found is not None
+    assert found.damage == "it cannot be read: Input/output error"
+    assert [entry.damage for entry in store.entries()] == [found.damage]
+
+
+@contextlib.contextmanager
+def unreadable(folder: Path) -> Iterator[None]:
+    """Nobody may look into the folder: the superuser, who may, becomes somebody else for a while."""
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+ASKED: dict[str, Callable[[Pretrained], object]] = {
+    "find": lambda store: store.find(PARTS),
+    "entries": lambda store: store.entries(),
+    "nearest": lambda store: store.nearest(PARTS),
+    "remove": lambda store: store.remove(PARTS),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_a_folder_that_cannot_be_looked_into_is_a_store_error(
+    store: Pretrained, save: Callable[..., Path], ask: Callable[[Pretrained], object]
+) -> None:
+    save()
+    with unreadable(store.root), pytest.raises(StoreError, match="Permission denied"):
+        ask(store)
+    assert store.find(PARTS) is not None
+
+
+def test_a_folder_that_cannot_be_listed_is_a_store_error(
+    store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save()
+    monkeypatch.setattr(Path, "iterdir", full)
+    for ask in (store.entries, lambda: store.nearest(PARTS)):
+        with pytest.raises(StoreError, match="No space left") as caught:
+            ask()
+        assert str(store.root) in caught.value.message
+
+
+def test_a_file_in_place_of_the_folder_holds_no_entries_and_takes_none(tmp_path: Path) -> None:
+    store = Pretrained(tmp_path / "pretrained")
+    store.root.write_text("a file")
+    (tmp_path / "w").write_bytes(b"weights")
+    assert store.find(PARTS) is None
+    assert store.entries() == []
+    assert store.nearest(PARTS) == []
+    assert store.remove(PARTS) is False
+    with pytest.raises(StoreError):
+        store.save(PARTS, tmp_path / "w", MEASURED)
+    assert store.root.read_text() == "a file"
+
+
+def test_a_file_in_place_of_an_entry_is_not_used_and_not_overwritten(
+    store: Pretrained, save: Callable[..., Path]
+) -> None:
+    path = save()
+    shutil.rmtree(path)
+    path.write_text("a file")
+    assert store.find(PARTS) is None
+    with pytest.raises(StoreError):
+        save()
+    assert tree(store.root) == {path.name: b"a file"}

@@ -1,0 +1,644 @@
+"""Training a teacher: who trains, who validates, what is kept, what stays frozen, and going on after a stop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import REPO, World
+from safetensors.torch import load_file
+from train_fixtures import Listening, add_clip, job, settings, town
+
+from kd_cache import CheckpointError, DataLeakageError, FeatureError, StoreError, TrainingError, UsageError
+from kd_cache.provenance import Provenance
+from kd_cache.store.keys import keys_of
+from kd_cache.teacher import teacher_fingerprint
+from teachers.builtin import City2Scene
+from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
+from teachers.training import pretraining
+from teachers.training.augment import Mixed
+from teachers.training.loop import _cross_entropy, _Schedule
+from teachers.training.settings import Stage, parse_stage
+from teachers.training.teacher import TrainJob, TrainReport, _Training, train_teacher
+
+__all__ = ["town"]
+
+
+def trained(world: World, role: str = "city", **changed: Any) -> tuple[TrainReport, Listening]:
+    watcher = changed.pop("watcher", None) or Listening()
+    return train_teacher(job(world, role, **changed), watcher), watcher
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def key(world: World, role: str = "city", **changed: Any) -> str:
+    return _Training(job(world, role, **changed), Listening()).key
+
+
+# -- who trains on what ------------------------------------------------------------------------------------------------
+
+
+def test_a_city_teacher_learns_from_a_and_the_target_by_city(town: World) -> None:
+    report, _ = trained(town)
+    teacher = load_teacher(report.checkpoint, role="city")
+    assert teacher.num_classes == 3
+    assert teacher.provenance is not None
+    assert {key.tobytes() for key in teacher.provenance.keys} == {key.tobytes() for key in keys_of(town.permitted())}
+
+
+@pytest.mark.parametrize("role", ["scene", "city2scene"])
+def test_scene_labels_are_learnt_from_a_alone(town: World, role: str) -> None:
+    backbone = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+    division = job(town, role, **backbone).division
+    assert {sample.device_id for sample in (*division.train, *division.validation)} == {"A"}
+
+
+@pytest.mark.parametrize("role", ["city", "city2scene"])
+def test_scene_labels_of_the_target_change_nothing(town: World, role: str) -> None:
+    backbone = trained(town, output_dir=town.root / "city")[0].checkpoint
+    given = {"backbone": backbone} if role == "city2scene" else {}
+    before = trained(town, role, **given, output_dir=town.root / "one")[0]
+    for row in town.rows:
+        if row["device_id"] == "b":
+            row["scene_label"] = 2 - row["scene_label"]
+    town.write()
+    after = trained(town, role, **given, output_dir=town.root / "two")[0]
+    assert weights(before.checkpoint) == weights(after.checkpoint)
+
+
+@pytest.mark.parametrize("role", ["city", "city2scene", "scene"])
+def test_no_validation_location_is_in_training_and_no_test_file_anywhere(town: World, role: str) -> None:
+    division = job(town, role).division
+    places = [
+        {sample.file.split("-", 1)[1].rsplit("-", 2)[0] for sample in side}
+        for side in (division.train, division.validation)
+    ]
+    assert places[0]
+    assert places[1]
+    assert not places[0] & places[1]
+    assert {sample.split for sample in (*division.train, *division.validation)} == {"train"}
+    for side in (division.train, division.validation):
+        assert {sample.city_label for sample in side} == {0, 1, 2}
+
+
+def test_a_city_teacher_and_the_head_on_it_hold_out_the_same_locations(town: World) -> None:
+    city, head = job(town, "city").division, job(town, "city2scene").division
+    assert {s.file for s in head.validation} == {s.file for s in city.validation if s.device_id == "A"}
+
+
+def test_test_clips_are_measured_and_change_nothing(town: World) -> None:
+    report, _ = trained(town, output_dir=town.root / "one")
+    assert report.results["test"]["by"]["device"].keys() == {"A", "b", "s4"}
+    assert report.results["test"]["by"]["device_group"].keys() == {"source", "target", "unseen"}
+    for row in town.rows:
+        if row["split"] == "test":
+            town.feature(row["file"]).unlink()
+    blind, watcher = trained(town, output_dir=town.root / "two")
+    assert blind.results["test"] is None
+    assert watcher.told("test was not measured")
+    assert weights(blind.checkpoint) == weights(report.checkpoint)
+
+
+def test_a_manifest_that_leaks_is_refused_before_anything_is_read(town: World) -> None:
+    add_clip(town, 0, 0, 9, "A", "train")  # a location of test
+    town.write()
+    with pytest.raises(DataLeakageError, match="also occurs in test"):
+        job(town, "city")
+
+
+def test_a_location_that_belongs_to_two_cities_is_refused(town: World) -> None:
+    town.rows[0]["city_label"] = 2
+    town.write()
+    with pytest.raises(DataLeakageError, match="cities"):
+        trained(town)
+
+
+@pytest.mark.parametrize(("role", "label"), [("city", "city_label"), ("scene", "scene_label")])
+def test_a_sample_without_the_label_that_is_learnt_is_refused_by_name(town: World, role: str, label: str) -> None:
+    row = next(row for row in town.rows if row["split"] == "train" and row["device_id"] == "A")
+    row[label] = None
+    town.write()
+    with pytest.raises(UsageError, match=row["file"]):
+        trained(town, role)
+
+
+def test_equal_features_on_both_sides_are_told_of(town: World) -> None:
+    division = job(town, "city").division
+    copied = town.feature(division.train[0].file).read_bytes()
+    town.feature(division.validation[0].file).write_bytes(copied)
+    assert trained(town)[1].told("1 validation features are byte for byte a training sample's")
+
+
+def test_a_feature_that_cannot_be_read_stops_the_training(town: World) -> None:
+    town.feature(town.rows[0]["file"]).write_bytes(b"no array")
+    with pytest.raises(FeatureError, match=town.rows[0]["file"]):
+        trained(town)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_weights_settings_history_and_results(town: World) -> None:
+    report, _ = trained(town)
+    assert report.run is not None
+    assert report.run.parent == town.root / "outputs/teacher_city/A2b/runs"
+    assert report.checkpoint == town.root / "outputs/teacher_city/A2b/best.safetensors"
+    assert report.checkpoint.read_bytes() == (report.run / "best.safetensors").read_bytes()
+    config = yaml.safe_load((report.run / "config.yaml").read_text())
+    assert config["settings"]["batch_size"] == 4
+    assert [stage["level"] for stage in config["stages"]] == [0]
+    history = list(csv.DictReader((report.run / "history.csv").read_text().splitlines()))
+    assert [int(row["epoch"]) for row in history] == [1, 2, 3]
+    steps = list(csv.DictReader((report.run / "steps.csv").read_text().splitlines()))
+    clips = len(job(town, "city").division.train)
+    assert len(steps) == 3 * (clips // 4 + (clips % 4 > 1))  # one left over joins another batch
+    rates = [float(step["lr"]) for step in steps]
+    assert 0 < max(rates) <= 0.03
+    assert rates[-1] < max(rates)
+    assert json.loads((report.run / "results.json").read_text()) == report.results
+    load_teacher(report.run / "last.safetensors", role="city")
+    assert not list(town.root.rglob("*.partial"))
+
+
+def test_the_results_are_those_of_the_stored_weights(town: World) -> None:
+    report, _ = trained(town, "scene")
+    teacher = load_teacher(report.checkpoint, role="scene")
+    validation = job(town, "scene").division.validation
+    x = torch.from_numpy(np.stack([np.load(town.feature(sample.file)) for sample in validation]))
+    labels = torch.tensor([sample.scene_label for sample in validation])
+    assert report.results["validation"]["log_loss"] == pytest.approx(
+        F.cross_entropy(teacher(x), labels).item(), abs=1e-5
+    )
+
+
+def test_half_stores_float16_and_the_figures_are_of_that(town: World) -> None:
+    report, _ = trained(town, "scene", half=True)
+    kept = load_file(report.checkpoint)
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float16, torch.int64}
+    assert {tensor.dtype for tensor in load_teacher(report.checkpoint).parameters()} == {torch.float32}
+
+
+def test_a_scene_teacher_is_global(town: World) -> None:
+    assert trained(town, "scene")[0].checkpoint == town.root / "outputs/teacher_scene/global/best.safetensors"
+
+
+@pytest.mark.parametrize("role", ["scene", "city2scene"])
+def test_a_pth_has_the_field_s_names_and_the_same_fingerprint(town: World, role: str) -> None:
+    given = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+    report, _ = trained(town, role, pth=True, **given)
+    pth = report.checkpoint.with_name("best.pth")
+    entries = torch.load(pth, weights_only=True)
+    if role == "scene":
+        assert entries.keys() == {
+            "epoch", "model_state_dict", "optimizer_state_dict", "val_acc", "val_loss", "kd_cache",
+        }  # fmt: skip
+    else:
+        assert entries.keys() >= {"city_model_state_dict", "scene_head_state_dict", "val_acc"}
+        assert entries["scene_head_state_dict"].keys() == {"weight", "bias"}
+    one, two = load_teacher(report.checkpoint, role=role), load_teacher(pth, role=role)
+    assert teacher_fingerprint(one).digest == teacher_fingerprint(two).digest
+    x = torch.randn(2, 12, 20)
+    assert torch.equal(one(x), two(x))
+
+
+def test_a_control_on_shuffled_labels_publishes_nothing(town: World) -> None:
+    report, _ = trained(town, "scene", shuffle_labels=True)
+    assert report.results["shuffled_labels"]
+    assert not (town.root / "outputs/teacher_scene/global/best.safetensors").exists()
+    assert not (town.root / "outputs/pretrained").exists()
+
+
+def test_one_seed_gives_the_same_weights_and_another_seed_others(town: World) -> None:
+    one, two, three = (
+        trained(town, output_dir=town.root / f"out{number}", seed=seed)[0] for number, seed in enumerate((1, 1, 2))
+    )
+    assert weights(one.checkpoint) == weights(two.checkpoint)
+    assert weights(one.checkpoint) != weights(three.checkpoint)
+
+
+# -- cached pre-training -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_uses_the_cached_weights_and_says_why(town: World) -> None:
+    first, _ = trained(town)
+    first.checkpoint.unlink()
+    second, watcher = trained(town)
+    assert (first.how, second.how) == ("trained", "cached")
+    assert watcher.told("pre-training skipped")
+    assert not watcher.epochs
+    assert weights(second.checkpoint) == weights(first.run / "best.safetensors")  # type: ignore[operator]
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "epochs": {"epochs": 4},
+    "batch size": {"batch_size": 8},
+    "learning rate": {"lr": 1e-3},
+    "optimiser": {"optimizer": "sgd"},
+    "weight decay": {"weight_decay": 0.1},
+    "seed": {"seed": 7},
+    "fold": {"fold": 1},
+    "validation ratio": {"val_ratio": 0.3},
+    "front end": {"feature_spec": "64 mels"},
+    "architecture": {"feature_dim": 10},
+    "augmentation": {"time_roll": 0.5},
+    "label smoothing": {"label_smoothing": 0.1},
+    "averaging": {"ema": 0.9},
+    "stages": {"stages": (Stage(0, 3, 3e-3),)},
+    "precision": {"precision": "bf16"},
+    "storage": {"half": True},
+    "target": {"target": "c"},
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_any_changed_setting_is_another_key(town: World, what: str) -> None:
+    if what == "target":
+        for row in town.rows:
+            if row["device_id"] == "b" and row["split"] == "train":
+                add_clip(town, row["scene_label"], row["city_label"], 3, "c", "train")
+        town.write()
+    assert key(town, **CHANGED[what]) != key(town)
+
+
+def test_changed_data_and_changed_code_are_another_key(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(town)
+    assert key(town) == before
+    path = town.feature(town.permitted()[0])
+    np.save(path, np.load(path) + 1)
+    changed = key(town)
+    assert changed != before
+    monkeypatch.setattr("teachers.training.teacher.code_version", lambda: "another")
+    assert key(town) not in (before, changed)
+
+
+def test_one_flipped_byte_in_the_cached_weights_trains_again_and_says_so(town: World) -> None:
+    first, _ = trained(town)
+    (cached,) = (town.root / "outputs/pretrained").glob("*/weights.safetensors")
+    content = bytearray(cached.read_bytes())
+    content[-1] ^= 1
+    cached.write_bytes(content)
+    second, watcher = trained(town)
+    assert second.how == "trained"
+    assert watcher.told("damaged")
+    assert weights(second.checkpoint) == weights(first.run / "best.safetensors")  # type: ignore[operator]
+    assert trained(town)[0].how == "cached"
+
+
+def test_fresh_trains_again_and_removes_only_its_own_key(town: World) -> None:
+    trained(town)
+    other, _ = trained(town, seed=3)
+    again, watcher = trained(town, resume="fresh")
+    assert again.how == "trained"
+    assert watcher.told("removed the cached weights")
+    assert trained(town, seed=3)[0].how == "cached"
+    assert other.how == "trained"
+
+
+def test_weights_that_cannot_be_cached_are_only_a_note(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(pretraining.Pretrained, "save", full)
+    report, watcher = trained(town)
+    assert report.checkpoint.is_file()
+    assert watcher.told("the disk is full")
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+PLANS: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    "sgd, averaged": {"optimizer": "sgd", "ema": 0.9, "accumulate": 2, "clip": 1.0},
+    "stages": {"stages": (Stage(2, 4, 0.1), Stage(1, 1, 1e-2), Stage(0, 2, 1e-3))},
+    "mixed": {"mixup": 0.3, "label_smoothing": 0.1, "class_weights": "balanced", "drop_last": True},
+}
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("role", ["scene", "city2scene"])
+def test_a_stopped_run_goes_on_to_the_same_weights(town: World, role: str, plan: str, stop_after: int) -> None:
+    given: dict[str, Any] = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+    given |= PLANS[plan]
+    whole, _ = trained(town, role, **given, output_dir=town.root / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, role, **given, watcher=Listening(stop_after))
+    report, watcher = trained(town, role, **given)
+    assert report.how == "resumed"
+    assert watcher.told(f"{stop_after} epochs are done")
+    assert report.run is not None
+    assert whole.run is not None
+    for name in ("best.safetensors", "last.safetensors"):
+        assert weights(report.run / name) == weights(whole.run / name)
+    assert (report.run / "steps.csv").read_text() == (whole.run / "steps.csv").read_text()
+    assert len(list(report.run.parent.iterdir())) == 1
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(town: World) -> None:
+    whole, _ = trained(town, output_dir=town.root / "whole")
+    script = f"""
+import os, signal, sys
+sys.path[:0] = [{str(REPO / "tests")!r}]
+from pathlib import Path
+from conftest import World
+from train_fixtures import Listening, job
+from teachers.training.teacher import train_teacher
+class Killed(Listening):
+    def epoch(self, measured):
+        if measured["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+train_teacher(job(World(Path({str(town.root)!r})), "city"), Killed())
+"""
+    died = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    report, _ = trained(town)
+    assert report.how == "resumed"
+    assert weights(report.checkpoint) == weights(whole.checkpoint)
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(town: World) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", watcher=Listening(1))
+    assert trained(town, "scene", lr=1e-3)[0].how == "trained"
+    assert trained(town, "scene")[0].how == "resumed"
+
+
+def test_a_damaged_last_epoch_is_an_error_that_says_what_to_do(town: World) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", watcher=Listening(1))
+    (last,) = town.root.rglob("last.safetensors")
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"last.safetensors"):
+        trained(town, "scene")
+
+
+# -- stages and warm starts --------------------------------------------------------------------------------------------
+
+
+def test_what_is_frozen_is_bit_for_bit_the_same_and_what_is_not_changes(town: World) -> None:
+    first, _ = trained(town, "scene")
+    before = load_file(first.checkpoint)
+    stages = (Stage(2, 2, 1e-2), Stage(1, 2, 1e-2))
+    report, watcher = trained(town, "scene", init=first.checkpoint, stages=stages)
+    assert report.run is not None
+    after = load_file(report.run / "last.safetensors")
+    for name, tensor in before.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        same = torch.equal(tensor, after[name])
+        assert same == (not name.startswith(("block4.", "head."))), name
+    assert len([note for note in watcher.notes if "bit for bit" in note]) == 2
+    assert len(report.results["frozen"]) == 2
+    free, _ = trained(town, "scene", init=first.checkpoint, stages=(Stage(0, 1, 1e-3),))
+    assert free.run is not None
+    moved = load_file(free.run / "last.safetensors")
+    assert not any(torch.equal(before[name], moved[name]) for name in before if name.endswith("weight"))
+
+
+def test_the_frozen_city_backbone_is_in_the_city2scene_teacher_as_it_was(town: World) -> None:
+    city, _ = trained(town)
+    report, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    inner = load_file(report.checkpoint)
+    for name, tensor in load_file(city.checkpoint).items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        assert torch.equal(inner[f"city_model_state_dict.{name}"], tensor)
+    assert isinstance(load_teacher(report.checkpoint, role="city2scene").net, City2Scene)
+
+
+def test_a_city2scene_teacher_remembers_what_trained_its_backbone(town: World) -> None:
+    city, _ = trained(town)
+    report, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    found = load_teacher(report.checkpoint).provenance
+    assert found is not None
+    assert {key.tobytes() for key in found.keys} == {key.tobytes() for key in keys_of(town.permitted())}
+
+
+def test_validating_on_what_trained_the_backbone_is_told_of(town: World) -> None:
+    city, _ = trained(town, fold=1)
+    _, watcher = trained(town, "city2scene", backbone=city.checkpoint)
+    assert watcher.told("validation samples trained what this starts from")
+    _, watcher = trained(town, "city2scene", backbone=city.checkpoint, fold=1)
+    assert not watcher.told("validation samples trained what this starts from")
+
+
+def test_a_checkpoint_of_other_names_is_refused_with_the_list(town: World) -> None:
+    first, _ = trained(town, "scene")
+    renamed = {f"other.{name}": tensor for name, tensor in load_file(first.checkpoint).items()}
+    save_checkpoint(town.root / "renamed.safetensors", renamed, {})
+    with pytest.raises(CheckpointError, match=r"0 of \d+ tensors loaded") as refused:
+        trained(town, "scene", init=town.root / "renamed.safetensors")
+    assert "stem.0.weight: expected [32, 1, 5, 5], missing" in refused.value.message
+    assert "  other." in refused.value.message
+    assert ": unexpected" in refused.value.message
+
+
+def test_a_part_of_a_backbone_is_refused(town: World) -> None:
+    first, _ = trained(town, "scene")
+    kept = {name: tensor for name, tensor in load_file(first.checkpoint).items() if not name.startswith("block2.")}
+    save_checkpoint(town.root / "part.safetensors", kept, {})
+    with pytest.raises(CheckpointError, match=r"block2.conv1.weight: expected .*, missing"):
+        trained(town, "scene", init=town.root / "part.safetensors")
+
+
+def test_a_backbone_whose_head_is_new_starts_with_the_head(town: World) -> None:
+    city, _ = trained(town)
+    bare = {name: tensor for name, tensor in load_file(city.checkpoint).items() if not name.startswith("head.")}
+    save_checkpoint(town.root / "bare.safetensors", bare, {})
+    report, watcher = trained(town, "scene", init=town.root / "bare.safetensors", epochs=13, patience=0, lr=None)
+    assert watcher.told("(new: head.0.weight")
+    assert report.run is not None
+    config = yaml.safe_load((report.run / "config.yaml").read_text())
+    assert [(stage["level"], stage["epochs"], stage["lr"]) for stage in config["stages"]] == [
+        (2, 10, 1e-4),
+        (1, 2, 2e-4),
+        (0, 1, 2e-4),
+    ]
+
+
+def test_a_whole_model_is_tuned_gently_and_drift_is_told_of(town: World) -> None:
+    first, _ = trained(town, "scene", epochs=6)
+    _, watcher = trained(town, "scene", init=first.checkpoint, stages=(Stage(0, 3, 0.05),))
+    assert watcher.told("starts at a learning rate of 0.05: above 0.0001")
+    assert watcher.told("drift: ")
+
+
+def test_unfreezing_everything_after_the_head_must_be_asked_for(town: World) -> None:
+    stages = (Stage(2, 1, 1e-2), Stage(0, 1, 1e-3))
+    with pytest.raises(UsageError, match=r"--direct-unfreeze|level 0"):
+        trained(town, "scene", stages=stages)
+    assert trained(town, "scene", stages=stages, direct_unfreeze=True)[0].how == "trained"
+
+
+# -- heads on embeddings -----------------------------------------------------------------------------------------------
+
+
+def test_a_head_on_cached_embeddings_is_the_head_over_the_running_trunk(town: World) -> None:
+    city, _ = trained(town)
+    results = [
+        trained(
+            town,
+            "city2scene",
+            backbone=city.checkpoint,
+            epochs=10,
+            cached_features=cached,
+            output_dir=town.root / str(cached),
+        )
+        for cached in (True, False)
+    ]
+    (one, _), (two, _) = results
+    for name in ("accuracy", "log_loss"):
+        assert one.results["validation"][name] == pytest.approx(two.results["validation"][name], abs=1e-4)
+    heads = [read_weights(report.checkpoint).tensors["scene_head.weight"] for report, _ in results]
+    torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
+
+
+def test_a_scene_head_may_have_hidden_layers(town: World) -> None:
+    city, _ = trained(town)
+    report, _ = trained(town, "city2scene", backbone=city.checkpoint, mlp_hidden_dims=(7, 5))
+    teacher = load_teacher(report.checkpoint, role="city2scene")
+    assert [tuple(p.shape) for n, p in teacher.named_parameters() if "scene_head" in n and n.endswith("weight")] == [
+        (7, 8),
+        (5, 7),
+        (3, 5),
+    ]
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_diverges_stops_with_the_cause(town: World) -> None:
+    with pytest.raises(TrainingError, match=r"became|diverged|not finite") as stopped:
+        trained(town, "scene", lr=10.0, optimizer="sgd", momentum=0.99, warmup_epochs=0.0, epochs=30)
+    assert stopped.value.hint is not None
+    assert "--lr" in stopped.value.hint
+    assert not (town.root / "outputs/teacher_scene/global/best.safetensors").exists()
+
+
+def test_a_training_that_learns_nothing_is_an_error(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 0.2)
+    with pytest.raises(TrainingError, match="nothing was learnt"):
+        trained(town, "scene")
+
+
+def test_what_is_frozen_and_changes_all_the_same_stops_the_training(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = trained(town, "scene")
+    from teachers.training import loop
+
+    honest = loop.Loop._step
+
+    def meddling(self: loop.Loop, *args: Any) -> None:
+        honest(self, *args)
+        with torch.no_grad():
+            next(self.net.parameters()).add_(1e-3)
+
+    monkeypatch.setattr(loop.Loop, "_step", meddling)
+    with pytest.raises(TrainingError, match="changed while it was frozen"):
+        trained(town, "scene", init=first.checkpoint, stages=(Stage(2, 1, 1e-3),))
+
+
+def test_a_stage_ends_early_where_nothing_gets_better(town: World) -> None:
+    report, watcher = trained(
+        town,
+        "scene",
+        lr=1e-9,
+        epochs=40,
+        patience=3,
+        warmup_epochs=0.0,
+        stages=(Stage(0, 40, 1e-9),),
+        shuffle_labels=True,
+    )
+    assert report.results["epochs"] < 40
+    assert watcher.told("for 3 epochs neither validation accuracy nor loss got better")
+
+
+def test_the_learning_rate_warms_up_and_goes_down_a_cosine() -> None:
+    stage = parse_stage("level=0,epochs=10,lr=1.0")
+    rates = [_Schedule(stage, settings("scene", warmup_epochs=2.0), 5).lr(step) for step in range(50)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[30] == pytest.approx(0.5)
+    assert rates[-1] < 0.01
+    flat = Stage(0, 10, 1.0, schedule="constant")
+    assert {_Schedule(flat, settings("scene", warmup_epochs=0.0), 5).lr(step) for step in range(50)} == {1.0}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_torch_s(weighted: bool, smoothing: float) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(16, 5), torch.randint(5, (16,))
+    weights = torch.rand(5) + 0.1 if weighted else None
+    plain = Mixed(logits)
+    expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(_cross_entropy(logits, labels, plain, weights, smoothing), expected)
+    partner = torch.randperm(16)
+    mixed = Mixed(logits, torch.full((16,), 0.7), partner)
+    if not weighted:
+        both = 0.7 * expected + 0.3 * F.cross_entropy(logits, labels[partner], label_smoothing=smoothing)
+        torch.testing.assert_close(_cross_entropy(logits, labels, mixed, None, smoothing), both)
+
+
+def test_a_net_of_one_s_own_trains_by_its_factory(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (town.root / "my_net.py").write_text(
+        "import torch\n\n"
+        "def small(classes):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
+        "def broken(classes):\n"
+        "    return 3\n"
+    )
+    monkeypatch.syspath_prepend(town.root)
+    report, _ = trained(town, "scene", arch="my_net:small")
+    assert read_weights(report.checkpoint).tensors["1.weight"].shape == (3, 240)
+    with pytest.raises(Exception, match=r"must return a torch.nn.Module"):
+        trained(town, "scene", arch="my_net:broken")
+    with pytest.raises(UsageError, match="no architecture is called nonsense"):
+        trained(town, "scene", arch="nonsense")
+
+
+def test_features_that_do_not_fit_into_memory_are_read_again_and_give_the_same_weights(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = trained(town, "scene", output_dir=town.root / "whole")
+    monkeypatch.setattr("teachers.training.clips.fits", lambda size: False)
+    for workers in (0, 2):
+        read, watcher = trained(town, "scene", output_dir=town.root / f"read{workers}", workers=workers)
+        assert watcher.told("do not fit into memory")
+        assert weights(read.checkpoint) == weights(whole.checkpoint)
+
+
+def test_clips_of_several_lengths_train_together(town: World) -> None:
+    for row in town.rows[::2]:
+        path = town.feature(row["file"])
+        np.save(path, np.concatenate([np.load(path)] * 2))
+    report, _ = trained(town, "scene", batch_size=4)
+    assert report.results["validation"]["samples"] > 0
+
+
+def test_provenance_covers_training_and_validation(town: World) -> None:
+    report, _ = trained(town, "scene")
+    division = job(town, "scene").division
+    expected = Provenance.of((s.file for s in division.train), (s.file for s in division.validation))
+    found = load_teacher(report.checkpoint).provenance
+    assert found is not None
+    assert found.digest == expected.digest
+
+
+def test_a_job_is_plain_data(town: World) -> None:
+    assert isinstance(job(town, "city"), TrainJob)
+    assert job(town, "city").home == town.root / "outputs/teacher_city/A2b"

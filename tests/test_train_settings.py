@@ -1,0 +1,388 @@
+"""Settings of a training: presets are the documented stages, what makes no sense is refused, and all of it is keyed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd_cache.errors import UsageError
+from teachers.training.augment import LEVELS, Augmentation
+from teachers.training.pretraining import key_of
+from teachers.training.settings import (
+    AUTO,
+    BACKBONE,
+    CITY,
+    CITY2SCENE,
+    FROZEN,
+    FULL_MODEL,
+    PRESETS,
+    ROLES,
+    SCENE,
+    SCRATCH,
+    Settings,
+    Stage,
+    parse_stage,
+    stages_of,
+)
+
+STARTS = (SCRATCH, FROZEN, FULL_MODEL, BACKBONE)
+
+
+def of(start: str, **values: Any) -> tuple[Stage, ...]:
+    return stages_of(Settings(CITY, **values), start)
+
+
+def table(stages: tuple[Stage, ...]) -> list[tuple[int, int, float, str, str]]:
+    return [(stage.level, stage.epochs, pytest.approx(stage.lr), stage.augment, stage.schedule) for stage in stages]
+
+
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+DOCUMENTED: dict[str, list[tuple[int, int, float, str, str]]] = {
+    SCRATCH: [(0, 40, 3e-3, "moderate", "cosine")],
+    FROZEN: [(2, 200, 1e-2, "off", "cosine")],
+    FULL_MODEL: [
+        (2, 5, 1e-4, "off", "constant"),
+        (1, 8, 5e-5, "moderate", "constant"),
+        (0, 17, 3e-5, "moderate", "constant"),
+    ],
+    BACKBONE: [
+        (2, 10, 1e-4, "off", "constant"),
+        (1, 2, 2e-4, "moderate", "constant"),
+        (0, 18, 2e-4, "moderate", "cosine"),
+    ],
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_each_start_has_the_stages_that_are_documented(start: str) -> None:
+    assert table(of(start)) == DOCUMENTED[start]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("preset", STARTS)
+def test_a_preset_that_is_named_counts_whatever_the_start(preset: str, start: str) -> None:
+    assert of(start, preset=preset) == of(preset)
+
+
+def test_every_preset_is_documented() -> None:
+    assert set(PRESETS) == {AUTO, *DOCUMENTED}
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("start", STARTS)
+def test_stages_do_not_depend_on_the_role(role: str, start: str) -> None:
+    assert stages_of(Settings(role), start) == of(start)
+
+
+@pytest.mark.parametrize(
+    ("start", "least", "before"), [(SCRATCH, 1, 0), (FROZEN, 1, 0), (FULL_MODEL, 14, 13), (BACKBONE, 13, 12)]
+)
+def test_the_last_stage_takes_the_epochs_that_are_left(start: str, least: int, before: int) -> None:
+    for epochs in range(least, 60):
+        stages = of(start, epochs=epochs)
+        assert sum(stage.epochs for stage in stages) == epochs
+        assert stages[-1].epochs == epochs - before
+        assert stages[:-1] == of(start)[:-1]
+
+
+@pytest.mark.parametrize(("start", "least"), [(FULL_MODEL, 14), (BACKBONE, 13)])
+def test_too_few_epochs_are_refused_with_how_many_are_needed(start: str, least: int) -> None:
+    for epochs in range(1, least):
+        for settings in (Settings(CITY, epochs=epochs), Settings(CITY, epochs=epochs, preset=start)):
+            with pytest.raises(UsageError, match=f"--preset {start} needs more than {least - 1} epochs") as caught:
+                stages_of(settings, start)
+            assert f"found --epochs {epochs}" in caught.value.message
+            assert "--stage" in str(caught.value)
+            assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_no_epochs_are_no_training(start: str, epochs: int) -> None:
+    with pytest.raises(UsageError, match="epochs"):
+        of(start, epochs=epochs)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("lr", [0.0, -1e-3, float("nan"), float("inf"), 11.0])
+def test_a_learning_rate_that_learns_nothing_is_refused(start: str, lr: float) -> None:
+    with pytest.raises(UsageError, match="lr is"):
+        of(start, lr=lr)
+
+
+@given(st.sampled_from(STARTS), st.floats(1e-6, 4))
+def test_later_learning_rates_keep_their_proportion_to_the_first(start: str, lr: float) -> None:
+    stages, usual = of(start, lr=lr), of(start)
+    assert stages[0].lr == lr
+    assert [stage.lr / lr for stage in stages] == pytest.approx([stage.lr / usual[0].lr for stage in usual])
+    assert [replace(stage, lr=1.0) for stage in stages] == [replace(stage, lr=1.0) for stage in usual]
+
+
+@pytest.mark.parametrize("preset", ["nonsense", "", "SCRATCH"])
+@pytest.mark.parametrize("epochs", [None, 30])
+def test_an_unknown_preset_is_refused(preset: str, epochs: int | None) -> None:
+    with pytest.raises(UsageError, match="preset"):
+        of(SCRATCH, preset=preset, epochs=epochs)
+
+
+# -- stages one by one -------------------------------------------------------------------------------------------------
+
+STAGES = st.builds(
+    Stage,
+    st.sampled_from([0, 1, 2]),
+    st.integers(1, 10**6),
+    st.floats(0, 10, exclude_min=True),
+    st.sampled_from(sorted(LEVELS)),
+    st.sampled_from(["cosine", "constant"]),
+)
+
+
+def written(stage: Stage, order: list[str], space: str = "") -> str:
+    return f",{space}".join(f"{name}={getattr(stage, name)!s}" for name in order)
+
+
+@given(STAGES, st.permutations(["level", "epochs", "lr", "augment", "schedule"]), st.sampled_from(["", " ", "  "]))
+def test_a_stage_is_read_as_it_is_written_in_any_order(stage: Stage, order: list[str], space: str) -> None:
+    assert parse_stage(written(stage, order, space)) == stage
+
+
+@pytest.mark.parametrize(("level", "augment"), [(2, "off"), (1, "moderate"), (0, "moderate")])
+def test_what_a_stage_leaves_out_follows_from_its_level(level: int, augment: str) -> None:
+    assert parse_stage(f"level={level},epochs=5,lr=5e-5") == Stage(level, 5, 5e-5, augment, "cosine")
+    assert parse_stage(f"level={level},epochs=5,lr=5e-5,augment=full").augment == "full"
+    assert parse_stage(f"level={level},epochs=5,lr=5e-5,schedule=constant").schedule == "constant"
+
+
+GOOD = "level=1,epochs=5,lr=5e-5"
+REFUSED = {
+    "": "expected each of",
+    ",": "expected each of",
+    f"{GOOD},": "expected each of",
+    f",{GOOD}": "expected each of",
+    f"{GOOD},level=1": "found level=1",
+    f"{GOOD},lr=5e-5": "found lr=5e-5",
+    f"{GOOD},speed=3": "found speed=3",
+    f"{GOOD},LR=3": "found LR=3",
+    f"{GOOD},augment": "found augment",
+    f"{GOOD};augment=off": "5e-5;augment=off",
+    "1,5,5e-5": "found 1",
+    "epochs=5,lr=5e-5": "level is missing",
+    "level=1,lr=5e-5": "epochs is missing",
+    "level=1,epochs=5": "lr is missing",
+    "augment=off": "level, epochs, lr is missing",
+    "level=,epochs=5,lr=5e-5": "invalid literal",
+    "level=one,epochs=5,lr=5e-5": "one",
+    "level=1.0,epochs=5,lr=5e-5": "1.0",
+    "level=3,epochs=5,lr=5e-5": "level is 3, expected 0, 1 or 2",
+    "level=-1,epochs=5,lr=5e-5": "level is -1, expected 0, 1 or 2",
+    "level=1,epochs=0,lr=5e-5": "epochs is 0, expected 1 or more",
+    "level=1,epochs=-5,lr=5e-5": "epochs is -5, expected 1 or more",
+    "level=1,epochs=2.5,lr=5e-5": "2.5",
+    "level=1,epochs=1e1,lr=5e-5": "1e1",
+    "level=1,epochs=5,lr=": "could not convert",
+    "level=1,epochs=5,lr=fast": "fast",
+    "level=1,epochs=5,lr=0": "lr is 0.0, expected more than 0",
+    "level=1,epochs=5,lr=-1e-4": "expected more than 0 and at most 10",
+    "level=1,epochs=5,lr=11": "at most 10",
+    "level=1,epochs=5,lr=nan": "lr is nan",
+    "level=1,epochs=5,lr=inf": "lr is inf",
+    f"{GOOD},augment=strong": "augment is strong, expected off, moderate, full",
+    f"{GOOD},augment=": "augment is , expected",
+    f"{GOOD},schedule=linear": "schedule is linear, expected cosine or constant",
+    f"{GOOD},schedule=": "schedule is , expected",
+    f"level=1,epochs={'9' * 5000},lr=1": "--stage",
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), REFUSED.items(), ids=[text[:40] or "empty" for text in REFUSED])
+def test_a_stage_that_makes_no_sense_is_refused_with_the_reason(text: str, reason: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_stage(text)
+    assert reason in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_terminal_escapes_in_a_stage_are_escaped() -> None:
+    for text in ("\x1b[2J", f"{GOOD},augment=\x1b[2J", "level=\x1b,epochs=1,lr=1", f"{GOOD},\x1b=2"):
+        with pytest.raises(UsageError) as caught:
+            parse_stage(text)
+        assert caught.value.message.isprintable()
+
+
+@given(st.text(st.sampled_from("levpochsr=,. 0129-+eEx_"), max_size=40))
+def test_any_text_is_a_stage_or_refused(text: str) -> None:
+    try:
+        stage = parse_stage(text)
+    except UsageError:
+        return
+    assert stage.level in (0, 1, 2)
+    assert stage.epochs >= 1
+    assert 0 < stage.lr <= 10
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"level": 3},
+        {"level": -1},
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"augment": "strong"},
+        {"schedule": "linear"},
+    ],
+    ids=str,
+)
+def test_a_stage_that_makes_no_sense_cannot_be_made(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"a stage's {next(iter(values))} is"):
+        Stage(**({"level": 1, "epochs": 5, "lr": 1e-4} | values))
+
+
+@given(st.lists(STAGES, min_size=1, max_size=5), st.sampled_from(STARTS), st.sampled_from(PRESETS), st.booleans())
+def test_stages_of_ones_own_replace_the_preset_unless_they_unfreeze_at_once(
+    stages: list[Stage], start: str, preset: str, direct: bool
+) -> None:
+    settings = Settings(CITY, preset=preset, epochs=1, lr=1.0, stages=tuple(stages), direct_unfreeze=direct)
+    levels = [stage.level for stage in stages]
+    if not direct and any(pair == (2, 0) for pair in pairwise(levels)):
+        with pytest.raises(UsageError, match="straight after one at level 2") as caught:
+            stages_of(settings, start)
+        assert "--direct-unfreeze" in str(caught.value)
+    else:
+        assert stages_of(settings, start) == tuple(stages)
+
+
+def test_a_stage_at_level_1_between_makes_unfreezing_right() -> None:
+    two, one, nought = Stage(2, 1, 1e-4), Stage(1, 1, 1e-4), Stage(0, 1, 1e-4)
+    assert of(SCRATCH, stages=(two, one, nought)) == (two, one, nought)
+    with pytest.raises(UsageError):
+        of(SCRATCH, stages=(two, one, two, nought))
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+OVERRIDES = ("mixup", "time_mask", "freq_mask", "time_roll", "freq_mixstyle", "device_response")
+STRENGTHS = st.dictionaries(st.sampled_from(OVERRIDES), st.floats(0, 1))
+
+
+def test_a_stage_without_settings_of_ones_own_has_its_level() -> None:
+    for augment, expected in LEVELS.items():
+        assert Settings(CITY).augmentation(Stage(0, 1, 1e-3, augment)) == expected
+    assert LEVELS["off"].is_off
+    assert not LEVELS["moderate"].is_off
+
+
+@given(STRENGTHS)
+def test_settings_of_ones_own_leave_a_stage_alone_that_is_off(values: dict[str, Any]) -> None:
+    settings = Settings(CITY, **values)
+    assert settings.augmentation(Stage(2, 1, 1e-3, "off")) == Augmentation()
+
+
+@given(STRENGTHS, st.sampled_from(["moderate", "full"]))
+def test_settings_of_ones_own_count_in_every_other_stage(values: dict[str, Any], augment: str) -> None:
+    made = dataclasses.asdict(Settings(CITY, **values).augmentation(Stage(0, 1, 1e-3, augment)))
+    assert made == dataclasses.asdict(LEVELS[augment]) | values
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("value", [-0.1, 10.1, float("nan")])
+def test_a_strength_out_of_range_is_refused(name: str, value: float) -> None:
+    settings = Settings(CITY, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"{name} is"):
+        settings.augmentation(Stage(0, 1, 1e-3, "moderate"))
+
+
+def test_full_is_more_than_moderate() -> None:
+    moderate, full = dataclasses.asdict(LEVELS["moderate"]), dataclasses.asdict(LEVELS["full"])
+    assert all(full[name] >= value for name, value in moderate.items())
+    assert {name for name, value in full.items() if value > moderate[name]} == {"mixup", "time_mask", "freq_mask"}
+
+
+# -- roles and keys ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "label", "classes"), [(CITY, "city", 7), (CITY2SCENE, "scene", 3), (SCENE, "scene", 3)]
+)
+def test_a_role_learns_its_label(role: str, label: str, classes: int) -> None:
+    settings = Settings(role, num_scenes=3, num_cities=7)
+    assert (settings.label, settings.num_classes) == (label, classes)
+
+
+def another(value: Any) -> list[Any]:
+    """Values that are not this one, of the kinds that the field may have."""
+    if isinstance(value, bool):
+        return [not value]
+    if value is None:
+        return [0, 1]
+    if isinstance(value, tuple):
+        return [(*value, Stage(0, 1, 1e-3)), (*value, Stage(0, 1, 2e-3))]
+    return [f"{value}x"] if isinstance(value, str) else [value + 1, value + 1e-9]
+
+
+BASES = (
+    Settings(CITY),
+    Settings(
+        SCENE,
+        arch="cnn14",
+        epochs=7,
+        lr=1e-3,
+        feature_dim=64,
+        mlp_hidden_dims=(5, 6),
+        stages=(Stage(2, 5, 1e-4),),
+        mixup=0.0,
+        time_mask=0.0,
+        freq_mask=0.0,
+        time_roll=0.0,
+        freq_mixstyle=0.0,
+        device_response=0.0,
+    ),
+)
+
+
+@pytest.mark.parametrize("base", BASES, ids=["defaults", "all said"])
+def test_every_setting_stands_in_exactly_one_part_of_the_key(base: Settings) -> None:
+    parts = base.key_parts()
+    found = [name for group in parts.values() for name in group]
+    assert sorted(found) == sorted(field.name for field in fields(Settings))
+    values = {name: value for group in parts.values() for name, value in group.items()}
+    assert values == dataclasses.asdict(base)
+
+
+@pytest.mark.parametrize("base", BASES, ids=["defaults", "all said"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
+def test_another_value_of_any_setting_is_another_key(base: Settings, name: str) -> None:
+    keys = {key_of(base.key_parts())}
+    values = another(getattr(base, name)) if name != "mlp_hidden_dims" else [(), (5,), (6, 5), (5, 6, 7)]
+    for value in values:
+        keys.add(key_of(replace(base, **{name: value}).key_parts()))
+    assert len(keys) == 1 + len(values)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Stage)])
+def test_another_value_of_any_field_of_a_stage_is_another_key(field: str) -> None:
+    values = {"level": 1, "epochs": 6, "lr": 2e-4, "augment": "full", "schedule": "constant"}
+    stage = Stage(2, 5, 1e-4)
+    keys = {
+        key_of(Settings(CITY, stages=(made,)).key_parts()) for made in (stage, replace(stage, **{field: values[field]}))
+    }
+    assert len(keys) == 2
+
+
+def test_equal_settings_have_one_key() -> None:
+    for base in BASES:
+        assert key_of(base.key_parts()) == key_of(replace(base).key_parts())
+
+
+def test_a_changed_setting_changes_its_own_part_alone() -> None:
+    base = Settings(CITY).key_parts()
+    for name, group in (("seed", "seed"), ("fold", "fold"), ("arch", "architecture"), ("mixup", "augmentation")):
+        changed = replace(Settings(CITY), **{name: another(getattr(Settings(CITY), name))[0]}).key_parts()  # type: ignore[arg-type]
+        assert [part for part in base if base[part] != changed[part]] == [group]

@@ -1,0 +1,107 @@
+"""A small world to train in: a few cities with several locations each, clips that scene and city can be told from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import World
+
+from kd_cache.features import FeatureSource
+from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, load_manifest
+from kd_cache.splits import select, select_source
+from kd_cache.watch import Watcher
+from teachers.training.settings import Settings
+from teachers.training.teacher import TrainJob
+
+FRAMES, BINS = 12, 20
+SCENES_HERE, CITIES_HERE, PLACES = 3, 3, 4
+
+
+def add_clip(world: World, scene: int, city: int, place: int, device: str, split: str) -> str:
+    """One clip: a bump in frequency for the scene, one in time for the city, and noise of its own."""
+    number = 100 * scene + 10 * city + place
+    file = f"x/{SCENES[scene]}-{CITIES[city]}-{number}-{len(world.rows)}-{device.lower()}.npy"
+    random = np.random.default_rng(len(world.rows))
+    clip = 0.3 * random.normal(size=(FRAMES, BINS))
+    clip[:, 6 * scene : 6 * scene + 4] += 2
+    clip[4 * city : 4 * city + 3] += 1.5
+    world.write_feature(file, clip.astype(np.float32))
+    world.rows.append(
+        {
+            "file": file,
+            "scene_label": scene,
+            "city_label": city,
+            "domain": DOMAIN_OF[device],
+            "device_id": device,
+            "split": split,
+        }
+    )
+    return file
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> World:
+    """36 training locations with a clip of A each, every third with a twin on b; 9 test locations with A, b and s4."""
+    world = World(tmp_path)
+    for scene in range(SCENES_HERE):
+        for city in range(CITIES_HERE):
+            for place in range(PLACES):
+                add_clip(world, scene, city, place, "A", "train")
+                if place % 3 == 0:
+                    add_clip(world, scene, city, place, "b", "train")
+            for device in ("A", "b", "s4"):
+                add_clip(world, scene, city, 9, device, "test")
+    return world.write()
+
+
+def settings(role: str, **changed: Any) -> Settings:
+    """Quick ones: a narrow net, few epochs, nothing augmented."""
+    quick: dict[str, Any] = {"epochs": 3, "feature_dim": 8, "num_scenes": 3, "num_cities": 3, "batch_size": 4}
+    plain = dict.fromkeys(("time_roll", "freq_mixstyle", "device_response"), 0.0)  # a town is too small for them
+    rate = {"lr": 0.03} if role != "city2scene" else {"lr": 0.1, "epochs": 8}
+    return replace(Settings(role), **{**quick, **plain, **rate, **changed})
+
+
+def job(world: World, role: str, target: str = "b", **changed: Any) -> TrainJob:
+    """A training in ``world``; settings and the job's own fields by their names."""
+    own = {name: changed.pop(name) for name in list(changed) if name in TrainJob.__dataclass_fields__}
+    manifest = load_manifest(world.json_path, num_scenes=3, num_cities=3)
+    selection = select_source(manifest) if role == "scene" else select(manifest, target)
+    return TrainJob(
+        **{
+            "settings": settings(role, **changed),
+            "manifest": manifest,
+            "selection": selection,
+            "source": FeatureSource(world.root),
+            "output_dir": world.root / "outputs",
+            "device": torch.device("cpu"),
+            "data_root": world.root,
+            "workers": 0,
+            **own,
+        }
+    )
+
+
+class Listening(Watcher):
+    """Keeps what it is told; interrupts after so many epochs, as a person would."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.notes: list[str] = []
+        self.epochs: list[dict[str, Any]] = []
+        self._stop_after = stop_after
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def epoch(self, measured: Any) -> None:
+        self.epochs.append(dict(measured))
+        if len(self.epochs) == self._stop_after:
+            raise KeyboardInterrupt
+
+    def told(self, text: str) -> bool:
+        return any(text in note for note in self.notes)

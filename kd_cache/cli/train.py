@@ -71,10 +71,10 @@ _NOT_CITY = ("city_teacher_ckpt", "cached_features", "embeddings", "sweep", "cac
 for _name, _work, _without in (
     ("city", _city, _NOT_CITY),
     ("city2scene", _city2scene, ("cache_root",)),
-    ("scene", _scene, ("target", *_NOT_CITY)),
+    ("scene", _scene, _NOT_CITY),
     ("all", _all, ("city_teacher_ckpt", "embeddings", "sweep", "init")),
 ):
-    _command = signature_for(_work, _without)
+    _command = signature_for(_work, _without, is_global=_name == "scene")
     _command.__name__, _command.__doc__ = f"train_{_name}", _work.__doc__
     train_app.command(_name, epilog=EXAMPLES)(reporting_errors(_command))
 

@@ -33,6 +33,10 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 TargetOrAll = Literal["b", "c", "s1", "s2", "s3", "all"]
+AnyTarget = Annotated[
+    Literal["global", "b", "c", "s1", "s2", "s3", "all"],
+    _option("--target", "A scene teacher learns from A alone: one serves every target.", DATA),
+]
 
 
 @dataclass(frozen=True)
@@ -220,25 +224,28 @@ class TrainOptions:
 
 
 def signature_for(
-    work: Callable[[typer.Context, TrainOptions], None], without: Collection[str], **other_defaults: Any
+    work: Callable[[typer.Context, TrainOptions], None], without: Collection[str], *, is_global: bool = False
 ) -> Callable[..., None]:
-    """A command that takes the options (``without`` left out) and hands them to ``work``."""
+    """A command that takes the options (``without`` left out) and hands them to ``work``.
+
+    ``is_global``: it makes a teacher for every target, so that none need be named.
+    """
     hints = typing.get_type_hints(TrainOptions, include_extras=True)
     parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for each in fields(TrainOptions):
         if each.name in without:
             continue
-        default = other_defaults.get(each.name, _default(each))
+        kind, default = hints[each.name], _default(each)
+        if each.name == "target" and is_global:
+            kind, default = AnyTarget, "global"
         parameters.append(
-            inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[each.name], default=default)
+            inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
         )
 
     def command(**given: Any) -> None:
         ctx = given.pop("ctx")
         left_out: dict[str, Any] = {each.name: _default(each) for each in fields(TrainOptions) if each.name in without}
-        if "target" in left_out:
-            left_out["target"] = "all"
-        work(ctx, TrainOptions(**{**left_out, **other_defaults, **given}))
+        work(ctx, TrainOptions(**left_out, **given))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command

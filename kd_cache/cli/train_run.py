@@ -253,7 +253,7 @@ def options_for(ctx: typer.Context, role: str, *, only_shared: bool = False) -> 
             chosen[name] = ctx.params[name]  # its callback reads the file
         else:
             chosen[name] = parameter.process_value(ctx, file.get(name, parameter.default))
-    return at_home(TrainOptions(**{"target": "all", **chosen}))
+    return at_home(TrainOptions(**chosen))
 
 
 def at_home(options: TrainOptions) -> TrainOptions:
@@ -279,8 +279,8 @@ def _dumped(
     from kd_cache.pipeline.device import resolve_device
 
     inputs = _inputs(options, target)
-    specs = [TeacherSpec(name, BUILT_IN[name], path) for name, path in checkpoints.items()]
-    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
+    specs = [TeacherSpec(name, _factory(ctx, name), path) for name, path in checkpoints.items()]
+    teachers = _teachers(ctx, options, specs)
     job = DumpJob(
         cache_root=options.cache_root,
         manifest=inputs.manifest,
@@ -293,6 +293,24 @@ def _dumped(
         record=run_record(ctx, inputs),
     )
     return dump_and_report(job, 10, screen)
+
+
+def _factory(ctx: typer.Context, role: str) -> str:
+    """Of a built-in net the built-in one; nothing that is saved may name a user's code."""
+    return BUILT_IN[role] if ":" not in options_for(ctx, role).arch else ""
+
+
+def _teachers(ctx: typer.Context, options: TrainOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+    from teachers.training.nets import own_teacher
+
+    built_in = [spec for spec in specs if spec.factory]
+    loaded: dict[str, Any] = dict(
+        load_teachers(built_in, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
+    )
+    for spec in specs:
+        if not spec.factory and spec.checkpoint is not None:
+            loaded[spec.name] = own_teacher(spec.checkpoint, settings_of(spec.name, options_for(ctx, spec.name)))
+    return loaded
 
 
 # -- what a person sees ------------------------------------------------------------------------------------------------
@@ -331,6 +349,14 @@ def _details(report: TrainReport) -> list[Any]:
     lines: list[Any] = [f"{report.role} {report.place}: {shown(report.checkpoint)}"]
     lines += [f"  {said}" for said in report.results.get("frozen", [])]
     test = report.results.get("test") or report.results["validation"]
+    if test.get("samples"):
+        sure = next(one for one in test["early_exit"] if one["threshold"] == 0.9)
+        lines.append(
+            f"  Over {test['samples']} clips: macro accuracy {_percent(test['macro_accuracy'])}, log loss "
+            f"{_number(test['log_loss'])}, ECE {_number(test['ece'])} (equal mass {_number(test['ece_equal_mass'])}), "
+            f"Brier {_number(test['brier'])}; {_percent(sure['coverage'])} are at least 0.9 sure, of those "
+            f"{_percent(sure['accuracy'])} right"
+        )
     for kind, name in (("device_group", "Devices"), ("device", "Device"), ("city", "City")):
         groups = test.get("by", {}).get(kind, {})
         told = ", ".join(f"{group} {_percent(one['accuracy'])} of {one['samples']}" for group, one in groups.items())

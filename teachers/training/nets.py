@@ -18,7 +18,7 @@ from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp
 from teachers.cp_resnet import CHANNELS, CPResNet
 from teachers.training.freezing import BACKBONE, UNUSED, parts_of
 from teachers.training.settings import BACKBONE as FROM_BACKBONE
-from teachers.training.settings import CITY, FULL_MODEL, Settings
+from teachers.training.settings import CITY, CITY2SCENE, FULL_MODEL, Settings
 
 
 def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
@@ -123,6 +123,46 @@ def city_net(path: Path, settings: Settings) -> tuple[nn.Module, WarmStart]:
         raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")
     embedding_dim(net)
     return net, start
+
+
+class OwnTeacher(nn.Module):
+    """A trained net of a user's own, as something that a dump can score with: [B, T, F] → logits [B, C]."""
+
+    value_kind = "logits"
+
+    def __init__(self, net: nn.Module, weights: Weights, settings: Settings) -> None:
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.num_classes = settings.num_classes
+        self.class_names = tuple(weights.record.get("class_names") or ()) or None
+        self.provenance, self.source, self.checkpoint_sha256 = _provenance(weights), weights.source, weights.sha256
+        self._parts = {"architecture": settings.arch}
+        if isinstance(weights.record.get("feature_spec"), str):
+            self._parts["feature_spec"] = weights.record["feature_spec"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def fingerprint_parts(self) -> dict[str, str]:
+        return dict(self._parts)
+
+
+def own_teacher(path: Path, settings: Settings) -> OwnTeacher:
+    """The teacher in a checkpoint of ``settings.arch``, a user's own: every name and shape must fit.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    weights = read_weights(path)
+    net: nn.Module = make_net(settings, settings.num_classes, settings.seed)
+    if settings.role == CITY2SCENE:
+        city = make_net(settings, settings.num_cities, settings.seed)
+        net = City2Scene(city, make_head(embedding_dim(city), settings, settings.seed))
+    kind, told = fill_matching(net, dict(weights.tensors), shown(path))
+    if kind != FULL_MODEL:
+        raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {told}")
+    return OwnTeacher(net, weights, settings)
 
 
 def _provenance(weights: Weights) -> Provenance | None:

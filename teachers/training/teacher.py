@@ -356,6 +356,7 @@ class _Training:
             folder.log_for_tensorboard()
         with training_numerics(job.device, settings.precision, deterministic=settings.deterministic):
             whole, train, validation = self.net.to(job.device), self.train, self.validation
+            whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.2 to 1.5 × as fast on a CPU
             net: nn.Module = whole
             if isinstance(whole, City2Scene) and job.init is None:
                 seen = self._embedded(whole.city_model, train, "train")

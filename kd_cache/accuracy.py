@@ -81,7 +81,7 @@ def stored_accuracy(entry: Mapping[str, Any]) -> Accuracy | None:
 def measure(union: Union | None, permitted: Permitted) -> Accuracy:
     """Accuracy of the rows of a union over the permitted samples that have a label and a row."""
     labelled = np.flatnonzero(permitted.labels >= 0)
-    if union is None or not len(labelled):
+    if union is None or not len(labelled) or union.origin.value_kind == "embedding":
         return Accuracy(0, 0)
     labels = permitted.labels[labelled]
     positions = union.find(permitted.keys[labelled])

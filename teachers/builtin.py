@@ -333,11 +333,13 @@ def _unprefixed(
     its prefixes it is enough that the names after them are ``known``. ``depth`` bounds what a hostile file
     can stack.
     """
+    if known & tensors.keys():
+        return tensors, []
     for prefix in WRAPPERS if depth else ():
         if all(name.startswith(prefix) for name in tensors):
             inner, notes = _unprefixed(under(tensors, prefix), known, depth - 1)
             return inner, [f"prefix '{prefix}' removed", *notes]
-    if known & tensors.keys() or not depth:
+    if not depth:
         return tensors, []
     found = []
     for prefix in LIGHTNING:

@@ -159,8 +159,10 @@ class Weights:
     sha256: str
 
 
-def read_weights(path: str | os.PathLike[str]) -> Weights:
+def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset()) -> Weights:
     """The tensors of any checkpoint, of a known architecture or not, for a training to begin with.
+
+    ``own`` are the names of a net that they may be of: a prefix that these have is not one that a wrapper added.
 
     Raises CheckpointError as `load_teacher` does, but for what does not fit an architecture.
     """
@@ -169,7 +171,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         record = _record(content.pop(RECORD_ENTRY, None))
         content = _without_state(content)
         city, head, label = _selected(content)
-        names = frozenset[str]().union(*known_names().values())
+        names = own.union(*known_names().values())
         tensors, notes = clean_tensors(city, names, size)
         source = ", ".join([label, *notes])
         if head is not None:

@@ -322,7 +322,7 @@ def test_weights_that_cannot_be_cached_are_only_a_note(town: World, monkeypatch:
 PLANS: dict[str, dict[str, Any]] = {
     "scratch": {},
     "sgd, averaged": {"optimizer": "sgd", "ema": 0.9, "accumulate": 2, "clip": 1.0},
-    "stages": {"stages": (Stage(2, 4, 0.1), Stage(1, 1, 1e-2), Stage(0, 2, 1e-3))},
+    "stages": {"stages": (Stage(2, 10, 0.1), Stage(1, 1, 1e-2), Stage(0, 2, 1e-3))},
     "mixed": {"mixup": 0.3, "label_smoothing": 0.1, "class_weights": "balanced", "drop_last": True},
 }
 
@@ -376,13 +376,139 @@ def test_a_run_of_other_settings_is_not_gone_on_with(town: World) -> None:
     assert trained(town, "scene")[0].how == "resumed"
 
 
-def test_a_damaged_last_epoch_is_an_error_that_says_what_to_do(town: World) -> None:
+def test_a_damaged_last_epoch_is_told_of_and_trained_anew(town: World) -> None:
     with pytest.raises(KeyboardInterrupt):
         trained(town, "scene", watcher=Listening(1))
     (last,) = town.root.rglob("last.safetensors")
     last.write_bytes(last.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"last.safetensors"):
+    report, watcher = trained(town, "scene")
+    assert report.how == "trained"
+    assert watcher.told("cannot go on with")
+    assert not trained(town, "scene")[1].told("cannot go on with")
+
+
+@pytest.mark.parametrize("stop_after", [3, 4])
+def test_a_run_killed_where_a_stage_ended_early_ends_there_too(town: World, stop_after: int) -> None:
+    idle = {"stages": (Stage(0, 30, 1e-9), Stage(0, 2, 1e-9)), "patience": 3, "quick_experiment": 1 - 1e-9}
+    whole, _ = trained(town, "scene", **idle, output_dir=town.root / "whole")
+    assert 3 <= whole.results["epochs"] < 30
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", **idle, watcher=Listening(whole.results["epochs"] - 6 + stop_after))
+    report, _ = trained(town, "scene", **idle)
+    assert report.results["epochs"] == whole.results["epochs"]
+    assert report.run is not None
+    assert whole.run is not None
+    assert weights(report.run / "last.safetensors") == weights(whole.run / "last.safetensors")
+
+
+def test_a_run_that_another_process_is_at_work_on_is_left_alone(town: World) -> None:
+    class Meanwhile(Listening):
+        def epoch(self, measured: Any) -> None:
+            super().epoch(measured)
+            if len(self.epochs) == 1:
+                other.append(trained(town, "scene")[0])
+
+    other: list[TrainReport] = []
+    report, _ = trained(town, "scene", watcher=Meanwhile())
+    assert (report.how, other[0].how) == ("trained", "trained")
+    assert report.run != other[0].run
+    assert report.run is not None
+    assert other[0].run is not None
+    assert weights(report.run / "best.safetensors") == weights(other[0].run / "best.safetensors")
+    assert not list(town.root.rglob(".lock"))
+
+
+def test_the_order_of_the_manifest_changes_no_weights(town: World) -> None:
+    one, _ = trained(town, output_dir=town.root / "one")
+    town.rows.reverse()
+    town.write()
+    two, _ = trained(town, output_dir=town.root / "two")
+    assert weights(one.checkpoint) == weights(two.checkpoint)
+    assert key(town) == one.results["key"]
+
+
+def test_averaged_weights_are_kept_with_their_own_backbone(town: World) -> None:
+    city, _ = trained(town)
+    stages = (Stage(1, 4, 0.05), Stage(0, 3, 0.05))
+    report, watcher = trained(town, "city2scene", backbone=city.checkpoint, stages=stages, ema=0.8)
+    best = watcher.epochs[report.results["best_epoch"] - 1]
+    assert report.results["validation"]["log_loss"] == pytest.approx(best["val_log_loss"], abs=1e-4)
+
+
+def test_a_stale_pth_does_not_stay_beside_other_weights(town: World) -> None:
+    report, _ = trained(town, "scene", pth=True)
+    trained(town, "scene", seed=3)
+    assert not report.checkpoint.with_name("best.pth").exists()
+
+
+def test_what_trained_the_parts_is_joined_even_where_one_part_says_nothing(town: World) -> None:
+    city, _ = trained(town)
+    head, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    silent = load_file(head.checkpoint)
+    save_checkpoint(town.root / "silent.safetensors", silent, {})
+    report, watcher = trained(
+        town, "city2scene", backbone=city.checkpoint, init=town.root / "silent.safetensors", stages=(Stage(2, 1, 1e-3),)
+    )
+    assert watcher.told("says nothing of it")
+    found = load_teacher(report.checkpoint).provenance
+    assert found is not None
+    assert {key.tobytes() for key in found.keys} == {key.tobytes() for key in keys_of(town.permitted())}
+
+
+def test_test_clips_that_the_net_refuses_are_a_remark(town: World) -> None:
+    row = next(row for row in town.rows if row["split"] == "test")
+    np.save(town.feature(row["file"]), np.zeros((3, 20), np.float32))
+    report, watcher = trained(town, "scene")
+    assert report.results["test"] is None
+    assert watcher.told("test was not measured")
+    assert report.checkpoint.is_file()
+
+
+OWN = """
+import torch
+
+class Small(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.module = torch.nn.Linear(240, classes)
+
+    def forward(self, x):
+        return self.module(x.flatten(1))
+
+def small(classes):
+    return Small(classes)
+"""
+
+
+def test_changed_code_of_a_net_of_one_s_own_is_another_key(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = OWN
+    keys = set()
+    for number, text in enumerate((source, source + "# changed\n")):
+        (town.root / f"own{number}").mkdir()
+        (town.root / f"own{number}" / "mine_net.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(town.root / f"own{number}")
+            sys.modules.pop("mine_net", None)
+            keys.add(key(town, "scene", arch="mine_net:small"))
+            trained(town, "scene", arch="mine_net:small", output_dir=town.root / f"o{number}")
+    sys.modules.pop("mine_net", None)
+    assert len(keys) == 2
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_do(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("teachers.training.loop._cross_entropy", full)
+    with pytest.raises(TrainingError, match="memory") as stopped:
         trained(town, "scene")
+    assert stopped.value.hint is not None
+    assert "--batch-size" in stopped.value.hint
+
+
+def test_no_full_batch_is_an_error_that_says_so(town: World) -> None:
+    with pytest.raises(UsageError, match="--drop-last"):
+        trained(town, "scene", drop_last=True, batch_size=100)
 
 
 # -- stages and warm starts --------------------------------------------------------------------------------------------
@@ -429,9 +555,10 @@ def test_a_city2scene_teacher_remembers_what_trained_its_backbone(town: World) -
 
 def test_validating_on_what_trained_the_backbone_is_told_of(town: World) -> None:
     city, _ = trained(town, fold=1)
-    _, watcher = trained(town, "city2scene", backbone=city.checkpoint)
+    head = {"backbone": city.checkpoint, "quick_experiment": 1 - 1e-9}  # all of it, but it need not learn anything
+    _, watcher = trained(town, "city2scene", **head)
     assert watcher.told("validation samples trained what this starts from")
-    _, watcher = trained(town, "city2scene", backbone=city.checkpoint, fold=1)
+    _, watcher = trained(town, "city2scene", **head, fold=1)
     assert not watcher.told("validation samples trained what this starts from")
 
 

@@ -247,7 +247,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             f"; {done.num_samples:,} samples complete"
         )
         for name, kept in done.accuracy.items():
-            if kept["rows"] and job.origins[name].value_kind != "embedding":
+            if kept["rows"]:
                 lines.append(
                     f"{name}: {Accuracy(kept['correct'], kept['rows'])} of labelled source rows name their scene"
                 )

@@ -169,7 +169,9 @@ class TrainOptions:
     momentum: Annotated[float, _option("--momentum", "Of sgd (Nesterov).", OPTIMISER, min=0.0, max=0.999)] = 0.9
     warmup_epochs: Annotated[
         float,
-        _option("--warmup-epochs", "The learning rate rises for so long (at most a third of a stage).", OPTIMISER),
+        _option(
+            "--warmup-epochs", "The learning rate rises for so long (at most a third of a stage).", OPTIMISER, min=0.0
+        ),
     ] = 2.0
     label_smoothing: Annotated[
         float, _option("--label-smoothing", "Spread over all classes.", OPTIMISER, min=0.0, max=0.9)

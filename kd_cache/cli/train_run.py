@@ -37,6 +37,7 @@ _SHARED = {
 
 def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
     """Train one role for one target, or for each."""
+    options = at_home(options)
     with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
         reports = []
         for target in _targets(role, options.target):
@@ -52,7 +53,7 @@ def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
 
 def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
     """The chain for each target: city, City2Scene, scene (once), then the dump. Exits with the dumps' status."""
-    codes, dumps = [0], []
+    options, codes, dumps = at_home(options), [0], []
     with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
         scene = _trained(ctx, SCENE, SOURCE, screen, only_shared=False)
         reports = [scene]
@@ -119,7 +120,9 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
         raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
     screen.result(table("Sweep", [*choices, "Validation", "Log loss", "Test, A", "Test, target"], rows), "")
     _, job, best = max(made, key=lambda one: _rank(one[2]))
-    return [*below, replace(best, checkpoint=publish(job, best.checkpoint, best.results))]
+    if not job.settings.shuffle_labels:
+        best = replace(best, checkpoint=publish(job, best.checkpoint, best.results))
+    return [*below, best]
 
 
 def _rank(report: TrainReport) -> tuple[float, float]:

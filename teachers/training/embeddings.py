@@ -6,7 +6,7 @@ several side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kd_cache.loader import LogitCache
 from kd_cache.provenance import Provenance
 from kd_cache.store.folder import CacheFolder
 from kd_cache.teacher import teacher_fingerprint
-from teachers.builtin import LoadedTeacher
+from teachers.builtin import LoadedTeacher, SideBySide
 from teachers.checkpoint import load_teacher
 
 FOLDER = "embeddings"
@@ -45,8 +45,9 @@ class EmbeddingTeacher(nn.Module):
         return embedding
 
     def fingerprint_parts(self) -> dict[str, str]:
-        head = self.net.classifier_prefix
-        used = {name: tensor for name, tensor in self.net.state_dict().items() if not name.startswith(head)}
+        several = isinstance(self.net, SideBySide)
+        unused = self.net.unused_prefixes if several else (self.net.classifier_prefix,)
+        used = {name: tensor for name, tensor in self.net.state_dict().items() if not name.startswith(unused)}
         architecture = self._parts["architecture"].partition("+")[0]
         return {**self._parts, "architecture": f"{architecture}+embedding", "weights": weights_digest(used)}
 
@@ -116,7 +117,7 @@ class Source:
 
 def source_name(teacher: LoadedTeacher) -> str:
     """What an extraction is called where nobody says: the architecture, and the start of the weights' digest."""
-    return f"{teacher.architecture}-{EmbeddingTeacher(teacher).fingerprint_parts()['weights'][:8]}"
+    return f"{teacher.architecture.replace('+', '_')}-{EmbeddingTeacher(teacher).fingerprint_parts()['weights'][:8]}"
 
 
 def side_by_side(sources: Sequence[Source], files: Sequence[str], digests: np.ndarray) -> np.ndarray:
@@ -125,15 +126,15 @@ def side_by_side(sources: Sequence[Source], files: Sequence[str], digests: np.nd
 
 
 def made_with(sources: Sequence[Source]) -> Provenance | None:
-    """The provenance of all backbones together; ``None`` where one says nothing."""
+    """The provenance of all backbones that say something, together; ``None`` where none does."""
     found: Provenance | None = None
     for source in sources:
-        if source.teacher.provenance is None:
-            return None
-        found = source.teacher.provenance if found is None else found.together(source.teacher.provenance)
+        theirs = source.teacher.provenance
+        if theirs is not None:
+            found = theirs if found is None else found.together(theirs)
     return found
 
 
-def described(sources: Sequence[Source]) -> Mapping[str, Any]:
-    """What the key of a training keeps of its sources."""
-    return {source.name: EmbeddingTeacher(source.teacher).fingerprint_parts() for source in sources}
+def described(sources: Sequence[Source]) -> list[Any]:
+    """What the key of a training keeps of its sources, in their order."""
+    return [[source.name, EmbeddingTeacher(source.teacher).fingerprint_parts()] for source in sources]

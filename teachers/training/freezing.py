@@ -102,6 +102,8 @@ class Frozen:
             )
 
     def __str__(self) -> str:
+        if isinstance(self.net, Standardised):
+            return f"a head alone, {self.trainable:,} parameters, on embeddings of a frozen backbone that are at hand"
         if not self.names:
             return f"level {self.level}: nothing is frozen, {self.trainable:,} parameters train"
         return (

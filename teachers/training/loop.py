@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_cache.errors import TrainingError
+from kd_cache.errors import TrainingError, UsageError, shown
+from kd_cache.pipeline.engine import is_out_of_memory
 from kd_cache.watch import Watcher
 from teachers.training.augment import Augmentation, Mixed, augmented
 from teachers.training.clips import Clips
@@ -95,6 +96,7 @@ class Loop:
         net: on the device; features ``[B, …]`` float32 → logits ``[B, C]``.
         train, validation: what to learn from and what to choose the best epoch by.
         stages: in turn.
+        name: what is trained, for what a person is told.
         is_warm: the weights were trained before; losses are compared with theirs.
         random_loss: the validation loss of random weights; the best epoch must be below it.
     """
@@ -112,7 +114,9 @@ class Loop:
         *,
         random_loss: float,
         is_warm: bool = False,
+        name: str = "",
     ) -> None:
+        self._name = f"{name}, " if name else ""
         self.net, self.train, self.validation = net, train, validation
         self.settings, self.stages, self.device = settings, stages, device
         self._keeper, self._watcher, self._is_warm = keeper, watcher, is_warm
@@ -151,14 +155,25 @@ class Loop:
     def _run_stage(self, number: int, stage: Stage) -> None:
         done, settings = self.progress, self.settings
         frozen = Frozen.at(self.net, stage.level)
-        self._watcher.note(f"stage {number + 1} of {len(self.stages)}: {stage.epochs} epochs at {stage.lr:g}; {frozen}")
+        self._watcher.note(
+            f"{self._name}stage {number + 1} of {len(self.stages)}: {stage.epochs} epochs at {stage.lr:g}; {frozen}"
+        )
         optimiser = self._optimiser(stage)
         if self._resumed:
             self._restore(optimiser)
-        self._watcher.stage(f"stage {number + 1}, training", (stage.epochs - done.epoch) * len(self.train))
-        while done.epoch < stage.epochs:
+        self._watcher.stage(f"{self._name}stage {number + 1}", (stage.epochs - done.epoch) * len(self.train))
+        # Looked at before an epoch, not after: a run that was killed in between must stop where it would have stopped.
+        while done.epoch < stage.epochs and not (settings.patience and done.since_best >= settings.patience):
             began = time.monotonic()
-            loss = self._epoch(number, stage, frozen, optimiser)
+            try:
+                loss = self._epoch(number, stage, frozen, optimiser)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise TrainingError(
+                    f"there is not enough memory for batches of {settings.batch_size} clips ({shown(error)})",
+                    hint="Give a smaller --batch-size, with --accumulate if the steps are to stay as large.",
+                ) from error
             frozen.check()
             done.epoch += 1
             validated = self._validated()
@@ -182,17 +197,16 @@ class Loop:
             self._refuse_divergence(loss)
             self._keeper.keep_last(self.net, self._state(optimiser), asdict(done))
             self._watcher.epoch(done.history[-1])
-            if settings.patience and done.since_best >= settings.patience:
-                self._watcher.note(
-                    f"stage {number + 1} ends after epoch {done.epoch}: for {settings.patience} epochs neither "
-                    "validation accuracy nor loss got better"
-                )
-                break
+        if done.epoch < stage.epochs:
+            self._watcher.note(
+                f"{self._name}stage {number + 1} ends after epoch {done.epoch}: for {settings.patience} epochs neither "
+                "validation accuracy nor loss got better"
+            )
         frozen.check()
         if frozen.names:
             said = f"stage {number + 1}: the {len(frozen.names)} frozen tensors are bit for bit what they were"
             done.frozen.append(said)
-            self._watcher.note(said)
+            self._watcher.note(f"{self._name}{said}")
 
     def _epoch(self, number: int, stage: Stage, frozen: Frozen, optimiser: torch.optim.Optimizer) -> float:
         """One epoch; returns the mean loss."""
@@ -200,6 +214,12 @@ class Loop:
         chance = torch.Generator().manual_seed(_seed(settings.seed, number, done.epoch, "order and augmentation"))
         torch.manual_seed(_seed(settings.seed, number, done.epoch, "dropout"))
         batches = self.train.shuffled(settings.batch_size, chance, drop_last=settings.drop_last)
+        if not batches:
+            raise UsageError(
+                f"no batch of {settings.batch_size} clips of one shape is full, and --drop-last (--compile) leaves out "
+                f"all others: there are {len(self.train)} clips to train on",
+                hint="Give a smaller --batch-size.",
+            )
         schedule = _Schedule(stage, settings, math.ceil(len(batches) / settings.accumulate))
         frozen.train()
         labels = self.train.labels(settings.label)
@@ -208,7 +228,9 @@ class Loop:
         how = settings.augmentation(stage)
         for at, (rows, features) in enumerate(self.train.load(batches), start=1):
             loss = self._loss(features, labels[rows], how, chance)
-            self._scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+            # The last group of an epoch may have fewer batches.
+            together = min(settings.accumulate, len(batches) - (at - 1) // settings.accumulate * settings.accumulate)
+            self._scaler.scale(loss / together).backward()  # type: ignore[no-untyped-call]
             losses.append((len(rows), loss.detach()))
             if at % settings.accumulate == 0 or at == len(batches):
                 lr = schedule.lr(done.step)
@@ -309,7 +331,7 @@ class Loop:
                 return
             raise TrainingError(
                 told,
-                hint="Check the labels and the learning rate; --shuffle-labels is what a control on chance looks like.",
+                hint="Check the labels and the learning rate, and train again with other settings or --resume fresh.",
             )
 
     # -- what a step needs --------------------------------------------------------------------------------------------
@@ -364,6 +386,10 @@ class Loop:
                 number, _, key = rest.partition(".")
                 states.setdefault(int(number), {})[key] = tensor
         optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
+        for parameter, values in optimiser.state.items():  # laid out in memory as they would be had nothing happened
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
         if "scaler" in self._resumed:
             scale, growth = self._resumed["scaler"].tolist()
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageError, listed, shown
+from kd_cache.fingerprint import weights_digest
 from kd_cache.provenance import Provenance
 from kd_cache.teacher import resolve_factory
 from teachers.builtin import ARCHITECTURES, City2Scene
@@ -98,7 +101,7 @@ def warm_start(net: nn.Module, path: Path) -> WarmStart:
     Raises:
         CheckpointError: no name fits, or not the whole backbone; the message lists what does not.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, frozenset(net.state_dict()))
     tensors = weights.tensors
     if isinstance(net, City2Scene) and not any(name.startswith("city_model.") for name in tensors):
         tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
@@ -125,6 +128,25 @@ def city_net(path: Path, settings: Settings) -> tuple[nn.Module, WarmStart]:
     return net, start
 
 
+def own_code(arch: str, net: nn.Module) -> list[str] | None:
+    """What a net of a user's own is, as far as that can be told: its code's SHA-256, and its tensors' before training.
+
+    ``None`` for a built-in architecture, which the code version covers.
+    """
+    if arch in ARCHITECTURES:
+        return None
+    return [_source_digest(arch), weights_digest(net.state_dict())]
+
+
+def _source_digest(arch: str) -> str:
+    module = inspect.getmodule(resolve_factory(arch))
+    try:
+        source = inspect.getsource(module) if module is not None else ""
+    except (OSError, TypeError):
+        source = ""  # made in memory
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
 class OwnTeacher(nn.Module):
     """A trained net of a user's own, as something that a dump can score with: [B, T, F] → logits [B, C]."""
 
@@ -136,7 +158,7 @@ class OwnTeacher(nn.Module):
         self.num_classes = settings.num_classes
         self.class_names = tuple(weights.record.get("class_names") or ()) or None
         self.provenance, self.source, self.checkpoint_sha256 = _provenance(weights), weights.source, weights.sha256
-        self._parts = {"architecture": settings.arch}
+        self._parts = {"architecture": f"{settings.arch}/{_source_digest(settings.arch)[:16]}"}
         if isinstance(weights.record.get("feature_spec"), str):
             self._parts["feature_spec"] = weights.record["feature_spec"]
 
@@ -154,11 +176,12 @@ def own_teacher(path: Path, settings: Settings) -> OwnTeacher:
     Raises:
         CheckpointError: it does not fit.
     """
-    weights = read_weights(path)
     net: nn.Module = make_net(settings, settings.num_classes, settings.seed)
     if settings.role == CITY2SCENE:
-        city = make_net(settings, settings.num_cities, settings.seed)
-        net = City2Scene(city, make_head(embedding_dim(city), settings, settings.seed))
+        net = make_net(settings, settings.num_cities, settings.seed)
+    weights = read_weights(path, frozenset(net.state_dict()))
+    if settings.role == CITY2SCENE:
+        net = City2Scene(net, make_head(embedding_dim(net), settings, settings.seed))
     kind, told = fill_matching(net, dict(weights.tensors), shown(path))
     if kind != FULL_MODEL:
         raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {told}")

@@ -43,7 +43,7 @@ def code_version() -> str:
     return f"{kd_cache.__version__}+{digest.hexdigest()[:16]}"
 
 
-def key_of(parts: Mapping[str, Any]) -> str:
+def key_of(parts: Mapping[str, Any] | list[Any]) -> str:
     """64 hex digits that change with any of the parts."""
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
@@ -150,6 +150,8 @@ def _read(path: Path) -> Entry:
         entry = json.loads((path / ENTRY).read_bytes())
         if not isinstance(entry["parts"], dict):
             raise ValueError("its parts are no settings by name")
+        if entry["measured"] and not isinstance(entry["measured"].get("validation"), dict):
+            raise ValueError("it does not say how good the weights are")
         parts, created, measured = entry["parts"], str(entry["created"]), dict(entry["measured"])
         if key_of(parts) != entry["key"] or not entry["key"].startswith(path.name):
             return Entry(path, parts, created, measured, "its key is not that of its parts")

@@ -5,7 +5,7 @@ outputs/teacher_city/A2b/
 └── runs/2026-01-31T12-00-00/
     ├── config.yaml           every setting as resolved, the stages, and the run's key
     ├── best.safetensors      the epoch with the best validation
-    ├── last.safetensors      the last epoch, and what is needed to go on after it
+    ├── last.safetensors      the last epoch, and what is needed to go on after it (of a head alone, just the head)
     ├── history.csv           one row per epoch
     ├── steps.csv             one row per step: learning rate and loss
     └── results.json          written last: a run without it is unfinished
@@ -14,13 +14,18 @@ outputs/teacher_city/A2b/
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -40,6 +45,8 @@ BEST, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
 )
 NET: Final = "net."
 """Where the net that trains is not the one that is kept, it lies in the state of a run under this prefix."""
+LOCK: Final = ".lock"
+_MOST_CONFIG: Final = 1 << 20
 _COUNTS: Final = ("stage", "epoch")
 _STEP_COLUMNS: Final = ("stage", "epoch", "step", "lr", "loss")
 
@@ -56,24 +63,52 @@ class RunFolder:
             the head of.
     """
 
-    def __init__(self, path: Path, record: Mapping[str, Any], *, half: bool = False) -> None:
+    def __init__(self, path: Path, record: Mapping[str, Any], lock: int | None, *, half: bool = False) -> None:
         self.path = path
         self.tensors_of: Callable[[Any], Mapping[str, Tensor]] = own_tensors
-        self._record, self._half = dict(record), half
+        self._record, self._half, self._lock = dict(record), half, lock
         self._board: Any = None
 
     @classmethod
     def new(cls, home: Path, record: Mapping[str, Any], config: Mapping[str, Any], *, half: bool = False) -> RunFolder:
-        """Make ``home/runs/<time>/`` and write down the settings."""
+        """Make ``home/runs/<time>/``, this process's alone, and write down the settings."""
+        make_directory(home / "runs")
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
-        path = next(
-            candidate
-            for number in range(1_000_000)
-            if not (candidate := home / "runs" / (stamp if number == 0 else f"{stamp}-{number}")).exists()
-        )
-        make_directory(path)
+        for name in chain([stamp], (f"{stamp}-{number}" for number in count(1))):
+            path = home / "runs" / name
+            with store_errors(path, "create"), suppress(FileExistsError):
+                path.mkdir()
+                break
+        lock = _lock(path)
         write_atomic(path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
-        return cls(path, record, half=half)
+        return cls(path, record, lock, half=half)
+
+    @classmethod
+    def unfinished(cls, home: Path, key: str, record: Mapping[str, Any], *, half: bool = False) -> RunFolder | None:
+        """The newest run in ``home/runs`` of this key that has an epoch, no results, and nobody at work on it."""
+        for path in sorted((home / "runs").glob("*/"), reverse=True):
+            if not _is_unfinished(path) or _key(path) != key:
+                continue
+            lock = _lock(path)
+            if lock is not None and _is_unfinished(path):
+                return cls(path, record, lock, half=half)
+            if lock is not None:
+                os.close(lock)
+        return None
+
+    def close(self) -> None:
+        """Let others go on with this run, if it is unfinished."""
+        if (self.path / RESULTS).exists():
+            (self.path / LOCK).unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def give_up(self) -> None:
+        """Nobody is to go on with this run: its last epoch cannot be read."""
+        with store_errors(self.path / LAST, "rename"):
+            (self.path / LAST).rename(self.path / f"{LAST}.damaged")
+        self.close()
 
     # -- what the loop keeps ------------------------------------------------------------------------------------------
 
@@ -84,12 +119,12 @@ class RunFolder:
 
     def keep_last(self, net: nn.Module, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         kept = dict(state)
-        if self.tensors_of is not own_tensors:
-            kept |= {f"{NET}{name}": tensor for name, tensor in net.state_dict().items()}
-        tensors = {
-            **checkpoint_names(self.tensors_of(net)),
-            **{f"{STATE_PREFIX}{name}": value for name, value in kept.items()},
-        }
+        # A head alone: its backbone, which may be a thousand times as large, is not written with every epoch.
+        if self.tensors_of is own_tensors:
+            tensors = checkpoint_names(net.state_dict())
+        else:
+            tensors, kept = {}, kept | {f"{NET}{name}": tensor for name, tensor in net.state_dict().items()}
+        tensors |= {f"{STATE_PREFIX}{name}": value for name, value in kept.items()}
         history: Sequence[Mapping[str, Any]] = progress["history"]
         self._log({name: value for name, value in history[-1].items() if name not in _COUNTS}, len(history))
         self._write_history(history)
@@ -118,12 +153,11 @@ class RunFolder:
         path, text = self.path / STEPS, io.StringIO()
         out = csv.writer(text, lineterminator="\n")
         with store_errors(path, "write"):
+            out.writerow(_STEP_COLUMNS)
             if path.is_file():
                 first = (steps[0].stage, steps[0].step) if steps else (0, 0)
-                with path.open(encoding="utf-8", newline="") as file:
-                    out.writerows(row for row in csv.reader(file) if not row[0].isdigit() or _place(row) < first)
-            else:
-                out.writerow(_STEP_COLUMNS)
+                with path.open(encoding="utf-8", errors="replace", newline="") as file:
+                    out.writerows(row for row in csv.reader(file) if (at := _place(row)) is not None and at < first)
             for step in steps:
                 out.writerow((step.stage, step.epoch, step.step, f"{step.lr:.8g}", f"{float(step.loss):.8g}"))
         write_atomic(path, text.getvalue().encode())
@@ -140,6 +174,12 @@ class RunFolder:
         """The mark of a finished run."""
         write_atomic(self.path / RESULTS, json.dumps(results, indent=1, allow_nan=False).encode())
 
+    def best(self) -> dict[str, Tensor]:
+        """The best weights under the names of the net, as they are stored. Raises `CheckpointError`."""
+        content, _, _ = read_content(self.path / BEST)
+        content.pop(RECORD_ENTRY, None)
+        return net_tensors(content)
+
     # -- what is there ------------------------------------------------------------------------------------------------
 
     def last(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -149,25 +189,44 @@ class RunFolder:
             content, _, _ = read_content(path)
         except CheckpointError as error:
             raise CheckpointError(f"{shown(path)}: {error.message}", hint=error.hint) from error
-        progress = json.loads(content.pop(RECORD_ENTRY)).get("progress")
+        try:
+            progress = json.loads(content.pop(RECORD_ENTRY))["progress"]
+            if not isinstance(progress["history"], list):
+                raise TypeError("its history is no list")
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{shown(path)} does not say how far the run was: {shown(error)}") from error
         state = {name.removeprefix(STATE_PREFIX): value for name, value in content.items() if _is_state(name)}
         trained = {name.removeprefix(NET): value for name, value in state.items() if name.startswith(NET)}
         kept = {name: value for name, value in content.items() if not _is_state(name)}
         return trained or net_tensors(kept), state, progress
 
 
-def unfinished_run(home: Path, key: str) -> Path | None:
-    """The newest run in ``home/runs`` of this key that has an epoch and no results."""
-    for path in sorted((home / "runs").glob("*/"), reverse=True):
-        if (path / RESULTS).exists() or not (path / LAST).is_file():
-            continue
-        try:
-            config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # nobody can say what it was a run of
-        if isinstance(config, dict) and config.get("key") == key:
-            return path
-    return None
+def _is_unfinished(path: Path) -> bool:
+    return (path / LAST).is_file() and not (path / RESULTS).exists()
+
+
+def _key(path: Path) -> str | None:
+    """The key that a run's settings have; ``None`` where nobody can say what it was a run of."""
+    try:
+        with (path / CONFIG).open(encoding="utf-8") as file:
+            config = yaml.safe_load(file.read(_MOST_CONFIG))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    return config.get("key") if isinstance(config, dict) else None
+
+
+def _lock(path: Path) -> int | None:
+    """Hold the run for as long as this process lives; ``None`` where another one does."""
+    with store_errors(path / LOCK, "open"):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks: then nobody can be seen at work, as before there were any
+    return descriptor
 
 
 def own_tensors(net: nn.Module) -> Mapping[str, Tensor]:
@@ -177,7 +236,9 @@ def own_tensors(net: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _half(tensor: Tensor) -> Tensor:
-    return tensor.half() if tensor.is_floating_point() else tensor
+    """As float16, unless a number is too large for that."""
+    rounded = tensor.half() if tensor.is_floating_point() else tensor
+    return rounded if not tensor.is_floating_point() or bool(torch.isfinite(rounded).all()) else tensor
 
 
 def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,5 +261,7 @@ def _is_state(name: str) -> bool:
     return name.startswith(STATE_PREFIX)
 
 
-def _place(row: list[str]) -> tuple[int, int]:
-    return int(row[0]), int(row[2])
+def _place(row: list[str]) -> tuple[int, int] | None:
+    """Stage and step of a row; ``None`` for what is none."""
+    plain = len(row) == len(_STEP_COLUMNS) and row[0].isdecimal() and row[2].isdecimal()
+    return (int(row[0]), int(row[2])) if plain else None

@@ -136,6 +136,12 @@ class Settings:
     num_cities: int = 12
     shuffle_labels: bool = False
 
+    def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise UsageError(f"{name} is {value}, expected {least:g} to {most:g}")
+
     @property
     def label(self) -> str:
         """``city`` or ``scene``: what it learns."""
@@ -164,6 +170,24 @@ class Settings:
         groups = {name: {key: values.pop(key) for key in keys} for name, keys in _GROUPS.items()}
         return {**groups, "optimiser": values}
 
+
+_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 1 << 20),
+    "weight_decay": (0, 1000),
+    "momentum": (0, 0.999),
+    "warmup_epochs": (0, 1_000_000),
+    "seed": (0, 2**63 - 1),
+    "fold": (0, 2**63 - 1),
+    "dropout": (0, 0.95),
+    "label_smoothing": (0, 0.9),
+    "ema": (0, 0.99999),
+    "accumulate": (1, 1 << 20),
+    "clip": (0, 1e30),
+    "patience": (0, 1_000_000),
+    "quick_experiment": (0, 1),
+}
+"""Smallest and largest; not-a-number is in no range."""
 
 _GROUPS: Final[Mapping[str, Sequence[str]]] = {
     "role": ("role", "num_scenes", "num_cities", "shuffle_labels"),

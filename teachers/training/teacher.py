@@ -21,10 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_cache.errors import KDCacheError, StoreError, UsageError, listed, shown
+from kd_cache.errors import (
+    CheckpointError,
+    FeatureError,
+    KDCacheError,
+    StaleError,
+    StoreError,
+    TeacherError,
+    TrainingError,
+    UsageError,
+    listed,
+    shown,
+)
 from kd_cache.features import FeatureSource
-from kd_cache.fingerprint import canonical_json
-from kd_cache.manifest import SOURCE, Manifest
+from kd_cache.fingerprint import canonical_json, weights_digest
+from kd_cache.manifest import SOURCE, Manifest, Sample, sample_key
 from kd_cache.pipeline.device import environment, training_numerics
 from kd_cache.provenance import Provenance
 from kd_cache.splits import Selection
@@ -40,9 +51,9 @@ from teachers.training.evaluation import evaluated, test_clips
 from teachers.training.head import Standardised
 from teachers.training.loop import Loop, Progress, score
 from teachers.training.metrics import measure
-from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, warm_start
+from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, own_code, warm_start
 from teachers.training.pretraining import Pretrained, code_version, key_of
-from teachers.training.run_folder import BEST, RunFolder, checkpoint_names, net_tensors, unfinished_run
+from teachers.training.run_folder import BEST, RunFolder, checkpoint_names
 from teachers.training.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
 
 GLOBAL = "global"
@@ -152,7 +163,8 @@ class _Training:
         self.job, self.settings, self.watcher = job, job.settings, watcher
         self._refuse_unlabelled()
         if "features" not in job.shared:
-            listed = [*job.division.train, *job.division.validation]
+            # By key, as a dump has them: the manifest's order changes no weights.
+            listed = [s for side in (job.division.train, job.division.validation) for s in sorted(side, key=_by_key)]
             job.shared["features"] = Clips.read(job.source, listed, job.workers, watcher)
         clips, count = job.shared["features"], len(job.division.train)
         self.train, self.validation = clips.part(range(count)), clips.part(range(count, len(clips)))
@@ -175,12 +187,25 @@ class _Training:
         if job.resume == FRESH:
             if settings.role == CITY and self.pretrained.remove(self.parts):
                 self.watcher.note(f"removed the cached weights of key {self.key[:16]}…, as --resume fresh asks")
-        elif (path := unfinished_run(job.home, self.key)) is not None:
-            return self._trained(RunFolder(path, self._record(), half=job.half), is_new=False)
-        elif settings.role == CITY and (report := self._from_cache()) is not None:
+        elif (report := self._gone_on()) is not None or (
+            settings.role == CITY and (report := self._from_cache()) is not None
+        ):
             return report
         config = {"key": self.key, **self._config(), **job.record}
         return self._trained(RunFolder.new(job.home, self._record(), config, half=job.half), is_new=True)
+
+    def _gone_on(self) -> TrainReport | None:
+        """The rest of an unfinished run; ``None`` where there is none that can be gone on with."""
+        folder = RunFolder.unfinished(self.job.home, self.key, self._record(), half=self.job.half)
+        if folder is None:
+            return None
+        try:
+            folder.last()
+        except CheckpointError as error:
+            self.watcher.note(f"cannot go on with {shown(folder.path)}: {error.message}; training anew")
+            folder.give_up()
+            return None
+        return self._trained(folder, is_new=False)
 
     # -- before -------------------------------------------------------------------------------------------------------
 
@@ -212,9 +237,20 @@ class _Training:
         else:
             net, start = make_net(settings, settings.num_classes, settings.seed), None
         if job.init is not None:
-            start = warm_start(net, job.init)
-            self.inherited = start.provenance
+            start = self._started_from(job.init, net, start)
         return net, start
+
+    def _started_from(self, path: Path, net: nn.Module, below: WarmStart | None) -> WarmStart:
+        """Weights for ``net`` from a checkpoint, over those of a city teacher ``below`` where it has none."""
+        start = warm_start(net, path)
+        if start.provenance is None:
+            self.watcher.note(f"what {shown(path)} was trained on is not known: it says nothing of it")
+        if below is not None:
+            both = Provenance.of([]) if below.provenance is None else below.provenance
+            made = both if start.provenance is None else both.together(start.provenance)
+            start = replace(start, sha256=f"{below.sha256}+{start.sha256}", provenance=made)
+        self.inherited = start.provenance
+        return start
 
     def _on_city_teacher(self) -> tuple[nn.Module, WarmStart]:
         """A new scene head on the backbone of the city teacher."""
@@ -233,9 +269,14 @@ class _Training:
     def _on_embeddings(self) -> tuple[nn.Module, WarmStart]:
         """The backbones of extracted sources, side by side if there are several."""
         folder = self.job.output_dir / FOLDER / self.job.place
+        if len(set(self.job.embeddings)) < len(self.job.embeddings):
+            raise UsageError(f"the same embeddings are named twice: {', '.join(self.job.embeddings)}")
         self.sources = [Source.open(folder, name) for name in self.job.embeddings]
         backbones = [source.teacher.backbone for source in self.sources]
         net = backbones[0] if len(backbones) == 1 else SideBySide(backbones)
+        for source in self.sources:
+            if source.teacher.provenance is None:
+                self.watcher.note(f"what the embeddings {shown(source.name)} were made with is not known")
         told = f"embeddings of {', '.join(self.job.embeddings)} in {shown(folder)}, {net.embedding_dim} wide"
         return net, WarmStart(FULL_MODEL, told, key_of(described(self.sources)), made_with(self.sources))
 
@@ -259,6 +300,8 @@ class _Training:
             "data": {"train": self.train.digest(label), "validation": self.validation.digest(label)},
             "selection": {"target": selection.target, "train": len(self.train), "validation": len(self.validation)},
             "stages": [asdict(stage) for stage in self.stages],
+            "net": own_code(self.settings.arch, self.net),
+            "cached_features": self.job.cached_features,
             "start": None if self.start is None else {"kind": self.start.kind, "sha256": self.start.sha256},
             "code": code_version(),
             "environment": {name: where[name] for name in ("device", "instruction_set", "torch", "cuda")}
@@ -275,6 +318,8 @@ class _Training:
         return {
             "settings": settings,
             "stages": [asdict(stage) for stage in self.stages],
+            "net": own_code(self.settings.arch, self.net),
+            "cached_features": self.job.cached_features,
             "start": None if self.start is None else self.start.told,
             "place": self.job.place,
             "manifest_sha256": self.job.manifest.digest,
@@ -351,6 +396,12 @@ class _Training:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _trained(self, folder: RunFolder, *, is_new: bool) -> TrainReport:
+        try:
+            return self._run_in(folder, is_new=is_new)
+        finally:
+            folder.close()
+
+    def _run_in(self, folder: RunFolder, *, is_new: bool) -> TrainReport:
         job, settings = self.job, self.settings
         if job.tensorboard:
             folder.log_for_tensorboard()
@@ -378,17 +429,21 @@ class _Training:
                 folder,
                 self.watcher,
                 random_loss=random_loss,
+                name=f"{settings.role} {job.place}",
                 is_warm=job.init is not None and self.start is not None and self.start.kind == FULL_MODEL,
             )
             if not is_new:
                 self._go_on(folder, loop)
+            before = _backbone_digest(whole)
             loop.run()
+            if isinstance(net, Standardised):
+                self._prove_frozen(whole, before, loop.progress)
             results = self._results(folder, loop)
-        folder.write_results(results)
         checkpoint = folder.path / BEST
         if job.publish and not settings.shuffle_labels:
             checkpoint = publish(job, folder.path / BEST, results)
             self._save_pretrained(folder.path / BEST, results)
+        folder.write_results(results)  # last: whoever is killed before publishes again
         return TrainReport(
             settings.role, job.place, "trained" if is_new else "resumed", checkpoint, folder.path, results
         )
@@ -406,6 +461,14 @@ class _Training:
         found = job.shared[name].part(range(len(clips)))
         found.scenes, found.cities = clips.scenes, clips.cities
         return found
+
+    def _prove_frozen(self, net: nn.Module, before: str, progress: Progress) -> None:
+        """The backbone that the embeddings are of must be what it was."""
+        if _backbone_digest(net) != before:
+            raise TrainingError("the backbone changed while its head was trained", hint="The run is not to be used.")
+        said = f"the backbone is bit for bit what it was (sha256 {before[:16]}…), its batch norms included"
+        progress.frozen.append(said)
+        self.watcher.note(f"{self.settings.role} {self.job.place}: {said}")
 
     def _trains_head_only(self) -> bool:
         """Whether every stage trains a scene head on what the backbone makes of unchanged clips."""
@@ -425,19 +488,21 @@ class _Training:
         job, settings = self.job, self.settings
         best, done = self._best_net(folder).to(job.device), loop.progress
         target = job.selection.target
-        test = test_clips(job.manifest, job.source, job.workers, self.watcher)
+        test = self._measured_on_test(best)
         return {
             "key": self.key,
             "role": settings.role,
             "place": job.place,
             "validation": evaluated(best, self.validation, settings, target, job.device),
-            "test": None if test is None else evaluated(best, test, settings, target, job.device),
+            "test": test,
             "chance": 1 / settings.num_classes,
             "random_weights_log_loss": done.random_loss,
             "warm_start_log_loss": done.start_loss,
             "epochs": len(done.history),
             "best_epoch": _best_epoch(done),
             "frozen": done.frozen,
+            "net": own_code(self.settings.arch, self.net),
+            "cached_features": self.job.cached_features,
             "start": None if self.start is None else self.start.told,
             "locations": {
                 "train": job.division.train_locations,
@@ -446,11 +511,23 @@ class _Training:
             "shuffled_labels": settings.shuffle_labels,
         }
 
+    def _measured_on_test(self, best: nn.Module) -> dict[str, Any] | None:
+        """Test clips that cannot be read or scored are a remark: nothing was chosen by them."""
+        job = self.job
+        try:
+            if "test" not in job.shared:
+                job.shared["test"] = test_clips(job.manifest, job.source, job.workers, self.watcher)
+            if not len(job.shared["test"]):
+                return None
+            return evaluated(best, job.shared["test"], self.settings, job.selection.target, job.device)
+        except (FeatureError, StaleError, TeacherError) as error:
+            self.watcher.note(f"test was not measured: {error.message}")
+            return None
+
     def _best_net(self, folder: RunFolder) -> nn.Module:
         """A copy of the net with the weights of ``best.safetensors``."""
         net = copy.deepcopy(self.net)
-        tensors = net_tensors(read_weights(folder.path / BEST).tensors)
-        net.load_state_dict({**net.state_dict(), **tensors})
+        net.load_state_dict({**net.state_dict(), **folder.best()})
         return net
 
     # -- what is kept -------------------------------------------------------------------------------------------------
@@ -465,6 +542,10 @@ class _Training:
             self.watcher.note(f"the weights were not cached for later runs: {reason}")
 
 
+def _by_key(sample: Sample) -> str:
+    return sample_key(sample.file)
+
+
 def publish(job: TrainJob, weights: Path, results: Mapping[str, Any]) -> Path:
     """Put ``weights`` beside the runs as ``best.safetensors`` (and ``best.pth``), each whole. Raises `StoreError`."""
     home = job.home
@@ -473,7 +554,10 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any]) -> Path:
     with store_errors(weights, "read"):
         content = weights.read_bytes()
     write_atomic(checkpoint, content)
-    if job.pth:
+    if not job.pth:  # one of other weights must not stand beside it
+        with store_errors(home / "best.pth", "remove"):
+            (home / "best.pth").unlink(missing_ok=True)
+    else:
         held = read_weights(checkpoint)
         beside = {
             "epoch": results.get("best_epoch", 0),
@@ -483,6 +567,11 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any]) -> Path:
         }
         save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
     return checkpoint
+
+
+def _backbone_digest(net: nn.Module) -> str:
+    """SHA-256 of the tensors of a City2Scene teacher's backbone; of nothing for another net."""
+    return weights_digest({name: value for name, value in net.state_dict().items() if name.startswith("city_model.")})
 
 
 def _random_loss(net: nn.Module, clips: Clips, settings: Settings, device: torch.device) -> float:
@@ -500,6 +589,7 @@ def _random_loss(net: nn.Module, clips: Clips, settings: Settings, device: torch
 def _teacher_tensors(backbone: nn.Module, net: nn.Module) -> dict[str, Tensor]:
     """The City2Scene teacher that a head over ``backbone``, or a whole net with such a head, is."""
     head: Any = net.scene_head if isinstance(net, City2Scene) else net
+    backbone = net.city_model if isinstance(net, City2Scene) else backbone  # an averaged net has its own
     folded: nn.Module = head.folded()
     found = {f"city_model.{name}": tensor for name, tensor in backbone.state_dict().items()}
     return found | {f"scene_head.{name}": tensor for name, tensor in folded.state_dict().items()}

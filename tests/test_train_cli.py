@@ -1,0 +1,923 @@
+"""``kd-cache train …`` as a person uses it: the chain, settings files, extracted embeddings, sweeps and mistakes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from conftest import REPO, Run, World
+from safetensors.torch import load_file
+from train_fixtures import add_clip, town
+
+from kd_cache import LogitCache, UsageError
+from kd_cache.manifest import DOMAIN_OF
+from kd_cache.provenance import Provenance
+from kd_cache.store.keys import keys_of
+from teachers.checkpoint import load_teacher, read_weights
+
+__all__ = ["town"]
+
+Settings = dict[str, Any]
+
+CITY = Path("outputs/teacher_city/A2b/best.safetensors")
+HEAD = Path("outputs/teacher_city2scene/A2b/best.safetensors")
+SCENE = Path("outputs/teacher_scene/global/best.safetensors")
+SIZES = ("--num-scenes", 3, "--num-cities", 3)
+QUICK: Settings = {
+    "json_path": "dataset.json",
+    "num_scenes": 3,
+    "num_cities": 3,
+    "workers": 0,
+    "train": {
+        "feature_dim": 8,
+        "batch_size": 16,
+        "val_ratio": 0.3,
+        "time_roll": 0,
+        "freq_mixstyle": 0,
+        "device_response": 0,
+        "warmup_epochs": 0.5,
+    },
+    "city": {"epochs": 8, "lr": 0.02},
+    "scene": {"epochs": 8, "lr": 0.02},
+    "city2scene": {"epochs": 5, "lr": 0.1},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Nets as small as these wait for a second thread longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_command() -> Iterator[None]:
+    """The command line is put together once, not for every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", functools.cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture
+def quick(town: World) -> World:
+    """The town, and a ``kd-cache.yaml`` with quick settings."""
+    write_settings(town, QUICK)
+    return town
+
+
+@pytest.fixture
+def trained(quick: World, run: Run, shelf: Path) -> World:
+    """The town with the outputs of a chain for b, trained once for all tests."""
+    kept = shelf / "outputs"
+    if not kept.exists():
+        assert run("train", "all", "--target", "b", "--cache-root", shelf / "cache").exit_code == 0
+        shutil.copytree(quick.root / "outputs", kept)
+        shutil.rmtree(quick.root / "outputs")
+    shutil.copytree(kept, quick.root / "outputs")
+    return quick
+
+
+@pytest.fixture
+def extracted(trained: World, run: Run) -> World:
+    assert extract(run, f"city={CITY}", f"scene={SCENE}").exit_code == 0
+    return trained
+
+
+def write_settings(world: World, settings: Settings, name: str = "kd-cache.yaml") -> Path:
+    path = world.root / name
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def changed(**sections: Any) -> Settings:
+    """The quick settings with these; a section's settings go into what it has."""
+    found = {name: dict(value) if isinstance(value, dict) else value for name, value in QUICK.items()}
+    for name, value in sections.items():
+        found[name] = {**found[name], **value} if isinstance(found.get(name), dict) else value
+    return found
+
+
+def extract(run: Run, *checkpoints: str, more: tuple[object, ...] = ()) -> Any:
+    return run("train", "extract", "--target", "b", *(x for text in checkpoints for x in ("--checkpoint", text)), *more)
+
+
+def reports(result: Any) -> list[dict[str, Any]]:
+    assert result.exit_code == 0, result.output
+    found: list[dict[str, Any]] = json.loads(result.stdout)["trained"]
+    return found
+
+
+def head(run: Run, *args: object) -> dict[str, Any]:
+    """Train a City2Scene teacher; what it says of it."""
+    return reports(run("train", "city2scene", "--target", "b", "--json", *args))[-1]
+
+
+def config(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((Path(report["run"]) / "config.yaml").read_text())
+    return found
+
+
+def runs(home: Path) -> list[Path]:
+    return sorted((home.parent / "runs").glob("*/"))
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def load_teacher_keys(path: Path) -> set[bytes]:
+    """The keys of all samples that a checkpoint says that it was made with."""
+    return {key.tobytes() for key in Provenance.from_json(read_weights(path).record["provenance"]).keys}
+
+
+def own_net(world: World, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A net that trains in no time; for scene teachers only."""
+    (world.root / "town_net.py").write_text(
+        "import torch\n\n"
+        "def small(classes):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
+    )
+    monkeypatch.syspath_prepend(world.root)
+    return "town_net:small"
+
+
+# -- the chain ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_from_features_to_a_verified_cache(town: World, run: Run) -> None:
+    options = ("--feature-dim", 8, "--batch-size", 16, "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)
+    plan = ("--epochs", 8, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-ratio", 0.3, "--workers", 0)
+    place = ("--output-dir", "made", "--cache-root", "trained/cache")
+    result = run("train", "all", "--target", "b", "--json-path", town.json_path, *SIZES, *options, *plan, *place)
+    assert result.exit_code == 0, result.output
+    for name in ("city A2b", "city2scene A2b", "scene global", "trained/cache/A2b"):
+        assert name in result.stdout
+    homes = ("teacher_city/A2b", "teacher_city2scene/A2b", "teacher_scene/global")
+    for home in homes:
+        published = town.root / "made" / home / "best.safetensors"
+        (kept,) = runs(published)
+        assert published.read_bytes() == (kept / "best.safetensors").read_bytes()
+        assert {path.name for path in kept.iterdir()} == {
+            "best.safetensors",
+            "last.safetensors",
+            "config.yaml",
+            "history.csv",
+            "steps.csv",
+            "results.json",
+        }
+    assert len(list((town.root / "made/pretrained").iterdir())) == 1
+    assert not (town.root / "outputs").exists()
+    checked = run("verify", "--cache-root", "trained/cache", "--target", "b", "--all", "--recompute", "--json")
+    assert checked.exit_code == 0, checked.output
+    (audit,) = json.loads(checked.stdout)["caches"]
+    assert {name: one["bit_exact"] for name, one in audit["teachers"].items()} == {"city2scene": 54, "scene": 54}
+    cache = LogitCache.open(town.root / "trained/cache/A2b", ["city2scene", "scene"])
+    logits = cache.batch(cache.rows(town.permitted()), torch.float32)
+    nets = [load_teacher(town.root / "made" / home / "best.safetensors") for home in homes[1:]]
+    for file, stored in zip(town.permitted(), logits, strict=True):
+        clip = torch.from_numpy(np.load(town.feature(file)))[None]
+        with torch.no_grad():
+            torch.testing.assert_close(stored, torch.cat([net(clip) for net in nets]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dump_of_one_teacher_leaves_the_other_one_s_rows(trained: World, run: Run) -> None:
+    assert run("dump", "--target", "b", "--quiet").exit_code == 0
+    result = run("dump", "--target", "b", "--only", "scene")
+    assert result.exit_code == 0, result.output
+    assert run("verify", "--all").exit_code == 0
+
+
+def test_a_second_chain_skips_pretraining_and_says_so(trained: World, run: Run) -> None:
+    before = tensors(trained.root / HEAD)
+    result = run("train", "all", "--target", "b", "--json")
+    assert result.exit_code == 0
+    assert "pre-training skipped" in result.stderr
+    assert [(one["role"], one["how"]) for one in reports(result)] == [
+        ("scene", "trained"),
+        ("city", "cached"),
+        ("city2scene", "trained"),
+    ]
+    assert tensors(trained.root / HEAD) == before
+
+
+def test_json_is_what_was_trained_and_dumped_and_nothing_else(trained: World, run: Run) -> None:
+    result = run("train", "all", "--target", "b", "--json")
+    content = json.loads(result.stdout)
+    assert content.keys() == {"trained", "dumps"}
+    assert [dump["samples_scored"] for dump in content["dumps"]] == [len(trained.permitted())]
+    for report in content["trained"]:
+        assert Path(report["checkpoint"]).is_file()
+        assert 0 <= report["results"]["validation"]["accuracy"] <= 1
+
+
+def test_quiet_says_nothing(trained: World, run: Run) -> None:
+    for result in (
+        run("train", "all", "--target", "b", "--quiet"),
+        run("train", "city2scene", "--target", "b", "--sweep", "epochs=3/4", "--quiet"),
+        extract(run, f"city={CITY}", more=("--quiet",)),
+    ):
+        assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_each_stage_of_each_teacher_is_told_of(trained: World, run: Run) -> None:
+    result = run("train", "all", "--target", "b", "--shuffle-labels", "--epochs", 1)
+    notes = result.stderr.splitlines()
+    begins = [number for number, note in enumerate(notes) if "training samples of" in note]
+    assert len(begins) == 3
+    for first, end in zip(begins, [*begins[1:], len(notes)], strict=True):
+        assert any("stage 1 of 1" in note for note in notes[first:end]), notes[first]
+
+
+def test_a_control_on_shuffled_labels_publishes_nothing_and_dumps_nothing(quick: World, run: Run) -> None:
+    result = run("train", "all", "--target", "b", "--shuffle-labels", "--epochs", 2, "--json")
+    assert json.loads(result.stdout)["dumps"] == []
+    for path in (CITY, HEAD, SCENE, Path("cache"), Path("outputs/pretrained")):
+        assert not (quick.root / path).exists()
+
+
+def test_paths_from_a_file_may_start_with_a_tilde(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(trained.root))
+    write_settings(trained, changed(json_path="~/dataset.json", cache_root="~/kept", output_dir="~/outputs"))
+    result = run("train", "all", "--target", "b", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert (trained.root / "kept/A2b/cache_index.json").is_file()
+    assert not (trained.root / "~").exists()
+
+
+# -- one teacher -------------------------------------------------------------------------------------------------------
+
+
+def test_a_city_teacher_of_the_command_line(quick: World, run: Run) -> None:
+    (report,) = reports(run("train", "city", "--target", "b", "--epochs", 9, "--lr", 0.03, "--pth", "--half", "--json"))
+    assert (report["role"], report["place"], report["checkpoint"]) == ("city", "A2b", str(CITY))
+    assert [(stage["epochs"], stage["lr"]) for stage in config(report)["stages"]] == [(9, 0.03)]
+    floats = {tensor.dtype for tensor in load_file(quick.root / CITY).values() if tensor.is_floating_point()}
+    assert floats == {torch.float16}
+    assert read_weights(quick.root / CITY.with_suffix(".pth")).tensors.keys() == load_file(quick.root / CITY).keys()
+
+
+def test_a_scene_teacher_is_everybody_s(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = own_net(quick, monkeypatch)
+    for target in ((), ("--target", "b")):
+        (report,) = reports(run("train", "scene", "--arch", arch, "--json", *target))
+        assert (report["place"], report["checkpoint"]) == ("global", str(SCENE))
+    provenance = load_teacher_keys(quick.root / SCENE)
+    assert provenance == {key.tobytes() for key in keys_of(f for f in quick.permitted() if f.endswith("-a.npy"))}
+
+
+def test_city2scene_trains_the_city_teacher_that_it_needs(quick: World, run: Run) -> None:
+    found = reports(run("train", "city2scene", "--target", "b", "--json"))
+    assert [(one["role"], one["how"]) for one in found] == [("city", "trained"), ("city2scene", "trained")]
+    assert [one["checkpoint"] for one in found] == [str(CITY), str(HEAD)]
+    teacher, city = (load_teacher(quick.root / path) for path in (HEAD, CITY))
+    below = teacher.backbone.state_dict()
+    for name, tensor in city.backbone.state_dict().items():
+        assert torch.equal(below[name], tensor)
+
+
+def test_city2scene_takes_a_city_teacher_that_is_given(trained: World, run: Run) -> None:
+    given = trained.root / "elsewhere.safetensors"
+    (trained.root / CITY).rename(given)
+    shutil.rmtree(trained.root / "outputs/pretrained")
+    found = reports(run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", given, "--json"))
+    assert [one["role"] for one in found] == ["city2scene"]
+    assert not (trained.root / CITY).exists()
+
+
+def test_options_of_city2scene_are_the_head_s(trained: World, run: Run) -> None:
+    options = ("--epochs", 5, "--lr", 0.2, "--mlp-hidden-dims", "7,5", "--batch-size", 8, "--patience", 3, "--ema", 0.5)
+    city, own = reports(run("train", "city2scene", "--target", "b", "--json", *options, "--weight-decay", 0.1))
+    assert (city["role"], city["how"]) == ("city", "cached")
+    kept = config(own)
+    for name, value in {"mlp_hidden_dims": [7, 5], "batch_size": 8, "patience": 3, "ema": 0.5}.items():
+        assert kept["settings"][name] == value
+    assert [(stage["epochs"], stage["lr"]) for stage in kept["stages"]] == [(5, 0.2)]
+    shapes = {tuple(p.shape) for n, p in load_teacher(HEAD).named_parameters() if "scene_head" in n and p.dim() == 2}
+    assert shapes == {(7, 8), (5, 7), (3, 5)}
+
+
+def test_the_environment_of_city2scene_is_the_head_s(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_CACHE_EPOCHS", "5")
+    monkeypatch.setenv("KD_CACHE_MLP_HIDDEN_DIMS", "6")
+    city, own = reports(run("train", "city2scene", "--target", "b", "--json"))
+    assert city["how"] == "cached"
+    assert (config(own)["stages"][0]["epochs"], config(own)["settings"]["mlp_hidden_dims"]) == (5, [6])
+
+
+def test_what_both_teachers_have_in_common_counts_for_both(trained: World, run: Run) -> None:
+    city, own = reports(
+        run("train", "city2scene", "--target", "b", "--fold", 1, "--seed", 7, "--shuffle-labels", "--json")
+    )
+    assert city["how"] == "trained"
+    for report in (city, own):
+        kept = config(report)["settings"]
+        assert (kept["fold"], kept["seed"]) == (1, 7)
+    assert (config(city)["stages"][0]["epochs"], config(own)["stages"][0]["epochs"]) == (8, 5)
+
+
+def test_stages_of_one_s_own_in_order(trained: World, run: Run) -> None:
+    city, own = reports(
+        run(
+            *("train", "city2scene", "--target", "b", "--json"),
+            *("--stage", "level=2,epochs=8,lr=0.1"),
+            *("--stage", "level=1,epochs=1,lr=1e-4,augment=off,schedule=constant"),
+        )
+    )
+    assert city["how"] == "cached"
+    assert [(stage["level"], stage["epochs"], stage["schedule"]) for stage in config(own)["stages"]] == [
+        (2, 8, "cosine"),
+        (1, 1, "constant"),
+    ]
+
+
+@pytest.mark.parametrize(("preset", "most"), [("full-model", 13), ("backbone", 12)])
+def test_a_preset_is_the_head_s_too(trained: World, run: Run, preset: str, most: int) -> None:
+    result = run("train", "city2scene", "--target", "b", "--preset", preset, "--epochs", most)
+    assert result.exit_code == 2
+    assert f"--preset {preset} needs more than {most} epochs" in result.stderr
+    assert "pre-training skipped" in result.stderr
+
+
+def test_fresh_trains_the_city_teacher_again(trained: World, run: Run) -> None:
+    before = tensors(trained.root / CITY)
+    result = run("train", "city", "--target", "b", "--resume", "fresh", "--json")
+    assert reports(result)[0]["how"] == "trained"
+    assert "--resume fresh asks" in result.stderr
+    assert tensors(trained.root / CITY) == before
+
+
+# -- settings files ----------------------------------------------------------------------------------------------------
+
+LADDER = ["command line", "environment", "section", "train", "top level", "default"]
+
+
+@pytest.mark.parametrize("highest", LADDER)
+def test_the_nearest_setting_counts(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch, highest: str) -> None:
+    said = LADDER[LADDER.index(highest) :]
+    file = changed()
+    values = {name: 3 + number for number, name in enumerate(LADDER)}
+    if "section" in said:
+        file["city2scene"]["patience"] = values["section"]
+    if "train" in said:
+        file["train"]["patience"] = values["train"]
+    if "top level" in said:
+        file["patience"] = values["top level"]
+    if "environment" in said:
+        monkeypatch.setenv("KD_CACHE_PATIENCE", str(values["environment"]))
+    write_settings(trained, file)
+    options = ("--patience", values["command line"]) if "command line" in said else ()
+    report = head(run, "--city-teacher-ckpt", CITY, "--epochs", 3, *options)
+    expected = 10 if highest == "default" else values[highest]
+    assert config(report)["settings"]["patience"] == expected
+
+
+OWN_PATIENCE = {"city": 21, "scene": 22, "city2scene": 23}
+
+
+def test_each_teacher_of_a_chain_has_its_section(quick: World, run: Run) -> None:
+    write_settings(quick, changed(**{role: {"patience": at} for role, at in OWN_PATIENCE.items()}, batch_size=17))
+    control = ("--epochs", 1, "--shuffle-labels")
+    result = run("train", "all", "--target", "b", "--json", *control)
+    found = {one["role"]: config(one)["settings"] for one in reports(result)}
+    assert {role: kept["patience"] for role, kept in found.items()} == OWN_PATIENCE
+    assert {kept["batch_size"] for kept in found.values()} == {16}
+
+
+def test_a_command_line_option_of_a_chain_is_every_teacher_s(trained: World, run: Run) -> None:
+    write_settings(trained, changed(**{role: {"patience": at} for role, at in OWN_PATIENCE.items()}))
+    found = reports(run("train", "all", "--target", "b", "--patience", 30, "--epochs", 1, "--shuffle-labels", "--json"))
+    assert [config(one)["settings"]["patience"] for one in found] == [30, 30, 30]
+
+
+@pytest.mark.parametrize("section", ["train", "city", "city2scene", "scene"])
+@pytest.mark.parametrize("command", ["all", "extract"])
+def test_an_unknown_setting_in_a_section_is_an_error_with_a_suggestion(
+    quick: World, run: Run, section: str, command: str
+) -> None:
+    write_settings(quick, changed(**{section: {"epohcs": 3}}))
+    more = ("--checkpoint", "a") if command == "extract" else ()
+    result = run("train", command, "--target", "b", *more)
+    assert result.exit_code == 2
+    assert "unknown setting epohcs; is it epochs?" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("section", ["epochs", 3, ["epochs"], True])
+def test_a_section_must_be_settings(quick: World, run: Run, section: object) -> None:
+    write_settings(quick, {**changed(), "city": section})
+    result = run("train", "city", "--target", "b")
+    assert result.exit_code == 2
+    assert "city" in result.stderr
+
+
+def test_sections_do_not_disturb_other_commands(trained: World, run: Run) -> None:
+    write_settings(trained, changed(train={"seed": 5, "precision": "bf16", "cache_root": "other"}))
+    result = run("dump", "--target", "b", "--json")
+    assert result.exit_code == 0, result.output
+    assert (trained.cache / "cache_index.json").is_file()
+    assert run("verify", "--all").exit_code == 0
+    entries = json.loads(run("info", "--json").stdout)["caches"][0]["teachers"]
+    assert {entry["parts"]["precision"] for entry in entries.values()} == {"fp32"}
+
+
+@pytest.mark.parametrize(("written", "widths"), [([7, 5], [7, 5]), (6, [6]), ("none", []), ([], [])])
+def test_hidden_widths_in_a_file(trained: World, run: Run, written: object, widths: list[int]) -> None:
+    write_settings(trained, changed(city2scene={"mlp_hidden_dims": written, "epochs": 6}))
+    report = head(run, "--city-teacher-ckpt", CITY)
+    assert config(report)["settings"]["mlp_hidden_dims"] == widths
+    layers = [n for n, p in load_teacher(HEAD).named_parameters() if "scene_head" in n and p.dim() == 2]
+    assert len(layers) == len(widths) + 1
+
+
+ONE, TWO = "level=2,epochs=6,lr=0.1", "level=2,epochs=1,lr=0.01,schedule=constant"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        [ONE, TWO],
+        [{"level": 2, "epochs": 6, "lr": 0.1}, {"level": 2, "epochs": 1, "lr": 0.01, "schedule": "constant"}],
+        [ONE, {"level": 2, "epochs": 1, "lr": 0.01, "schedule": "constant"}],
+    ],
+    ids=["texts", "mappings", "both"],
+)
+def test_stages_in_a_file(trained: World, run: Run, written: list[Any]) -> None:
+    write_settings(trained, changed(city2scene={"stage": written}))
+    stages = config(head(run, "--city-teacher-ckpt", CITY))["stages"]
+    assert [(stage["epochs"], stage["lr"], stage["schedule"]) for stage in stages] == [
+        (6, 0.1, "cosine"),
+        (1, 0.01, "constant"),
+    ]
+
+
+def test_one_stage_in_a_file_need_be_no_list(trained: World, run: Run) -> None:
+    for written in (ONE, {"level": 2, "epochs": 6, "lr": 0.1}):
+        write_settings(trained, changed(city2scene={"stage": written}))
+        assert len(config(head(run, "--city-teacher-ckpt", CITY))["stages"]) == 1
+
+
+@pytest.mark.parametrize("written", [{"level": 2, "epochs": 6}, {"level": 2, "epochs": 6, "lr": [1]}, [[1]], 3])
+def test_a_stage_in_a_file_that_makes_no_sense_is_refused(trained: World, run: Run, written: object) -> None:
+    write_settings(trained, changed(city2scene={"stage": written}))
+    assert run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["all", "city2scene"])
+@pytest.mark.parametrize("file", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: str(path.stem))
+def test_the_configurations_that_come_with_it_are_accepted(run: Run, command: str, file: Path) -> None:
+    result = run("train", command, "--target", "b", "--config", file, "--json-path", "missing.json")
+    assert result.exit_code == 2
+    assert "missing.json" in result.stderr
+    assert str(file) not in result.stderr
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+def test_extract_keeps_every_permitted_sample_and_a_rerun_scores_nothing(trained: World, run: Run) -> None:
+    first = json.loads(extract(run, f"city={CITY}", more=("--json",)).stdout)
+    assert (first["samples_scored"], first["embeddings"]) == (len(trained.permitted()), ["city"])
+    again = json.loads(extract(run, f"city={CITY}", more=("--json",)).stdout)
+    assert again["samples_scored"] == 0
+    cache = LogitCache.open(trained.root / "outputs/embeddings/A2b", ["city"], value_kind="embedding")
+    rows = cache.batch(cache.rows(trained.permitted()), torch.float32)[:, 0]
+    net = load_teacher(trained.root / CITY).backbone
+    with torch.no_grad():
+        clips = torch.stack([torch.from_numpy(np.load(trained.feature(file))) for file in trained.permitted()])
+        torch.testing.assert_close(rows, net.embed(clips), rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_have_no_accuracy(trained: World, run: Run) -> None:
+    content = json.loads(extract(run, f"city={CITY}", more=("--json",)).stdout)
+    assert content["published"]["accuracy"] == {"city": {"correct": 0, "rows": 0}}
+
+
+def test_a_rerun_after_a_change_embeds_what_changed(trained: World, run: Run) -> None:
+    assert extract(run, f"city={CITY}").exit_code == 0
+    add_clip(trained, 0, 0, 5, "A", "train")
+    trained.write()
+    result = extract(run, f"city={CITY}", more=("--json",))
+    assert json.loads(result.stdout)["samples_scored"] == 1
+
+
+def test_sources_stay_when_another_one_is_extracted(trained: World, run: Run) -> None:
+    assert extract(run, f"one={CITY}").exit_code == 0
+    assert extract(run, f"two={SCENE}").exit_code == 0
+    head(run, "--embeddings", "one", "--embeddings", "two")
+
+
+def test_a_source_without_a_name_is_called_after_its_weights(trained: World, run: Run) -> None:
+    result = extract(run, str(CITY), str(SCENE), more=("--json",))
+    names = json.loads(result.stdout)["embeddings"]
+    assert len(set(names)) == 2
+    assert all(name.startswith("cp_resnet-") for name in names)
+    head(run, "--embeddings", names[0])
+
+
+def test_a_head_on_extracted_embeddings_is_the_head_on_the_backbone(extracted: World, run: Run) -> None:
+    plain = head(run, "--city-teacher-ckpt", CITY)["results"]["validation"]
+    stored = head(run, "--embeddings", "city")["results"]["validation"]
+    for name in ("accuracy", "macro_accuracy", "log_loss", "ece"):
+        assert stored[name] == pytest.approx(plain[name], abs=1e-4)
+    assert stored["confusion"] == plain["confusion"]
+
+
+def test_a_head_on_several_sources_is_a_teacher_that_dumps(extracted: World, run: Run) -> None:
+    report = head(run, "--embeddings", "city", "--embeddings", "scene")
+    assert report["results"]["validation"]["samples"] == 12
+    result = run("dump", "--target", "b", "--city2scene-teacher-ckpt", HEAD, "--only", "city2scene", "--json")
+    assert result.exit_code == 0, result.output
+    assert run("verify", "--all", "--recompute").exit_code == 0
+    teacher = load_teacher(extracted.root / HEAD)
+    parts = [load_teacher(extracted.root / path).backbone for path in (CITY, SCENE)]
+    weight, bias = (load_file(extracted.root / HEAD)[n] for n in sorted(load_file(extracted.root / HEAD))[-2:][::-1])
+    clip = torch.from_numpy(np.load(extracted.feature(extracted.permitted()[0])))[None]
+    with torch.no_grad():
+        expected = torch.cat([net.embed(clip) for net in parts], dim=1) @ weight.T + bias
+        torch.testing.assert_close(teacher(clip), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_sources_is_another_key(extracted: World, run: Run) -> None:
+    chosen = (("city", "scene"), ("scene", "city"), ("city",))
+    keys = {
+        head(run, "--epochs", 1, "--shuffle-labels", *(text for name in names for text in ("--embeddings", name)))[
+            "results"
+        ]["key"]
+        for names in chosen
+    }
+    assert len(keys) == len(chosen)
+
+
+def test_a_source_that_is_named_twice_is_refused(extracted: World, run: Run) -> None:
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "city", "--embeddings", "city")
+    assert result.exit_code == 2
+    assert "named twice" in result.stderr
+
+
+def test_a_feature_that_changed_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
+    file = extracted.permitted()[0]
+    extracted.write_feature(file, np.load(extracted.feature(file)) + 1)
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
+    assert result.exit_code == 5
+    assert file in result.stderr
+    assert "train extract again" in result.stderr
+    assert extract(run, f"city={CITY}", f"scene={SCENE}").exit_code == 0
+    assert run("train", "city2scene", "--target", "b", "--embeddings", "city").exit_code == 0
+
+
+def test_a_sample_that_came_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
+    file = add_clip(extracted, 0, 0, 5, "A", "train")
+    extracted.write()
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
+    assert result.exit_code == 3
+    assert file in result.stderr
+
+
+def test_a_checkpoint_that_changed_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
+    shutil.copy(extracted.root / SCENE, extracted.root / CITY)
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
+    assert result.exit_code == 5
+    assert str(CITY) in result.stderr
+    (extracted.root / CITY).unlink()
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
+    assert result.exit_code == 1
+    assert "extract again" in result.stderr
+
+
+def test_an_unknown_source_lists_those_that_are_there(extracted: World, run: Run) -> None:
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "town")
+    assert result.exit_code == 2
+    assert "there: city, scene" in result.stderr
+
+
+def test_embeddings_that_nobody_extracted_are_an_error(trained: World, run: Run) -> None:
+    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
+    assert result.exit_code == 2
+    assert "there: none" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "packs", "a b", "-a"])
+def test_a_name_that_cannot_be_one_is_refused(trained: World, run: Run, name: str) -> None:
+    assert extract(run, f"{name}={CITY}").exit_code == 2
+
+
+def test_one_name_twice_is_refused(trained: World, run: Run) -> None:
+    result = extract(run, f"city={CITY}", f"city={SCENE}")
+    assert result.exit_code == 2
+    assert "two sources are called city" in result.stderr
+    assert extract(run, str(CITY), str(CITY)).exit_code == 2
+
+
+def test_a_student_gets_no_embeddings_for_logits(extracted: World) -> None:
+    folder = extracted.root / "outputs/embeddings/A2b"
+    with pytest.raises(UsageError, match="embedding"):
+        LogitCache.open(folder)
+    with pytest.raises(UsageError, match="embedding"):
+        LogitCache.open(folder, ["city"])
+    cache = LogitCache.open(folder, ["city"], value_kind="embedding")
+    assert cache.rows(extracted.permitted()).shape == (len(extracted.permitted()),)
+
+
+# -- sweeps ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_shows_each_combination_and_publishes_the_best_by_validation(trained: World, run: Run) -> None:
+    (trained.root / HEAD).unlink()
+    shutil.rmtree(trained.root / HEAD.parent / "runs")
+    result = run("train", "city2scene", "--target", "b", "--sweep", "lr=0.003/0.1,weight-decay=0.01/0.5")
+    assert result.exit_code == 0, result.output
+    table = result.stdout.partition("Sweep")[2].partition("Accuracy on")[0]
+    rows = [line.split("│")[:2] for line in table.splitlines() if "│" in line]
+    assert [tuple(float(cell) for cell in row) for row in rows] == [
+        (lr, decay) for lr in (0.003, 0.1) for decay in (0.01, 0.5)
+    ]
+    made = runs(trained.root / HEAD)
+    assert len(made) == 4
+    found = [json.loads((path / "results.json").read_text())["validation"] for path in made]
+    best = max(range(4), key=lambda n: (found[n]["accuracy"], -found[n]["log_loss"]))
+    assert (trained.root / HEAD).read_bytes() == (made[best] / "best.safetensors").read_bytes()
+
+
+def test_a_sweep_over_embeddings(extracted: World, run: Run) -> None:
+    report = head(run, "--embeddings", "city", "--sweep", "epochs=4/6", "--pth")
+    assert report["checkpoint"] == str(HEAD)
+    assert (extracted.root / HEAD).read_bytes() == (Path(report["run"]) / "best.safetensors").read_bytes()
+    assert (extracted.root / HEAD.with_suffix(".pth")).is_file()
+
+
+def test_a_combination_that_fails_does_not_stop_the_others(trained: World, run: Run) -> None:
+    wild = ("--epochs", 12, "--optimizer", "sgd", "--momentum", 0.99, "--warmup-epochs", 0)
+    result = run("train", "city2scene", "--target", "b", "--sweep", "lr=10/0.01", *wild)
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│") for line in result.stdout.partition("Sweep")[2].splitlines() if "│" in line][:2]
+    assert [(float(row[0]), "failed" in row[1]) for row in rows] == [(10, True), (0.01, False)]
+    assert "diverged" in result.stderr
+
+
+def test_a_sweep_of_which_nothing_learns_is_an_error_and_publishes_nothing(
+    trained: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 0.01)
+    before = (trained.root / HEAD).read_bytes()
+    result = run("train", "city2scene", "--target", "b", "--epochs", 1, "--sweep", "lr=0.1/0.2")
+    assert result.exit_code == 1
+    assert "no combination" in result.stderr
+    assert "nothing was learnt" in result.stderr
+    assert (trained.root / HEAD).read_bytes() == before
+
+
+def test_a_sweep_on_shuffled_labels_publishes_nothing(trained: World, run: Run) -> None:
+    before = (trained.root / HEAD).read_bytes()
+    run("train", "city2scene", "--target", "b", "--shuffle-labels", "--epochs", 2, "--sweep", "lr=0.05/0.1")
+    assert (trained.root / HEAD).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "lr",
+        "lr=",
+        "lr=0.1/",
+        "lr=0.1,lr=0.2",
+        "nonsense=1",
+        "lr=0",
+        "lr=nan",
+        "epochs=0",
+        "batch-size=0",
+        "dropout=2",
+        "dropout=nan",
+        "weight-decay=-1",
+        "weight-decay=nan",
+        "label-smoothing=5",
+        "label-smoothing=-1",
+        "seed=-1",
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(trained: World, run: Run, text: str) -> None:
+    before = (trained.root / HEAD).read_bytes()
+    widths = ("--mlp-hidden-dims", "4", "--patience", 1)
+    result = run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY, "--sweep", text, *widths)
+    assert result.exit_code == 2, result.output
+    assert (trained.root / HEAD).read_bytes() == before
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[int, tuple[object, ...], str]] = {
+    "unknown target": (2, ("city", "--target", "z"), "z"),
+    "no target": (2, ("city",), "--target"),
+    "nothing held out": (2, ("city", "--target", "b", "--val-ratio", 0), "validation ratio"),
+    "nearly all held out": (2, ("city", "--target", "b", "--val-ratio", 0.9), "validation ratio"),
+    "no ratio": (2, ("city", "--target", "b", "--val-ratio", "nan"), "val"),
+    "no share": (2, ("scene", "--quick-experiment", 0), "share"),
+    "share that is no number": (2, ("scene", "--quick-experiment", "nan"), "quick-experiment"),
+    "unknown architecture": (2, ("scene", "--arch", "nonsense"), "nonsense"),
+    "architecture that is not there": (2, ("scene", "--arch", "no_module_of_this_name:net"), "no_module_of_this_name"),
+    "hidden widths of a net that has none": (2, ("city", "--target", "b", "--mlp-hidden-dims", "8"), "hidden"),
+    "hidden widths that are none": (2, ("city2scene", "--target", "b", "--mlp-hidden-dims", "8,x"), "widths"),
+    "hidden widths of nothing": (2, ("city2scene", "--target", "b", "--mlp-hidden-dims", "0"), "widths"),
+    "tf32 without a GPU": (2, ("city", "--target", "b", "--precision", "tf32", "--device", "cpu"), "tf32"),
+    "fp16 without a GPU": (2, ("city", "--target", "b", "--precision", "fp16", "--device", "cpu"), "fp16"),
+    "weights that are not there": (1, ("scene", "--init", "missing.safetensors"), "missing.safetensors"),
+    "no such city teacher": (
+        1,
+        ("city2scene", "--target", "b", "--city-teacher-ckpt", "missing.safetensors"),
+        "missing.safetensors",
+    ),
+    "two things to stand on": (
+        2,
+        ("city2scene", "--target", "b", "--embeddings", "city", "--city-teacher-ckpt", CITY),
+        "give one of them",
+    ),
+    "stage that is none": (2, ("scene", "--stage", "level=3,epochs=1,lr=1"), "level"),
+    "no learning rate": (2, ("scene", "--lr", 0), "lr"),
+    "mixup that is no number": (2, ("scene", "--mixup", "nan"), "mixup"),
+    "dropout that is no number": (2, ("scene", "--dropout", "nan"), "dropout"),
+    "decay that is no number": (2, ("scene", "--weight-decay", "nan"), "decay"),
+    "warm-up before the beginning": (2, ("scene", "--warmup-epochs", -1), "warmup"),
+    "warm-up that is no number": (2, ("scene", "--warmup-epochs", "nan"), "warmup"),
+    "output folder that is a file": (1, ("scene", "--output-dir", "dataset.json"), "dataset.json"),
+    "manifest that is not there": (2, ("scene", "--json-path", "missing.json"), "missing.json"),
+    "nothing to embed with": (2, ("extract", "--target", "b"), "--checkpoint"),
+    "embedding with what is not there": (1, ("extract", "--target", "b", "--checkpoint", "a=missing.pth"), "missing"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_has_its_exit_code_and_its_cause(
+    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    code, args, cause = MISTAKES[mistake]
+    if args[0] == "scene" and "--arch" not in args:
+        args = (*args, "--arch", own_net(quick, monkeypatch))
+    result = run("train", *args)
+    assert result.exit_code == code, result.output
+    assert cause in " ".join(result.stderr.split())
+    assert "unexpected" not in result.stderr
+    assert not (quick.root / SCENE).exists()
+    assert not (quick.root / CITY).exists()
+
+
+def test_folds_hold_out_other_locations_and_go_round(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, each_city = own_net(quick, monkeypatch), 12
+    held_out = []
+    for fold in (0, 1, 1 + each_city * 10**12):
+        reports(run("train", "scene", "--arch", arch, "--fold", fold, "--json"))
+        held_out.append(read_weights(quick.root / SCENE).record["provenance"]["validated"])
+    assert held_out[0] != held_out[1]
+    assert held_out[1] == held_out[2]
+
+
+@pytest.mark.parametrize("command", ["city", "city2scene", "all"])
+def test_a_location_that_nobody_knows_is_refused(quick: World, run: Run, command: str) -> None:
+    row = quick.rows[0]
+    quick.feature(row["file"]).rename(quick.feature("x/plain.npy"))
+    row["file"] = "x/plain.npy"
+    quick.write()
+    result = run("train", command, "--target", "b")
+    assert result.exit_code == 2
+    assert "x/plain.npy" in result.stderr
+    assert not (quick.root / "outputs").exists()
+
+
+@pytest.mark.parametrize("command", ["city", "city2scene", "scene", "all", "extract"])
+def test_a_manifest_that_leaks_is_refused(trained: World, run: Run, command: str) -> None:
+    shutil.rmtree(trained.root / "outputs/pretrained")
+    before = (trained.root / CITY).read_bytes()
+    file = add_clip(trained, 0, 0, 9, "A", "train")
+    trained.write()
+    more = {"scene": (), "extract": ("--target", "b", "--checkpoint", f"a={CITY}")}.get(command, ("--target", "b"))
+    result = run("train", command, *more)
+    assert result.exit_code == 6
+    assert file in result.stderr
+    assert (trained.root / CITY).read_bytes() == before
+    assert not (trained.root / "cache").exists()
+
+
+def test_tensorboard_that_is_not_installed_is_said(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = run("train", "scene", "--arch", own_net(quick, monkeypatch), "--tensorboard")
+    assert result.exit_code == 2
+    assert "needs the package tensorboard" in result.stderr
+
+
+def test_a_feature_that_is_not_there_is_named(quick: World, run: Run) -> None:
+    file = quick.permitted()[0]
+    quick.feature(file).unlink()
+    result = run("train", "city", "--target", "b")
+    assert result.exit_code == 1
+    assert file in result.stderr
+    assert not (quick.root / "outputs/teacher_city").exists()
+
+
+# -- info --------------------------------------------------------------------------------------------------------------
+
+
+def test_info_lists_cached_pretraining_by_what_it_depends_on(trained: World, run: Run) -> None:
+    (entry,) = (trained.root / "outputs/pretrained").iterdir()
+    for place in ("outputs", "outputs/pretrained"):
+        shown = run("info", place)
+        assert shown.exit_code == 0
+        for fact in (entry.name, "arch=cp_resnet", "feature_dim=8", "target=b", "seed=42", "fold=0", "val_ratio=0.3"):
+            assert fact in shown.stdout
+        (told,) = json.loads(run("info", place, "--json").stdout)["pretrained"]
+        assert Path(told["path"]).name == entry.name
+        assert told["damage"] is None
+        assert told["parts"]["optimiser"]["lr"] == 0.02
+        assert told["parts"]["selection"]["target"] == "b"
+        assert 0 <= told["validation_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("what", ["weights.safetensors", "entry.json"])
+def test_info_says_that_cached_pretraining_is_damaged(trained: World, run: Run, what: str) -> None:
+    (entry,) = (trained.root / "outputs/pretrained").iterdir()
+    content = bytearray((entry / what).read_bytes())
+    content[len(content) // 2 if what.startswith("w") else 0] ^= 1
+    (entry / what).write_bytes(content)
+    result = run("info", "outputs")
+    assert result.exit_code == 0
+    assert "damaged" in result.stdout
+    assert "trained again" in result.stdout
+    assert json.loads(run("info", "outputs", "--json").stdout)["pretrained"][0]["damage"]
+
+
+def test_info_tells_of_caches_and_pretraining_together(trained: World, run: Run) -> None:
+    assert run("dump", "--target", "b", "--quiet").exit_code == 0
+    content = json.loads(run("info", "--json").stdout)
+    assert [cache["path"] for cache in content["caches"]] == ["cache/A2b"]
+    assert len(content["pretrained"]) == 1
+    shown = run("info").stdout
+    assert "54 samples complete" in shown
+    assert "cached pre-training of a city teacher" in shown
+
+
+def test_info_finds_a_cache_that_was_trained_and_embeddings(extracted: World, run: Run) -> None:
+    shown = run("info", "outputs/embeddings/A2b").stdout
+    assert "8 embedding" in shown
+    assert "no classes" in shown
+
+
+# -- what a teacher saw ------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_of_another_target_dumps_nothing(trained: World, run: Run) -> None:
+    for row in list(trained.rows):
+        if row["device_id"] == "b" and row["split"] == "train":
+            file = row["file"].replace("-b.npy", "-c.npy")
+            twin = {**row, "file": file, "device_id": "c", "domain": DOMAIN_OF["c"]}
+            shutil.copy(trained.feature(row["file"]), trained.feature(twin["file"]))
+            trained.rows.append(twin)
+    trained.write()
+    assert run("train", "city2scene", "--target", "c", "--quiet").exit_code == 0
+    other = "outputs/teacher_city2scene/A2c/best.safetensors"
+    result = run("dump", "--target", "b", "--city2scene-teacher-ckpt", other, "--only", "city2scene")
+    assert result.exit_code == 6
+    assert any(f in result.stderr for f in trained.permitted("c") if f.endswith("-c.npy"))
+    assert not list((trained.root / "cache").rglob("*.h5"))
+    assert run("dump", "--target", "c", "--only", "city2scene", "--quiet").exit_code == 0
+
+
+@pytest.mark.parametrize("side", ["trained", "validated"])
+def test_a_teacher_that_saw_what_is_now_test_dumps_nothing(trained: World, run: Run, side: str) -> None:
+    provenance = load_teacher(trained.root / HEAD).provenance
+    assert provenance is not None
+    keys = {key.tobytes() for key in getattr(provenance, side)}
+    seen = [row for row in trained.rows if keys_of([row["file"]])[0].tobytes() in keys and row["device_id"] == "A"]
+    place = seen[0]["file"].rsplit("-", 2)[0]
+    moved = [row for row in trained.rows if row["file"].rsplit("-", 2)[0] == place]
+    for row in moved:
+        row["split"] = "test"
+    trained.write()
+    result = run("dump", "--target", "b", "--only", "city2scene")
+    assert result.exit_code == 6
+    assert any(row["file"] in result.stderr for row in moved)
+    assert not list((trained.root / "cache").rglob("*.h5"))
+
+
+def test_an_audit_finds_a_teacher_that_saw_what_is_now_test(trained: World, run: Run) -> None:
+    assert run("dump", "--target", "b", "--quiet").exit_code == 0
+    place = trained.rows[0]["file"].rsplit("-", 2)[0]
+    moved = [row for row in trained.rows if row["file"].rsplit("-", 2)[0] == place]
+    for row in moved:
+        row["split"] = "test"
+    trained.write()
+    result = run("verify", "--target", "b", "--all")
+    assert result.exit_code == 6
+    assert any(row["file"] in result.stdout for row in moved)

@@ -130,7 +130,7 @@ def test_the_committed_teacher_knows_more_than_half_the_scenes_of_unseen_locatio
     role = "scene" if "scene/global" in checkpoint else "city2scene"
     teacher = load_teacher(SAMPLE / "teachers" / checkpoint / "best.safetensors", role=role)
     test = [s for s in samples if s.split == "test" and s.device_id == SOURCE]
-    assert _accuracy(teacher, test, [s.scene_label for s in test]) >= 0.6
+    assert _accuracy(teacher, test, [s.scene_label for s in test]) > 0.5
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -45,6 +45,7 @@ QUICK: Settings = {
         "time_roll": 0,
         "freq_mixstyle": 0,
         "device_response": 0,
+        "ema": 0,
         "warmup_epochs": 0.5,
     },
     "city": {"epochs": 8, "lr": 0.02},
@@ -162,7 +163,20 @@ def own_net(world: World, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_chain_from_features_to_a_verified_cache(town: World, run: Run) -> None:
-    options = ("--feature-dim", 8, "--batch-size", 16, "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)
+    options = (
+        "--feature-dim",
+        8,
+        "--batch-size",
+        16,
+        "--time-roll",
+        0,
+        "--freq-mixstyle",
+        0,
+        "--device-response",
+        0,
+        "--ema",
+        0,
+    )
     plan = ("--epochs", 8, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-ratio", 0.3, "--workers", 0)
     place = ("--output-dir", "made", "--cache-root", "trained/cache")
     result = run("train", "all", "--target", "b", "--json-path", town.json_path, *SIZES, *options, *plan, *place)

@@ -61,7 +61,14 @@ def town(tmp_path: Path) -> World:
 
 def settings(role: str, **changed: Any) -> Settings:
     """Quick ones: a narrow net, few epochs, nothing augmented."""
-    quick: dict[str, Any] = {"epochs": 3, "feature_dim": 8, "num_scenes": 3, "num_cities": 3, "batch_size": 4}
+    quick: dict[str, Any] = {
+        "epochs": 3,
+        "feature_dim": 8,
+        "num_scenes": 3,
+        "num_cities": 3,
+        "batch_size": 4,
+        "ema": 0.0,
+    }
     plain = dict.fromkeys(("time_roll", "freq_mixstyle", "device_response"), 0.0)  # a town is too small for them
     rate = {"lr": 0.03} if role != "city2scene" else {"lr": 0.1, "epochs": 20}
     return replace(Settings(role), **{**quick, **plain, **rate, **changed})

@@ -172,7 +172,7 @@ class TrainOptions:
         _option(
             "--warmup-epochs", "The learning rate rises for so long (at most a third of a stage).", OPTIMISER, min=0.0
         ),
-    ] = 2.0
+    ] = 6.0
     label_smoothing: Annotated[
         float, _option("--label-smoothing", "Spread over all classes.", OPTIMISER, min=0.0, max=0.9)
     ] = 0.0
@@ -188,7 +188,7 @@ class TrainOptions:
             min=0.0,
             max=0.99999,
         ),
-    ] = 0.0
+    ] = 0.97
     accumulate: Annotated[int, _option("--accumulate", "Batches for one step.", OPTIMISER, min=1)] = 1
     clip: Annotated[float, _option("--clip", "Largest norm of the gradient; 0: any.", OPTIMISER, min=0.0)] = 0.0
     drop_last: Annotated[bool, _option("--drop-last", "Leave out an epoch's incomplete batch.", OPTIMISER)] = False

@@ -88,7 +88,8 @@ class Settings:
             architecture's own (a linear scene head).
         stages: given one by one, in place of a preset.
         mixup … device_response: in place of what a stage's augmentation has for them.
-        ema: decay of the averaged weights, which then validate and are kept; 0 leaves them out.
+        ema: decay of the averaged weights, which then validate and are kept; 0 leaves them out. Over few clips they
+            make validation much less a matter of luck.
         accumulate: batches whose gradients are added up for one step.
         clip: largest norm of the gradient; 0 does not clip.
         patience: epochs of a stage without a better validation before it ends; 0 goes on to the end.
@@ -104,7 +105,7 @@ class Settings:
     optimizer: str = "adamw"
     weight_decay: float = 1e-2
     momentum: float = 0.9
-    warmup_epochs: float = 2.0
+    warmup_epochs: float = 6.0
     seed: int = 42
     val_ratio: float = 0.1
     fold: int = 0
@@ -122,7 +123,7 @@ class Settings:
     device_response: float | None = None
     label_smoothing: float = 0.0
     class_weights: str = "none"
-    ema: float = 0.0
+    ema: float = 0.97
     accumulate: int = 1
     clip: float = 0.0
     patience: int = 10

@@ -36,7 +36,7 @@ from teachers.builtin import (
     known_names,
     under,
 )
-from teachers.checkpoint_file import AGAIN, RECORD_ENTRY, kind_of, read_content
+from teachers.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content
 from teachers.cnn14 import mlp, mlp_widths, rows
 
 CITY_ENTRY: Final = "city_model_state_dict"
@@ -77,6 +77,11 @@ def save_checkpoint(
         note = json.dumps(dict(record), sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{shown(path)}: the record must be plain JSON: {error}") from error
+    if len(note) > MOST_RECORD[path.suffix]:
+        raise CheckpointError(
+            f"{shown(path)}: the record has {len(note)} characters, a {path.suffix} holds {MOST_RECORD[path.suffix]}",
+            hint="Its provenance takes 22 for each sample that made the teacher.",
+        )
     # Clones, because safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:

@@ -29,6 +29,8 @@ MOST_HEADER: Final = 16 << 20
 allows 100 MB, which may parse into gigabytes.)"""
 MOST_PICKLE: Final = 4 << 20
 """A state dict takes some 250 bytes of pickle per tensor; a longer one only keeps the reader busy."""
+MOST_RECORD: Final = {".safetensors": 15 << 20, ".pth": 3 << 20}
+"""What is written of a record, so that with the tensors' names it stays below those two."""
 LEGACY_PICKLES: Final = 5  # magic number, protocol, machine, the object, the keys of its storages
 WEIGHTS_GLOBAL: Final = re.compile(
     r"collections\.(OrderedDict|Counter)|torch\.\w+Storage|torch\.(Size|device)|torch\.serialization\._get_layout"

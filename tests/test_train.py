@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPO, World
+from conftest import REPO, Run, World
 from safetensors.torch import load_file
 from train_fixtures import Listening, add_clip, job, settings, town
 
@@ -26,6 +27,7 @@ from kd_cache.store.keys import keys_of
 from kd_cache.teacher import teacher_fingerprint
 from teachers.builtin import City2Scene
 from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
+from teachers.cnn14 import CNN14
 from teachers.training import pretraining
 from teachers.training.augment import Mixed
 from teachers.training.loop import _cross_entropy, _Schedule
@@ -212,6 +214,54 @@ def test_a_pth_has_the_field_s_names_and_the_same_fingerprint(town: World, role:
     assert teacher_fingerprint(one).digest == teacher_fingerprint(two).digest
     x = torch.randn(2, 12, 20)
     assert torch.equal(one(x), two(x))
+
+
+@pytest.fixture
+def city_of_squares(town: World) -> World:
+    """The town with clips large enough for CNN14's poolings."""
+    for row in town.rows:
+        path = town.feature(row["file"])
+        np.save(path, np.tile(np.load(path), (3, 2))[:32, :32])
+    return town
+
+
+@pytest.mark.parametrize("role", ["scene", "city2scene"])
+def test_a_cnn14_pth_has_the_existing_names_and_dumps_to_the_same_bytes(
+    city_of_squares: World, run: Run, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
+    monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
+    more: dict[str, Any] = {"arch": "cnn14", "feature_dim": 6, "mlp_hidden_dims": (5, 4), "quick_experiment": 1 - 1e-9}
+    given = {"backbone": trained(city_of_squares, **more)[0].checkpoint} if role == "city2scene" else {}
+    if role == "city2scene":
+        more["mlp_hidden_dims"] = None
+    report, _ = trained(city_of_squares, role, pth=True, **more, **given)
+    pth = report.checkpoint.with_name("best.pth")
+    entries = torch.load(pth, weights_only=True)
+    names = set(entries["city_model_state_dict" if role == "city2scene" else "model_state_dict"])
+    blocks = {
+        f"feature_extractor.conv_block{block}.{name}"
+        for block in range(1, 7)
+        for part in (1, 2)
+        for name in (
+            f"conv{part}.weight",
+            *(f"bn{part}.{of}" for of in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+        )
+    }
+    embedding = {f"feature_extractor.fc1.{of}" for of in ("weight", "bias")} | {
+        f"feature_extractor.bn1.{of}" for of in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+    classifier = {f"classifier.{layer}.{of}" for layer in (0, 3, 6) for of in ("weight", "bias")}
+    assert names == blocks | embedding | classifier
+    packs = []
+    for path in (report.checkpoint, pth):
+        root = city_of_squares.root / path.suffix
+        named = {"scene": "--scene-teacher-ckpt", "city2scene": "--city2scene-teacher-ckpt"}[role]
+        options = ("--json-path", city_of_squares.json_path, "--num-scenes", 3, "--num-cities", 3, "--only", role)
+        result = run("dump", "--target", "b", *options, named, path, "--cache-root", root)
+        assert result.exit_code == 0, result.output
+        packs.append({file.name: file.read_bytes() for file in (root / "A2b/packs").iterdir()})
+    assert packs[0] == packs[1]
 
 
 def test_a_control_on_shuffled_labels_publishes_nothing(town: World) -> None:
@@ -764,6 +814,19 @@ def test_provenance_covers_training_and_validation(town: World) -> None:
     found = load_teacher(report.checkpoint).provenance
     assert found is not None
     assert found.digest == expected.digest
+
+
+def test_more_samples_than_a_checkpoint_can_name_are_refused_before_training(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teachers.training.teacher.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
+    with pytest.raises(UsageError, match="a checkpoint can name 30"):
+        trained(town)
+
+
+def test_settings_that_single_stages_leave_unused_are_told_of(town: World) -> None:
+    _, watcher = trained(town, "scene", stages=(Stage(0, 3, 0.03),), epochs=7)
+    assert watcher.told("--epochs, --lr and --preset are not used")
 
 
 def test_a_job_is_plain_data(town: World) -> None:

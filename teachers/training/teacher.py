@@ -44,6 +44,7 @@ from kd_cache.store.keys import KeyFinder
 from kd_cache.watch import Watcher
 from teachers.builtin import ARCHITECTURE_VERSION, ARCHITECTURES, City2Scene, SideBySide, architecture_of
 from teachers.checkpoint import read_weights, save_checkpoint
+from teachers.checkpoint_file import MOST_RECORD
 from teachers.training.clips import Clips, class_names
 from teachers.training.division import Division, divide, subsample
 from teachers.training.embeddings import FOLDER, Source, described, made_with, side_by_side
@@ -54,7 +55,18 @@ from teachers.training.metrics import measure
 from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, own_code, warm_start
 from teachers.training.pretraining import Pretrained, code_version, key_of
 from teachers.training.run_folder import BEST, RunFolder, checkpoint_names
-from teachers.training.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
+from teachers.training.settings import AUTO as AUTO_PRESET
+from teachers.training.settings import (
+    CITY,
+    CITY2SCENE,
+    FROZEN,
+    FULL_MODEL,
+    GENTLE,
+    SCRATCH,
+    Settings,
+    Stage,
+    stages_of,
+)
 
 GLOBAL = "global"
 FOLDERS = {CITY: "teacher_city", CITY2SCENE: "teacher_city2scene", "scene": "teacher_scene"}
@@ -281,7 +293,10 @@ class _Training:
         return net, WarmStart(FULL_MODEL, told, key_of(described(self.sources)), made_with(self.sources))
 
     def _stages(self) -> tuple[Stage, ...]:
-        stages = stages_of(self.settings, SCRATCH if self.start is None else self.start.kind)
+        settings = self.settings
+        stages = stages_of(settings, SCRATCH if self.start is None else self.start.kind)
+        if settings.stages and (settings.epochs, settings.lr, settings.preset) != (None, None, AUTO_PRESET):
+            self.watcher.note("the stages are given one by one: --epochs, --lr and --preset are not used")
         if self.start is not None and self.start.kind == FULL_MODEL:
             for number, stage in enumerate(stages, start=1):
                 if stage.lr > GENTLE:
@@ -333,6 +348,13 @@ class _Training:
         )
         if self.inherited is not None:
             made = made.together(self.inherited)
+        most = MOST_RECORD[".pth" if job.pth else ".safetensors"] // 22 - 1000
+        if len(made.trained) + len(made.validated) > most:  # now, not after the last epoch
+            raise UsageError(
+                f"{len(made.trained) + len(made.validated):,} samples would make this teacher, and a checkpoint can "
+                f"name {most:,}",
+                hint="Leave out --pth, whose files hold less, or use --quick-experiment.",
+            )
         return {
             # Of several backbones the tensors tell; of a user's own net only its factory knows.
             "architecture": known if (known := architecture_of(self.net)) in ARCHITECTURES else None,

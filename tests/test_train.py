@@ -556,6 +556,38 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(town: World, monkeyp
     assert "--batch-size" in stopped.value.hint
 
 
+def test_a_clip_that_is_alone_with_its_shape_is_left_out_and_told_of(town: World) -> None:
+    file = job(town, "scene").division.train[0].file
+    array = np.load(town.feature(file))
+    np.save(town.feature(file), np.concatenate([array, array]))
+    _, watcher = trained(town, "scene")
+    assert watcher.told("1 training clips are alone with their shape")
+    clips = _Training(job(town, "scene"), Listening()).train
+    rows = np.concatenate(clips.shuffled(4, torch.Generator().manual_seed(0), drop_last=False))
+    assert len(set(rows.tolist())) == len(rows) == len(clips) - 1
+
+
+def test_batches_of_one_clip_are_refused_where_batch_norm_cannot_learn_from_them(
+    city_of_squares: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
+    monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
+    with pytest.raises(TrainingError, match="batch of one clip"):
+        trained(city_of_squares, "scene", arch="cnn14", batch_size=1, feature_dim=6, mlp_hidden_dims=())
+
+
+def test_a_compiler_that_is_not_there_is_an_error_that_says_so(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import InductorError
+
+    def missing(*_: object) -> torch.Tensor:
+        raise InductorError(RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr("teachers.training.loop._cross_entropy", missing)
+    monkeypatch.setattr("torch.compile", lambda net: net)
+    with pytest.raises(TrainingError, match=r"torch\.compile failed"):
+        trained(town, "scene", compile=True)
+
+
 def test_no_full_batch_is_an_error_that_says_so(town: World) -> None:
     with pytest.raises(UsageError, match="--drop-last"):
         trained(town, "scene", drop_last=True, batch_size=100)

@@ -127,18 +127,25 @@ class Clips:
         """Rows of an epoch's batches, in an order drawn by ``chance``.
 
         ``drop_last`` leaves out what does not fill a batch; otherwise a single clip joins another batch of its shape,
-        because batch norm learns nothing from one.
+        because batch norm learns nothing from one. A clip that is alone with its shape is left out (`lone`).
         """
         batches = []
         for mine in self._by_shape():
             order = mine[torch.randperm(len(mine), generator=chance).numpy()]
             cut = _cut(order, batch_size)
+            if len(order) == 1 < batch_size:
+                continue
             if drop_last:
                 cut = [rows for rows in cut if len(rows) == batch_size]
             elif len(cut) > 1 and len(cut[-1]) == 1:
                 cut[-2:] = [np.concatenate(cut[-2:])]
             batches += cut
         return [batches[at] for at in torch.randperm(len(batches), generator=chance).tolist()]
+
+    @property
+    def lone(self) -> int:
+        """How many clips are alone with their shape."""
+        return sum(len(rows) == 1 for rows in self._by_shape())
 
     def _by_shape(self) -> list[np.ndarray]:
         found: dict[tuple[int, ...], list[int]] = {}

@@ -167,13 +167,10 @@ class Loop:
             began = time.monotonic()
             try:
                 loss = self._epoch(number, stage, frozen, optimiser)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+            except Exception as error:
+                if (told := self._foreseen(error)) is None:
                     raise
-                raise TrainingError(
-                    f"there is not enough memory for batches of {settings.batch_size} clips ({shown(error)})",
-                    hint="Give a smaller --batch-size, with --accumulate if the steps are to stay as large.",
-                ) from error
+                raise told from error
             frozen.check()
             done.epoch += 1
             validated = self._validated()
@@ -207,6 +204,24 @@ class Loop:
             said = f"stage {number + 1}: the {len(frozen.names)} frozen tensors are bit for bit what they were"
             done.frozen.append(said)
             self._watcher.note(f"{self._name}{said}")
+
+    def _foreseen(self, error: Exception) -> TrainingError | None:
+        """What a person can do about an error of torch's; ``None`` for one that nobody foresaw."""
+        if is_out_of_memory(error):
+            return TrainingError(
+                f"there is not enough memory for batches of {self.settings.batch_size} clips ({shown(error)})",
+                hint="Give a smaller --batch-size, with --accumulate if the steps are to stay as large.",
+            )
+        if "more than 1 value per channel" in str(error):
+            return TrainingError(
+                "batch norm learns nothing from a batch of one clip", hint="Give --batch-size 2 or more."
+            )
+        if self.settings.compile and type(error).__module__.startswith("torch._"):
+            return TrainingError(
+                f"torch.compile failed: {type(error).__name__}: {shown(error).splitlines()[0]}",
+                hint="It needs a C++ compiler; or leave out --compile.",
+            )
+        return None
 
     def _epoch(self, number: int, stage: Stage, frozen: Frozen, optimiser: torch.optim.Optimizer) -> float:
         """One epoch; returns the mean loss."""

@@ -385,8 +385,8 @@ class _Training:
             self.watcher.note(self.start.told)
         if self.train.lone and self.settings.batch_size > 1:
             self.watcher.note(
-                f"{self.train.lone:,} training clips are alone with their shape and are left out: batch norm learns nothing "
-                "from one"
+                f"{self.train.lone:,} training clips are alone with their shape and are left out: batch norm learns "
+                "nothing from one"
             )
         seen = None if self.inherited is None else self.inherited.has_trained(s.file for s in self.validation.samples)
         if seen is not None and seen.any():

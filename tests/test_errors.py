@@ -25,6 +25,7 @@ from kd_cache.errors import (
     StaleError,
     StoreError,
     TeacherError,
+    TrainingError,
     UsageError,
     listed,
     shown,
@@ -41,6 +42,7 @@ TREE: dict[type[KDCacheError], tuple[type[Exception], int]] = {
     DataLeakageError: (ValueError, 6),
     CheckpointError: (ValueError, 1),
     TeacherError: (ValueError, 1),
+    TrainingError: (RuntimeError, 1),
     FeatureError: (ValueError, 1),
     StoreError: (OSError, 1),
 }

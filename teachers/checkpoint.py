@@ -176,15 +176,23 @@ def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset()
         record = _record(content.pop(RECORD_ENTRY, None))
         content = _without_state(content)
         city, head, label = _selected(content)
-        names = own.union(*known_names().values())
-        tensors, notes = clean_tensors(city, names, size)
-        source = ", ".join([label, *notes])
-        if head is not None:
-            scene_head, head_notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
+        tensors, scene_head, source = _cleaned(city, head, label, own.union(*known_names().values()), size)
+        if scene_head is not None:
             tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
             tensors |= {f"scene_head.{name}": tensor for name, tensor in scene_head.items()}
-            source = " + ".join([source, ", ".join([HEAD_ENTRY, *head_notes])])
     return Weights(tensors, source, record, digest)
+
+
+def _cleaned(
+    city: Mapping[Any, Any], head: Mapping[Any, Any] | None, label: str, known: frozenset[str], size: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str]:
+    """Both state dicts of a file through `clean_tensors`, and where they are from, in words."""
+    tensors, notes = clean_tensors(city, known, size)
+    source = ", ".join([label, *notes])
+    if head is None:
+        return tensors, None, source
+    weights, head_notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
+    return tensors, weights, " + ".join([source, ", ".join([HEAD_ENTRY, *head_notes])])
 
 
 def _without_state(content: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -205,17 +213,12 @@ def _assembled(content: dict[Any, Any], record: dict[str, Any], role: str | None
     _check_role(role, record.get("role"), is_city2scene=head is not None)
     stated = record.get("architecture")
     names = known_names()[stated] if stated else frozenset[str]().union(*known_names().values())
-    tensors, notes = clean_tensors(city, names, size)
-    source = ", ".join([label, *notes])
-    if head is not None and any(name.startswith(_SEVERAL) for name in tensors):
+    tensors, weights, source = _cleaned(city, head, label, names, size)
+    if weights is not None and any(name.startswith(_SEVERAL) for name in tensors):
         backbone: Backbone | SideBySide = _several(tensors, label)
     else:
         backbone = backbone_from(tensors, stated, label)
-    net: Any = backbone
-    if head is not None:
-        weights, head_notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
-        net = _with_head(backbone, weights)
-        source = " + ".join([source, ", ".join([HEAD_ENTRY, *head_notes])])
+    net: Any = backbone if weights is None else _with_head(backbone, weights)
     return LoadedTeacher(net, source=source, record=record, role=role)
 
 

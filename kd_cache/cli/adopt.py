@@ -130,9 +130,9 @@ def adopt_command(
         # The guard comes first: nothing is read of the source for a manifest that leaks.
         inputs = load_inputs(
             target,
-            _at_home(json_path),
-            _at_home(data_root),
-            _at_home(features),
+            opt.at_home(json_path),
+            opt.at_home(data_root),
+            opt.at_home(features),
             num_scenes=num_scenes,
             num_cities=num_cities,
             allow_shared_locations=allow_shared_locations,
@@ -149,7 +149,7 @@ def adopt_command(
             inputs.selection,
             inputs.source,
             name=name,
-            files_list=_at_home(files_list),
+            files_list=opt.at_home(files_list),
             value_kind=value_kind,
             dtype=text_dtype,
             files=files,
@@ -163,10 +163,6 @@ def adopt_command(
         screen.result_json(report.as_json())
     if report.missing:
         raise typer.Exit(3)
-
-
-def _at_home(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser()
 
 
 def _lines(report: AdoptReport) -> list[Any]:

@@ -218,11 +218,4 @@ def dump_command(
     # Everything else needs numpy, and then torch: --help must not wait for them.
     from kd_cache.cli.dump_run import DumpOptions, run_dump
 
-    run_dump(options.pop("ctx"), DumpOptions(**{name: _at_home(value) for name, value in options.items()}))
-
-
-def _at_home(value: Any) -> Any:
-    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    return value.expanduser() if isinstance(value, Path) else value
+    run_dump(options.pop("ctx"), DumpOptions(**{name: opt.at_home(value) for name, value in options.items()}))

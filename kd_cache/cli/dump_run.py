@@ -14,7 +14,7 @@ import typer
 from kd_cache.cli import options as opt
 from kd_cache.cli.config import given, source_name
 from kd_cache.cli.console import Screen, size, table
-from kd_cache.cli.inputs import Inputs, load_inputs
+from kd_cache.cli.inputs import Inputs, inputs_of
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import run_record
@@ -77,18 +77,7 @@ def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
     """Guard, load, score, verify, report. Exits with the command's status if that is not 0."""
     part, said = part_of(options.shard)
     with Screen(quiet=options.quiet, as_json=options.as_json) as screen:
-        inputs = load_inputs(
-            options.target,
-            options.json_path,
-            options.data_root,
-            options.features,
-            num_scenes=options.num_scenes,
-            num_cities=options.num_cities,
-            allow_shared_locations=options.allow_shared_locations,
-            allow_outside=options.allow_outside,
-            max_manifest_bytes=options.max_manifest_bytes,
-            max_feature_bytes=options.max_feature_bytes,
-        )
+        inputs = inputs_of(options.target, vars(options))
         _announce(screen, inputs)
         if part is not None:
             screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,27 @@ def load_inputs(
         return Inputs(manifest, selection, FeatureSource(data_root, allow_outside, max_feature_bytes), paths)
     paths["features"] = str(features.absolute())
     return Inputs(manifest, selection, PackedFeatures(features, max_feature_bytes), paths)
+
+
+def inputs_of(target: str, options: Mapping[str, Any]) -> Inputs:
+    """`load_inputs` with a command's options, by their names."""
+    return load_inputs(
+        target,
+        options["json_path"],
+        options["data_root"],
+        options["features"],
+        **{
+            name: options[name]
+            for name in (
+                "num_scenes",
+                "num_cities",
+                "allow_shared_locations",
+                "allow_outside",
+                "max_manifest_bytes",
+                "max_feature_bytes",
+            )
+        },
+    )
 
 
 def data_paths(json_path: Path | None, data_root: Path | None) -> tuple[Path, Path]:

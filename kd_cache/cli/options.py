@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -267,3 +267,10 @@ def batch_size(text: str) -> int | str:
     if text == "auto" or (text.isdecimal() and text.isascii() and len(text) < 10 and 0 < int(text) <= MAX_BATCH):
         return text if text == "auto" else int(text)
     raise typer.BadParameter(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
+
+
+def at_home(value: Any) -> Any:
+    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
+    if isinstance(value, list | tuple):
+        return type(value)(at_home(item) for item in value)
+    return value.expanduser() if isinstance(value, Path) else value

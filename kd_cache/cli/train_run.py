@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kd_cache.cli import options as opt
 from kd_cache.cli.config import file_settings, resolved_settings, source_name
 from kd_cache.cli.console import Screen, table
-from kd_cache.cli.inputs import Inputs, load_inputs
+from kd_cache.cli.inputs import inputs_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.cli.train_options import TrainOptions
@@ -37,8 +37,13 @@ _SHARED = {
 
 def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
     """Train one role for one target, or for each."""
+    from teachers import checkpoint_limit
+
     options = at_home(options)
-    with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
+    with (
+        Screen(quiet=options.quiet, as_json=options.as_json) as screen,
+        checkpoint_limit(options.max_checkpoint_bytes),
+    ):
         reports = []
         for target in _targets(role, options.target):
             if role == CITY2SCENE and options.sweep is not None:
@@ -53,8 +58,13 @@ def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
 
 def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
     """The chain for each target: city, City2Scene, scene (once), then the dump. Exits with the dumps' status."""
+    from teachers import checkpoint_limit
+
     options, codes, dumps = at_home(options), [0], []
-    with Screen(quiet=options.quiet, as_json=options.as_json) as screen, _checkpoint_limit(options):
+    with (
+        Screen(quiet=options.quiet, as_json=options.as_json) as screen,
+        checkpoint_limit(options.max_checkpoint_bytes),
+    ):
         scene = _trained(ctx, SCENE, SOURCE, screen, only_shared=False)
         reports = [scene]
         for target in _targets(CITY, options.target):
@@ -176,7 +186,7 @@ def _trained(
 
 def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, only_shared: bool) -> TrainJob:
     options = options_for(ctx, role, only_shared=only_shared)
-    inputs = _inputs(options, target)
+    inputs = inputs_of(target, vars(options))
     from kd_cache.pipeline.device import resolve_device
     from teachers.training.teacher import TrainJob
 
@@ -201,29 +211,6 @@ def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, o
     )
 
 
-def _inputs(options: TrainOptions, target: str) -> Inputs:
-    return load_inputs(
-        target,
-        options.json_path,
-        options.data_root,
-        options.features,
-        num_scenes=options.num_scenes,
-        num_cities=options.num_cities,
-        allow_shared_locations=options.allow_shared_locations,
-        allow_outside=options.allow_outside,
-        max_manifest_bytes=options.max_manifest_bytes,
-        max_feature_bytes=options.max_feature_bytes,
-    )
-
-
-@contextmanager
-def _checkpoint_limit(options: TrainOptions) -> Iterator[None]:
-    from teachers.checkpoint_file import checkpoint_limit
-
-    with checkpoint_limit(options.max_checkpoint_bytes):
-        yield
-
-
 def settings_of(role: str, options: TrainOptions) -> Settings:
     """The training's settings. Raises `UsageError` for those that contradict each other."""
     from teachers.training.settings import Settings, parse_stage
@@ -244,10 +231,11 @@ def options_for(ctx: typer.Context, role: str, *, only_shared: bool = False) -> 
     """
     file = file_settings(ctx, role)
     chosen: dict[str, Any] = {}
+    known = {each.name for each in fields(TrainOptions)}
     params: list[Any] = list(ctx.command.params)
     for parameter in params:
         name = str(parameter.name)
-        if name not in {each.name for each in fields(TrainOptions)}:
+        if name not in known:
             continue
         is_said = source_name(ctx, name) in ("COMMANDLINE", "ENVIRONMENT")
         if is_said and (not only_shared or name in _SHARED):
@@ -260,15 +248,8 @@ def options_for(ctx: typer.Context, role: str, *, only_shared: bool = False) -> 
 
 
 def at_home(options: TrainOptions) -> TrainOptions:
-    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
-    changed: dict[str, Any] = {}
-    for each in fields(options):
-        value = getattr(options, each.name)
-        if isinstance(value, Path):
-            changed[each.name] = value.expanduser()
-        elif isinstance(value, tuple | list) and any(isinstance(item, Path) for item in value):
-            changed[each.name] = [item.expanduser() for item in value]
-    return replace(options, **changed)
+    """With every path where it is meant to be."""
+    return TrainOptions(**{name: opt.at_home(value) for name, value in vars(options).items()})
 
 
 # -- the dump that ends the chain --------------------------------------------------------------------------------------
@@ -281,7 +262,7 @@ def _dumped(
     from kd_cache.dump import DumpJob
     from kd_cache.pipeline.device import resolve_device
 
-    inputs = _inputs(options, target)
+    inputs = inputs_of(target, vars(options))
     specs = [TeacherSpec(name, _factory(ctx, name), path) for name, path in checkpoints.items()]
     teachers = _teachers(ctx, options, specs)
     job = DumpJob(

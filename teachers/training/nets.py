@@ -197,9 +197,10 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tup
     """Copy the tensors whose name and shape the net has; says how many. Raises as `warm_start`."""
     state, parts = net.state_dict(), parts_of(net)
     wanted = [name for name in state if not name.endswith("num_batches_tracked") and parts[name] != UNUSED]
-    matched = [name for name in wanted if name in tensors and tensors[name].shape == state[name].shape]
+    fits = {name for name in wanted if name in tensors and tensors[name].shape == state[name].shape}
+    matched = [name for name in wanted if name in fits]
     told = f"{len(matched)} of {len(wanted)} tensors loaded"
-    new = [name for name in wanted if name not in set(matched)]
+    new = [name for name in wanted if name not in fits]
     lost = [name for name in new if parts[name] == BACKBONE]
     if not matched or lost:
         what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"

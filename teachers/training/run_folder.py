@@ -51,6 +51,10 @@ _COUNTS: Final = ("stage", "epoch")
 _STEP_COLUMNS: Final = ("stage", "epoch", "step", "lr", "loss")
 
 
+Last = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
+"""Of a run's last epoch: the net that trained, the state of the training, and how far it was."""
+
+
 class RunFolder:
     """One run's folder.
 
@@ -182,7 +186,7 @@ class RunFolder:
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
-    def last(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    def last(self) -> Last:
         """The net that trained, the state and the progress of the last epoch. Raises `CheckpointError`."""
         path = self.path / LAST
         try:

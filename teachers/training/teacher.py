@@ -54,7 +54,7 @@ from teachers.training.loop import Loop, Progress, score
 from teachers.training.metrics import measure
 from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, own_code, warm_start
 from teachers.training.pretraining import Pretrained, code_version, key_of
-from teachers.training.run_folder import BEST, RunFolder, checkpoint_names
+from teachers.training.run_folder import BEST, Last, RunFolder, checkpoint_names
 from teachers.training.settings import AUTO as AUTO_PRESET
 from teachers.training.settings import (
     CITY,
@@ -204,20 +204,20 @@ class _Training:
         ):
             return report
         config = {"key": self.key, **self._config(), **job.record}
-        return self._trained(RunFolder.new(job.home, self._record(), config, half=job.half), is_new=True)
+        return self._trained(RunFolder.new(job.home, self.record, config, half=job.half), None)
 
     def _gone_on(self) -> TrainReport | None:
         """The rest of an unfinished run; ``None`` where there is none that can be gone on with."""
-        folder = RunFolder.unfinished(self.job.home, self.key, self._record(), half=self.job.half)
+        folder = RunFolder.unfinished(self.job.home, self.key, self.record, half=self.job.half)
         if folder is None:
             return None
         try:
-            folder.last()
+            last = folder.last()
         except CheckpointError as error:
             self.watcher.note(f"cannot go on with {shown(folder.path)}: {error.message}; training anew")
             folder.give_up()
             return None
-        return self._trained(folder, is_new=False)
+        return self._trained(folder, last)
 
     # -- before -------------------------------------------------------------------------------------------------------
 
@@ -333,14 +333,15 @@ class _Training:
         return {
             "settings": settings,
             "stages": [asdict(stage) for stage in self.stages],
-            "net": own_code(self.settings.arch, self.net),
+            "net": self.parts["net"],
             "cached_features": self.job.cached_features,
             "start": None if self.start is None else self.start.told,
             "place": self.job.place,
             "manifest_sha256": self.job.manifest.digest,
         }
 
-    def _record(self) -> dict[str, Any]:
+    @cached_property
+    def record(self) -> dict[str, Any]:
         """What each checkpoint of the run says of itself."""
         settings, job = self.settings, self.job
         made = Provenance.of(
@@ -422,13 +423,13 @@ class _Training:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def _trained(self, folder: RunFolder, *, is_new: bool) -> TrainReport:
+    def _trained(self, folder: RunFolder, last: Last | None) -> TrainReport:
         try:
-            return self._run_in(folder, is_new=is_new)
+            return self._run_in(folder, last)
         finally:
             folder.close()
 
-    def _run_in(self, folder: RunFolder, *, is_new: bool) -> TrainReport:
+    def _run_in(self, folder: RunFolder, last: Last | None) -> TrainReport:
         job, settings = self.job, self.settings
         if job.tensorboard:
             folder.log_for_tensorboard()
@@ -459,11 +460,11 @@ class _Training:
                 name=f"{settings.role} {job.place}",
                 is_warm=job.init is not None and self.start is not None and self.start.kind == FULL_MODEL,
             )
-            if not is_new:
-                self._go_on(folder, loop)
-            before = _backbone_digest(whole)
+            if last is not None:
+                self._go_on(folder, last, loop)
+            before = _backbone_digest(whole) if isinstance(net, Standardised) else None
             loop.run()
-            if isinstance(net, Standardised):
+            if before is not None:
                 self._prove_frozen(whole, before, loop.progress)
             results = self._results(folder, loop)
         checkpoint = folder.path / BEST
@@ -472,7 +473,7 @@ class _Training:
             self._save_pretrained(folder.path / BEST, results)
         folder.write_results(results)  # last: whoever is killed before publishes again
         return TrainReport(
-            settings.role, job.place, "trained" if is_new else "resumed", checkpoint, folder.path, results
+            settings.role, job.place, "trained" if last is None else "resumed", checkpoint, folder.path, results
         )
 
     def _embedded(self, backbone: nn.Module, clips: Clips, which: str) -> Clips:
@@ -501,8 +502,8 @@ class _Training:
         """Whether every stage trains a scene head on what the backbone makes of unchanged clips."""
         return all(stage.level == 2 and self.settings.augmentation(stage).is_off for stage in self.stages)
 
-    def _go_on(self, folder: RunFolder, loop: Loop) -> None:
-        tensors, state, progress = folder.last()
+    def _go_on(self, folder: RunFolder, last: Last, loop: Loop) -> None:
+        tensors, state, progress = last
         loop.net.load_state_dict(tensors)
         loop.go_on(Progress.from_json(progress), state)
         self.watcher.note(
@@ -528,7 +529,7 @@ class _Training:
             "epochs": len(done.history),
             "best_epoch": _best_epoch(done),
             "frozen": done.frozen,
-            "net": own_code(self.settings.arch, self.net),
+            "net": self.parts["net"],
             "cached_features": self.job.cached_features,
             "start": None if self.start is None else self.start.told,
             "locations": {

@@ -634,9 +634,17 @@ def test_dtype_nearer_to_the_person_wins_over_use_fp16_in_the_file(dump: Run, wo
     assert dump("--dtype", "fp32", "--use-fp16").exit_code == 2
 
 
-def test_a_home_folder_in_a_settings_file_is_found(dump: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_found_by_every_command(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(world.root / "home"))
     (world.root / "kd-cache.yaml").write_text("cache_root: ~/caches\n")
     assert dump().exit_code == 0
-    assert (world.root / "home" / "caches" / "A2b" / "cache_index.json").is_file()
+    cache = world.root / "home" / "caches" / "A2b"
+    assert (cache / "cache_index.json").is_file()
+    assert run("verify", *TINY).exit_code == run("seal", "--target", "b").exit_code == run("gc").exit_code == 0
+    assert run("info", "~/caches/A2b").exit_code == run("diff", "~/caches/A2b", "~/caches/A2b").exit_code == 0
+    exported = run("export", "~/caches/A2b", "--to", "pt", "--output", "~/rows.pt")
+    assert exported.exit_code == 0, exported.output
+    assert (world.root / "home" / "rows.pt").exists()
     assert not (world.root / "~").exists()

@@ -130,26 +130,26 @@ def adopt_command(
         # The guard comes first: nothing is read of the source for a manifest that leaks.
         inputs = load_inputs(
             target,
-            opt.at_home(json_path),
-            opt.at_home(data_root),
-            opt.at_home(features),
+            json_path,
+            data_root,
+            features,
             num_scenes=num_scenes,
             num_cities=num_cities,
             allow_shared_locations=allow_shared_locations,
-            allow_outside=[path.expanduser() for path in allow_outside],
+            allow_outside=allow_outside,
             max_manifest_bytes=max_manifest_bytes,
             max_feature_bytes=max_feature_bytes,
         )
         from kd_cache.adopt import AdoptJob, adopt_rows
 
         job = AdoptJob(
-            source.expanduser(),
-            cache_root.expanduser(),
+            source,
+            cache_root,
             inputs.manifest,
             inputs.selection,
             inputs.source,
             name=name,
-            files_list=opt.at_home(files_list),
+            files_list=files_list,
             value_kind=value_kind,
             dtype=text_dtype,
             files=files,

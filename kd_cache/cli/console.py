@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
+from kd_cache.cli.options import at_home
 from kd_cache.errors import KDCacheError, shown
 from kd_cache.watch import Watcher
 
@@ -27,11 +28,18 @@ _PIPE_WIDTH = 160
 
 
 def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors into a message and an exit status; ``--debug`` shows the traceback as well."""
+    """Turn errors into a message and an exit status; ``--debug`` shows the traceback as well.
+
+    A ``~`` in a path is replaced here for every command, in what it is given and in its context.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            kwargs.update({name: at_home(value) for name, value in kwargs.items()})
+            ctx: Any = kwargs.get("ctx")
+            if ctx is not None:
+                ctx.params.update({name: value for name, value in kwargs.items() if name in ctx.params})
             return command(*args, **kwargs)
         except KDCacheError as error:
             _print_error(error.message, error.hint)

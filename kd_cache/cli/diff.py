@@ -37,7 +37,7 @@ def diff_command(
     from kd_cache.diff import diff_caches  # brings torch, which --help must not wait for
 
     with Screen(quiet=quiet, as_json=as_json) as screen:
-        report = diff_caches(a.expanduser(), b.expanduser(), only, screen)
+        report = diff_caches(a, b, only, screen)
         for note in report.notes:
             screen.note(note)
         if report.teachers:

@@ -218,4 +218,4 @@ def dump_command(
     # Everything else needs numpy, and then torch: --help must not wait for them.
     from kd_cache.cli.dump_run import DumpOptions, run_dump
 
-    run_dump(options.pop("ctx"), DumpOptions(**{name: opt.at_home(value) for name, value in options.items()}))
+    run_dump(options.pop("ctx"), DumpOptions(**options))

@@ -75,7 +75,6 @@ def export_command(
 
     with Screen(quiet=quiet, as_json=as_json) as screen:
         folder = _folder(cache)
-        output = None if output is None else output.expanduser()
         report = export_logits(ExportJob(folder, to, output, only, overwrite), screen)
         screen.result(_table(report))
         screen.result_json(report.as_json())
@@ -86,7 +85,6 @@ def _folder(path: Path | None) -> CacheFolder:
     from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
     if path is not None:
-        path = path.expanduser()
         return CacheFolder(path.parent if path.is_file() else path)
     root = Path("cache")
     found = find_caches(root)

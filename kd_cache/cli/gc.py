@@ -67,7 +67,7 @@ def gc_command(
     from kd_cache.store.folder import CacheFolder
 
     with Screen(quiet=quiet, as_json=as_json) as screen:
-        folders = caches_below(cache_root.expanduser()) if cache is None else [CacheFolder(cache.expanduser())]
+        folders = caches_below(cache_root) if cache is None else [CacheFolder(cache)]
         reports = [find_garbage(folder.path, older_than) for folder in folders]  # all, before anything is removed
         for report in reports:
             if not dry_run:

@@ -37,7 +37,6 @@ def info_command(
     """Tell what a cache holds, made from what, when, by which settings; and which city teachers' weights are cached."""
     from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
-    path = path.expanduser()
     with Screen(quiet=False, as_json=as_json) as screen:
         pretrained = _pretrained_root(path)
         folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)

@@ -57,16 +57,14 @@ def merge_command(
     from kd_cache.merge import MergeJob, merge_caches
     from kd_cache.store.folder import CacheFolder, refuse_file_as_root
 
-    root = cache_root.expanduser()
-    refuse_file_as_root(root)
-    folder = CacheFolder(root / f"{SOURCE}2{target}")
-    places = [source.expanduser() for source in sources]
+    refuse_file_as_root(cache_root)
+    folder = CacheFolder(cache_root / f"{SOURCE}2{target}")
     with Screen(quiet=quiet, as_json=as_json) as screen:
-        saved = _saved(folder, places[0])
+        saved = _saved(folder, sources[0])
         inputs = saved_inputs(ctx, saved, target)
         job = MergeJob(
             folder,
-            places,
+            sources,
             inputs.manifest,
             inputs.selection,
             inputs.source,

@@ -78,13 +78,13 @@ def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
     features = chosen("features", {} if elsewhere else saved.paths)
     return load_inputs(
         target,
-        None if json_path is None else Path(json_path).expanduser(),
-        None if data_root is None else Path(data_root).expanduser(),
-        None if features is None else Path(features).expanduser(),
+        None if json_path is None else Path(json_path),
+        None if data_root is None else Path(data_root),
+        None if features is None else Path(features),
         num_scenes=chosen("num_scenes", saved.values),
         num_cities=chosen("num_cities", saved.values),
         allow_shared_locations=chosen("allow_shared_locations", saved.values),
-        allow_outside=[Path(path).expanduser() for path in chosen("allow_outside", saved.paths)],
+        allow_outside=[Path(path) for path in chosen("allow_outside", saved.paths)],
         # Not as saved: a cache from elsewhere must not raise the caps that protect from it.
         max_manifest_bytes=ctx.params["max_manifest_bytes"],
         max_feature_bytes=ctx.params["max_feature_bytes"],
@@ -134,7 +134,7 @@ def _checkpoint(ctx: typer.Context, saved: Saved, name: str, target: str) -> Pat
     """Where a built-in teacher's weights are, or why that is not known."""
     option = f"{name}_teacher_ckpt"
     if given(ctx, option):
-        return Path(ctx.params[option]).expanduser()
+        return Path(ctx.params[option])
     if name in saved.checkpoints:
         return Path(saved.checkpoints[name])
     if name in saved.known:

@@ -64,8 +64,7 @@ def seal_command(
     from kd_cache.seal import SealJob, seal_cache
     from kd_cache.store.folder import CacheFolder
 
-    root = cache_root.expanduser()
-    folder = CacheFolder(root / f"{SOURCE}2{target}")
+    folder = CacheFolder(cache_root / f"{SOURCE}2{target}")
     with Screen(quiet=quiet, as_json=as_json) as screen:
         inputs = saved_inputs(ctx, saved_with(folder, screen), target)
         job = SealJob(
@@ -76,7 +75,7 @@ def seal_command(
             files=files,
             workers=workers,
             record={**run_record(ctx, inputs), "environment": UNKNOWN_ENVIRONMENT},
-            shown_path=f"{root}/{folder.path.name}",
+            shown_path=f"{cache_root}/{folder.path.name}",
         )
         report = seal_cache(job, screen)
         screen.result(*sealed_lines(report))

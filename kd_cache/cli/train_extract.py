@@ -7,7 +7,6 @@ from typing import Any
 
 import typer
 
-from kd_cache.cli import options as opt
 from kd_cache.cli.console import Screen
 from kd_cache.cli.dump_run import dump_and_report
 from kd_cache.cli.inputs import inputs_of
@@ -20,7 +19,7 @@ from kd_cache.teacher import TeacherSpec
 
 def run_extract(ctx: typer.Context) -> None:
     """Guard, load, embed, verify, report. Exits with the command's status if that is not 0."""
-    options = {name: opt.at_home(value) for name, value in ctx.params.items()}
+    options = ctx.params
     with Screen(quiet=options["quiet"], as_json=options["as_json"]) as screen:
         inputs = inputs_of(options["target"], options)
         from kd_cache.dump import DumpJob

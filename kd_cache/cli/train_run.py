@@ -39,7 +39,6 @@ def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
     """Train one role for one target, or for each."""
     from teachers import checkpoint_limit
 
-    options = at_home(options)
     with (
         Screen(quiet=options.quiet, as_json=options.as_json) as screen,
         checkpoint_limit(options.max_checkpoint_bytes),
@@ -60,7 +59,7 @@ def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
     """The chain for each target: city, City2Scene, scene (once), then the dump. Exits with the dumps' status."""
     from teachers import checkpoint_limit
 
-    options, codes, dumps = at_home(options), [0], []
+    codes, dumps = [0], []
     with (
         Screen(quiet=options.quiet, as_json=options.as_json) as screen,
         checkpoint_limit(options.max_checkpoint_bytes),
@@ -244,12 +243,7 @@ def options_for(ctx: typer.Context, role: str, *, only_shared: bool = False) -> 
             chosen[name] = ctx.params[name]  # its callback reads the file
         else:
             chosen[name] = parameter.process_value(ctx, file.get(name, parameter.default))
-    return at_home(TrainOptions(**chosen))
-
-
-def at_home(options: TrainOptions) -> TrainOptions:
-    """With every path where it is meant to be."""
-    return TrainOptions(**{name: opt.at_home(value) for name, value in vars(options).items()})
+    return TrainOptions(**{name: opt.at_home(value) for name, value in chosen.items()})
 
 
 # -- the dump that ends the chain --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from secrets import randbits
 from typing import TYPE_CHECKING
 
@@ -42,7 +41,7 @@ def run_verify(ctx: typer.Context) -> None:
 
 def chosen_caches(ctx: typer.Context, screen: Screen) -> list[CacheFolder]:
     """The cache of ``--target``, or every finished one under the root."""
-    root, target = Path(ctx.params["cache_root"]).expanduser(), ctx.params["target"]
+    root, target = ctx.params["cache_root"], ctx.params["target"]
     if target is not None:
         return [CacheFolder(root / f"{SOURCE}2{target}")]
     found = find_caches(root)

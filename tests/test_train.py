@@ -588,6 +588,20 @@ def test_a_compiler_that_is_not_there_is_an_error_that_says_so(town: World, monk
         trained(town, "scene", compile=True)
 
 
+def test_an_operation_that_cannot_repeat_to_the_bit_is_an_error_that_says_so(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unrepeatable(*_: object) -> torch.Tensor:
+        pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4, requires_grad=True), 2, return_indices=True)
+        return F.max_unpool2d(pooled, where, 2).sum()
+
+    monkeypatch.setattr("teachers.training.loop._cross_entropy", unrepeatable)
+    with pytest.raises(TrainingError, match="repeat") as stopped:
+        trained(town, "scene", deterministic=True)
+    assert stopped.value.hint is not None
+    assert "--deterministic" in stopped.value.hint
+
+
 def test_no_full_batch_is_an_error_that_says_so(town: World) -> None:
     with pytest.raises(UsageError, match="--drop-last"):
         trained(town, "scene", drop_last=True, batch_size=100)
@@ -713,6 +727,32 @@ def test_a_head_on_cached_embeddings_is_the_head_over_the_running_trunk(town: Wo
         assert one.results["validation"][name] == pytest.approx(two.results["validation"][name], abs=1e-4)
     heads = [read_weights(report.checkpoint).tensors["scene_head.weight"] for report, _ in results]
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
+
+
+def test_the_teacher_of_a_head_is_written_once(town: World) -> None:
+    city, _ = trained(town)
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "city2scene", backbone=city.checkpoint, watcher=Listening(2))
+    (run,) = (town.root / "outputs" / "teacher_city2scene" / "A2b" / "runs").iterdir()
+    assert not (run / "best.safetensors").exists()
+    assert (run / "best_head.safetensors").stat().st_size < city.checkpoint.stat().st_size / 3
+    report, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    assert report.run is not None
+    assert report.run.name == run.name
+    assert (run / "best.safetensors").read_bytes() == report.checkpoint.read_bytes()
+    assert not (run / "best_head.safetensors").exists()
+
+
+def test_figures_of_a_head_are_those_of_the_whole_teacher(town: World) -> None:
+    city, _ = trained(town)
+    report, _ = trained(town, "city2scene", backbone=city.checkpoint, half=True)
+    teacher = load_teacher(report.checkpoint)
+    clips = [row for row in town.rows if row["split"] == "test"]
+    features = np.stack([np.load(town.feature(row["file"])) for row in clips])
+    with torch.inference_mode():
+        logits = teacher(torch.from_numpy(features))
+    labels = torch.tensor([row["scene_label"] for row in clips])
+    assert report.results["test"]["log_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-5)
 
 
 def test_a_scene_head_may_have_hidden_layers(town: World) -> None:

@@ -24,6 +24,7 @@ from kd_cache.manifest import DOMAIN_OF
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
 from teachers.checkpoint import load_teacher, read_weights
+from teachers.cp_resnet import CPResNet
 
 __all__ = ["town"]
 
@@ -666,6 +667,27 @@ def test_a_sweep_shows_each_combination_and_publishes_the_best_by_validation(tra
     found = [json.loads((path / "results.json").read_text())["validation"] for path in made]
     best = max(range(4), key=lambda n: (found[n]["accuracy"], -found[n]["log_loss"]))
     assert (trained.root / HEAD).read_bytes() == (made[best] / "best.safetensors").read_bytes()
+
+
+def test_a_sweep_runs_the_backbone_once(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+
+    def counted(self: CPResNet, x: torch.Tensor) -> torch.Tensor:
+        scored.append(len(x))
+        return embed(self, x)
+
+    embed = CPResNet.embed
+    monkeypatch.setattr(CPResNet, "embed", counted)
+    assert run("train", "city2scene", "--target", "b", "--epochs", 2, "--sweep", "lr=0.1/0.2/0.3").exit_code == 0
+    of_a = [row for row in trained.rows if row["device_id"] == "A" and row["split"] == "train"]
+    validation = sum(scored) - len(of_a) - sum(row["split"] == "test" for row in trained.rows)
+    assert 0 < validation < len(of_a) / 2  # once to choose by, once to tell of the weights as they are stored
+
+
+def test_dropout_of_a_linear_head_is_told_to_be_none(trained: World, run: Run) -> None:
+    sweep = ("train", "city2scene", "--target", "b", "--epochs", 2, "--sweep", "dropout=0/0.3")
+    assert "no dropout" in run(*sweep).stderr
+    assert "no dropout" not in run(*sweep, "--mlp-hidden-dims", 5).stderr
 
 
 def test_a_sweep_over_embeddings(extracted: World, run: Run) -> None:

@@ -19,7 +19,11 @@ kd-cache train city --target b --epochs 50 --config configs/cp_resnet.yaml
 
 kd-cache train city2scene --target b --city-teacher-ckpt outputs/teacher_city/A2b/best.safetensors
 
-kd-cache train scene --arch cnn14 --precision bf16"""
+kd-cache train scene --arch cnn14 --precision bf16
+
+kd-cache train extract --target b --checkpoint city=outputs/teacher_city/A2b/best.safetensors
+
+kd-cache train city2scene --target b --embeddings city --mlp-hidden-dims 64 --sweep lr=1e-3/1e-2,dropout=0/0.3"""
 
 train_app = typer.Typer(
     name="train",

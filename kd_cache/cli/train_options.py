@@ -104,7 +104,10 @@ class TrainOptions:
             parser=_widths,
         ),
     ] = None
-    dropout: Annotated[float, _option("--dropout", "In the classifier.", NET, min=0.0, max=0.95)] = 0.3
+    dropout: Annotated[
+        float,
+        _option("--dropout", "Between the layers of a classifier or head with hidden ones.", NET, min=0.0, max=0.95),
+    ] = 0.3
     preset: Annotated[
         Preset,
         _option("--preset", "What the stages are; auto goes by where the weights come from.", STAGES),

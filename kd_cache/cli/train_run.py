@@ -106,12 +106,17 @@ def _backbone(
 
 
 def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[TrainReport]:
-    """A head for every combination of settings; the best by validation is published. Shows a table of all."""
+    """A head for every combination of settings; the best by validation is published. Shows a table of all.
+
+    Of validation alone: a person must not choose by ``test`` either.
+    """
     from teachers.training.teacher import publish, train_teacher
 
     choices = _parse_sweep(text)
     below, backbone = _backbone(ctx, target, screen, everything=False)
     base = replace(_job(ctx, CITY2SCENE, target, backbone, only_shared=False), publish=False, shared={})
+    if "dropout" in choices and not base.settings.mlp_hidden_dims:
+        screen.note("a linear scene head has no dropout: give --mlp-hidden-dims for it to matter")
     made: list[tuple[dict[str, Any], TrainJob, TrainReport]] = []
     rows = []
     for values in product(*choices.values()):
@@ -120,14 +125,16 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
         try:
             report = train_teacher(job, screen)
         except TrainingError as error:
-            rows.append([*(f"{value:g}" for value in values), "failed", "–", "–", "–"])
+            rows.append([*(f"{value:g}" for value in values), "failed", "–"])
             screen.note(f"{chosen}: {error.message}")
             continue
         made.append((chosen, job, report))
-        rows.append([*(f"{value:g}" for value in values), *_scores(report)])
+        validation = report.results["validation"]
+        scores = [_percent(validation["accuracy"]), _number(validation["log_loss"])]
+        rows.append([*(f"{value:g}" for value in values), *scores])
     if not made:
         raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
-    screen.result(table("Sweep", [*choices, "Validation", "Log loss", "Test, A", "Test, target"], rows), "")
+    screen.result(table("Sweep", [*choices, "Validation", "Log loss"], rows), "")
     _, job, best = max(made, key=lambda one: _rank(one[2]))
     if not job.settings.shuffle_labels:
         best = replace(best, checkpoint=publish(job, best.checkpoint, best.results))
@@ -137,14 +144,6 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
 def _rank(report: TrainReport) -> tuple[float, float]:
     validation = report.results["validation"]
     return validation["accuracy"], -validation["log_loss"]
-
-
-def _scores(report: TrainReport) -> list[str]:
-    from teachers.training.evaluation import headline
-
-    found, validation = headline(report.results), report.results["validation"]
-    test = [_percent(found[where]) for where in ("test, source", "test, target")]
-    return [_percent(validation["accuracy"]), _number(validation["log_loss"]), *test]
 
 
 _SWEPT = {"lr": float, "weight_decay": float, "dropout": float, "label_smoothing": float, "batch_size": int,

@@ -199,7 +199,6 @@ class Loop:
                 f"{self._name}stage {number + 1} ends after epoch {done.epoch}: for {settings.patience} epochs neither "
                 "validation accuracy nor loss got better"
             )
-        frozen.check()
         if frozen.names:
             said = f"stage {number + 1}: the {len(frozen.names)} frozen tensors are bit for bit what they were"
             done.frozen.append(said)
@@ -215,6 +214,11 @@ class Loop:
         if "more than 1 value per channel" in str(error):
             return TrainingError(
                 "batch norm learns nothing from a batch of one clip", hint="Give --batch-size 2 or more."
+            )
+        if self.settings.deterministic and "deterministic" in str(error):
+            return TrainingError(
+                f"this device cannot repeat this net's training to the bit: {shown(error).splitlines()[0]}",
+                hint="Leave out --deterministic, or train on the CPU.",
             )
         if self.settings.compile and type(error).__module__.startswith("torch._"):
             return TrainingError(

@@ -4,7 +4,8 @@ outputs/teacher_city/A2b/
 ├── best.safetensors          of the last finished run; replaced as a whole
 └── runs/2026-01-31T12-00-00/
     ├── config.yaml           every setting as resolved, the stages, and the run's key
-    ├── best.safetensors      the epoch with the best validation
+    ├── best.safetensors      the epoch with the best validation (where a head alone trains: once it is trained)
+    ├── best_head.safetensors such a head until then: its backbone may be a thousand times as large
     ├── last.safetensors      the last epoch, and what is needed to go on after it (of a head alone, just the head)
     ├── history.csv           one row per epoch
     ├── steps.csv             one row per step: learning rate and loss
@@ -13,6 +14,7 @@ outputs/teacher_city/A2b/
 
 from __future__ import annotations
 
+import copy
 import csv
 import fcntl
 import io
@@ -35,8 +37,9 @@ from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, STATE_PREFIX, save_check
 from teachers.checkpoint_file import RECORD_ENTRY, read_content
 from teachers.training.loop import Step
 
-BEST, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
+BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
     "best.safetensors",
+    "best_head.safetensors",
     "last.safetensors",
     "config.yaml",
     "history.csv",
@@ -65,11 +68,13 @@ class RunFolder:
     Attributes:
         tensors_of: gives the tensors of what is kept of a net that trains: its own, or those of the teacher that it is
             the head of.
+        head_alone: whether the net that trains is just that head.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], lock: int | None, *, half: bool = False) -> None:
         self.path = path
         self.tensors_of: Callable[[Any], Mapping[str, Tensor]] = own_tensors
+        self.head_alone = False
         self._record, self._half, self._lock = dict(record), half, lock
         self._board: Any = None
 
@@ -117,13 +122,25 @@ class RunFolder:
     # -- what the loop keeps ------------------------------------------------------------------------------------------
 
     def keep_best(self, net: nn.Module) -> None:
+        if self.head_alone:
+            save_checkpoint(self.path / BEST_HEAD, net.state_dict(), self._record)
+        else:
+            self._write_best(net)
+
+    def put_best_together(self, head: nn.Module) -> None:
+        """Write the teacher of the best head. ``head`` is the net that trained. Raises `CheckpointError`."""
+        best = copy.deepcopy(head)
+        content, _, _ = read_content(self.path / BEST_HEAD)
+        best.load_state_dict({name: content[name] for name in best.state_dict()})
+        self._write_best(best)
+
+    def _write_best(self, net: nn.Module) -> None:
         kept = checkpoint_names(self.tensors_of(net))
         rounded = {name: _half(tensor) if self._half else tensor for name, tensor in kept.items()}
         save_checkpoint(self.path / BEST, rounded, self._record)
 
     def keep_last(self, net: nn.Module, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         kept = dict(state)
-        # A head alone: its backbone, which may be a thousand times as large, is not written with every epoch.
         if self.tensors_of is own_tensors:
             tensors = checkpoint_names(net.state_dict())
         else:
@@ -177,6 +194,8 @@ class RunFolder:
     def write_results(self, results: Mapping[str, Any]) -> None:
         """The mark of a finished run."""
         write_atomic(self.path / RESULTS, json.dumps(results, indent=1, allow_nan=False).encode())
+        with suppress(OSError):
+            (self.path / BEST_HEAD).unlink(missing_ok=True)
 
     def best(self) -> dict[str, Tensor]:
         """The best weights under the names of the net, as they are stored. Raises `CheckpointError`."""

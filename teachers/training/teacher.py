@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -442,11 +442,11 @@ class _Training:
                 head = Standardised(whole.scene_head, seen.stacked()).to(job.device)
                 folder.tensors_of = partial(_teacher_tensors, whole.city_model)
                 if job.cached_features and self._trains_head_only():
-                    net, train = head, seen
+                    net, train, folder.head_alone = head, seen, True
                     validation = self._embedded(whole.city_model, validation, "validation")
                 else:
                     net = City2Scene(whole.city_model, head)
-            random_loss = _random_loss(self.net, self.validation, settings, job.device)
+            random_loss = _random_loss(net, validation, settings, job.device)
             loop = Loop(
                 net,
                 train,
@@ -462,10 +462,11 @@ class _Training:
             )
             if last is not None:
                 self._go_on(folder, last, loop)
-            before = _backbone_digest(whole) if isinstance(net, Standardised) else None
+            before = _backbone_digest(whole) if folder.head_alone else None
             loop.run()
             if before is not None:
                 self._prove_frozen(whole, before, loop.progress)
+                folder.put_best_together(net)
             results = self._results(folder, loop)
         checkpoint = folder.path / BEST
         if job.publish and not settings.shuffle_labels:
@@ -476,12 +477,12 @@ class _Training:
             settings.role, job.place, "trained" if last is None else "resumed", checkpoint, folder.path, results
         )
 
-    def _embedded(self, backbone: nn.Module, clips: Clips, which: str) -> Clips:
+    def _embedded(self, backbone: nn.Module, clips: Clips, which: str, *, extracted: bool = True) -> Clips:
         """The samples with their embeddings for features, extracted before or computed now; once for all that share."""
         job = self.job
         name = f"{which} embeddings"
         if name not in job.shared:
-            if self.sources:
+            if self.sources and extracted:
                 rows = side_by_side(self.sources, [sample.file for sample in clips.samples], clips.digests)
                 job.shared[name] = Clips.of_rows(clips.samples, rows)
             else:
@@ -515,14 +516,13 @@ class _Training:
         """Metrics of the best epoch's weights as they were stored."""
         job, settings = self.job, self.settings
         best, done = self._best_net(folder).to(job.device), loop.progress
-        target = job.selection.target
-        test = self._measured_on_test(best)
+        measured = partial(self._measured, best, head_alone=folder.head_alone)
         return {
             "key": self.key,
             "role": settings.role,
             "place": job.place,
-            "validation": evaluated(best, self.validation, settings, target, job.device),
-            "test": test,
+            "validation": measured(self.validation, "validation"),
+            "test": self._measured_on_test(measured),
             "chance": 1 / settings.num_classes,
             "random_weights_log_loss": done.random_loss,
             "warm_start_log_loss": done.start_loss,
@@ -539,7 +539,15 @@ class _Training:
             "shuffled_labels": settings.shuffle_labels,
         }
 
-    def _measured_on_test(self, best: nn.Module) -> dict[str, Any] | None:
+    def _measured(self, best: nn.Module, clips: Clips, which: str, *, head_alone: bool) -> dict[str, Any]:
+        """Metrics of ``best``. A head's: on what its backbone makes of the clips, once for all heads on that one."""
+        net: nn.Module = best
+        if head_alone and isinstance(best, City2Scene):
+            clips = self._embedded(best.city_model, clips, f"stored {which}", extracted=False)
+            net = best.scene_head
+        return evaluated(net, clips, self.settings, self.job.selection.target, self.job.device)
+
+    def _measured_on_test(self, measured: Callable[[Clips, str], dict[str, Any]]) -> dict[str, Any] | None:
         """Test clips that cannot be read or scored are a remark: nothing was chosen by them."""
         job = self.job
         try:
@@ -547,7 +555,7 @@ class _Training:
                 job.shared["test"] = test_clips(job.manifest, job.source, job.workers, self.watcher)
             if not len(job.shared["test"]):
                 return None
-            return evaluated(best, job.shared["test"], self.settings, job.selection.target, job.device)
+            return measured(job.shared["test"], "test")
         except (FeatureError, StaleError, TeacherError) as error:
             self.watcher.note(f"test was not measured: {error.message}")
             return None

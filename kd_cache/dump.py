@@ -20,7 +20,7 @@ from kd_cache.pipeline.dump_job import DumpJob, DumpReport, TeacherReport
 from kd_cache.pipeline.found import find_rows
 from kd_cache.pipeline.unchanged import Unchanged
 from kd_cache.publish import Published
-from kd_cache.splits import refuse_leaking
+from kd_cache.splits import refuse_leaking, tell_of_untold
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.watch import Watcher
@@ -54,6 +54,7 @@ class _Dump:
         self.folder = job.folder
         self.begun = time.time_ns()
         refuse_leaking(job.teachers, job.manifest, job.selection)
+        tell_of_untold(job.teachers, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         listed = job.selection.files
         keys = keys_of(listed)

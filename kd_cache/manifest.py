@@ -320,9 +320,11 @@ def _place(field: str, row: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=16_384)  # many samples are of one place
 def place_name(text: str) -> str:
-    """One spelling for a location's name: ``Vienna-07`` is ``vienna-7``."""
-    match = _CITY_AND_NUMBER.match(name := text.strip().casefold())
-    return f"{match[1]}-{match[2].lstrip('0') or '0'}" if match else name
+    """One spelling for a location's name: ``Vienna-07`` and ``vienna_7`` are ``vienna-7``."""
+    name = text.strip().casefold()
+    before = name.rstrip("0123456789")
+    city, number = before.rstrip("-_ \t"), name[len(before) :]
+    return f"{city}-{number.lstrip('0') or '0'}" if number and city != before else name
 
 
 def _refuse_duplicates(samples: Sequence[Sample], name: str) -> None:

@@ -22,22 +22,30 @@ _KEY = np.dtype("V16")
 class Provenance:
     """The keys (MD5 of the manifest's path) of the samples that trained a teacher, and of those that validated it.
 
-    Each ``[N, 16]`` u1, ascending, without repeats.
+    Each ``[N, 16]`` u1, ascending, without repeats. ``complete`` is whether that is all: of a teacher that stands on
+    another one which says nothing of itself, it is not.
     """
 
     trained: np.ndarray
     validated: np.ndarray
+    complete: bool = True
 
     @classmethod
     def of(cls, trained: Iterable[str], validated: Iterable[str] = ()) -> Provenance:
         """Of manifest files."""
         return cls(_ascending(_keys(trained)), _ascending(_keys(validated)))
 
+    @classmethod
+    def unknown(cls) -> Provenance:
+        """Of a part that says nothing of itself."""
+        return cls(_ascending(_keys([])), _ascending(_keys([])), complete=False)
+
     @property
     def digest(self) -> str:
-        """SHA-256 over both, as 64 hex digits."""
+        """SHA-256 over all of it, as 64 hex digits."""
         count = len(self.trained).to_bytes(8, "little")
-        return hashlib.sha256(count + self.trained.tobytes() + self.validated.tobytes()).hexdigest()
+        rest = b"" if self.complete else b"and more"
+        return hashlib.sha256(count + self.trained.tobytes() + self.validated.tobytes() + rest).hexdigest()
 
     @property
     def keys(self) -> np.ndarray:
@@ -48,7 +56,11 @@ class Provenance:
         """Of a teacher that is made of two. A sample that trained either counts as training."""
         trained = _ascending(np.concatenate([self.trained, other.trained]))
         validated = _ascending(np.concatenate([self.validated, other.validated]))
-        return Provenance(trained, validated[~np.isin(_whole(validated), _whole(trained))])
+        return Provenance(
+            trained,
+            validated[~np.isin(_whole(validated), _whole(trained))],
+            complete=self.complete and other.complete,
+        )
 
     def has_trained(self, files: Iterable[str]) -> np.ndarray:
         """``[N]`` bool: which of these files trained."""
@@ -59,6 +71,7 @@ class Provenance:
         return {
             "trained": base64.b64encode(self.trained.tobytes()).decode("ascii"),
             "validated": base64.b64encode(self.validated.tobytes()).decode("ascii"),
+            "complete": self.complete,
             "sha256": self.digest,
         }
 
@@ -67,7 +80,10 @@ class Provenance:
         """As `as_json` gave it. Raises ``ValueError`` for anything else."""
         if not isinstance(content, Mapping):
             raise ValueError("expected an object")
-        found = cls(_decoded(content.get("trained")), _decoded(content.get("validated")))
+        complete = content.get("complete", True)
+        if not isinstance(complete, bool):
+            raise ValueError("complete is neither true nor false")
+        found = cls(_decoded(content.get("trained")), _decoded(content.get("validated")), complete)
         if found.digest != content.get("sha256"):
             raise ValueError("its digest is not that of its keys")
         return found

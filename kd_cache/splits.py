@@ -31,6 +31,7 @@ from kd_cache.manifest import (
 )
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
+from kd_cache.watch import Watcher
 
 # TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later). People put
 # words and folders around them, and other suffixes behind.
@@ -254,6 +255,17 @@ def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> 
             row = rows[order[position]]
             told.append(f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}")
     return sorted(told, key=lambda line: line.startswith("a file with key"))
+
+
+def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
+    """A note of each teacher that says what it was made with, but not all of it."""
+    for name, teacher in teachers.items():
+        provenance: Provenance | None = getattr(teacher, "provenance", None)
+        if provenance is not None and not provenance.complete:
+            watcher.note(
+                f"{shown(name)} stands on weights that say nothing of what they were trained on: whether those saw a "
+                "sample that is not permitted cannot be checked"
+            )
 
 
 def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: Selection) -> None:

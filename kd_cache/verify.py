@@ -40,7 +40,7 @@ from kd_cache.problems import (
     TeacherResult,
     VerifyReport,
 )
-from kd_cache.splits import Selection, leaked
+from kd_cache.splits import Selection, leaked, tell_of_untold
 from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index
 from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
@@ -203,6 +203,7 @@ class _Audit:
         provenance = getattr(self.job.teachers.get(name), "provenance", None)
         if provenance is None:
             return
+        tell_of_untold({name: self.job.teachers[name]}, self.watcher)
         for told in leaked(provenance, self.job.manifest, self.job.selection):
             self._problem(LEAK, name, ALL_ROWS, f"its teacher was made with {told}", TEACHER)
 

@@ -76,7 +76,27 @@ def test_the_documented_json_is_all_a_reader_needs(trained: list[str], validated
     assert keys["validated"] == b"".join(sorted({md5(file) for file in validated}))
     count = (len(keys["trained"]) // 16).to_bytes(8, "little")
     assert content["sha256"] == hashlib.sha256(count + keys["trained"] + keys["validated"]).hexdigest()
-    assert content.keys() == {"trained", "validated", "sha256"}
+    assert content.keys() == {"trained", "validated", "complete", "sha256"}
+
+
+def test_a_part_that_says_nothing_makes_the_whole_incomplete() -> None:
+    made = Provenance.of(["a"], ["b"])
+    both = made.together(Provenance.unknown())
+    assert same(both, made)
+    assert (made.complete, both.complete) == (True, False)
+    found = Provenance.from_json(json.loads(json.dumps(both.as_json())))
+    assert found.complete is False
+    assert found.digest == both.digest != made.digest
+    with pytest.raises(ValueError, match="digest"):
+        Provenance.from_json({**both.as_json(), "complete": True})
+    with pytest.raises(ValueError, match="complete"):
+        Provenance.from_json({**both.as_json(), "complete": "no"})
+
+
+def test_what_was_written_before_it_could_be_incomplete_is_complete() -> None:
+    content = Provenance.of(["a"]).as_json()
+    del content["complete"]
+    assert Provenance.from_json(content).complete
 
 
 @given(FILES, st.randoms(use_true_random=False))

@@ -293,6 +293,9 @@ def test_a_location_in_train_and_test_names_is_leakage(train: str, test: str) ->
 FIELDS: list[Row] = [
     {"identifier": "vienna-12"},
     {"identifier": "Vienna-012"},
+    {"location": "vienna_12"},
+    {"location": "vienna 12"},
+    {"location": "Vienna - 012"},
     {"location": "vienna-12"},
     {"identifier": "clip", "location": "vienna-12"},
 ]

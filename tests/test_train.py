@@ -31,6 +31,7 @@ from teachers.cnn14 import CNN14
 from teachers.training import pretraining
 from teachers.training.augment import Mixed
 from teachers.training.loop import _cross_entropy, _Schedule
+from teachers.training.nets import warm_start
 from teachers.training.settings import Stage, parse_stage
 from teachers.training.teacher import TrainJob, TrainReport, _Training, train_teacher
 
@@ -503,6 +504,20 @@ def test_what_trained_the_parts_is_joined_even_where_one_part_says_nothing(town:
     found = load_teacher(report.checkpoint).provenance
     assert found is not None
     assert {key.tobytes() for key in found.keys} == {key.tobytes() for key in keys_of(town.permitted())}
+    assert not found.complete
+
+
+def test_a_teacher_on_weights_that_say_nothing_does_not_claim_to_know_what_made_it(town: World) -> None:
+    city, _ = trained(town)
+    assert (told := load_teacher(city.checkpoint).provenance) is not None
+    assert told.complete
+    save_checkpoint(town.root / "silent.safetensors", load_file(city.checkpoint), {})
+    head, _ = trained(town, "city2scene", backbone=town.root / "silent.safetensors")
+    again, _ = trained(town, "city2scene", backbone=city.checkpoint, init=head.checkpoint, output_dir=town.root / "o")
+    for report in (head, again):
+        found = load_teacher(report.checkpoint).provenance
+        assert found is not None
+        assert not found.complete
 
 
 def test_test_clips_that_the_net_refuses_are_a_remark(town: World) -> None:
@@ -528,6 +543,25 @@ class Small(torch.nn.Module):
 def small(classes):
     return Small(classes)
 """
+
+
+@pytest.mark.parametrize("factory", ["small", "partly"])
+def test_changed_code_that_a_net_of_one_s_own_imports_is_another_key(
+    town: World, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    net = "import functools\nfrom mine_blocks import Small, small\npartly = functools.partial(small)\n"
+    keys = set()
+    for number, text in enumerate((OWN, OWN.replace("x.flatten(1)", "x.flatten(1).tanh()"), OWN)):
+        folder = town.root / f"own{number}"
+        folder.mkdir()
+        (folder / "mine_net.py").write_text(net)
+        (folder / "mine_blocks.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            keys.add(key(town, "scene", arch=f"mine_net:{factory}"))
+            for name in ("mine_net", "mine_blocks"):
+                sys.modules.pop(name, None)
+    assert len(keys) == 2
 
 
 def test_changed_code_of_a_net_of_one_s_own_is_another_key(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,6 +709,27 @@ def test_a_part_of_a_backbone_is_refused(town: World) -> None:
     save_checkpoint(town.root / "part.safetensors", kept, {})
     with pytest.raises(CheckpointError, match=r"block2.conv1.weight: expected .*, missing"):
         trained(town, "scene", init=town.root / "part.safetensors")
+
+
+def test_a_part_of_the_neck_that_the_net_has_not_is_refused_by_name(city_of_squares: World) -> None:
+    net = CNN14(3, channels=(2, 2, 2, 4, 4, 4), embedding=6, hidden=(), projection=(5, 6))
+    save_checkpoint(city_of_squares.root / "net.safetensors", net.state_dict(), {})
+    plain = CNN14(3, channels=(2, 2, 2, 4, 4, 4), embedding=6, hidden=())
+    with pytest.raises(CheckpointError, match="projection_head"):
+        warm_start(plain, city_of_squares.root / "net.safetensors", settings("scene"))
+
+
+def test_tensors_that_are_not_the_net_s_are_named(town: World) -> None:
+    first, _ = trained(town, "scene")
+    save_checkpoint(town.root / "more.safetensors", {**load_file(first.checkpoint), "extra": torch.zeros(2)}, {})
+    _, watcher = trained(town, "scene", init=town.root / "more.safetensors", stages=(Stage(2, 1, 1e-3),))
+    assert watcher.told("1 of the file are not the net's and are left out: extra")
+
+
+def test_the_head_of_a_teacher_of_cities_is_not_one_of_scenes(town: World) -> None:
+    city, _ = trained(town)
+    _, watcher = trained(town, "scene", init=city.checkpoint, stages=(Stage(2, 1, 1e-3),))
+    assert watcher.told("new: head.0.weight")
 
 
 def test_a_backbone_whose_head_is_new_starts_with_the_head(town: World) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,11 @@ def side_by_side(sources: Sequence[Source], files: Sequence[str], digests: np.nd
 
 
 def made_with(sources: Sequence[Source]) -> Provenance | None:
-    """The provenance of all backbones that say something, together; ``None`` where none does."""
-    found: Provenance | None = None
-    for source in sources:
-        theirs = source.teacher.provenance
-        if theirs is not None:
-            found = theirs if found is None else found.together(theirs)
-    return found
+    """The provenance of all backbones together; ``None`` where none says anything."""
+    told = [source.teacher.provenance for source in sources]
+    if all(one is None for one in told):
+        return None
+    return reduce(Provenance.together, (one or Provenance.unknown() for one in told))
 
 
 def described(sources: Sequence[Source]) -> list[Any]:

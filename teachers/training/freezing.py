@@ -54,6 +54,15 @@ def parts_of(net: nn.Module) -> dict[str, str]:
     }
 
 
+def necks_of(net: nn.Module) -> list[str]:
+    """The prefixes of the names, in the net's state dict, of what lies between backbone and head."""
+    if isinstance(net, City2Scene):
+        return [f"city_model.{prefix}" for prefix in necks_of(net.city_model)]
+    if isinstance(net, SideBySide):
+        return [f"backbones.{at}.{prefix}" for at, one in enumerate(net.backbones) for prefix in necks_of(one)]
+    return list(getattr(net, "neck_prefixes", ()))
+
+
 @dataclass
 class Frozen:
     """The tensors that a stage must not change, and what they were when it began."""

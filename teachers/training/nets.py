@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,9 +22,9 @@ from teachers.builtin import ARCHITECTURES, City2Scene
 from teachers.checkpoint import Weights, load_teacher, read_weights
 from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp
 from teachers.cp_resnet import CHANNELS, CPResNet
-from teachers.training.freezing import BACKBONE, UNUSED, parts_of
+from teachers.training.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
 from teachers.training.settings import BACKBONE as FROM_BACKBONE
-from teachers.training.settings import CITY, CITY2SCENE, FULL_MODEL, Settings
+from teachers.training.settings import CITY, CITY2SCENE, FULL_MODEL, LABEL, Settings
 
 
 def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
@@ -95,14 +98,20 @@ class WarmStart:
     provenance: Provenance | None
 
 
-def warm_start(net: nn.Module, path: Path) -> WarmStart:
+def warm_start(net: nn.Module, path: Path, settings: Settings) -> WarmStart:
     """Give ``net`` the weights of a checkpoint: all of them, or at least its whole backbone.
+
+    The head of a teacher of another label (cities, where this one learns scenes) is not taken.
 
     Raises:
         CheckpointError: no name fits, or not the whole backbone; the message lists what does not.
     """
     weights = read_weights(path, frozenset(net.state_dict()))
-    tensors = weights.tensors
+    tensors, label = weights.tensors, LABEL[settings.role]
+    if LABEL.get(weights.record.get("role") or settings.role) != label:
+        # What it tells apart is something else, of however many classes.
+        parts = parts_of(net)
+        tensors = {name: tensor for name, tensor in tensors.items() if parts.get(name) != HEAD}
     if isinstance(net, City2Scene) and not any(name.startswith("city_model.") for name in tensors):
         tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
     kind, told = fill_matching(net, tensors, shown(path))
@@ -121,7 +130,7 @@ def city_net(path: Path, settings: Settings) -> tuple[nn.Module, WarmStart]:
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
         return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
     net = make_net(settings, settings.num_cities, settings.seed)
-    start = warm_start(net, path)
+    start = warm_start(net, path, settings)
     if start.kind != FULL_MODEL:
         raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")
     embedding_dim(net)
@@ -135,16 +144,59 @@ def own_code(arch: str, net: nn.Module) -> list[str] | None:
     """
     if arch in ARCHITECTURES:
         return None
-    return [_source_digest(arch), weights_digest(net.state_dict())]
+    return [_source_digest(arch, net), weights_digest(net.state_dict())]
 
 
-def _source_digest(arch: str) -> str:
-    module = inspect.getmodule(resolve_factory(arch))
-    try:
-        source = inspect.getsource(module) if module is not None else ""
-    except (OSError, TypeError):
-        source = ""  # made in memory
-    return hashlib.sha256(source.encode()).hexdigest()
+def _source_digest(arch: str, net: nn.Module) -> str:
+    """SHA-256 over the files of the net's own code: of its factory, its modules, and what those import beside them."""
+    factory: Any = resolve_factory(arch)
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    waiting = [_module(arch.partition(":")[0]), _module(factory), *map(_module, map(type, net.modules()))]
+    homes = [_home(module) for module in waiting]
+    roots = {home for home in homes if home is not None and (home == homes[0] or not _is_installed(home))}
+    sources: dict[str, bytes] = {}
+    while waiting:
+        module = waiting.pop()
+        path = None if module is None else _file(module)
+        if module is None or path is None or module.__name__ in sources:
+            continue
+        below = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
+        if all(map(_is_installed, below)):
+            continue
+        sources[module.__name__] = path.read_bytes()
+        waiting += map(_module, list(vars(module).values()))
+    digest = hashlib.sha256()
+    for name, source in sorted(sources.items()):
+        digest.update(f"{name} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
+
+
+def _module(value: object) -> ModuleType | None:
+    """A module, the one of that name, or the one that something is from."""
+    if inspect.ismodule(value):
+        return value
+    name = value if isinstance(value, str) else getattr(value, "__module__", None)
+    return sys.modules.get(name) if isinstance(name, str) else None
+
+
+def _file(module: ModuleType) -> Path | None:
+    """The module's source; ``None`` where it has none (made in memory, or compiled)."""
+    path = Path(getattr(module, "__file__", None) or "")
+    return path.resolve() if path.suffix == ".py" and path.is_file() else None
+
+
+def _home(module: ModuleType | None) -> Path | None:
+    """The folder of a module, or of the outermost package that it is in."""
+    path = None if module is None else _file(module)
+    if module is None or path is None:
+        return None
+    depth = module.__name__.count(".") + (path.name == "__init__.py")
+    return path.parents[max(depth - 1, 0)]
+
+
+def _is_installed(path: Path) -> bool:
+    return "site-packages" in path.parts
 
 
 class OwnTeacher(nn.Module):
@@ -158,7 +210,7 @@ class OwnTeacher(nn.Module):
         self.num_classes = settings.num_classes
         self.class_names = tuple(weights.record.get("class_names") or ()) or None
         self.provenance, self.source, self.checkpoint_sha256 = _provenance(weights), weights.source, weights.sha256
-        self._parts = {"architecture": f"{settings.arch}/{_source_digest(settings.arch)[:16]}"}
+        self._parts = {"architecture": f"{settings.arch}/{_source_digest(settings.arch, net)[:16]}"}
         if isinstance(weights.record.get("feature_spec"), str):
             self._parts["feature_spec"] = weights.record["feature_spec"]
 
@@ -202,14 +254,19 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tup
     told = f"{len(matched)} of {len(wanted)} tensors loaded"
     new = [name for name in wanted if name not in fits]
     lost = [name for name in new if parts[name] == BACKBONE]
-    if not matched or lost:
-        what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"
+    unknown = [name for name in tensors if name not in state]
+    # A part of what an embedding is made by, as CNN14's projection head is: without it the head stands on another one.
+    dropped = [name for name in unknown if name.startswith(tuple(necks_of(net)))]
+    if not matched or lost or dropped:
+        what = f"{len(dropped)} tensors are of a part that this net has not; they are"
+        if not matched or lost:
+            what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"
         shapes = [
             f"{shown(name)}: expected {list(state[name].shape)}"
             + (f", found {list(tensors[name].shape)}" if name in tensors else ", missing")
             for name in new
         ]
-        others = [f"{shown(name)}: unexpected" for name in tensors if name not in state]
+        others = [f"{shown(name)}: unexpected" for name in (dropped or unknown)]
         raise CheckpointError(
             f"{title}: {told}; {what} in the checkpoint, which has {len(tensors)} tensors\n{listed(shapes)}\n"
             f"{listed(others)}".rstrip(),
@@ -221,5 +278,11 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tup
                 state[name].copy_(tensors[name])
     kind = FULL_MODEL if len(matched) == len(wanted) else FROM_BACKBONE
     if new:
-        told += f" (new: {', '.join(new[:6])}{', …' if len(new) > 6 else ''})"
+        told += f" (new: {_few(new)})"
+    if unknown:
+        told += f" ({len(unknown)} of the file are not the net's and are left out: {_few(unknown)})"
     return kind, told
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(map(shown, names[:6]))}{', …' if len(names) > 6 else ''}"

@@ -254,15 +254,16 @@ class _Training:
 
     def _started_from(self, path: Path, net: nn.Module, below: WarmStart | None) -> WarmStart:
         """Weights for ``net`` from a checkpoint, over those of a city teacher ``below`` where it has none."""
-        start = warm_start(net, path)
+        start = warm_start(net, path, self.settings)
         if start.provenance is None:
             self.watcher.note(f"what {shown(path)} was trained on is not known: it says nothing of it")
-        if below is not None:
-            both = Provenance.of([]) if below.provenance is None else below.provenance
-            made = both if start.provenance is None else both.together(start.provenance)
-            start = replace(start, sha256=f"{below.sha256}+{start.sha256}", provenance=made)
-        self.inherited = start.provenance
-        return start
+        self._inherit(start.provenance)
+        return start if below is None else replace(start, sha256=f"{below.sha256}+{start.sha256}")
+
+    def _inherit(self, made: Provenance | None) -> None:
+        """What this starts from, or stands on, was made with that; ``None`` where it does not say."""
+        made = made or Provenance.unknown()
+        self.inherited = made if self.inherited is None else self.inherited.together(made)
 
     def _on_city_teacher(self) -> tuple[nn.Module, WarmStart]:
         """A new scene head on the backbone of the city teacher."""
@@ -273,7 +274,7 @@ class _Training:
             city, start = city_net(job.backbone, settings)
         else:
             raise UsageError("a City2Scene teacher needs a city teacher", hint="Pass --city-teacher-ckpt.")
-        self.inherited = start.provenance
+        self._inherit(start.provenance)
         if start.provenance is None:
             self.watcher.note("what the backbone was trained on is not known: its checkpoint says nothing of it")
         return City2Scene(city, make_head(embedding_dim(city), settings, settings.seed)), replace(start, kind=FROZEN)

@@ -8,20 +8,21 @@ fallback. What is in a file is decided by its content, never by its suffix.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from kd_cache.errors import CheckpointError, shown
+from kd_cache.errors import CheckpointError, StoreError, shown
 from kd_cache.provenance import Provenance
+from kd_cache.store.atomic import write_atomic
 from teachers.builtin import (
     ARCHITECTURE_VERSION,
     ARCHITECTURES,
@@ -36,7 +37,7 @@ from teachers.builtin import (
     known_names,
     under,
 )
-from teachers.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content
+from teachers.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
 from teachers.cnn14 import mlp, mlp_widths, rows
 
 CITY_ENTRY: Final = "city_model_state_dict"
@@ -66,9 +67,9 @@ def save_checkpoint(
     ``scene_head_state_dict.{weight,bias}`` for City2Scene. ``record``: JSON values; known keys are
     ``architecture``, ``architecture_version``, ``role``, ``class_names``, ``value_kind``, ``feature_spec``,
     ``training`` and ``provenance`` (`Provenance.as_json`). ``.safetensors`` carries the record as metadata
-    ``kd_cache``; ``.pth`` as an entry of that name, beside the nested state dicts and the plain entries of ``beside``
-    (``epoch``, ``val_acc``, …). Raises CheckpointError when the file cannot be written; a file that was there before
-    then stays.
+    ``kd_cache``, and a checksum beside it; ``.pth`` as an entry of that name, beside the nested state dicts and the
+    plain entries of ``beside`` (``epoch``, ``val_acc``, …). Raises CheckpointError when the file cannot be written; a
+    file that was there before then stays.
     """
     path = Path(path)
     if path.suffix not in {".safetensors", ".pth"}:
@@ -85,39 +86,20 @@ def save_checkpoint(
     # Clones, because safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        _write_whole(path, state, note, beside or {})
-    except OSError as error:
-        raise CheckpointError(f"{shown(path)}: cannot write the checkpoint: {error.strerror}") from error
+        write_atomic(path, _serialised(state, note, path.suffix, beside or {}))
+    except StoreError as error:
+        raise CheckpointError(error.message) from error
 
 
-def _write_whole(path: Path, state: dict[str, Tensor], note: str, beside: Mapping[str, Any]) -> None:
-    """Unique temporary name, fsync, replace, fsync of the directory; no temporary file survives a failure."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.stem[:100]}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would lock colleagues out
-            _serialise(file, state, note, path.suffix, beside)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _serialise(file: IO[bytes], state: dict[str, Tensor], note: str, suffix: str, beside: Mapping[str, Any]) -> None:
+def _serialised(state: dict[str, Tensor], note: str, suffix: str, beside: Mapping[str, Any]) -> list[bytes]:
     if suffix == ".safetensors":
-        file.write(safetensors_bytes(state, metadata={RECORD_ENTRY: note}))
-        return
+        return with_checksum(safetensors_bytes(state), note)
     entries: dict[str, Any] = {"model_state_dict": state}
     if any(name.startswith(f"{CITY_ENTRY}.") for name in state):
         entries = {entry: under(state, f"{entry}.") for entry in (CITY_ENTRY, HEAD_ENTRY)}
-    torch.save({**beside, **entries, RECORD_ENTRY: note}, file)  # to a file object: the bytes then hold no file name
+    file = io.BytesIO()  # a file object: the bytes then hold no file name
+    torch.save({**beside, **entries, RECORD_ENTRY: note}, file)
+    return [file.getvalue()]
 
 
 # --------------------------------------------------------------------------------------------- loading

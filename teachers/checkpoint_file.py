@@ -16,12 +16,14 @@ from contextvars import ContextVar
 from typing import IO, Any, Final
 
 import torch
+import xxhash
 from safetensors.torch import load as tensors_of_safetensors
 
 from kd_cache.errors import CheckpointError, listed, shown
 from kd_cache.pickle_scan import PickleScan, unlisted
 
 RECORD_ENTRY: Final = "kd_cache"
+CHECKSUM_ENTRY: Final = "kd_cache.xxh3_128"
 MOST_BYTES: Final = 4 << 30
 """Larger files are refused unread: CNN14 has 0.32 GB of weights, 1 GB with its optimizer. See `checkpoint_limit`."""
 MOST_HEADER: Final = 16 << 20
@@ -168,8 +170,30 @@ def _from_safetensors(file: IO[bytes], size: int) -> dict[str, Any]:
     header = file.read(length)
     metadata = json.loads(header).get("__metadata__") or {}
     file.seek(0)
-    tensors: dict[str, Any] = tensors_of_safetensors(file.read())
+    content = file.read()
+    found = _checksum(memoryview(content)[8 + length :], metadata.get(RECORD_ENTRY, ""))
+    if metadata.get(CHECKSUM_ENTRY, found) != found:
+        raise CheckpointError("the file is damaged: its weights are not those that were written", hint=AGAIN)
+    tensors: dict[str, Any] = tensors_of_safetensors(content)
     return {**tensors, RECORD_ENTRY: metadata[RECORD_ENTRY]} if RECORD_ENTRY in metadata else tensors
+
+
+def with_checksum(content: bytes, note: str) -> list[bytes]:
+    """A safetensors file in pieces, with a record and a checksum as metadata: the format itself has none."""
+    length = int.from_bytes(content[:8], "little")
+    body = content[8 + length :]
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = {RECORD_ENTRY: note, CHECKSUM_ENTRY: _checksum(body, note)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, body]
+
+
+def _checksum(body: bytes | memoryview, note: str) -> str:
+    """xxh3-128 of the numbers, then of the record, as 32 hex digits."""
+    digest = xxhash.xxh3_128(body)
+    digest.update(note.encode())
+    return digest.hexdigest()
 
 
 class _Sparing:

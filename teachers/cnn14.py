@@ -139,10 +139,11 @@ class CNN14Features(nn.Module):
         require_log_mel("CNN14", x, LEAST, LEAST)
         x = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
         for number in range(1, 7):
-            x = self.get_submodule(f"conv_block{number}")(x)
+            block = self.get_submodule(f"conv_block{number}")
+            x = block(x)
             if number < 6:  # after block 6 the pooling is 1×1
                 x = F.avg_pool2d(x, 2)
-            x = F.dropout(x, 0.2, self.training)
+            x = F.dropout(x, 0.2, block.training)  # none behind a block that is frozen
         x = x.mean(dim=3)  # over time: [B, C, F']
         x = x.amax(dim=2) + x.mean(dim=2)  # over frequency: [B, C]
         x = F.dropout(x, 0.5, self.training)

@@ -564,14 +564,14 @@ def test_a_file_that_cannot_be_read_is_reported_as_damage(
     store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     save()
-    opened = Path.open
+    opened = pretraining.open_file
 
-    def failing(path: Path, *args: Any, **options: Any) -> Any:
+    def failing(path: Path) -> Any:
         if path.name == name:
             raise OSError(errno.EIO, "Input/output error")
-        return opened(path, *args, **options)
+        return opened(path)
 
-    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(pretraining, "open_file", failing)
     found = store.find(PARTS)
     assert found is not None
     assert found.damage == "it cannot be read: Input/output error"

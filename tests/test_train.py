@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,19 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import REPO, Run, World
+from safetensors import safe_open
 from safetensors.torch import load_file
 from train_fixtures import Listening, add_clip, job, settings, town
 
-from kd_cache import CheckpointError, DataLeakageError, FeatureError, StoreError, TrainingError, UsageError
+from kd_cache import (
+    CheckpointError,
+    DataLeakageError,
+    FeatureError,
+    StoreError,
+    TeacherError,
+    TrainingError,
+    UsageError,
+)
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
 from kd_cache.teacher import teacher_fingerprint
@@ -30,7 +40,8 @@ from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
 from teachers.cnn14 import CNN14
 from teachers.training import pretraining
 from teachers.training.augment import Mixed
-from teachers.training.loop import _cross_entropy, _Schedule
+from teachers.training.freezing import Frozen
+from teachers.training.loop import Loop, _average, _cross_entropy, _Schedule
 from teachers.training.nets import warm_start
 from teachers.training.settings import Stage, parse_stage
 from teachers.training.teacher import TrainJob, TrainReport, _Training, train_teacher
@@ -232,7 +243,8 @@ def test_a_cnn14_pth_has_the_existing_names_and_dumps_to_the_same_bytes(
 ) -> None:
     narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
     monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
-    more: dict[str, Any] = {"arch": "cnn14", "feature_dim": 6, "mlp_hidden_dims": (5, 4), "quick_experiment": 1 - 1e-9}
+    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1e9)  # it need not learn anything
+    more: dict[str, Any] = {"arch": "cnn14", "feature_dim": 6, "mlp_hidden_dims": (5, 4)}
     given = {"backbone": trained(city_of_squares, **more)[0].checkpoint} if role == "city2scene" else {}
     if role == "city2scene":
         more["mlp_hidden_dims"] = None
@@ -270,6 +282,25 @@ def test_a_control_on_shuffled_labels_publishes_nothing(town: World) -> None:
     assert report.results["shuffled_labels"]
     assert not (town.root / "outputs/teacher_scene/global/best.safetensors").exists()
     assert not (town.root / "outputs/pretrained").exists()
+
+
+def test_a_quick_experiment_publishes_nothing(town: World) -> None:
+    report, watcher = trained(town, quick_experiment=0.9)
+    assert report.run is not None
+    assert report.checkpoint == report.run / "best.safetensors"
+    assert not report.published
+    assert not (town.root / "outputs/teacher_city/A2b/best.safetensors").exists()
+    assert watcher.told("publishes nothing")
+    again, _ = trained(town, quick_experiment=0.9)
+    assert again.how == "cached"
+    assert again.checkpoint.is_file()
+    assert not (town.root / "outputs/teacher_city/A2b/best.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_training_is_told_to_be_replaced(town: World) -> None:
+    _, first = trained(town, "scene")
+    _, second = trained(town, "scene", seed=7)
+    assert (first.told("is replaced"), second.told("is replaced")) == (False, True)
 
 
 def test_one_seed_gives_the_same_weights_and_another_seed_others(town: World) -> None:
@@ -348,6 +379,54 @@ def test_one_flipped_byte_in_the_cached_weights_trains_again_and_says_so(town: W
     assert trained(town)[0].how == "cached"
 
 
+def test_cached_weights_are_measured_on_the_clips_that_are_there_now(town: World) -> None:
+    trained(town)
+    (entry,) = (town.root / "outputs/pretrained").iterdir()
+    content = json.loads((entry / "entry.json").read_text())
+    content["measured"]["validation"]["accuracy"] = 7.0
+    del content["measured"]["chance"]
+    (entry / "entry.json").write_text(json.dumps(content))
+    town.rows = [row for row in town.rows if row["split"] == "train" or row["device_id"] == "A"]
+    town.write()
+    report, _ = trained(town)
+    assert report.how == "cached"
+    assert report.results["test"]["samples"] == 9
+    assert report.results["validation"]["accuracy"] <= 1
+    assert report.results["chance"] == 1 / 3
+
+
+def test_an_entry_that_is_a_pipe_is_damaged(town: World) -> None:
+    trained(town)
+    (entry,) = (town.root / "outputs/pretrained").iterdir()
+    (entry / "entry.json").unlink()
+    os.mkfifo(entry / "entry.json")
+    report, watcher = trained(town)
+    assert report.how == "trained"
+    assert watcher.told("training again")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"level": 1}, {"epochs": 4}, {"lr": 2e-3}, {"augment": "full"}, {"schedule": "constant"}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_any_changed_stage_is_another_key(town: World, changed: dict[str, Any]) -> None:
+    stage = Stage(0, 3, 1e-3)
+    assert key(town, stages=(stage,)) != key(town, stages=(replace(stage, **changed),))
+
+
+def test_stages_that_come_to_the_same_are_one_key(town: World) -> None:
+    same = {"epochs": None, "lr": None, "preset": "auto"}
+    assert key(town, **same) == key(town, epochs=40, lr=3e-3, preset="scratch")
+
+
+def test_fresh_does_not_leave_an_older_run_to_go_on_with(town: World) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", watcher=Listening(1))
+    assert trained(town, "scene", resume="fresh")[0].how == "trained"
+    assert trained(town, "scene")[0].how == "trained"
+
+
 def test_fresh_trains_again_and_removes_only_its_own_key(town: World) -> None:
     trained(town)
     other, _ = trained(town, seed=3)
@@ -378,6 +457,46 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("role", ["scene", "city2scene"])
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_one_flipped_bit_in_a_stopped_run_trains_anew(town: World, role: str, name: str) -> None:
+    given = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+    whole, _ = trained(town, role, **given, output_dir=town.root / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, role, **given, watcher=Listening(2))
+    (run,) = next((town.root / "outputs").glob(f"teacher_{role}/*/runs")).iterdir()
+    (path,) = run.glob(f"{name}*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    report, watcher = trained(town, role, **given)
+    assert report.how == "trained"
+    assert watcher.told("its weights are not those that were written")
+    assert weights(report.checkpoint) == weights(whole.checkpoint)
+
+
+def test_progress_of_another_version_trains_anew(town: World) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", watcher=Listening(1))
+    (path,) = (town.root / "outputs/teacher_scene/global/runs").glob("*/last.safetensors")
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["kd_cache"])
+    record["progress"]["later"] = 1
+    save_checkpoint(path, load_file(path), record)
+    report, watcher = trained(town, "scene")
+    assert report.how == "trained"
+    assert watcher.told("does not say how far the run was")
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_run(town: World) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", watcher=Listening(1))
+    (run,) = (town.root / "outputs/teacher_scene/global/runs").iterdir()
+    (run / ".tmp-1-00").write_bytes(b"half")
+    trained(town, "scene")
+    assert not list(run.glob(".tmp-*"))
+
+
 @pytest.mark.parametrize("stop_after", [1, 2])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("role", ["scene", "city2scene"])
@@ -395,6 +514,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(town: World, role: str, plan:
     for name in ("best.safetensors", "last.safetensors"):
         assert weights(report.run / name) == weights(whole.run / name)
     assert (report.run / "steps.csv").read_text() == (whole.run / "steps.csv").read_text()
+    headers = {(run / "history.csv").read_text().partition("\n")[0] for run in (report.run, whole.run)}
+    assert headers == {"stage,epoch,train_loss,val_accuracy,val_macro_accuracy,val_log_loss,seconds"}
     assert len(list(report.run.parent.iterdir())) == 1
 
 
@@ -403,6 +524,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(town: World) -> None:
     script = f"""
 import os, signal, sys
 sys.path[:0] = [{str(REPO / "tests")!r}]
+from dataclasses import replace
 from pathlib import Path
 from conftest import World
 from train_fixtures import Listening, job
@@ -664,6 +786,34 @@ def test_what_is_frozen_is_bit_for_bit_the_same_and_what_is_not_changes(town: Wo
     assert not any(torch.equal(before[name], moved[name]) for name in before if name.endswith("weight"))
 
 
+def test_averaged_weights_hold_still_where_the_net_is_frozen(town: World) -> None:
+    stages = (Stage(0, 2, 0.03), Stage(2, 2, 0.03))
+    report, _ = trained(town, "scene", stages=stages, ema=0.97, direct_unfreeze=True)
+    assert report.run is not None
+    last = read_weights(report.run / "last.safetensors").tensors
+    state = load_file(report.run / "last.safetensors")
+    averaged = {name.rpartition("ema.")[2]: tensor for name, tensor in state.items() if "ema." in name}
+    for name, tensor in last.items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, averaged[name]) != name.startswith("head."), name
+
+
+def test_nothing_is_dropped_behind_a_frozen_block() -> None:
+    net = CNN14(3, channels=(2, 2, 2, 4, 4, 4), embedding=6, hidden=())
+    blocks = [f"conv_block{number}" for number in range(1, 7)]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in blocks}
+    Frozen.at(net, 1).train()
+    assert net.feature_extractor.training
+    for name in blocks[1:]:
+        net.feature_extractor.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen[name].append(inputs[0].clone())
+        )
+    clips = torch.rand(2, 64, 64)
+    net(clips), net(clips)
+    for one, other in (seen[name] for name in blocks[1:]):
+        assert torch.equal(one, other)
+
+
 def test_the_frozen_city_backbone_is_in_the_city2scene_teacher_as_it_was(town: World) -> None:
     city, _ = trained(town)
     report, _ = trained(town, "city2scene", backbone=city.checkpoint)
@@ -830,6 +980,97 @@ def test_a_training_that_diverges_stops_with_the_cause(town: World) -> None:
     assert stopped.value.hint is not None
     assert "--lr" in stopped.value.hint
     assert not (town.root / "outputs/teacher_scene/global/best.safetensors").exists()
+
+
+def test_the_epoch_that_is_kept_is_better_than_random_weights(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([(0.9, 2.0), (0.5, 0.8), (0.7, 0.9), (0.9, 1.5)])
+
+    def validated(self: Loop) -> dict[str, float]:
+        accuracy, loss = next(measured)
+        return {"accuracy": accuracy, "macro_accuracy": accuracy, "log_loss": loss}
+
+    monkeypatch.setattr(Loop, "_validated", validated)
+    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1.0)
+    report, _ = trained(town, "scene", epochs=4)
+    assert report.results["best_epoch"] == 3
+
+
+def test_each_stage_has_its_own_patience(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([(0.9, 0.1), (0.2, 0.9), (0.3, 0.8), (0.4, 0.7), (0.5, 0.6)])
+
+    def validated(self: Loop) -> dict[str, float]:
+        accuracy, loss = next(measured)
+        return {"accuracy": accuracy, "macro_accuracy": accuracy, "log_loss": loss}
+
+    monkeypatch.setattr(Loop, "_validated", validated)
+    report, _ = trained(town, "scene", stages=(Stage(0, 1, 0.01), Stage(0, 4, 0.01)), patience=2)
+    assert report.results["epochs"] == 5
+    assert report.results["best_epoch"] == 1
+
+
+def test_batches_that_are_added_up_make_the_step_of_one_batch(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (town.root / "mine_net.py").write_text(OWN)
+    monkeypatch.syspath_prepend(town.root)
+    plain = {"arch": "mine_net:small", "optimizer": "sgd", "momentum": 0.0, "warmup_epochs": 0.0, "lr": 0.01}
+    count = len(job(town, "scene").division.train)
+    assert count % 4
+    made = [
+        trained(town, "scene", **plain, batch_size=size, accumulate=together, output_dir=town.root / str(size))[0]
+        for size, together in ((count, 1), (4, count))
+    ]
+    sys.modules.pop("mine_net", None)
+    one, other = (load_file(report.checkpoint) for report in made)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_forgets_the_random_weights_of_the_beginning(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    decays: list[float] = []
+    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1e9)
+    monkeypatch.setattr("teachers.training.loop._average", lambda old, new, decay: decays.append(decay))
+    trained(town, "scene", ema=0.5, epochs=2)
+    assert decays[:3] == [1 / 10, 2 / 11, 3 / 12]
+    assert decays[8:] == [0.5] * len(decays[8:])
+
+
+def test_a_tensor_under_two_names_is_averaged_once() -> None:
+    nets = [torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)) for _ in range(2)]
+    for net, value in zip(nets, (0.0, 1.0), strict=True):
+        net[1].weight = net[0].weight
+        torch.nn.init.constant_(net[0].weight, value)
+    _average(nets[0], nets[1], 0.9)
+    torch.testing.assert_close(nets[0][0].weight.detach(), torch.full((2, 2), 0.1))
+
+
+def test_clips_that_no_batch_ever_holds_are_told_of(town: World) -> None:
+    files = [sample.file for sample in job(town, "scene").division.train[:2]]
+    for file in files:
+        array = np.load(town.feature(file))
+        np.save(town.feature(file), np.concatenate([array, array]))
+    _, watcher = trained(town, "scene", drop_last=True)
+    assert watcher.told("2 training clips fill no batch")
+    assert not trained(town, "scene")[1].told("training clips")
+
+
+def test_a_net_of_one_s_own_that_takes_no_such_clips_is_an_error_that_says_so(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (town.root / "mine_net.py").write_text(OWN.replace("240", "7"))
+    monkeypatch.syspath_prepend(town.root)
+    with pytest.raises(TeacherError, match=r"mine_net:small failed: RuntimeError: .*shapes"):
+        trained(town, "scene", arch="mine_net:small")
+    sys.modules.pop("mine_net", None)
+
+
+def test_a_whole_city2scene_teacher_to_start_from_brings_its_city_teacher(town: World) -> None:
+    city, _ = trained(town)
+    whole, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    start = town.root / "start.safetensors"
+    start.write_bytes(whole.checkpoint.read_bytes())
+    plan = {"stages": (Stage(2, 1, 1e-3),), "output_dir": town.root / "o"}
+    one, _ = trained(town, "city2scene", backbone=start, init=start, **plan)
+    tensors, before = load_file(one.checkpoint), load_file(start)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors.items() if name.startswith("city_model"))
 
 
 def test_a_training_that_learns_nothing_is_an_error(town: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def _applicable(ctx: typer.Context, settings: dict[str, Any], path: Path) -> dic
     chosen: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key, [*known, *SECTIONS], 1)
             raise UsageError(f"{shown(path)}: unknown setting {shown(key)}" + (f"; is it {near[0]}?" if near else ""))
         parameter = mine.get(key)
         if parameter is None or value is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kd_cache.cli import options as opt
-from kd_cache.cli.config import file_settings, resolved_settings, source_name
+from kd_cache.cli.config import DEFAULT_FILE, file_settings, resolved_settings, source_name
 from kd_cache.cli.console import Screen, table
 from kd_cache.cli.inputs import inputs_of
 from kd_cache.cli.saved import run_record
@@ -44,6 +44,7 @@ def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
         checkpoint_limit(options.max_checkpoint_bytes),
     ):
         reports = []
+        _check_settings(ctx, (CITY, CITY2SCENE) if role == CITY2SCENE else (role,))
         for target in _targets(role, options.target):
             if role == CITY2SCENE and options.sweep is not None:
                 reports += _swept(ctx, options.sweep, target, screen)
@@ -64,12 +65,13 @@ def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
         Screen(quiet=options.quiet, as_json=options.as_json) as screen,
         checkpoint_limit(options.max_checkpoint_bytes),
     ):
+        _check_settings(ctx, (SCENE, CITY, CITY2SCENE))
         scene = _trained(ctx, SCENE, SOURCE, screen, only_shared=False)
         reports = [scene]
         for target in _targets(CITY, options.target):
             pair = _chain(ctx, target, screen, everything=True)
             reports += pair
-            if not options.shuffle_labels:
+            if scene.published and pair[-1].published:
                 checkpoints = {CITY2SCENE: pair[-1].checkpoint, SCENE: scene.checkpoint}
                 code, content = _dumped(ctx, options, target, checkpoints, screen)
                 codes.append(code)
@@ -78,6 +80,22 @@ def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
         screen.result_json({"trained": [report.as_json() for report in reports], "dumps": dumps})
     if code := worst_exit_code(codes):
         raise typer.Exit(code)
+
+
+def _check_settings(ctx: typer.Context, roles: Sequence[str]) -> None:
+    """Raise what each teacher's settings and net are wrong in, before any of them is trained."""
+    from teachers.training.nets import embedding_dim, make_net
+    from teachers.training.settings import stages_of
+
+    for role in roles:
+        options = options_for(ctx, role, only_shared=role != roles[-1] and len(roles) == 2)
+        settings = settings_of(role, options)
+        if settings.stages or settings.preset != "auto":
+            stages_of(settings, settings.preset)
+        if ":" in settings.arch:
+            net = make_net(settings, settings.num_classes, settings.seed)
+            if CITY2SCENE in roles and role == CITY:
+                embedding_dim(net)
 
 
 def _targets(role: str, target: str) -> Sequence[str]:
@@ -101,8 +119,16 @@ def _backbone(
         raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
     if own.embeddings or own.city_teacher_ckpt is not None:
         return [], own.city_teacher_ckpt
+    if own.init is not None and ":" not in own.arch and _is_city2scene(own.init):
+        return [], own.init  # with a city teacher of its own
     city = _trained(ctx, CITY, target, screen, only_shared=not everything)
     return [city], city.checkpoint
+
+
+def _is_city2scene(path: Path) -> bool:
+    from teachers.checkpoint import read_weights
+
+    return any(name.startswith("city_model.") for name in read_weights(path).tensors)
 
 
 def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[TrainReport]:
@@ -113,6 +139,12 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
     from teachers.training.teacher import publish, train_teacher
 
     choices = _parse_sweep(text)
+    own = options_for(ctx, CITY2SCENE)
+    if own.stage and (useless := {"lr", "epochs"} & set(choices)):
+        raise UsageError(
+            f"--sweep {shown(text)}: {' and '.join(sorted(useless))} of stages that are given one by one are theirs",
+            hint="Leave out --stage, or what it says from the sweep.",
+        )
     below, backbone = _backbone(ctx, target, screen, everything=False)
     base = replace(_job(ctx, CITY2SCENE, target, backbone, only_shared=False), publish=False, shared={})
     if "dropout" in choices and not base.settings.mlp_hidden_dims:
@@ -126,7 +158,7 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
             report = train_teacher(job, screen)
         except TrainingError as error:
             rows.append([*(f"{value:g}" for value in values), "failed", "–"])
-            screen.note(f"{chosen}: {error.message}")
+            screen.note(f"{', '.join(f'{name}={value:g}' for name, value in chosen.items())}: {error.message}")
             continue
         made.append((chosen, job, report))
         validation = report.results["validation"]
@@ -136,8 +168,8 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
         raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
     screen.result(table("Sweep", [*choices, "Validation", "Log loss"], rows), "")
     _, job, best = max(made, key=lambda one: _rank(one[2]))
-    if not job.settings.shuffle_labels:
-        best = replace(best, checkpoint=publish(job, best.checkpoint, best.results))
+    if not job.settings.shuffle_labels and job.settings.quick_experiment == 1:
+        best = replace(best, checkpoint=publish(job, best.checkpoint, best.results, screen), published=True)
     return [*below, best]
 
 
@@ -241,7 +273,11 @@ def options_for(ctx: typer.Context, role: str, *, only_shared: bool = False) -> 
         elif name == "config":
             chosen[name] = ctx.params[name]  # its callback reads the file
         else:
-            chosen[name] = parameter.process_value(ctx, file.get(name, parameter.default))
+            try:
+                chosen[name] = parameter.process_value(ctx, file.get(name, parameter.default))
+            except typer.BadParameter as error:  # of a section that typer has not looked at
+                where = f"{shown(ctx.params['config'] or DEFAULT_FILE)}: {role}: {name}"
+                raise UsageError(f"{where}: {error.message}") from error
     return TrainOptions(**{name: opt.at_home(value) for name, value in chosen.items()})
 
 
@@ -312,24 +348,26 @@ def _headlines(reports: Sequence[TrainReport]) -> Any:
             [
                 f"{report.role} {report.place}",
                 report.how,
-                *(_percent(found[where]) for where in ("validation", "test, source", "test, target")),
-                _percent(chance),
+                _percent(found["validation"]),
                 _number(validation.get("log_loss")),
                 _number(validation.get("ece")),
+                *(_percent(found[where]) for where in ("test, source", "test, target")),
+                _percent(chance),
             ]
         )
-    columns = ["Teacher", "", "Validation", "Test, A", "Test, target", "Chance", "Log loss", "ECE"]
+    columns = ["Teacher", "", "Validation", "its log loss", "its ECE", "Test, A", "Test, target", "Chance"]
     return table("Accuracy on locations that were not trained on", columns, rows)
 
 
 def _details(report: TrainReport) -> list[Any]:
     lines: list[Any] = [f"{report.role} {report.place}: {shown(report.checkpoint)}"]
     lines += [f"  {said}" for said in report.results.get("frozen", [])]
+    split = "Test" if report.results.get("test") else "Validation"
     test = report.results.get("test") or report.results["validation"]
     if test.get("samples"):
         sure = next(one for one in test["early_exit"] if one["threshold"] == 0.9)
         lines.append(
-            f"  Over {test['samples']} clips: macro accuracy {_percent(test['macro_accuracy'])}, log loss "
+            f"  {split}, {test['samples']} clips: macro accuracy {_percent(test['macro_accuracy'])}, log loss "
             f"{_number(test['log_loss'])}, ECE {_number(test['ece'])} (equal mass {_number(test['ece_equal_mass'])}), "
             f"Brier {_number(test['brier'])}; {_percent(sure['coverage'])} are at least 0.9 sure, of those "
             f"{_percent(sure['accuracy'])} right"

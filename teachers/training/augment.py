@@ -111,7 +111,7 @@ def _rolled(x: Tensor, most: float, chance: torch.Generator) -> Tensor:
     batch, frames, _ = x.shape
     start = (most * frames * _uniform(chance, batch, 1)).long()
     index = (torch.arange(frames) + start) % frames  # [B, T]
-    return x.gather(1, index[:, :, None].expand_as(x).to(x.device))
+    return x.gather(1, index.to(x.device)[:, :, None].expand_as(x))
 
 
 def _recoloured(x: Tensor, height: float, chance: torch.Generator) -> Tensor:

@@ -127,7 +127,7 @@ class Clips:
         """Rows of an epoch's batches, in an order drawn by ``chance``.
 
         ``drop_last`` leaves out what does not fill a batch; otherwise a single clip joins another batch of its shape,
-        because batch norm learns nothing from one. A clip that is alone with its shape is left out (`lone`).
+        because batch norm learns nothing from one. A clip that is alone with its shape is left out (`left_out`).
         """
         batches = []
         for mine in self._by_shape():
@@ -142,10 +142,10 @@ class Clips:
             batches += cut
         return [batches[at] for at in torch.randperm(len(batches), generator=chance).tolist()]
 
-    @property
-    def lone(self) -> int:
-        """How many clips are alone with their shape."""
-        return sum(len(rows) == 1 for rows in self._by_shape())
+    def left_out(self, batch_size: int, *, drop_last: bool) -> int:
+        """How many clips are in no batch of `shuffled`, ever: too few have their shape."""
+        least = batch_size if drop_last else min(batch_size, 2)
+        return sum(len(rows) for rows in self._by_shape() if len(rows) < least)
 
     def _by_shape(self) -> list[np.ndarray]:
         found: dict[tuple[int, ...], list[int]] = {}
@@ -153,20 +153,26 @@ class Clips:
             found.setdefault(shape, []).append(row)
         return [np.array(rows) for _, rows in sorted(found.items())]
 
-    def load(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def load(self, batches: Sequence[np.ndarray], *, pin: bool = False) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Each batch's rows and its features ``[B, T, F]`` float32, in order; read ahead where they are not in memory.
+
+        ``pin``: put together ahead of their use too, in page-locked memory, which a GPU copies from while it computes.
 
         Raises:
             FeatureError, StaleError: a feature that cannot be read any more, or is not what it was.
         """
-        if self._arrays is not None or not self._workers:
+        if not self._workers or (self._arrays is not None and not pin):
             yield from ((rows, self._features(rows)) for rows in batches)
             return
+
+        def loaded(rows: np.ndarray) -> Tensor:
+            return self._features(rows).pin_memory() if pin else self._features(rows)
+
         waiting: deque[tuple[np.ndarray, Future[Tensor]]] = deque()
         with ThreadPoolExecutor(self._workers, thread_name_prefix="read") as pool:
             try:
                 for rows in batches:
-                    waiting.append((rows, pool.submit(self._features, rows)))
+                    waiting.append((rows, pool.submit(loaded, rows)))
                     if len(waiting) > _AHEAD * self._workers:
                         first, loading = waiting.popleft()
                         yield first, loading.result()

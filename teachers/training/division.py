@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from kd_cache.errors import DataLeakageError, UsageError, listed
@@ -30,20 +31,32 @@ class Location:
 
 @dataclass(frozen=True)
 class Division:
-    """Training and validation samples, each in manifest order, and how many locations each has."""
+    """Training and validation samples, each in manifest order, with the name of each one's location."""
 
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
-    train_locations: int
-    validation_locations: int
+    train_places: tuple[str, ...]
+    validation_places: tuple[str, ...]
+
+    @property
+    def train_locations(self) -> int:
+        return len(set(self.train_places))
+
+    @property
+    def validation_locations(self) -> int:
+        return len(set(self.validation_places))
 
     def only(self, devices: Iterable[str]) -> Division:
         """The samples of these devices; every location stays on its side."""
         kept = set(devices)
-        train, validation = (
-            tuple(sample for sample in side if sample.device_id in kept) for side in (self.train, self.validation)
+        train = [sample.device_id in kept for sample in self.train]
+        validation = [sample.device_id in kept for sample in self.validation]
+        return Division(
+            tuple(compress(self.train, train)),
+            tuple(compress(self.validation, validation)),
+            tuple(compress(self.train_places, train)),
+            tuple(compress(self.validation_places, validation)),
         )
-        return Division(train, validation, self.train_locations, self.validation_locations)
 
 
 def divide(
@@ -79,12 +92,16 @@ def divide(
         count = min(max(round(ratio * len(mine)), 1), len(mine) - 1)
         chosen.update(mine[(fold * count + number) % len(mine)].name for number in range(count))
     _keep_every_scene_in_training(by_city, chosen)
-    held_out = {number for place in locations if place.name in chosen for number in place.samples}
-    train: list[Sample] = []
-    validation: list[Sample] = []
-    for number, sample in enumerate(samples):
-        (validation if number in held_out else train).append(sample)
-    return Division(tuple(train), tuple(validation), len(locations) - len(chosen), len(chosen))
+    place_of = {number: place.name for place in locations for number in place.samples}
+    places = [place_of[number] for number in range(len(samples))]
+    out = [place in chosen for place in places]
+    kept = [not held_out for held_out in out]
+    return Division(
+        tuple(compress(samples, kept)),
+        tuple(compress(samples, out)),
+        tuple(compress(places, kept)),
+        tuple(compress(places, out)),
+    )
 
 
 def subsample(

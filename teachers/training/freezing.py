@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
@@ -101,9 +102,18 @@ class Frozen:
             if inside and self.names.issuperset(inside):
                 module.eval()
 
-    def check(self) -> None:
-        """Raise `TrainingError` if any frozen tensor is trainable, or is not bit for bit what it was."""
+    def copy_to(self, averaged: nn.Module) -> None:
+        """Give the averaged net the frozen tensors: what holds still has no average."""
+        state, own = averaged.state_dict(), self.net.state_dict()
+        for name in self.names:
+            state[name].copy_(own[name])
+
+    def check(self, averaged: nn.Module | None = None) -> None:
+        """Raise `TrainingError` if any frozen tensor is trainable, or is not bit for bit what it was, in either net."""
         loose = [name for name, tensor in self.net.named_parameters() if name in self.names and tensor.requires_grad]
+        if averaged is not None:
+            state, own = averaged.state_dict(), self.net.state_dict()
+            loose += [name for name in self.names if not torch.equal(state[name], own[name])]
         if loose or _digest(self.net, self.names) != self.digest:
             raise TrainingError(
                 f"what is frozen at level {self.level} changed while it was frozen\n{listed(loose)}".rstrip(),

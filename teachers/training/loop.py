@@ -10,9 +10,10 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_cache.errors import TrainingError, UsageError, shown
+from kd_cache.errors import KDCacheError, TeacherError, TrainingError, UsageError, shown
 from kd_cache.pipeline.engine import is_out_of_memory
 from kd_cache.watch import Watcher
 from teachers.training.augment import Augmentation, Mixed, augmented
@@ -33,24 +34,40 @@ AUTOCAST: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIVERGED: Final = 3.0
 """A training loss so many times that of random weights, for so many epochs, has diverged."""
 DRIFT: Final = 0.2
+EPOCH_COLUMNS: Final = (
+    "stage",
+    "epoch",
+    "train_loss",
+    "val_accuracy",
+    "val_macro_accuracy",
+    "val_log_loss",
+    "seconds",
+)
+"""What is told of each epoch."""
 _LOOK: Final = 50
 """Batches between two looks at the loss: each makes a GPU wait."""
+
+
+Rank = tuple[bool, float, float]
 
 
 @dataclass
 class Progress:
     """Where a training is: epochs done in the current stage, and what was measured so far.
 
-    ``best`` is (accuracy, −log loss) of the best validation, and ``best_loss`` the lowest loss: over few clips accuracy
-    moves in steps. ``since_best`` counts the epochs of the stage since either improved.
+    ``best`` is the `rank` of the epoch that is kept. ``stage_best`` and ``stage_loss`` are the best rank and the lowest
+    loss of the stage, ``since_best`` the epochs since either improved: over few clips accuracy moves in steps.
+    ``averaged`` counts the steps that are in the averaged weights.
     """
 
     stage: int = 0
     epoch: int = 0
     step: int = 0
-    best: tuple[float, float] | None = None
-    best_loss: float | None = None
+    best: Rank | None = None
+    stage_best: Rank | None = None
+    stage_loss: float | None = None
     since_best: int = 0
+    averaged: int = 0
     random_loss: float | None = None
     start_loss: float | None = None
     diverging: int = 0
@@ -60,9 +77,17 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Progress:
+        """Raises ``TypeError`` for what is no progress."""
         found = cls(**content)
-        found.best = None if found.best is None else (found.best[0], found.best[1])
+        for name in ("best", "stage_best"):
+            rank = getattr(found, name)
+            setattr(found, name, None if rank is None else tuple(rank))
         return found
+
+    def rank(self, measured: Mapping[str, Any]) -> Rank:
+        """An epoch's validation: below random weights' loss or not, accuracy, −log loss. The higher the better."""
+        loss = measured["val_log_loss"]
+        return self.random_loss is None or loss < self.random_loss, measured["val_accuracy"], -loss
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,7 @@ class Loop:
         while done.stage < len(self.stages):
             self._run_stage(done.stage, self.stages[done.stage])
             done.stage, done.epoch, done.step, done.since_best = done.stage + 1, 0, 0, 0
+            done.stage_best = done.stage_loss = None
             self._resumed = {}
         self._refuse_unlearnt()
 
@@ -155,6 +181,8 @@ class Loop:
     def _run_stage(self, number: int, stage: Stage) -> None:
         done, settings = self.progress, self.settings
         frozen = Frozen.at(self.net, stage.level)
+        if self.averaged is not None:
+            frozen.copy_to(self.averaged)
         self._watcher.note(
             f"{self._name}stage {number + 1} of {len(self.stages)}: {stage.epochs} epochs at {stage.lr:g}; {frozen}"
         )
@@ -165,31 +193,27 @@ class Loop:
         # Looked at before an epoch, not after: a run that was killed in between must stop where it would have stopped.
         while done.epoch < stage.epochs and not (settings.patience and done.since_best >= settings.patience):
             began = time.monotonic()
-            try:
-                loss = self._epoch(number, stage, frozen, optimiser)
-            except Exception as error:
-                if (told := self._foreseen(error)) is None:
-                    raise
-                raise told from error
-            frozen.check()
+            loss = self._epoch(number, stage, frozen, optimiser)
+            frozen.check(self.averaged)
             done.epoch += 1
             validated = self._validated()
             self._tell_of_drift(validated["log_loss"])
-            done.history.append(
-                {
-                    "stage": number + 1,
-                    "epoch": done.epoch,
-                    "train_loss": loss,
-                    **{f"val_{name}": value for name, value in validated.items()},
-                    "seconds": time.monotonic() - began,
-                }
-            )
-            score = (validated["accuracy"], -validated["log_loss"])
+            measured = {
+                "stage": number + 1,
+                "epoch": done.epoch,
+                "train_loss": loss,
+                **{f"val_{name}": value for name, value in validated.items()},
+                "seconds": time.monotonic() - began,
+            }
+            done.history.append(measured)
+            rank, loss_now = done.rank(measured), validated["log_loss"]
             done.since_best += 1
-            if done.best_loss is None or validated["log_loss"] < done.best_loss:
-                done.best_loss, done.since_best = validated["log_loss"], 0
-            if done.best is None or score > done.best:
-                done.best, done.since_best = score, 0
+            if done.stage_loss is None or loss_now < done.stage_loss:
+                done.stage_loss, done.since_best = loss_now, 0
+            if done.stage_best is None or rank > done.stage_best:
+                done.stage_best, done.since_best = rank, 0
+            if done.best is None or rank > done.best:
+                done.best = rank
                 self._keeper.keep_best(self.averaged or self.net)
             self._refuse_divergence(loss)
             self._keeper.keep_last(self.net, self._state(optimiser), asdict(done))
@@ -203,29 +227,6 @@ class Loop:
             said = f"stage {number + 1}: the {len(frozen.names)} frozen tensors are bit for bit what they were"
             done.frozen.append(said)
             self._watcher.note(f"{self._name}{said}")
-
-    def _foreseen(self, error: Exception) -> TrainingError | None:
-        """What a person can do about an error of torch's; ``None`` for one that nobody foresaw."""
-        if is_out_of_memory(error):
-            return TrainingError(
-                f"there is not enough memory for batches of {self.settings.batch_size} clips ({shown(error)})",
-                hint="Give a smaller --batch-size, with --accumulate if the steps are to stay as large.",
-            )
-        if "more than 1 value per channel" in str(error):
-            return TrainingError(
-                "batch norm learns nothing from a batch of one clip", hint="Give --batch-size 2 or more."
-            )
-        if self.settings.deterministic and "deterministic" in str(error):
-            return TrainingError(
-                f"this device cannot repeat this net's training to the bit: {shown(error).splitlines()[0]}",
-                hint="Leave out --deterministic, or train on the CPU.",
-            )
-        if self.settings.compile and type(error).__module__.startswith("torch._"):
-            return TrainingError(
-                f"torch.compile failed: {type(error).__name__}: {shown(error).splitlines()[0]}",
-                hint="It needs a C++ compiler; or leave out --compile.",
-            )
-        return None
 
     def _epoch(self, number: int, stage: Stage, frozen: Frozen, optimiser: torch.optim.Optimizer) -> float:
         """One epoch; returns the mean loss."""
@@ -245,11 +246,12 @@ class Loop:
         losses: list[tuple[int, Tensor]] = []
         steps: list[Step] = []
         how = settings.augmentation(stage)
-        for at, (rows, features) in enumerate(self.train.load(batches), start=1):
+        for at, (rows, features) in enumerate(self.train.load(batches, pin=self.device.type == "cuda"), start=1):
             loss = self._loss(features, labels[rows], how, chance)
-            # The last group of an epoch may have fewer batches.
-            together = min(settings.accumulate, len(batches) - (at - 1) // settings.accumulate * settings.accumulate)
-            self._scaler.scale(loss / together).backward()  # type: ignore[no-untyped-call]
+            # By its share of the step's clips: the last batch of a shape is smaller, the last step has fewer batches.
+            first = (at - 1) // settings.accumulate * settings.accumulate
+            together = sum(map(len, batches[first : first + settings.accumulate]))
+            self._scaler.scale(loss * (len(rows) / together)).backward()  # type: ignore[no-untyped-call]
             losses.append((len(rows), loss.detach()))
             if at % settings.accumulate == 0 or at == len(batches):
                 lr = schedule.lr(done.step)
@@ -290,7 +292,11 @@ class Loop:
         self._scaler.update()
         optimiser.zero_grad(set_to_none=True)
         if self.averaged is not None:
-            _average(self.averaged, self.net, self.settings.ema)
+            # From the first step on: with the full decay the random weights of the beginning would stay for long.
+            done = self.progress
+            decay = min(self.settings.ema, (1 + done.averaged) / (10 + done.averaged))
+            done.averaged += 1
+            _average(self.averaged, self.net, decay)
 
     def _cause(self) -> str:
         bad = [name for name, tensor in self.net.state_dict().items() if not torch.isfinite(tensor).all()]
@@ -338,20 +344,20 @@ class Loop:
 
     def _refuse_unlearnt(self) -> None:
         done = self.progress
-        if done.best_loss is None or done.random_loss is None or self.settings.shuffle_labels:
+        if done.best is None or done.best[0] or self.settings.shuffle_labels:
             return
-        if done.best_loss >= done.random_loss:
-            told = (
-                f"nothing was learnt: the lowest validation loss is {done.best_loss:.3f}, that of random weights "
-                f"{done.random_loss:.3f}"
-            )
-            if self.settings.quick_experiment < 1:  # a part of the locations may be too little to learn from
-                self._watcher.note(told)
-                return
-            raise TrainingError(
-                told,
-                hint="Check the labels and the learning rate, and train again with other settings or --resume fresh.",
-            )
+        lowest = min(row["val_log_loss"] for row in done.history)
+        told = (
+            f"nothing was learnt: the lowest validation loss is {lowest:.3f}, that of random weights "
+            f"{done.random_loss:.3f}"
+        )
+        if self.settings.quick_experiment < 1:  # a part of the locations may be too little to learn from
+            self._watcher.note(told)
+            return
+        raise TrainingError(
+            told,
+            hint="Check the labels; train for more --epochs, with another --lr, or a shorter --warmup-epochs.",
+        )
 
     # -- what a step needs --------------------------------------------------------------------------------------------
 
@@ -407,11 +413,39 @@ class Loop:
         optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
         for parameter, values in optimiser.state.items():  # laid out in memory as they would be had nothing happened
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Tensor) and name != "step":
                     values[name] = torch.empty_like(parameter).copy_(value)
         if "scaler" in self._resumed:
             scale, growth = self._resumed["scaler"].tolist()
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
+
+
+def foreseen(error: Exception, settings: Settings) -> KDCacheError | None:
+    """What a person can do about an error of torch's; ``None`` for one that nobody foresaw."""
+    first = (shown(error).splitlines() or [""])[0]
+    if is_out_of_memory(error):
+        return TrainingError(
+            f"there is not enough memory for batches of {settings.batch_size} clips ({first})",
+            hint="Give a smaller --batch-size, with --accumulate if the steps are to stay as large.",
+        )
+    if "more than 1 value per channel" in str(error):
+        return TrainingError("batch norm learns nothing from a batch of one clip", hint="Give --batch-size 2 or more.")
+    if settings.deterministic and "deterministic" in str(error):
+        return TrainingError(
+            f"this device cannot repeat this net's training to the bit: {first}",
+            hint="Leave out --deterministic, or train on the CPU.",
+        )
+    if settings.compile and type(error).__module__.startswith("torch._"):
+        return TrainingError(
+            f"torch.compile failed: {type(error).__name__}: {first}",
+            hint="It needs a C++ compiler; or leave out --compile.",
+        )
+    if ":" in settings.arch:
+        return TeacherError(
+            f"{shown(settings.arch)} failed: {type(error).__name__}: {first}",
+            hint="It gets features [B, T, F], of one shape in a batch. Run again with --debug to see where it failed.",
+        )
+    return None
 
 
 class _Schedule:
@@ -451,12 +485,16 @@ def _cross_entropy(
 
 @torch.no_grad()
 def _average(averaged: nn.Module, net: nn.Module, decay: float) -> None:
-    """``averaged`` ← decay · averaged + (1 − decay) · net; counters are copied."""
-    for old, new in zip(averaged.state_dict().values(), net.state_dict().values(), strict=True):
+    """``averaged`` ← decay · averaged + (1 − decay) · net, each tensor once; counters are copied."""
+    for old, new in zip(_tensors(averaged), _tensors(net), strict=True):
         if old.is_floating_point():
             old.lerp_(new, 1 - decay)
         else:
             old.copy_(new)
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    return chain(net.parameters(), net.buffers())
 
 
 @torch.inference_mode()

@@ -118,15 +118,17 @@ def warm_start(net: nn.Module, path: Path, settings: Settings) -> WarmStart:
     return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, _provenance(weights))
 
 
-def city_net(path: Path, settings: Settings) -> tuple[nn.Module, WarmStart]:
+def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn.Module, WarmStart]:
     """The city teacher in a checkpoint: of a known architecture as it is there, of one's own as ``settings`` make it.
+
+    ``whole``: the checkpoint is of a whole City2Scene teacher, which has one.
 
     Raises:
         CheckpointError: it is no whole city teacher.
         TeacherError: a net that has no embedding.
     """
     if settings.arch in ARCHITECTURES:
-        teacher = load_teacher(path, role=CITY)
+        teacher = load_teacher(path, role=CITY2SCENE if whole else CITY)
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
         return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
     net = make_net(settings, settings.num_cities, settings.seed)

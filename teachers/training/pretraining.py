@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ import kd_cache
 import teachers
 from kd_cache.errors import shown
 from kd_cache.fingerprint import canonical_json
-from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, sync_directory, write_atomic
+from kd_cache.store.atomic import TEMPORARY, make_directory, open_file, store_errors, sync_directory, write_atomic
 
 WEIGHTS, ENTRY = "weights.safetensors", "entry.json"
 _KEY_SHOWN: Final = 32
+_OLD: Final = 3600
 
 
 @cache
@@ -103,6 +105,7 @@ class Pretrained:
         }
         make_directory(self.root)
         with store_errors(self.root, "write into"):
+            self._sweep()
             made = self.root / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
             try:
                 made.mkdir()
@@ -111,6 +114,12 @@ class Pretrained:
                 self._put_in_place(made, self._place(key))
             finally:
                 shutil.rmtree(made, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed left behind more than an hour ago."""
+        for path in self.root.glob(f"{TEMPORARY}*"):
+            if time.time() - path.stat().st_mtime > _OLD:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _put_in_place(self, made: Path, path: Path) -> None:
         """At every moment the earlier entry is there or the new one, or, for the time of two renames, none."""
@@ -148,7 +157,8 @@ def _is_folder(path: Path) -> bool:
 
 def _read(path: Path, *, check: bool = True) -> Entry:
     try:
-        entry = json.loads((path / ENTRY).read_bytes())
+        with open_file(path / ENTRY) as file:
+            entry = json.loads(file.read())
         if not isinstance(entry["parts"], dict):
             raise ValueError("its parts are no settings by name")
         if entry["measured"] and not isinstance(entry["measured"].get("validation"), dict):
@@ -158,7 +168,7 @@ def _read(path: Path, *, check: bool = True) -> Entry:
             return Entry(path, parts, created, measured, "its key is not that of its parts")
         if not check:
             return Entry(path, parts, created, measured)
-        with (path / WEIGHTS).open("rb") as file:
+        with open_file(path / WEIGHTS) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 return Entry(path, parts, created, measured, "its weights are not the bytes that were saved")
     except OSError as error:

@@ -32,10 +32,10 @@ import yaml
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
-from kd_cache.store.atomic import make_directory, store_errors, write_atomic
+from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, write_atomic
 from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, STATE_PREFIX, save_checkpoint
 from teachers.checkpoint_file import RECORD_ENTRY, read_content
-from teachers.training.loop import Step
+from teachers.training.loop import EPOCH_COLUMNS, Progress, Step
 
 BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
     "best.safetensors",
@@ -54,7 +54,7 @@ _COUNTS: Final = ("stage", "epoch")
 _STEP_COLUMNS: Final = ("stage", "epoch", "step", "lr", "loss")
 
 
-Last = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]
+Last = tuple[dict[str, Tensor], dict[str, Tensor], Progress]
 """Of a run's last epoch: the net that trained, the state of the training, and how far it was."""
 
 
@@ -100,6 +100,8 @@ class RunFolder:
                 continue
             lock = _lock(path)
             if lock is not None and _is_unfinished(path):
+                for leftover in path.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
+                    leftover.unlink(missing_ok=True)
                 return cls(path, record, lock, half=half)
             if lock is not None:
                 os.close(lock)
@@ -114,9 +116,9 @@ class RunFolder:
             self._lock = None
 
     def give_up(self) -> None:
-        """Nobody is to go on with this run: its last epoch cannot be read."""
+        """Nobody is to go on with this run."""
         with store_errors(self.path / LAST, "rename"):
-            (self.path / LAST).rename(self.path / f"{LAST}.damaged")
+            (self.path / LAST).rename(self.path / f"{LAST}.given-up")
         self.close()
 
     # -- what the loop keeps ------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ class RunFolder:
     def put_best_together(self, head: nn.Module) -> None:
         """Write the teacher of the best head. ``head`` is the net that trained. Raises `CheckpointError`."""
         best = copy.deepcopy(head)
-        content, _, _ = read_content(self.path / BEST_HEAD)
+        content = self._read(BEST_HEAD)
         best.load_state_dict({name: content[name] for name in best.state_dict()})
         self._write_best(best)
 
@@ -185,8 +187,7 @@ class RunFolder:
 
     def _write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         text = io.StringIO()
-        columns = list(dict.fromkeys(name for row in history for name in row))
-        out = csv.DictWriter(text, columns, lineterminator="\n")
+        out = csv.DictWriter(text, EPOCH_COLUMNS, lineterminator="\n")
         out.writeheader()
         out.writerows(history)
         write_atomic(self.path / HISTORY, text.getvalue().encode())
@@ -199,25 +200,28 @@ class RunFolder:
 
     def best(self) -> dict[str, Tensor]:
         """The best weights under the names of the net, as they are stored. Raises `CheckpointError`."""
-        content, _, _ = read_content(self.path / BEST)
+        content = self._read(BEST)
         content.pop(RECORD_ENTRY, None)
         return net_tensors(content)
+
+    def _read(self, name: str) -> dict[Any, Any]:
+        try:
+            return read_content(self.path / name)[0]
+        except CheckpointError as error:
+            raise CheckpointError(f"{shown(self.path / name)}: {error.message}", hint=error.hint) from error
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
     def last(self) -> Last:
         """The net that trained, the state and the progress of the last epoch. Raises `CheckpointError`."""
-        path = self.path / LAST
+        path, content = self.path / LAST, self._read(LAST)
         try:
-            content, _, _ = read_content(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{shown(path)}: {error.message}", hint=error.hint) from error
-        try:
-            progress = json.loads(content.pop(RECORD_ENTRY))["progress"]
-            if not isinstance(progress["history"], list):
+            progress = Progress.from_json(json.loads(content.pop(RECORD_ENTRY))["progress"])
+            if not isinstance(progress.history, list):
                 raise TypeError("its history is no list")
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{shown(path)} does not say how far the run was: {shown(error)}") from error
+        self._read(BEST_HEAD if (self.path / BEST_HEAD).exists() else BEST)  # now, not when the training is done
         state = {name.removeprefix(STATE_PREFIX): value for name, value in content.items() if _is_state(name)}
         trained = {name.removeprefix(NET): value for name, value in state.items() if name.startswith(NET)}
         kept = {name: value for name, value in content.items() if not _is_state(name)}

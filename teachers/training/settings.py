@@ -142,6 +142,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise UsageError(f"{name} is {value}, expected {least:g} to {most:g}")
+        self.augmentation(Stage(0, 1, 1.0, "moderate"))  # raises for what is out of its range
 
     @property
     def label(self) -> str:
@@ -166,8 +167,11 @@ class Settings:
         )
 
     def key_parts(self) -> dict[str, Any]:
-        """The settings by what they are about, for a key that changes with any of them."""
-        values = asdict(self)
+        """The settings by what they are about, for a key that changes with any of them.
+
+        Without those that only say what the stages are (`stages_of`): the same stages are the same training.
+        """
+        values = {name: value for name, value in asdict(self).items() if name not in _OF_STAGES}
         groups = {name: {key: values.pop(key) for key in keys} for name, keys in _GROUPS.items()}
         return {**groups, "optimiser": values}
 
@@ -190,6 +194,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
 }
 """Smallest and largest; not-a-number is in no range."""
 
+_OF_STAGES: Final = {"epochs", "lr", "preset", "stages", "direct_unfreeze"}
 _GROUPS: Final[Mapping[str, Sequence[str]]] = {
     "role": ("role", "num_scenes", "num_cities", "shuffle_labels"),
     "fold": ("val_ratio", "fold", "quick_experiment"),

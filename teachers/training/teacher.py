@@ -50,7 +50,7 @@ from teachers.training.division import Division, divide, subsample
 from teachers.training.embeddings import FOLDER, Source, described, made_with, side_by_side
 from teachers.training.evaluation import evaluated, test_clips
 from teachers.training.head import Standardised
-from teachers.training.loop import Loop, Progress, score
+from teachers.training.loop import Loop, Progress, foreseen, score
 from teachers.training.metrics import measure
 from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, own_code, warm_start
 from teachers.training.pretraining import Pretrained, code_version, key_of
@@ -81,7 +81,7 @@ class TrainJob:
         settings: see `Settings`.
         selection: the permitted train samples: of A and the target, or of A alone for a scene teacher.
         output_dir: the checkpoint is ``<output_dir>/teacher_<role>/A2<target>/best.safetensors`` (scene: ``global``).
-        backbone: the city teacher's checkpoint, for City2Scene.
+        backbone: the city teacher's checkpoint, for City2Scene; a whole City2Scene teacher's if it is ``init`` too.
         init: a checkpoint to start from.
         resume: ``auto`` goes on with an unfinished run of the same key, and takes a city teacher's weights from
             earlier ones; ``fresh`` does neither, and removes what is cached under this key.
@@ -144,6 +144,7 @@ class TrainReport:
     checkpoint: Path
     run: Path | None
     results: dict[str, Any]
+    published: bool
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -151,6 +152,7 @@ class TrainReport:
             "place": self.place,
             "how": self.how,
             "checkpoint": str(self.checkpoint),
+            "published": self.published,
             "run": None if self.run is None else str(self.run),
             "results": self.results,
         }
@@ -197,6 +199,8 @@ class _Training:
         job, settings = self.job, self.settings
         self._announce()
         if job.resume == FRESH:
+            while (folder := self._unfinished()) is not None:  # or the next run would go on with them
+                folder.give_up()
             if settings.role == CITY and self.pretrained.remove(self.parts):
                 self.watcher.note(f"removed the cached weights of key {self.key[:16]}…, as --resume fresh asks")
         elif (report := self._gone_on()) is not None or (
@@ -208,7 +212,7 @@ class _Training:
 
     def _gone_on(self) -> TrainReport | None:
         """The rest of an unfinished run; ``None`` where there is none that can be gone on with."""
-        folder = RunFolder.unfinished(self.job.home, self.key, self.record, half=self.job.half)
+        folder = self._unfinished()
         if folder is None:
             return None
         try:
@@ -218,6 +222,9 @@ class _Training:
             folder.give_up()
             return None
         return self._trained(folder, last)
+
+    def _unfinished(self) -> RunFolder | None:
+        return RunFolder.unfinished(self.job.home, self.key, self.record, half=self.job.half)
 
     # -- before -------------------------------------------------------------------------------------------------------
 
@@ -271,7 +278,7 @@ class _Training:
         if job.embeddings:
             city, start = self._on_embeddings()
         elif job.backbone is not None:
-            city, start = city_net(job.backbone, settings)
+            city, start = city_net(job.backbone, settings, whole=job.backbone == job.init)
         else:
             raise UsageError("a City2Scene teacher needs a city teacher", hint="Pass --city-teacher-ckpt.")
         self._inherit(start.provenance)
@@ -314,18 +321,23 @@ class _Training:
         parts = {
             **self.settings.key_parts(),
             "data": {"train": self.train.digest(label), "validation": self.validation.digest(label)},
-            "selection": {"target": selection.target, "train": len(self.train), "validation": len(self.validation)},
+            "selection": {"target": selection.target},
             "stages": [asdict(stage) for stage in self.stages],
             "net": own_code(self.settings.arch, self.net),
             "cached_features": self.job.cached_features,
             "start": None if self.start is None else {"kind": self.start.kind, "sha256": self.start.sha256},
             "code": code_version(),
             "environment": {name: where[name] for name in ("device", "instruction_set", "torch", "cuda")}
-            | {"threads": torch.get_num_threads()},
+            | self._threads_or_cudnn(),
             "storage": "float16" if job.half else "float32",
         }
         found: dict[str, Any] = json.loads(canonical_json(parts))  # as an entry's file gives them back
         return found
+
+    def _threads_or_cudnn(self) -> dict[str, Any]:
+        if self.job.device.type == "cpu":
+            return {"threads": torch.get_num_threads()}
+        return {"cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
 
     def _config(self) -> dict[str, Any]:
         settings = asdict(self.settings)
@@ -385,11 +397,11 @@ class _Training:
         )
         if self.start is not None:
             self.watcher.note(self.start.told)
-        if self.train.lone and self.settings.batch_size > 1:
-            self.watcher.note(
-                f"{self.train.lone:,} training clips are alone with their shape and are left out: batch norm learns "
-                "nothing from one"
-            )
+        if lost := self.train.left_out(self.settings.batch_size, drop_last=self.settings.drop_last):
+            why = "fill no batch with others of their shape, and --drop-last (--compile) leaves out all others"
+            if not self.settings.drop_last:
+                why = "are alone with their shape, and batch norm learns nothing from one"
+            self.watcher.note(f"{lost:,} training clips {why}: they are not trained on")
         seen = None if self.inherited is None else self.inherited.has_trained(s.file for s in self.validation.samples)
         if seen is not None and seen.any():
             self.watcher.note(
@@ -414,19 +426,27 @@ class _Training:
         if entry.damage is not None:
             self.watcher.note(f"the cached weights {shown(entry.path)} are damaged ({entry.damage}): training again")
             return None
-        read_weights(entry.weights)
         self.watcher.note(
             f"pre-training skipped: {shown(entry.path)} of {entry.created} has the same data, selection, fold, front "
             "end, architecture, augmentation, optimiser settings, seed, code and environment"
         )
-        checkpoint = publish(self.job, entry.weights, entry.measured)
-        return TrainReport(self.settings.role, self.job.place, "cached", checkpoint, None, entry.measured)
+        # Measured anew, on the clips that are there now.
+        with training_numerics(self.job.device, self.settings.precision, deterministic=self.settings.deterministic):
+            best = self._net_of(read_weights(entry.weights, frozenset(self.net.state_dict())).tensors)
+            results = {**entry.measured, **self._figures(best, head_alone=False)}
+        return self._reported("cached", entry.weights, None, results)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _trained(self, folder: RunFolder, last: Last | None) -> TrainReport:
         try:
             return self._run_in(folder, last)
+        except (KDCacheError, OSError):
+            raise
+        except Exception as error:
+            if (told := foreseen(error, self.settings)) is None:
+                raise
+            raise told from error
         finally:
             folder.close()
 
@@ -469,14 +489,20 @@ class _Training:
                 self._prove_frozen(whole, before, loop.progress)
                 folder.put_best_together(net)
             results = self._results(folder, loop)
-        checkpoint = folder.path / BEST
+        report = self._reported("trained" if last is None else "resumed", folder.path / BEST, folder.path, results)
         if job.publish and not settings.shuffle_labels:
-            checkpoint = publish(job, folder.path / BEST, results)
             self._save_pretrained(folder.path / BEST, results)
         folder.write_results(results)  # last: whoever is killed before publishes again
-        return TrainReport(
-            settings.role, job.place, "trained" if last is None else "resumed", checkpoint, folder.path, results
-        )
+        return report
+
+    def _reported(self, how: str, weights: Path, run: Path | None, results: dict[str, Any]) -> TrainReport:
+        """What became of it, after its weights are published if they are to be."""
+        job, settings = self.job, self.settings
+        published = job.publish and not settings.shuffle_labels and settings.quick_experiment == 1
+        checkpoint = publish(job, weights, results, self.watcher) if published else weights
+        if job.publish and settings.quick_experiment < 1:
+            self.watcher.note(f"a quick experiment publishes nothing: its weights are {shown(weights)}")
+        return TrainReport(settings.role, job.place, how, checkpoint, run, results, published)
 
     def _embedded(self, backbone: nn.Module, clips: Clips, which: str, *, extracted: bool = True) -> Clips:
         """The samples with their embeddings for features, extracted before or computed now; once for all that share."""
@@ -507,7 +533,7 @@ class _Training:
     def _go_on(self, folder: RunFolder, last: Last, loop: Loop) -> None:
         tensors, state, progress = last
         loop.net.load_state_dict(tensors)
-        loop.go_on(Progress.from_json(progress), state)
+        loop.go_on(progress, state)
         self.watcher.note(
             f"going on with {shown(folder.path)}: {len(loop.progress.history)} epochs are done, stage "
             f"{loop.progress.stage + 1}"
@@ -515,16 +541,12 @@ class _Training:
 
     def _results(self, folder: RunFolder, loop: Loop) -> dict[str, Any]:
         """Metrics of the best epoch's weights as they were stored."""
-        job, settings = self.job, self.settings
-        best, done = self._best_net(folder).to(job.device), loop.progress
-        measured = partial(self._measured, best, head_alone=folder.head_alone)
+        job, settings, done = self.job, self.settings, loop.progress
         return {
             "key": self.key,
             "role": settings.role,
             "place": job.place,
-            "validation": measured(self.validation, "validation"),
-            "test": self._measured_on_test(measured),
-            "chance": 1 / settings.num_classes,
+            **self._figures(self._net_of(folder.best()), head_alone=folder.head_alone),
             "random_weights_log_loss": done.random_loss,
             "warm_start_log_loss": done.start_loss,
             "epochs": len(done.history),
@@ -538,6 +560,15 @@ class _Training:
                 "validation": job.division.validation_locations,
             },
             "shuffled_labels": settings.shuffle_labels,
+        }
+
+    def _figures(self, best: nn.Module, *, head_alone: bool) -> dict[str, Any]:
+        """What ``best`` is worth on the clips as they are now."""
+        measured = partial(self._measured, best, head_alone=head_alone)
+        return {
+            "validation": measured(self.validation, "validation"),
+            "test": self._measured_on_test(measured),
+            "chance": 1 / self.settings.num_classes,
         }
 
     def _measured(self, best: nn.Module, clips: Clips, which: str, *, head_alone: bool) -> dict[str, Any]:
@@ -557,15 +588,16 @@ class _Training:
             if not len(job.shared["test"]):
                 return None
             return measured(job.shared["test"], "test")
-        except (FeatureError, StaleError, TeacherError) as error:
-            self.watcher.note(f"test was not measured: {error.message}")
+        except (FeatureError, StaleError, TeacherError, RuntimeError) as error:
+            reason = error.message if isinstance(error, KDCacheError) else shown(error)
+            self.watcher.note(f"test was not measured: {reason}")
             return None
 
-    def _best_net(self, folder: RunFolder) -> nn.Module:
-        """A copy of the net with the weights of ``best.safetensors``."""
+    def _net_of(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the net with these weights, on the device."""
         net = copy.deepcopy(self.net)
-        net.load_state_dict({**net.state_dict(), **folder.best()})
-        return net
+        net.load_state_dict({**net.state_dict(), **tensors})
+        return net.to(self.job.device)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -583,13 +615,15 @@ def _by_key(sample: Sample) -> str:
     return sample_key(sample.file)
 
 
-def publish(job: TrainJob, weights: Path, results: Mapping[str, Any]) -> Path:
+def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: Watcher) -> Path:
     """Put ``weights`` beside the runs as ``best.safetensors`` (and ``best.pth``), each whole. Raises `StoreError`."""
     home = job.home
     make_directory(home)
     checkpoint = home / BEST
     with store_errors(weights, "read"):
         content = weights.read_bytes()
+    if checkpoint.is_file() and checkpoint.read_bytes() != content:
+        watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
     write_atomic(checkpoint, content)
     if not job.pth:  # one of other weights must not stand beside it
         with store_errors(home / "best.pth", "remove"):
@@ -652,5 +686,5 @@ class _Embedding(nn.Module):
 
 def _best_epoch(done: Progress) -> int:
     """Counted over all stages, from 1."""
-    scores = [(row["val_accuracy"], -row["val_log_loss"]) for row in done.history]
-    return scores.index(max(scores)) + 1 if scores else 0
+    ranks = [done.rank(row) for row in done.history]
+    return ranks.index(max(ranks)) + 1 if ranks else 0

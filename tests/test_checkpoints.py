@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError
@@ -555,6 +555,19 @@ def test_a_flipped_byte_is_refused_or_only_changes_a_number(tmp_path: Path, kind
             load_teacher(path)
         except CheckpointError as error:
             assert str(path) in error.message  # noqa: PT017 - a flip in a number is not an error
+
+
+def test_any_flipped_bit_in_weights_or_record_that_we_wrote_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_checkpoint(path, cp_resnet(), {"role": "scene", "class_names": list("abcdefghij")})
+    assert load_file(path).keys() == cp_resnet().keys()  # safetensors' own reader takes it as it is
+    whole = path.read_bytes()
+    body = 8 + int.from_bytes(whole[:8], "little")
+    names = whole.index(b"class_names")
+    flips = np.random.default_rng(0).integers(body, len(whole), 60)
+    for position in [body, len(whole) - 1, names + 16, *flips.tolist()]:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert "not those that were written" in refusal(path)
 
 
 def test_compressed_zip_members_are_refused_as_a_bomb(written: Callable[[bytes], Path]) -> None:

@@ -356,4 +356,4 @@ def test_networks_know_nothing_of_caches() -> None:
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         found = {module for module in found if module and module.startswith("kd_cache")}
-        assert found <= {"kd_cache.errors", "kd_cache.fingerprint", "kd_cache.provenance"}
+        assert found <= {"kd_cache.errors", "kd_cache.fingerprint", "kd_cache.provenance", "kd_cache.store.atomic"}

@@ -1024,13 +1024,21 @@ def test_batches_that_are_added_up_make_the_step_of_one_batch(town: World, monke
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_forgets_the_random_weights_of_the_beginning(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    decays: list[float] = []
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1e9)
-    monkeypatch.setattr("teachers.training.loop._average", lambda old, new, decay: decays.append(decay))
-    trained(town, "scene", ema=0.5, epochs=2)
-    assert decays[:3] == [1 / 10, 2 / 11, 3 / 12]
-    assert decays[8:] == [0.5] * len(decays[8:])
+def test_the_average_is_of_the_steps_alone(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
+
+    def watched(averaged: torch.nn.Module, net: torch.nn.Module, decay: float) -> None:
+        _average(averaged, net, decay)
+        seen.append(net.state_dict()["stem.0.weight"].double().clone())
+        kept.append(averaged.state_dict()["stem.0.weight"].double().clone())
+
+    monkeypatch.setattr("teachers.training.loop._average", watched)
+    trained(town, "scene", ema=0.9)
+    for count in (1, 2, len(seen)):
+        shares = torch.tensor([0.9 ** (count - 1 - number) for number in range(count)], dtype=torch.float64)
+        mean = sum(share * weights for share, weights in zip(shares / shares.sum(), seen[:count], strict=True))
+        torch.testing.assert_close(kept[count - 1], mean, rtol=1e-5, atol=1e-6)
 
 
 def test_a_tensor_under_two_names_is_averaged_once() -> None:

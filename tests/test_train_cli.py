@@ -307,6 +307,61 @@ def test_city2scene_trains_the_city_teacher_that_it_needs(quick: World, run: Run
         assert torch.equal(below[name], tensor)
 
 
+def test_city2scene_leaves_a_city_teacher_of_other_settings_where_it_is(trained: World, run: Run) -> None:
+    assert run("train", "city", "--target", "b", "--seed", 5).exit_code == 0
+    before = (trained.root / CITY).read_bytes()
+    result = run("train", "city2scene", "--target", "b", "--json")
+    assert result.exit_code == 0, result.output
+    assert (trained.root / CITY).read_bytes() == before
+    assert "is of another training and stays" in result.stderr
+    city, head = reports(result)
+    assert (city["published"], head["published"]) == (False, True)
+
+
+def test_what_any_teacher_s_settings_are_wrong_in_is_said_before_one_is_trained(trained: World, run: Run) -> None:
+    for section, setting, told in (
+        ("city", {"lr": "fast"}, "kd-cache.yaml: city: lr"),
+        ("city2scene", {"stage": ["foo"]}, "--stage foo"),
+        ("city2scene", {"preset": "backbone", "epochs": 3}, "needs more than 12 epochs"),
+    ):
+        settings = changed()
+        settings[section] = {**settings.get(section, {}), **setting}
+        write_settings(trained, settings)
+        result = run("train", "all", "--target", "b", "--seed", 9)
+        assert result.exit_code == 2
+        assert told in result.stderr
+        assert "training samples" not in result.stderr
+
+
+def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
+    trained: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained.root / "flat_net.py").write_text(
+        "import torch\n\ndef flat(classes):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
+    )
+    monkeypatch.syspath_prepend(trained.root)
+    result = run("train", "all", "--target", "b", "--arch", "flat_net:flat")
+    sys.modules.pop("flat_net", None)
+    assert result.exit_code == 1
+    assert "no embed(features) and embedding_dim" in result.stderr
+    assert "training samples" not in result.stderr
+
+
+def test_a_sweep_of_what_stages_say_is_refused(trained: World, run: Run) -> None:
+    result = run("train", "city2scene", "--target", "b", "--stage", ONE, "--sweep", "lr=0.1/0.2,weight-decay=0/1")
+    assert result.exit_code == 2
+    assert "lr of stages that are given one by one" in result.stderr
+
+
+def test_a_quick_chain_publishes_and_dumps_nothing(quick: World, run: Run) -> None:
+    result = run("train", "all", "--target", "b", "--quick-experiment", 0.9, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["dumps"] == []
+    assert not (quick.root / CITY).exists()
+    assert not (quick.root / "cache").exists()
+
+
 def test_city2scene_takes_a_city_teacher_that_is_given(trained: World, run: Run) -> None:
     given = trained.root / "elsewhere.safetensors"
     (trained.root / CITY).rename(given)

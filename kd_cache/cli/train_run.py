@@ -211,7 +211,8 @@ def _trained(
 ) -> TrainReport:
     from teachers.training.teacher import train_teacher
 
-    return train_teacher(_job(ctx, role, target, backbone, only_shared=only_shared), screen)
+    job = _job(ctx, role, target, backbone, only_shared=only_shared)
+    return train_teacher(replace(job, replace=not only_shared), screen)
 
 
 def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, only_shared: bool) -> TrainJob:

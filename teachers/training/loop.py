@@ -292,11 +292,10 @@ class Loop:
         self._scaler.update()
         optimiser.zero_grad(set_to_none=True)
         if self.averaged is not None:
-            # From the first step on: with the full decay the random weights of the beginning would stay for long.
-            done = self.progress
-            decay = min(self.settings.ema, (1 + done.averaged) / (10 + done.averaged))
-            done.averaged += 1
-            _average(self.averaged, self.net, decay)
+            # Of the steps alone, by Adam's correction of its start: the weights of the beginning would stay for long.
+            ema, number = self.settings.ema, self.progress.averaged
+            self.progress.averaged += 1
+            _average(self.averaged, self.net, (ema - ema ** (number + 1)) / (1 - ema ** (number + 1)))
 
     def _cause(self) -> str:
         bad = [name for name, tensor in self.net.state_dict().items() if not torch.isfinite(tensor).all()]

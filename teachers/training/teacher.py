@@ -10,6 +10,7 @@ Validation is by location. ``test`` is only measured, after everything is chosen
 from __future__ import annotations
 
 import copy
+import filecmp
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -88,6 +89,7 @@ class TrainJob:
         embeddings: names of extracted sources that a City2Scene teacher's head stands on, in place of ``backbone``.
         cached_features: train a head that alone trains on embeddings that are computed once.
         publish: put the best weights beside the runs.
+        replace: also where those of another training are.
         shared: what trainings on the same samples share: features, and what a backbone makes of them.
         pth: write ``best.pth`` too.
         half: store weights as float16.
@@ -107,6 +109,7 @@ class TrainJob:
     embeddings: tuple[str, ...] = ()
     cached_features: bool = True
     publish: bool = True
+    replace: bool = True
     pth: bool = False
     half: bool = False
     tensorboard: bool = False
@@ -499,9 +502,14 @@ class _Training:
         """What became of it, after its weights are published if they are to be."""
         job, settings = self.job, self.settings
         published = job.publish and not settings.shuffle_labels and settings.quick_experiment == 1
-        checkpoint = publish(job, weights, results, self.watcher) if published else weights
         if job.publish and settings.quick_experiment < 1:
             self.watcher.note(f"a quick experiment publishes nothing: its weights are {shown(weights)}")
+        elif published and not job.replace and (job.home / BEST).is_file() and not _same(job.home / BEST, weights):
+            published = False
+            self.watcher.note(
+                f"{shown(job.home / BEST)} is of another training and stays; to stand on it, pass --city-teacher-ckpt"
+            )
+        checkpoint = publish(job, weights, results, self.watcher) if published else weights
         return TrainReport(settings.role, job.place, how, checkpoint, run, results, published)
 
     def _embedded(self, backbone: nn.Module, clips: Clips, which: str, *, extracted: bool = True) -> Clips:
@@ -622,7 +630,7 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: W
     checkpoint = home / BEST
     with store_errors(weights, "read"):
         content = weights.read_bytes()
-    if checkpoint.is_file() and checkpoint.read_bytes() != content:
+    if checkpoint.is_file() and not _same(checkpoint, weights):
         watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
     write_atomic(checkpoint, content)
     if not job.pth:  # one of other weights must not stand beside it
@@ -638,6 +646,11 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: W
         }
         save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
     return checkpoint
+
+
+def _same(one: Path, other: Path) -> bool:
+    with store_errors(one, "read"):
+        return filecmp.cmp(one, other, shallow=False)
 
 
 def _backbone_digest(net: nn.Module) -> str:

@@ -367,10 +367,16 @@ class _Audit:
         in_order = sorted(self.all_files, key=sample_key)
         places = {} if plan is None else places_of(self.job.source, in_order, plan)
         for name, origin in index.origins.items():
+            if self.job.only is not None and name not in self.job.only:
+                continue
             union = packs.union(origin)
             if union is None or name not in self.job.teachers or name in self.changed:
-                why = "it changed since the dump" if name in self.changed else "it is not loaded, or has no rows"
-                self.report.notes.append(f"{name}: not recomputed, because {why}")
+                if name in self.changed or union is None:
+                    why = "it changed since the dump" if name in self.changed else "it has no rows"
+                    self.report.notes.append(f"{name}: not recomputed, because {why}")
+                elif not self.job.unchecked.get(name, ("", False))[1]:  # else it is a problem already
+                    why, _ = self.job.unchecked.get(name, ("it was not loaded", False))
+                    self._problem(UNCHECKED, name, ALL_ROWS, f"it cannot be recomputed: {why}", TEACHER)
                 continue
             recheck = Recheck(self.job.teachers[name], union, places, self.job.device)
             checked = recheck.run(self.files, self.job.source, self.watcher)

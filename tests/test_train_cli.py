@@ -348,6 +348,52 @@ def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
     assert "training samples" not in result.stderr
 
 
+OWN_NETS = """
+import torch
+from teachers.training.nets import own_teacher
+
+class Small(torch.nn.Module):
+    classifier_prefix = "head."
+    embedding_dim = 6
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body = torch.nn.Linear(240, 6)
+        self.head = torch.nn.Linear(6, classes)
+
+    def embed(self, x):
+        return self.body(x.flatten(1)).relu()
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+def small(classes):
+    return Small(classes)
+
+def trained(ckpt):
+    return own_teacher("own_nets:small", ckpt, num_cities=3)
+"""
+
+
+@pytest.mark.parametrize("hidden", ["none", "5,4"])
+def test_nets_of_one_s_own_go_from_features_to_a_cache_that_can_be_scored_again(
+    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    (quick.root / "own_nets.py").write_text(OWN_NETS)
+    monkeypatch.syspath_prepend(quick.root)
+    write_settings(quick, changed(city2scene={"epochs": 30, "mlp_hidden_dims": hidden}))
+    result = run("train", "all", "--target", "b", "--arch", "own_nets:small", "--json")
+    assert result.exit_code == 0, result.output
+    checkpoints = {report["role"]: report["checkpoint"] for report in reports(result)}
+    told = run("verify", "--recompute", "--all")
+    assert told.exit_code == 1
+    assert "pass it with --teacher" in " ".join(told.stdout.split())
+    own = [f"{role}=own_nets:trained,ckpt={checkpoints[role]}" for role in ("city2scene", "scene")]
+    again = run("verify", "--recompute", "--all", "--teacher", own[0], "--teacher", own[1])
+    sys.modules.pop("own_nets", None)
+    assert again.exit_code == 0, again.output
+
+
 def test_a_sweep_of_what_stages_say_is_refused(trained: World, run: Run) -> None:
     result = run("train", "city2scene", "--target", "b", "--stage", ONE, "--sweep", "lr=0.1/0.2,weight-decay=0/1")
     assert result.exit_code == 2

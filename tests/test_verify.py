@@ -197,6 +197,11 @@ def test_an_own_teacher_that_is_not_given_is_said_to_be_unchecked(run: Run, dump
     result = run("verify")
     assert result.exit_code == 0
     assert "tiny: its fingerprint was not checked" in result.stderr
+    result = run("verify", "--recompute", *TINY[:2])
+    assert result.exit_code == 1
+    assert "other: (all rows): it cannot be recomputed: it is your own; pass it with --teacher" in " ".join(
+        result.stdout.split()
+    )
 
 
 def test_a_precision_or_dtype_other_than_dumped_is_stale(verify: Run) -> None:

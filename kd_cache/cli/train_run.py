@@ -323,7 +323,9 @@ def _teachers(ctx: typer.Context, options: TrainOptions, specs: Sequence[Teacher
     )
     for spec in specs:
         if not spec.factory and spec.checkpoint is not None:
-            loaded[spec.name] = own_teacher(spec.checkpoint, settings_of(spec.name, options_for(ctx, spec.name)))
+            loaded[spec.name] = own_teacher(
+                options_for(ctx, spec.name).arch, spec.checkpoint, num_cities=options.num_cities
+            )
     return loaded
 
 

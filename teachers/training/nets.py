@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +19,9 @@ from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageEr
 from kd_cache.fingerprint import weights_digest
 from kd_cache.provenance import Provenance
 from kd_cache.teacher import resolve_factory
-from teachers.builtin import ARCHITECTURES, City2Scene
+from teachers.builtin import ARCHITECTURES, City2Scene, under
 from teachers.checkpoint import Weights, load_teacher, read_weights
-from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp
+from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp, mlp_widths
 from teachers.cp_resnet import CHANNELS, CPResNet
 from teachers.training.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
 from teachers.training.settings import BACKBONE as FROM_BACKBONE
@@ -132,7 +133,7 @@ def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
         return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
     net = make_net(settings, settings.num_cities, settings.seed)
-    start = warm_start(net, path, settings)
+    start = warm_start(net, path, replace(settings, role=CITY))
     if start.kind != FULL_MODEL:
         raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")
     embedding_dim(net)
@@ -224,21 +225,37 @@ class OwnTeacher(nn.Module):
         return dict(self._parts)
 
 
-def own_teacher(path: Path, settings: Settings) -> OwnTeacher:
-    """The teacher in a checkpoint of ``settings.arch``, a user's own: every name and shape must fit.
+def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12) -> OwnTeacher:
+    """The teacher of a net of one's own in a checkpoint that ``kd-cache train --arch module:factory`` wrote.
+
+    For ``--teacher``: ``def scene(ckpt): return own_teacher("my_nets:small", ckpt)``.
+
+    Args:
+        arch: the factory, as it was given to ``--arch``.
+        num_cities: what a City2Scene teacher's city teacher was made for.
 
     Raises:
-        CheckpointError: it does not fit.
+        CheckpointError: the file does not say which teacher it is, or its names and shapes are not this net's.
     """
-    net: nn.Module = make_net(settings, settings.num_classes, settings.seed)
-    if settings.role == CITY2SCENE:
-        net = make_net(settings, settings.num_cities, settings.seed)
+    weights = read_weights(path)
+    role, names = weights.record.get("role"), weights.record.get("class_names")
+    if role not in LABEL or not names:
+        raise CheckpointError(
+            f"{shown(os.fspath(path))} does not say which teacher of which classes it is",
+            hint="kd-cache train writes that into its checkpoints.",
+        )
+    cities = num_cities if role == CITY2SCENE else len(names)
+    settings = Settings(role, arch=arch, num_scenes=len(names), num_cities=cities)
+    net = make_net(settings, cities, settings.seed)
     weights = read_weights(path, frozenset(net.state_dict()))
-    if settings.role == CITY2SCENE:
+    if role == CITY2SCENE:
+        head = under(weights.tensors, "scene_head.")
+        hidden = mlp_widths(head, "", (embedding_dim(net), len(names)))[:-1] if "weight" not in head else []
+        settings = replace(settings, mlp_hidden_dims=tuple(hidden))
         net = City2Scene(net, make_head(embedding_dim(net), settings, settings.seed))
-    kind, told = fill_matching(net, dict(weights.tensors), shown(path))
+    kind, told = fill_matching(net, dict(weights.tensors), shown(os.fspath(path)))
     if kind != FULL_MODEL:
-        raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {told}")
+        raise CheckpointError(f"{shown(os.fspath(path))} is no whole {arch}: {told}")
     return OwnTeacher(net, weights, settings)
 
 

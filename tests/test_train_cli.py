@@ -995,6 +995,24 @@ def test_info_says_that_cached_pretraining_is_damaged(trained: World, run: Run, 
     assert json.loads(run("info", "outputs", "--json").stdout)["pretrained"][0]["damage"]
 
 
+def test_info_lists_trained_teachers_and_how_good_they_are(trained: World, run: Run) -> None:
+    found = json.loads(run("info", "outputs", "--json").stdout)["trained"]
+    assert [(one["role"], one["place"]) for one in found] == [
+        ("city", "A2b"),
+        ("city2scene", "A2b"),
+        ("scene", "global"),
+    ]
+    for one in found:
+        results = json.loads((Path(one["run"]) / "results.json").read_text())
+        assert one["accuracy"]["validation"] == results["validation"]["accuracy"]
+        assert one["trained_on"] + one["validated_on"] <= len(trained.permitted())
+    (trained.root / HEAD).write_bytes(b"no checkpoint")
+    told = run("info", "outputs/teacher_city2scene/A2b")
+    assert told.exit_code == 0
+    assert "damaged" in told.stdout
+    assert run("info", HEAD).exit_code == 2
+
+
 def test_info_tells_of_caches_and_pretraining_together(trained: World, run: Run) -> None:
     assert run("dump", "--target", "b", "--quiet").exit_code == 0
     content = json.loads(run("info", "--json").stdout)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -160,7 +160,7 @@ class Screen(Watcher):
         if not self.quiet:
             self.stderr.print(Text(shown(text)))
 
-    def result(self, *tables: Table | str) -> None:
+    def result(self, *tables: Group | str) -> None:
         """What the command was asked for, for a person."""
         self._close()
         if self.quiet or self.as_json:
@@ -183,14 +183,14 @@ class Screen(Watcher):
             self._progress = None
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table; every cell is printed as it is, never as markup."""
-    made = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
+    """A plain table below its title; every cell is printed as it is, never as markup."""
+    made = Table(show_edge=False, pad_edge=False)
     for number, column in enumerate(columns):
         made.add_column(Text(column), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*[Text(shown(cell)) for cell in row])
-    return made
+    return Group(Text(title, style="table.title"), made)  # not the table's own, which it would fold at its width
 
 
 def size(count: int) -> str:

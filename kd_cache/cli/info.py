@@ -11,7 +11,7 @@ import typer
 
 from kd_cache.cli import options as opt
 from kd_cache.cli.console import Screen, reporting_errors, size, table
-from kd_cache.errors import MissingLogitsError, shown
+from kd_cache.errors import MissingLogitsError, UsageError, shown
 from kd_cache.store.atomic import store_errors
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ EXAMPLES = """Examples:
 
 kd-cache info
 
-kd-cache info cache/A2b --json"""
+kd-cache info cache/A2b --json
+
+kd-cache info outputs"""
 
 WHEN_CHECKED = {"full": "when opened", "lazy": "when first read"}
 SOURCES = {"commandline": "command line", "default_map": "file"}
@@ -30,19 +32,28 @@ SOURCES = {"commandline": "command line", "default_map": "file"}
 
 @reporting_errors
 def info_command(
-    path: Annotated[Path, typer.Argument(help="A cache, or a folder of caches.")] = Path("cache"),
+    path: Annotated[Path, typer.Argument(help="A cache, a folder of caches, or train's outputs.")] = Path("cache"),
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Tell what a cache holds, made from what, when, by which settings; and which city teachers' weights are cached."""
+    """Tell what a cache holds, made from what, when, by which settings.
+
+    Of what kd-cache train wrote: which teachers are there, how good they are, and which city teachers' weights are
+    cached under which settings.
+    """
+    from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
     from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
     with Screen(quiet=False, as_json=as_json) as screen:
-        pretrained = _pretrained_root(path)
+        if path.is_file():
+            raise UsageError(f"{shown(path)} is a file", hint="Give the folder that it is in.")
+        # Without a path, what train writes by default is told of as well.
+        outputs = Path("outputs") if path == Path("cache") else path
+        trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
         folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
         if CacheFolder(path).index_path.is_file():
             folders = [CacheFolder(path)]
-        if not folders and pretrained is None:
+        if not folders and not trained and not pretrained:
             raise no_finished_cache(path)
         described = []
         for folder in folders:
@@ -54,43 +65,11 @@ def info_command(
                 )
             described.append(_described(folder, index))
             screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
-        entries = [] if pretrained is None else _pretrained_entries(pretrained)
-        for entry in entries:
-            screen.result(*_entry_lines(entry))
-        screen.result_json({"caches": described, "pretrained": entries})
-
-
-def _pretrained_root(path: Path) -> Path | None:
-    """Where cached pre-training lies: at the path, below it, or in ``outputs`` where nobody said where to look."""
-    candidates = [path, path / "pretrained", *([Path("outputs/pretrained")] if path == Path("cache") else [])]
-    return next((each for each in candidates if each.name == "pretrained" and each.is_dir()), None)
-
-
-def _pretrained_entries(root: Path) -> list[dict[str, Any]]:
-    from teachers.training.pretraining import Pretrained  # brings torch
-
-    return [
-        {
-            "path": str(entry.path),
-            "created": entry.created,
-            "damage": entry.damage,
-            "validation_accuracy": (entry.measured.get("validation") or {}).get("accuracy"),
-            "parts": entry.parts,
-        }
-        for entry in Pretrained(root).entries()
-    ]
-
-
-def _entry_lines(entry: dict[str, Any]) -> list[str]:
-    lines = [f"{entry['path']}: cached pre-training of a city teacher, {entry['created'] or 'date not known'}"]
-    if entry["damage"]:
-        lines.append(f"damaged   {entry['damage']}; it will be trained again")
-    if entry["validation_accuracy"] is not None:
-        lines.append(f"accuracy  {100 * entry['validation_accuracy']:.1f} % of the validation samples")
-    for name, part in entry["parts"].items():
-        told = ", ".join(f"{key}={value}" for key, value in part.items()) if isinstance(part, dict) else str(part)
-        lines.append(f"  {name:<13} {told}")
-    return [*lines, ""]
+        if trained:
+            screen.result(teachers_table(trained), "")
+        for entry in pretrained:
+            screen.result(*entry_lines(entry))
+        screen.result_json({"caches": described, "trained": trained, "pretrained": pretrained})
 
 
 def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:

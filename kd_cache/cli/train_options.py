@@ -58,7 +58,13 @@ class TrainOptions:
     fold: Annotated[int, _option("--fold", "Which locations: 0, 1, … hold out different ones.", DATA, min=0)] = 0
     quick_experiment: Annotated[
         float,
-        _option("--quick-experiment", "Use only this share of each city's locations.", DATA, min=0.0, max=1.0),
+        _option(
+            "--quick-experiment",
+            "Use only this share of each city's locations; publishes nothing.",
+            DATA,
+            min=0.0,
+            max=1.0,
+        ),
     ] = 1.0
     feature_spec: Annotated[
         str, _option("--feature-spec", "The front end in words; kept with the teacher and its logits.", DATA)
@@ -140,16 +146,30 @@ class TrainOptions:
         bool,
         _option("--cached-features/--no-cached-features", "Train a head alone on embeddings computed once.", STAGES),
     ] = True
-    mixup: Annotated[float | None, _option("--mixup", "α of mixup.", AUGMENT, min=0.0)] = None
-    time_mask: Annotated[float | None, _option("--time-mask", "Share of frames.", AUGMENT, min=0.0, max=1.0)] = None
-    freq_mask: Annotated[float | None, _option("--freq-mask", "Share of bins.", AUGMENT, min=0.0, max=1.0)] = None
-    time_roll: Annotated[float | None, _option("--time-roll", "Share of the clip.", AUGMENT, min=0.0, max=1.0)] = None
+    mixup: Annotated[
+        float | None,
+        _option(
+            "--mixup", "α of mixup (0.1 to 0.4 is usual): clips and labels are blended in pairs.", AUGMENT, min=0.0
+        ),
+    ] = None
+    time_mask: Annotated[
+        float | None, _option("--time-mask", "Largest share of frames that is masked.", AUGMENT, min=0.0, max=1.0)
+    ] = None
+    freq_mask: Annotated[
+        float | None, _option("--freq-mask", "Largest share of mel bins that is masked.", AUGMENT, min=0.0, max=1.0)
+    ] = None
+    time_roll: Annotated[
+        float | None, _option("--time-roll", "Largest share of a clip that it is rolled by.", AUGMENT, min=0.0, max=1.0)
+    ] = None
     freq_mixstyle: Annotated[
-        float | None, _option("--freq-mixstyle", "Probability per batch.", AUGMENT, min=0.0, max=1.0)
+        float | None,
+        _option("--freq-mixstyle", "Probability that a batch trades frequency statistics.", AUGMENT, min=0.0, max=1.0),
     ] = None
     device_response: Annotated[
         float | None,
-        _option("--device-response", "Height of random frequency responses.", AUGMENT, min=0.0, max=10.0),
+        _option(
+            "--device-response", "Height of the random frequency responses that clips get.", AUGMENT, min=0.0, max=10.0
+        ),
     ] = None
     batch_size: Annotated[int, _option("--batch-size", "Clips in a batch.", OPTIMISER, min=1)] = 32
     lr: Annotated[
@@ -165,7 +185,9 @@ class TrainOptions:
             metavar="lr=1e-3/1e-2,dropout=0/0.3",
         ),
     ] = None
-    optimizer: Annotated[Literal["adamw", "sgd"], _option("--optimizer", "Which.", OPTIMISER)] = "adamw"
+    optimizer: Annotated[Literal["adamw", "sgd"], _option("--optimizer", "AdamW, or SGD with momentum.", OPTIMISER)] = (
+        "adamw"
+    )
     weight_decay: Annotated[
         float, _option("--weight-decay", "Of matrices and kernels, not of biases and norms.", OPTIMISER, min=0.0)
     ] = 1e-2
@@ -201,7 +223,8 @@ class TrainOptions:
         _option("--deterministic", "Only algorithms that repeat to the bit on this machine.", opt.RUN),
     ] = False
     precision: Annotated[
-        LoopPrecision, _option("--precision", "Of the forward pass; weights stay float32.", opt.RUN)
+        LoopPrecision,
+        _option("--precision", "Mixed precision of forward and backward pass; weights stay float32.", opt.RUN),
     ] = "fp32"
     compile: Annotated[
         bool, _option("--compile/--no-compile", "Train through torch.compile (implies --drop-last).", opt.RUN)

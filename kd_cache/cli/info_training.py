@@ -1,0 +1,103 @@
+"""What ``kd-cache info`` tells of a folder that ``kd-cache train`` writes into."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kd_cache.cli.console import table
+from kd_cache.errors import CheckpointError
+
+
+def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
+    """The published teachers below ``outputs``, or in it, each with what its run measured where that is still there."""
+    found = sorted({*outputs.glob("teacher_*/*/best.safetensors"), *outputs.glob("best.safetensors")})
+    return [_teacher(path) for path in found]
+
+
+def _teacher(path: Path) -> dict[str, Any]:
+    from kd_cache.provenance import Provenance  # brings numpy; the next ones torch
+    from teachers.checkpoint import read_weights
+    from teachers.training.evaluation import headline
+
+    try:
+        record = read_weights(path).record
+    except CheckpointError as error:
+        return {"path": str(path), "damage": error.message}
+    training, made_with = record.get("training") or {}, record.get("provenance")
+    made = None if made_with is None else Provenance.from_json(made_with)
+    told: dict[str, Any] = {
+        "path": str(path),
+        "damage": None,
+        "role": record.get("role"),
+        "place": training.get("place"),
+        "key": training.get("key"),
+        "trained_on": None if made is None else len(made.trained),
+        "validated_on": None if made is None else len(made.validated),
+        "accuracy": None,
+    }
+    for results in sorted(path.parent.glob("runs/*/results.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(results.read_bytes())
+            if content["key"] == told["key"]:
+                return {**told, "accuracy": headline(content), "run": str(results.parent)}
+    return told
+
+
+def teachers_table(teachers: list[dict[str, Any]]) -> Any:
+    rows = []
+    for teacher in teachers:
+        if teacher["damage"]:
+            rows.append([teacher["path"], "damaged", "", "", "", ""])
+            continue
+        accuracy = teacher["accuracy"] or {}
+        rows.append(
+            [
+                teacher["path"],
+                f"{teacher['role'] or 'not known'} {teacher['place'] or ''}".strip(),
+                "not known" if teacher["trained_on"] is None else f"{teacher['trained_on']:,}",
+                *(_percent(accuracy.get(where)) for where in ("validation", "test, source", "test, target")),
+            ]
+        )
+    return table("Trained teachers", ["File", "Teacher", "Trained on", "Validation", "Test, A", "Test, target"], rows)
+
+
+def pretrained_entries(outputs: Path) -> list[dict[str, Any]]:
+    """The cached pre-training at ``outputs``, or below it."""
+    root = outputs if outputs.name == "pretrained" else outputs / "pretrained"
+    if not root.is_dir():
+        return []
+    from teachers.training.pretraining import Pretrained  # brings torch
+
+    return [
+        {
+            "path": str(entry.path),
+            "created": entry.created,
+            "damage": entry.damage,
+            "validation_accuracy": (entry.measured.get("validation") or {}).get("accuracy"),
+            "parts": entry.parts,
+        }
+        for entry in Pretrained(root).entries()
+    ]
+
+
+def entry_lines(entry: dict[str, Any]) -> list[str]:
+    """A cached pre-training and its key parts; what was left to a default is left out."""
+    lines = [f"{entry['path']}: cached pre-training of a city teacher, {entry['created'] or 'date not known'}"]
+    if entry["damage"]:
+        lines.append(f"damaged   {entry['damage']}; it will be trained again")
+    if entry["validation_accuracy"] is not None:
+        lines.append(f"accuracy  {100 * entry['validation_accuracy']:.1f} % of the validation samples")
+    for name, part in entry["parts"].items():
+        told = str(part)
+        if isinstance(part, dict):
+            told = ", ".join(f"{key}={value}" for key, value in part.items() if value is not None)
+        if part is not None and told:
+            lines.append(f"  {name:<13} {told}")
+    return [*lines, ""]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

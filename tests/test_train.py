@@ -488,6 +488,23 @@ def test_progress_of_another_version_trains_anew(town: World) -> None:
     assert watcher.told("does not say how far the run was")
 
 
+def test_a_run_without_an_epoch_leaves_nothing(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teachers.training.loop.augmented", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(town, "scene", mixup=0.3)
+    assert not list((town.root / "outputs/teacher_scene/global/runs").iterdir())
+
+
+def test_a_precision_that_the_device_has_not_is_refused_before_anything_is_read(town: World) -> None:
+    for precision in ("tf32", "fp16"):
+        with pytest.raises(UsageError, match=precision):
+            trained(town, "scene", precision=precision)
+    assert not (town.root / "outputs").exists()
+
+
 def test_what_a_killed_process_left_half_written_goes_with_the_next_run(town: World) -> None:
     with pytest.raises(KeyboardInterrupt):
         trained(town, "scene", watcher=Listening(1))

@@ -77,16 +77,26 @@ def training_numerics(device: torch.device, precision: str, *, deterministic: bo
 
     Raises `UsageError` for a precision that the device does not have.
     """
-    if precision == "fp16" and device.type != "cuda":
-        raise UsageError("training in fp16 needs a CUDA device", hint="Use --precision fp32, or bf16.")
+    refuse_training_precision(device, precision)
     with _globals(device, precision, deterministic=deterministic):
         yield
 
 
-@contextmanager
-def _globals(device: torch.device, precision: str, *, deterministic: bool) -> Iterator[None]:
+def refuse_training_precision(device: torch.device, precision: str) -> None:
+    """Raise `UsageError` for a precision that nothing can be trained in on this device."""
+    if precision == "fp16" and device.type != "cuda":
+        raise UsageError("training in fp16 needs a CUDA device", hint="Use --precision fp32, or bf16.")
+    _refuse_tf32(device, precision)
+
+
+def _refuse_tf32(device: torch.device, precision: str) -> None:
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("precision tf32 exists on CUDA devices only", hint="Use --precision fp32.")
+
+
+@contextmanager
+def _globals(device: torch.device, precision: str, *, deterministic: bool) -> Iterator[None]:
+    _refuse_tf32(device, precision)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this set
     before = (
         torch.backends.cuda.matmul.allow_tf32,

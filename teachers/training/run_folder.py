@@ -20,6 +20,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -108,9 +109,11 @@ class RunFolder:
         return None
 
     def close(self) -> None:
-        """Let others go on with this run, if it is unfinished."""
+        """Let others go on with this run, if it is unfinished. One that has no epoch yet is removed."""
         if (self.path / RESULTS).exists():
             (self.path / LOCK).unlink(missing_ok=True)
+        elif not any(self.path.glob("*.safetensors*")):
+            shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -37,7 +37,7 @@ from kd_cache.errors import (
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json, weights_digest
 from kd_cache.manifest import SOURCE, Manifest, Sample, sample_key
-from kd_cache.pipeline.device import environment, training_numerics
+from kd_cache.pipeline.device import environment, refuse_training_precision, training_numerics
 from kd_cache.provenance import Provenance
 from kd_cache.splits import Selection
 from kd_cache.store.atomic import make_directory, store_errors, write_atomic
@@ -178,6 +178,7 @@ def train_teacher(job: TrainJob, watcher: Watcher | None = None) -> TrainReport:
 class _Training:
     def __init__(self, job: TrainJob, watcher: Watcher) -> None:
         self.job, self.settings, self.watcher = job, job.settings, watcher
+        refuse_training_precision(job.device, job.settings.precision)
         self._refuse_unlabelled()
         if "features" not in job.shared:
             # By key, as a dump has them: the manifest's order changes no weights.

@@ -350,7 +350,7 @@ def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
 
 OWN_NETS = """
 import torch
-from teachers.training.nets import own_teacher
+from teachers.training.own_net import own_teacher
 
 class Small(torch.nn.Module):
     classifier_prefix = "head."

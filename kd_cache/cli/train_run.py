@@ -315,7 +315,7 @@ def _factory(ctx: typer.Context, role: str) -> str:
 
 
 def _teachers(ctx: typer.Context, options: TrainOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
-    from teachers.training.nets import own_teacher
+    from teachers.training.own_net import own_teacher
 
     built_in = [spec for spec in specs if spec.factory]
     loaded: dict[str, Any] = dict(

@@ -53,7 +53,8 @@ from teachers.training.evaluation import evaluated, test_clips
 from teachers.training.head import Standardised
 from teachers.training.loop import Loop, Progress, foreseen, score
 from teachers.training.metrics import measure
-from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, own_code, warm_start
+from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, warm_start
+from teachers.training.own_net import own_code
 from teachers.training.pretraining import Pretrained, code_version, key_of
 from teachers.training.run_folder import BEST, Last, RunFolder, checkpoint_names
 from teachers.training.settings import AUTO as AUTO_PRESET

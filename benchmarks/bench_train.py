@@ -17,7 +17,8 @@ from kd_cache.splits import select
 from teachers.checkpoint import save_checkpoint
 from teachers.training.nets import make_net
 from teachers.training.settings import Settings
-from teachers.training.teacher import TrainJob, TrainReport, train_teacher
+from teachers.training.teacher import train_teacher
+from teachers.training.train_job import TrainJob, TrainReport
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 CACHED, TRUNK = "head on cached embeddings", "trunk and head"

@@ -44,7 +44,8 @@ from teachers.training.freezing import Frozen
 from teachers.training.loop import Loop, _average, _cross_entropy, _Schedule
 from teachers.training.nets import warm_start
 from teachers.training.settings import Stage, parse_stage
-from teachers.training.teacher import TrainJob, TrainReport, _Training, train_teacher
+from teachers.training.teacher import _Training, train_teacher
+from teachers.training.train_job import TrainJob, TrainReport
 
 __all__ = ["town"]
 

@@ -16,7 +16,7 @@ from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, load_manifest
 from kd_cache.splits import select, select_source
 from kd_cache.watch import Watcher
 from teachers.training.settings import Settings
-from teachers.training.teacher import TrainJob
+from teachers.training.train_job import TrainJob
 
 FRAMES, BINS = 12, 20
 SCENES_HERE, CITIES_HERE, PLACES = 3, 3, 4

@@ -23,7 +23,7 @@ from kd_cache.teacher import TeacherSpec
 
 if TYPE_CHECKING:
     from teachers.training.settings import Settings
-    from teachers.training.teacher import TrainJob, TrainReport
+    from teachers.training.train_job import TrainJob, TrainReport
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 # What a teacher that another one needs takes from the command line, which speaks of that other one.
@@ -219,7 +219,7 @@ def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, o
     options = options_for(ctx, role, only_shared=only_shared)
     inputs = inputs_of(target, vars(options))
     from kd_cache.pipeline.device import resolve_device
-    from teachers.training.teacher import TrainJob
+    from teachers.training.train_job import TrainJob
 
     return TrainJob(
         settings=settings_of(role, options),

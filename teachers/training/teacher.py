@@ -13,7 +13,7 @@ import copy
 import filecmp
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,10 @@ from kd_cache.errors import (
     listed,
     shown,
 )
-from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json, weights_digest
-from kd_cache.manifest import SOURCE, Manifest, Sample, sample_key
+from kd_cache.manifest import Sample, sample_key
 from kd_cache.pipeline.device import environment, refuse_training_precision, training_numerics
 from kd_cache.provenance import Provenance
-from kd_cache.splits import Selection
 from kd_cache.store.atomic import make_directory, store_errors, write_atomic
 from kd_cache.store.keys import KeyFinder
 from kd_cache.watch import Watcher
@@ -47,7 +45,6 @@ from teachers.builtin import ARCHITECTURE_VERSION, ARCHITECTURES, City2Scene, Si
 from teachers.checkpoint import read_weights, save_checkpoint
 from teachers.checkpoint_file import MOST_RECORD
 from teachers.training.clips import Clips, class_names
-from teachers.training.division import Division, divide, subsample
 from teachers.training.embeddings import FOLDER, Source, described, made_with, side_by_side
 from teachers.training.evaluation import evaluated, test_clips
 from teachers.training.head import Standardised
@@ -69,97 +66,7 @@ from teachers.training.settings import (
     Stage,
     stages_of,
 )
-
-GLOBAL = "global"
-FOLDERS = {CITY: "teacher_city", CITY2SCENE: "teacher_city2scene", "scene": "teacher_scene"}
-AUTO, FRESH = "auto", "fresh"
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """Everything a training needs to know.
-
-    Attributes:
-        settings: see `Settings`.
-        selection: the permitted train samples: of A and the target, or of A alone for a scene teacher.
-        output_dir: the checkpoint is ``<output_dir>/teacher_<role>/A2<target>/best.safetensors`` (scene: ``global``).
-        backbone: the city teacher's checkpoint, for City2Scene; a whole City2Scene teacher's if it is ``init`` too.
-        init: a checkpoint to start from.
-        resume: ``auto`` goes on with an unfinished run of the same key, and takes a city teacher's weights from
-            earlier ones; ``fresh`` does neither, and removes what is cached under this key.
-        embeddings: names of extracted sources that a City2Scene teacher's head stands on, in place of ``backbone``.
-        cached_features: train a head that alone trains on embeddings that are computed once.
-        publish: put the best weights beside the runs.
-        replace: also where those of another training are.
-        shared: what trainings on the same samples share: features, and what a backbone makes of them.
-        pth: write ``best.pth`` too.
-        half: store weights as float16.
-    """
-
-    settings: Settings
-    manifest: Manifest
-    selection: Selection
-    source: FeatureSource
-    output_dir: Path
-    device: torch.device
-    data_root: Path | None = None
-    backbone: Path | None = None
-    init: Path | None = None
-    resume: str = AUTO
-    workers: int = 2
-    embeddings: tuple[str, ...] = ()
-    cached_features: bool = True
-    publish: bool = True
-    replace: bool = True
-    pth: bool = False
-    half: bool = False
-    tensorboard: bool = False
-    record: Mapping[str, Any] = field(default_factory=dict)
-    shared: dict[str, Clips] = field(default_factory=dict)
-
-    @property
-    def place(self) -> str:
-        """``A2b``, …, or ``global``."""
-        return GLOBAL if self.selection.target == SOURCE else f"{SOURCE}2{self.selection.target}"
-
-    @property
-    def home(self) -> Path:
-        return self.output_dir / FOLDERS[self.settings.role] / self.place
-
-    @cached_property
-    def division(self) -> Division:
-        """Who trains and who validates. Raises as `divide`."""
-        settings = self.settings
-        samples = self.selection.samples
-        if settings.quick_experiment < 1:
-            samples = subsample(samples, settings.quick_experiment, data_root=self.data_root)
-        division = divide(samples, ratio=settings.val_ratio, fold=settings.fold, data_root=self.data_root)
-        # A city teacher and the scene head on it hold out the same locations; the head's samples are those of A.
-        return division.only([SOURCE]) if settings.role == CITY2SCENE else division
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What became of a training. ``how`` is ``trained``, ``resumed`` or ``cached``."""
-
-    role: str
-    place: str
-    how: str
-    checkpoint: Path
-    run: Path | None
-    results: dict[str, Any]
-    published: bool
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "role": self.role,
-            "place": self.place,
-            "how": self.how,
-            "checkpoint": str(self.checkpoint),
-            "published": self.published,
-            "run": None if self.run is None else str(self.run),
-            "results": self.results,
-        }
+from teachers.training.train_job import FRESH, TrainJob, TrainReport
 
 
 def train_teacher(job: TrainJob, watcher: Watcher | None = None) -> TrainReport:

@@ -20,6 +20,7 @@ import xxhash
 from safetensors.torch import load as tensors_of_safetensors
 
 from kd_cache.errors import CheckpointError, listed, shown
+from kd_cache.fingerprint import canonical_json
 from kd_cache.pickle_scan import PickleScan, unlisted
 
 RECORD_ENTRY: Final = "kd_cache"
@@ -168,31 +169,36 @@ def _from_safetensors(file: IO[bytes], size: int) -> dict[str, Any]:
             hint=AGAIN,
         )
     header = file.read(length)
-    metadata = json.loads(header).get("__metadata__") or {}
+    described = json.loads(header)
+    metadata = described.get("__metadata__") or {}
     file.seek(0)
     content = file.read()
-    found = _checksum(memoryview(content)[8 + length :], metadata.get(RECORD_ENTRY, ""))
-    if metadata.get(CHECKSUM_ENTRY, found) != found:
+    written = metadata.get(CHECKSUM_ENTRY)
+    if written and written != _checksum(described, memoryview(content)[8 + length :], metadata.get(RECORD_ENTRY, "")):
         raise CheckpointError("the file is damaged: its weights are not those that were written", hint=AGAIN)
     tensors: dict[str, Any] = tensors_of_safetensors(content)
     return {**tensors, RECORD_ENTRY: metadata[RECORD_ENTRY]} if RECORD_ENTRY in metadata else tensors
 
 
 def with_checksum(content: bytes, note: str) -> list[bytes]:
-    """A safetensors file in pieces, with a record and a checksum as metadata: the format itself has none."""
+    """A safetensors file in pieces, with a record and a checksum as metadata: the format itself has none.
+
+    The header is written here, because the library writes metadata in another order every time.
+    """
     length = int.from_bytes(content[:8], "little")
-    body = content[8 + length :]
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = {RECORD_ENTRY: note, CHECKSUM_ENTRY: _checksum(body, note)}
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    checksum = _checksum(header, body, note)
+    header["__metadata__"] = {RECORD_ENTRY: note, CHECKSUM_ENTRY: checksum}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, body]
 
 
-def _checksum(body: bytes | memoryview, note: str) -> str:
-    """xxh3-128 of the numbers, then of the record, as 32 hex digits."""
-    digest = xxhash.xxh3_128(body)
+def _checksum(header: dict[str, Any], body: bytes | memoryview, note: str) -> str:
+    """xxh3-128 of the header without its metadata (canonical JSON), of the record and of the numbers: 32 hex digits."""
+    digest = xxhash.xxh3_128(canonical_json({name: value for name, value in header.items() if name != "__metadata__"}))
     digest.update(note.encode())
+    digest.update(body)
     return digest.hexdigest()
 
 

@@ -570,6 +570,20 @@ def test_any_flipped_bit_in_weights_or_record_that_we_wrote_is_refused(tmp_path:
         assert "not those that were written" in refusal(path)
 
 
+def test_tensors_that_changed_places_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_checkpoint(path, cp_resnet(), {})
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    one, other = header["block1.bn1.bias"], header["block1.bn1.running_mean"]
+    one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    assert load_file(path).keys() == cp_resnet().keys()
+    assert "not those that were written" in refusal(path)
+
+
 def test_compressed_zip_members_are_refused_as_a_bomb(written: Callable[[bytes], Path]) -> None:
     buffer, packed = io.BytesIO(), io.BytesIO()
     torch.save(cnn14(), buffer)

@@ -43,6 +43,7 @@ from teachers.training.augment import Mixed
 from teachers.training.freezing import Frozen
 from teachers.training.loop import Loop, _average, _cross_entropy, _Schedule
 from teachers.training.nets import warm_start
+from teachers.training.own_net import own_teacher
 from teachers.training.settings import Stage, parse_stage
 from teachers.training.teacher import _Training, train_teacher
 from teachers.training.train_job import TrainJob, TrainReport
@@ -704,6 +705,54 @@ def test_changed_code_that_a_net_of_one_s_own_imports_is_another_key(
     assert len(keys) == 2
 
 
+PACKAGE = {
+    "__init__.py": "from .nets import small\n",
+    "nets.py": "import torch\nimport kd_cache\nfrom .parts import blocks as there\n\ndef small(classes):\n"
+    "    return there.Small(classes)\n",
+    "parts/__init__.py": "",
+    "parts/blocks.py": OWN.replace("return self", "from . import late; return late.same(self").replace(
+        "n(1))", "n(1)))"
+    ),
+    "parts/late.py": "def same(x):\n    return x\n",
+}
+
+
+def test_one_net_has_one_digest_whatever_is_imported_by_then(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in PACKAGE.items():
+        path = town.root / "mine_package" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(town.root)
+    before = key(town, "scene", arch="mine_package:small")
+    report, _ = trained(town, "scene", arch="mine_package:small")
+    assert "mine_package.parts.late" in sys.modules
+    assert key(town, "scene", arch="mine_package:small") == before
+    dumped = own_teacher("mine_package:small", report.checkpoint).fingerprint_parts()
+    (town.root / "mine_package/parts/late.py").write_text("def same(x):\n    return 2 * x\n")
+    assert key(town, "scene", arch="mine_package:small") != before
+    assert own_teacher("mine_package:small", report.checkpoint).fingerprint_parts() != dumped
+    for name in [name for name in sys.modules if name.startswith("mine_package")]:
+        sys.modules.pop(name)
+
+
+def test_a_checkpoint_of_a_larger_net_is_not_that_of_a_net_of_one_s_own(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (town.root / "mine_net.py").write_text(OWN)
+    monkeypatch.syspath_prepend(town.root)
+    report, _ = trained(town, "scene", arch="mine_net:small")
+    with safe_open(report.checkpoint, "pt") as file:
+        record = json.loads(file.metadata()["kd_cache"])
+    larger = {**load_file(report.checkpoint), "after.weight": torch.eye(3)}
+    save_checkpoint(town.root / "larger.safetensors", larger, record)
+    with pytest.raises(CheckpointError, match=r"after\.weight: unexpected"):
+        own_teacher("mine_net:small", town.root / "larger.safetensors")
+    save_checkpoint(town.root / "silent.safetensors", larger, {})
+    with pytest.raises(CheckpointError, match="does not say which teacher"):
+        own_teacher("mine_net:small", town.root / "silent.safetensors")
+    sys.modules.pop("mine_net", None)
+
+
 def test_changed_code_of_a_net_of_one_s_own_is_another_key(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
     source = OWN
     keys = set()
@@ -1066,6 +1115,55 @@ def test_a_tensor_under_two_names_is_averaged_once() -> None:
         torch.nn.init.constant_(net[0].weight, value)
     _average(nets[0], nets[1], 0.9)
     torch.testing.assert_close(nets[0][0].weight.detach(), torch.full((2, 2), 0.1))
+
+
+def test_what_no_checkpoint_keeps_is_not_averaged() -> None:
+    nets = [torch.nn.Linear(2, 2) for _ in range(2)]
+    for net in nets:
+        net.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent=False)
+    _average(nets[0], nets[1], 0.5)
+    assert nets[0].mask.tolist() == [0.0, -torch.inf]
+
+
+def test_an_error_while_cached_weights_are_measured_says_what_to_do(
+    town: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trained(town)
+    monkeypatch.setattr("teachers.training.teacher.evaluated", full)
+    with pytest.raises(TrainingError, match="memory"):
+        trained(town)
+
+
+def test_a_city_teacher_that_is_only_needed_touches_nothing_that_is_published(town: World) -> None:
+    first, _ = trained(town, pth=True)
+    again, _ = trained(town, replace=False)
+    assert (again.how, again.published, again.checkpoint) == ("cached", True, first.checkpoint)
+    assert first.checkpoint.with_suffix(".pth").is_file()
+    other, watcher = trained(town, replace=False, seed=3)
+    assert not other.published
+    assert other.checkpoint != first.checkpoint
+    assert watcher.told("is of another training and stays")
+
+
+def test_one_city_teacher_to_stand_on_and_to_start_from(town: World) -> None:
+    city, _ = trained(town)
+    _, watcher = trained(
+        town, "city2scene", backbone=city.checkpoint, init=city.checkpoint, stages=(Stage(2, 1, 1e-3),)
+    )
+    assert watcher.told("new: scene_head.weight")
+
+
+def test_a_whole_teacher_to_start_from_leaves_nothing_of_what_is_below(town: World) -> None:
+    city, _ = trained(town)
+    whole, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    save_checkpoint(town.root / "silent.safetensors", load_file(city.checkpoint), {})
+    plan = {"backbone": town.root / "silent.safetensors", "init": whole.checkpoint, "stages": (Stage(2, 1, 1e-3),)}
+    report, _ = trained(town, "city2scene", **plan, output_dir=town.root / "o")
+    assert (made := load_teacher(report.checkpoint).provenance) is not None
+    assert made.complete
 
 
 def test_clips_that_no_batch_ever_holds_are_told_of(town: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -323,6 +324,8 @@ def test_what_any_teacher_s_settings_are_wrong_in_is_said_before_one_is_trained(
         ("city", {"lr": "fast"}, "kd-cache.yaml: city: lr"),
         ("city2scene", {"stage": ["foo"]}, "--stage foo"),
         ("city2scene", {"preset": "backbone", "epochs": 3}, "needs more than 12 epochs"),
+        ("city", {"mlp_hidden_dims": "64"}, "cp_resnet ends in a convolution"),
+        ("city", {"arch": "nonsense"}, "no architecture is called nonsense"),
     ):
         settings = changed()
         settings[section] = {**settings.get(section, {}), **setting}
@@ -392,6 +395,19 @@ def test_nets_of_one_s_own_go_from_features_to_a_cache_that_can_be_scored_again(
     again = run("verify", "--recompute", "--all", "--teacher", own[0], "--teacher", own[1])
     sys.modules.pop("own_nets", None)
     assert again.exit_code == 0, again.output
+
+
+def test_settings_of_a_city_teacher_that_is_not_trained_do_not_matter(trained: World, run: Run) -> None:
+    write_settings(trained, changed(city={"arch": "nonsense"}))
+    assert run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY).exit_code == 0
+
+
+def test_a_quick_sweep_publishes_nothing_and_says_so(trained: World, run: Run) -> None:
+    before = (trained.root / HEAD).read_bytes()
+    result = run("train", "city2scene", "--target", "b", "--quick-experiment", 0.9, "--sweep", "lr=0.1/0.2")
+    assert result.exit_code == 0, result.output
+    assert "publishes nothing" in result.stderr
+    assert (trained.root / HEAD).read_bytes() == before
 
 
 def test_a_sweep_of_what_stages_say_is_refused(trained: World, run: Run) -> None:
@@ -1011,6 +1027,16 @@ def test_info_lists_trained_teachers_and_how_good_they_are(trained: World, run: 
     assert told.exit_code == 0
     assert "damaged" in told.stdout
     assert run("info", HEAD).exit_code == 2
+    assert "nosuchuser" in run("info", "~nosuchuser/x").stderr
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"key": 1}', "no JSON", "pipe"])
+def test_info_goes_on_where_a_run_s_results_make_no_sense(trained: World, run: Run, content: str) -> None:
+    for path in (trained.root / "outputs").glob("teacher_*/*/runs/*/results.json"):
+        path.unlink()
+        os.mkfifo(path) if content == "pipe" else path.write_text(content)
+    found = json.loads(run("info", "outputs", "--json").stdout)["trained"]
+    assert [one["accuracy"] for one in found] == [None] * 3
 
 
 def test_info_tells_of_caches_and_pretraining_together(trained: World, run: Run) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from kd_cache.cli.console import table
 from kd_cache.errors import CheckpointError
+from kd_cache.store.atomic import open_file
+
+_MOST = 1 << 24
 
 
 def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
@@ -26,7 +29,8 @@ def _teacher(path: Path) -> dict[str, Any]:
         record = read_weights(path).record
     except CheckpointError as error:
         return {"path": str(path), "damage": error.message}
-    training, made_with = record.get("training") or {}, record.get("provenance")
+    training, made_with = record.get("training"), record.get("provenance")
+    training = training if isinstance(training, dict) else {}
     made = None if made_with is None else Provenance.from_json(made_with)
     told: dict[str, Any] = {
         "path": str(path),
@@ -39,10 +43,12 @@ def _teacher(path: Path) -> dict[str, Any]:
         "accuracy": None,
     }
     for results in sorted(path.parent.glob("runs/*/results.json"), reverse=True):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(results.read_bytes())
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            with open_file(results) as file:
+                content = json.loads(file.read(_MOST))
             if content["key"] == told["key"]:
-                return {**told, "accuracy": headline(content), "run": str(results.parent)}
+                accuracy = {where: value and float(value) for where, value in headline(content).items()}
+                return {**told, "accuracy": accuracy, "run": str(results.parent)}
     return told
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kd_cache.cli.config import read_config
+from kd_cache.errors import UsageError, shown
 
 Target = Literal["b", "c", "s1", "s2", "s3"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -273,4 +274,7 @@ def at_home(value: Any) -> Any:
     """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
     if isinstance(value, list | tuple):
         return type(value)(at_home(item) for item in value)
-    return value.expanduser() if isinstance(value, Path) else value
+    try:
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError as error:  # nobody is called so
+        raise UsageError(f"{shown(str(value))}: {error}") from error

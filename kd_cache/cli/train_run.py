@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -84,18 +85,24 @@ def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
 
 def _check_settings(ctx: typer.Context, roles: Sequence[str]) -> None:
     """Raise what each teacher's settings and net are wrong in, before any of them is trained."""
+    import torch
+
     from teachers.training.nets import embedding_dim, make_net
     from teachers.training.settings import stages_of
 
+    if CITY2SCENE in roles and _stands_on(options_for(ctx, CITY2SCENE)) is not None:
+        roles = [role for role in roles if role != CITY]
     for role in roles:
-        options = options_for(ctx, role, only_shared=role != roles[-1] and len(roles) == 2)
+        options = options_for(ctx, role, only_shared=role == CITY and SCENE not in roles and len(roles) == 2)
         settings = settings_of(role, options)
         if settings.stages or settings.preset != "auto":
             stages_of(settings, settings.preset)
-        if ":" in settings.arch:
+        if role == CITY2SCENE:
+            continue  # its net is the city teacher's
+        with nullcontext() if ":" in settings.arch else torch.device("meta"):
             net = make_net(settings, settings.num_classes, settings.seed)
-            if CITY2SCENE in roles and role == CITY:
-                embedding_dim(net)
+        if role == CITY and CITY2SCENE in roles:
+            embedding_dim(net)
 
 
 def _targets(role: str, target: str) -> Sequence[str]:
@@ -115,20 +122,23 @@ def _backbone(
 ) -> tuple[list[TrainReport], Path | None]:
     """What a City2Scene teacher stands on, trained if it must be."""
     own = options_for(ctx, CITY2SCENE)
-    if own.embeddings and own.city_teacher_ckpt is not None:
-        raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
-    if own.embeddings or own.city_teacher_ckpt is not None:
-        return [], own.city_teacher_ckpt
-    if own.init is not None and ":" not in own.arch and _is_city2scene(own.init):
-        return [], own.init  # with a city teacher of its own
+    if (given := _stands_on(own)) is not None:
+        return [], None if own.embeddings else given
     city = _trained(ctx, CITY, target, screen, only_shared=not everything)
     return [city], city.checkpoint
 
 
-def _is_city2scene(path: Path) -> bool:
-    from teachers.checkpoint import read_weights
+def _stands_on(own: TrainOptions) -> Path | None:
+    """What the options name for a City2Scene teacher to stand on; ``None``: a city teacher must be trained."""
+    from teachers.training.nets import is_city2scene
 
-    return any(name.startswith("city_model.") for name in read_weights(path).tensors)
+    if own.embeddings and own.city_teacher_ckpt is not None:
+        raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
+    if own.embeddings:
+        return own.output_dir
+    if own.city_teacher_ckpt is None and own.init is not None and ":" not in own.arch and is_city2scene(own.init):
+        return own.init  # which has a city teacher of its own
+    return own.city_teacher_ckpt
 
 
 def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[TrainReport]:
@@ -168,7 +178,9 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
         raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
     screen.result(table("Sweep", [*choices, "Validation", "Log loss"], rows), "")
     _, job, best = max(made, key=lambda one: _rank(one[2]))
-    if not job.settings.shuffle_labels and job.settings.quick_experiment == 1:
+    if job.settings.quick_experiment < 1:
+        screen.note(f"a quick experiment publishes nothing: its weights are {shown(best.checkpoint)}")
+    elif not job.settings.shuffle_labels:
         best = replace(best, checkpoint=publish(job, best.checkpoint, best.results, screen), published=True)
     return [*below, best]
 

@@ -153,20 +153,27 @@ class Clips:
             found.setdefault(shape, []).append(row)
         return [np.array(rows) for _, rows in sorted(found.items())]
 
-    def load(self, batches: Sequence[np.ndarray], *, pin: bool = False) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def load(
+        self, batches: Sequence[np.ndarray], device: torch.device | None = None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Each batch's rows and its features ``[B, T, F]`` float32, in order; read ahead where they are not in memory.
 
-        ``pin``: put together ahead of their use too, in page-locked memory, which a GPU copies from while it computes.
+        ``device``: where they are used. For a GPU they are always put together ahead, in page-locked memory, which it
+        copies from while it computes.
 
         Raises:
             FeatureError, StaleError: a feature that cannot be read any more, or is not what it was.
         """
-        if not self._workers or (self._arrays is not None and not pin):
+        pinned = device if device is not None and device.type == "cuda" else None
+        if not self._workers or (self._arrays is not None and pinned is None):
             yield from ((rows, self._features(rows)) for rows in batches)
             return
 
         def loaded(rows: np.ndarray) -> Tensor:
-            return self._features(rows).pin_memory() if pin else self._features(rows)
+            if pinned is None:
+                return self._features(rows)
+            with torch.cuda.device(pinned):
+                return self._features(rows).pin_memory()
 
         waiting: deque[tuple[np.ndarray, Future[Tensor]]] = deque()
         with ThreadPoolExecutor(self._workers, thread_name_prefix="read") as pool:

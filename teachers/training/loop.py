@@ -10,10 +10,9 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -246,7 +245,7 @@ class Loop:
         losses: list[tuple[int, Tensor]] = []
         steps: list[Step] = []
         how = settings.augmentation(stage)
-        for at, (rows, features) in enumerate(self.train.load(batches, pin=self.device.type == "cuda"), start=1):
+        for at, (rows, features) in enumerate(self.train.load(batches, self.device), start=1):
             loss = self._loss(features, labels[rows], how, chance)
             # By its share of the step's clips: the last batch of a shape is smaller, the last step has fewer batches.
             first = (at - 1) // settings.accumulate * settings.accumulate
@@ -492,8 +491,9 @@ def _average(averaged: nn.Module, net: nn.Module, decay: float) -> None:
             old.copy_(new)
 
 
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    return chain(net.parameters(), net.buffers())
+def _tensors(net: nn.Module) -> list[Tensor]:
+    """What a checkpoint keeps, each tensor once, whatever its names."""
+    return list({id(tensor): tensor for tensor in net.state_dict(keep_vars=True).values()}.values())
 
 
 @torch.inference_mode()
@@ -501,7 +501,7 @@ def score(net: nn.Module, clips: Clips, device: torch.device, batch_size: int) -
     """Logits ``[N, C]`` float32 in evaluation mode, in the order of the clips."""
     net.eval()
     found: np.ndarray | None = None
-    for rows, features in clips.load(clips.in_order(batch_size)):
+    for rows, features in clips.load(clips.in_order(batch_size), device):
         logits = net(features.to(device)).float().cpu().numpy()
         if found is None:
             found = np.empty((len(clips), logits.shape[1]), np.float32)

@@ -92,23 +92,29 @@ class WarmStart:
     provenance: Provenance | None
 
 
-def warm_start(net: nn.Module, path: Path, settings: Settings) -> WarmStart:
+def is_city2scene(path: Path) -> bool:
+    """Whether a checkpoint is that of a whole City2Scene teacher. Raises `CheckpointError`."""
+    return any(name.startswith("city_model.") for name in read_weights(path).tensors)
+
+
+def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = False) -> WarmStart:
     """Give ``net`` the weights of a checkpoint: all of them, or at least its whole backbone.
 
-    The head of a teacher of another label (cities, where this one learns scenes) is not taken.
+    The head of a teacher of another label (cities, where this one learns scenes) is not taken. ``whole``: nothing may
+    be in the file that the net has not.
 
     Raises:
         CheckpointError: no name fits, or not the whole backbone; the message lists what does not.
     """
     weights = read_weights(path, frozenset(net.state_dict()))
     tensors, label = weights.tensors, LABEL[settings.role]
-    if LABEL.get(weights.record.get("role") or settings.role) != label:
+    if LABEL[weights.record.get("role") or settings.role] != label:
         # What it tells apart is something else, of however many classes.
         parts = parts_of(net)
         tensors = {name: tensor for name, tensor in tensors.items() if parts.get(name) != HEAD}
     if isinstance(net, City2Scene) and not any(name.startswith("city_model.") for name in tensors):
         tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
-    kind, told = fill_matching(net, tensors, shown(path))
+    kind, told = fill_matching(net, tensors, shown(path), whole=whole)
     return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, provenance_of(weights))
 
 
@@ -126,7 +132,7 @@ def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
         return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
     net = make_net(settings, settings.num_cities, settings.seed)
-    start = warm_start(net, path, replace(settings, role=CITY))
+    start = warm_start(net, path, replace(settings, role=CITY), whole=True)
     if start.kind != FULL_MODEL:
         raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")
     embedding_dim(net)
@@ -138,7 +144,7 @@ def provenance_of(weights: Weights) -> Provenance | None:
     return None if made_with is None else Provenance.from_json(made_with)
 
 
-def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tuple[str, str]:
+def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, whole: bool = False) -> tuple[str, str]:
     """Copy the tensors whose name and shape the net has; says how many. Raises as `warm_start`."""
     state, parts = net.state_dict(), parts_of(net)
     wanted = [name for name in state if not name.endswith("num_batches_tracked") and parts[name] != UNUSED]
@@ -149,7 +155,7 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str) -> tup
     lost = [name for name in new if parts[name] == BACKBONE]
     unknown = [name for name in tensors if name not in state]
     # A part of what an embedding is made by, as CNN14's projection head is: without it the head stands on another one.
-    dropped = [name for name in unknown if name.startswith(tuple(necks_of(net)))]
+    dropped = [name for name in unknown if whole or name.startswith(tuple(necks_of(net)))]
     if not matched or lost or dropped:
         what = f"{len(dropped)} tensors are of a part that this net has not; they are"
         if not matched or lost:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
-import inspect
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,11 +68,11 @@ def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12
     Raises:
         CheckpointError: the file does not say which teacher it is, or its names and shapes are not this net's.
     """
-    weights = read_weights(path)
+    title, weights = shown(os.fspath(path)), read_weights(path)
     role, names = weights.record.get("role"), weights.record.get("class_names")
     if role not in LABEL or not names:
         raise CheckpointError(
-            f"{shown(os.fspath(path))} does not say which teacher of which classes it is",
+            f"{title} does not say which teacher of which classes it is",
             hint="kd-cache train writes that into its checkpoints.",
         )
     cities = num_cities if role == CITY2SCENE else len(names)
@@ -85,59 +84,65 @@ def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12
         hidden = mlp_widths(head, "", (embedding_dim(net), len(names)))[:-1] if "weight" not in head else []
         settings = replace(settings, mlp_hidden_dims=tuple(hidden))
         net = City2Scene(net, make_head(embedding_dim(net), settings, settings.seed))
-    kind, told = fill_matching(net, dict(weights.tensors), shown(os.fspath(path)))
+    kind, told = fill_matching(net, dict(weights.tensors), title, whole=True)
     if kind != FULL_MODEL:
-        raise CheckpointError(f"{shown(os.fspath(path))} is no whole {arch}: {told}")
+        raise CheckpointError(f"{title} is no whole {arch}: {told}")
     return OwnTeacher(net, weights, settings)
 
 
 def _source_digest(arch: str, net: nn.Module) -> str:
-    """SHA-256 over the files of the net's own code: of its factory, its modules, and what those import beside them."""
+    """SHA-256 over the files of the net's own code: of its factory, its modules, and what those import beside them.
+
+    By what the files say, not by what happens to be imported: one net has one digest in every process.
+    """
     factory: Any = resolve_factory(arch)
     while isinstance(factory, functools.partial):
         factory = factory.func
-    waiting = [_module(arch.partition(":")[0]), _module(factory), *map(_module, map(type, net.modules()))]
-    homes = [_home(module) for module in waiting]
-    roots = {home for home in homes if home is not None and (home == homes[0] or not _is_installed(home))}
+    names = {arch.partition(":")[0], str(factory.__module__), *(type(part).__module__ for part in net.modules())}
     sources: dict[str, bytes] = {}
-    while waiting:
-        module = waiting.pop()
-        path = None if module is None else _file(module)
-        if module is None or path is None or module.__name__ in sources:
-            continue
-        below = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
-        if all(map(_is_installed, below)):
-            continue
-        sources[module.__name__] = path.read_bytes()
-        waiting += map(_module, list(vars(module).values()))
+    for name in sorted(names):
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "").resolve()
+        if path.suffix == ".py" and path.is_file() and name.partition(".")[0] not in _VERSIONED:
+            depth = name.count(".") + (path.name == "__init__.py")
+            _add_sources(path, path.parents[depth], sources)
     digest = hashlib.sha256()
     for name, source in sorted(sources.items()):
         digest.update(f"{name} {len(source)}\n".encode() + source)
     return digest.hexdigest()
 
 
-def _module(value: object) -> ModuleType | None:
-    """A module, the one of that name, or the one that something is from."""
-    if inspect.ismodule(value):
-        return value
-    name = value if isinstance(value, str) else getattr(value, "__module__", None)
-    return sys.modules.get(name) if isinstance(name, str) else None
+_VERSIONED = {"torch", "kd_cache", "teachers"}
+"""A training's key has their versions."""
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
-def _file(module: ModuleType) -> Path | None:
-    """The module's source; ``None`` where it has none (made in memory, or compiled)."""
-    path = Path(getattr(module, "__file__", None) or "")
-    return path.resolve() if path.suffix == ".py" and path.is_file() else None
+def _add_sources(path: Path, root: Path, sources: dict[str, bytes]) -> None:
+    """Add a file below ``root``, where its imports are looked for, and those of them that lie there too."""
+    name = path.relative_to(root).as_posix()
+    if name in sources or not path.is_file():
+        return
+    sources[name] = path.read_bytes()
+    for imported in _imports(sources[name], Path(name)):
+        top = imported.parts[0] if imported.parts else ""
+        # Of what is installed just the package itself: its neighbours are others' packages.
+        if top in _VERSIONED or (_INSTALLED & set(root.parts) and top != Path(name).parts[0]):
+            continue
+        _add_sources(root / imported.with_suffix(".py"), root, sources)
+        _add_sources(root / imported / "__init__.py", root, sources)
 
 
-def _home(module: ModuleType | None) -> Path | None:
-    """The folder of a module, or of the outermost package that it is in."""
-    path = None if module is None else _file(module)
-    if module is None or path is None:
-        return None
-    depth = module.__name__.count(".") + (path.name == "__init__.py")
-    return path.parents[max(depth - 1, 0)]
-
-
-def _is_installed(path: Path) -> bool:
-    return "site-packages" in path.parts
+def _imports(source: bytes, place: Path) -> list[Path]:
+    """Where modules lie that a file at ``place`` imports, without suffix, from the folder that imports start in."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [Path(*alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = place.parents[node.level - 1] if 0 < node.level <= len(place.parents) else Path()
+            module = package.joinpath(*(node.module or "").split("."))
+            found += [module, *(module / alias.name for alias in node.names)]
+    return [path for path in found if path.parts]

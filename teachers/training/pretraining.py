@@ -118,13 +118,15 @@ class Pretrained:
     def _sweep(self) -> None:
         """Remove what processes that were killed left behind more than an hour ago."""
         for path in self.root.glob(f"{TEMPORARY}*"):
-            if time.time() - path.stat().st_mtime > _OLD:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # it may be gone
+                if time.time() - path.stat().st_mtime > _OLD:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _put_in_place(self, made: Path, path: Path) -> None:
         """At every moment the earlier entry is there or the new one, or, for the time of two renames, none."""
         aside = made.with_name(f"{made.name}-old")
         if _is_folder(path):
+            os.utime(path)  # or another process would take it for a leftover
             path.rename(aside)
         try:
             made.rename(path)

@@ -50,7 +50,7 @@ from teachers.training.evaluation import evaluated, test_clips
 from teachers.training.head import Standardised
 from teachers.training.loop import Loop, Progress, foreseen, score
 from teachers.training.metrics import measure
-from teachers.training.nets import WarmStart, city_net, embedding_dim, make_head, make_net, warm_start
+from teachers.training.nets import WarmStart, city_net, embedding_dim, is_city2scene, make_head, make_net, warm_start
 from teachers.training.own_net import own_code
 from teachers.training.pretraining import Pretrained, code_version, key_of
 from teachers.training.run_folder import BEST, Last, RunFolder, checkpoint_names
@@ -108,6 +108,16 @@ class _Training:
         self.pretrained = Pretrained(job.output_dir / "pretrained")
 
     def run(self) -> TrainReport:
+        try:
+            return self._run()
+        except (KDCacheError, OSError):
+            raise
+        except Exception as error:
+            if (told := foreseen(error, self.settings)) is None:
+                raise
+            raise told from error
+
+    def _run(self) -> TrainReport:
         job, settings = self.job, self.settings
         self._announce()
         if job.resume == FRESH:
@@ -176,6 +186,8 @@ class _Training:
         start = warm_start(net, path, self.settings)
         if start.provenance is None:
             self.watcher.note(f"what {shown(path)} was trained on is not known: it says nothing of it")
+        if start.kind == FULL_MODEL and start.provenance is not None:
+            self.inherited = None  # nothing is left of what was below
         self._inherit(start.provenance)
         return start if below is None else replace(start, sha256=f"{below.sha256}+{start.sha256}")
 
@@ -190,7 +202,8 @@ class _Training:
         if job.embeddings:
             city, start = self._on_embeddings()
         elif job.backbone is not None:
-            city, start = city_net(job.backbone, settings, whole=job.backbone == job.init)
+            whole = job.backbone == job.init and is_city2scene(job.backbone)
+            city, start = city_net(job.backbone, settings, whole=whole)
         else:
             raise UsageError("a City2Scene teacher needs a city teacher", hint="Pass --city-teacher-ckpt.")
         self._inherit(start.provenance)
@@ -353,12 +366,6 @@ class _Training:
     def _trained(self, folder: RunFolder, last: Last | None) -> TrainReport:
         try:
             return self._run_in(folder, last)
-        except (KDCacheError, OSError):
-            raise
-        except Exception as error:
-            if (told := foreseen(error, self.settings)) is None:
-                raise
-            raise told from error
         finally:
             folder.close()
 
@@ -379,7 +386,9 @@ class _Training:
                     validation = self._embedded(whole.city_model, validation, "validation")
                 else:
                     net = City2Scene(whole.city_model, head)
-            random_loss = _random_loss(net, validation, settings, job.device)
+            random_loss = None if last is None else last[2].random_loss
+            if random_loss is None:
+                random_loss = _random_loss(net, validation, settings, job.device)
             loop = Loop(
                 net,
                 train,
@@ -413,12 +422,16 @@ class _Training:
         published = job.publish and not settings.shuffle_labels and settings.quick_experiment == 1
         if job.publish and settings.quick_experiment < 1:
             self.watcher.note(f"a quick experiment publishes nothing: its weights are {shown(weights)}")
-        elif published and not job.replace and (job.home / BEST).is_file() and not _same(job.home / BEST, weights):
-            published = False
-            self.watcher.note(
-                f"{shown(job.home / BEST)} is of another training and stays; to stand on it, pass --city-teacher-ckpt"
-            )
-        checkpoint = publish(job, weights, results, self.watcher) if published else weights
+        checkpoint, there = weights, job.home / BEST
+        if published and not job.replace and there.is_file():
+            published = _same(there, weights)
+            checkpoint = there if published else weights
+            if not published:
+                self.watcher.note(
+                    f"{shown(there)} is of another training and stays; to stand on it, pass --city-teacher-ckpt"
+                )
+        elif published:
+            checkpoint = publish(job, weights, results, self.watcher)
         return TrainReport(settings.role, job.place, how, checkpoint, run, results, published)
 
     def _embedded(self, backbone: nn.Module, clips: Clips, which: str, *, extracted: bool = True) -> Clips:

@@ -52,7 +52,8 @@ CITIES: Final = (
 )
 WRAPPERS: Final = ("module.", "_orig_mod.")  # DistributedDataParallel and averaged models; torch.compile
 LIGHTNING: Final = ("model.", "net.")  # the attribute a LightningModule keeps its network in
-FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
 UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
 
 
@@ -275,13 +276,18 @@ def _misfit(problems: Mapping[str, list[str]], title: str) -> CheckpointError:
     )
 
 
-def clean_tensors(entries: Mapping[Any, Any], known: frozenset[str], size: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Finite float32 tensors under bare names, and what was done to the names, in words."""
+def clean_tensors(
+    entries: Mapping[Any, Any], known: frozenset[str], size: int, *, integers: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Finite float32 tensors under bare names, and what was done to the names, in words.
+
+    ``integers``: whole numbers and truth values too, as they are; no built-in net has them.
+    """
     tensors, notes = dict(entries), []
     if "n_averaged" in tensors:  # the counter of torch.optim.swa_utils.AveragedModel
         del tensors["n_averaged"]
         notes.append("counter n_averaged dropped")
-    _check_tensors(tensors, size)
+    _check_tensors(tensors, size, FLOATS | INTEGERS if integers else FLOATS)
     tensors, removed = _unprefixed(tensors, known)
     notes += removed
     unused = [name for name in tensors if name.startswith("adapt_layer.")]
@@ -291,9 +297,9 @@ def clean_tensors(entries: Mapping[Any, Any], known: frozenset[str], size: int) 
     return _finite(tensors), notes
 
 
-def _check_tensors(tensors: Mapping[Any, Any], size: int) -> None:
-    """Every value a plain dense float tensor, and together no larger than the file they came from."""
-    wrong = [f"{shown(name)}: {what}" for name, value in tensors.items() if (what := _flaw(name, value))]
+def _check_tensors(tensors: Mapping[Any, Any], size: int, kinds: frozenset[torch.dtype]) -> None:
+    """Every value a plain dense tensor of one of these kinds, and together no larger than the file they came from."""
+    wrong = [f"{shown(name)}: {what}" for name, value in tensors.items() if (what := _flaw(name, value, kinds))]
     if wrong or not tensors:
         raise CheckpointError(
             f"expected a state dict of dense float tensors, found\n{listed(wrong or ['nothing'])}",
@@ -307,7 +313,7 @@ def _check_tensors(tensors: Mapping[Any, Any], size: int) -> None:
         )
 
 
-def _flaw(name: object, value: object) -> str | None:
+def _flaw(name: object, value: object, kinds: frozenset[torch.dtype]) -> str | None:
     if not isinstance(name, str):
         return "a name that is not text"
     if not isinstance(value, Tensor):
@@ -318,10 +324,14 @@ def _flaw(name: object, value: object) -> str | None:
         return f"no data ({value.device.type})"
     if not value.numel():
         return f"an empty tensor {list(value.shape)}"
-    counter = name.rsplit(".", 1)[-1] == "num_batches_tracked"
-    if not counter and value.dtype not in FLOATS:
+    if not _is_counter(name) and value.dtype not in kinds:
         return str(value.dtype).removeprefix("torch.")
     return None
+
+
+def _is_counter(name: str) -> bool:
+    """Of batch norm; some exports have it as a float."""
+    return name.rsplit(".", 1)[-1] == "num_batches_tracked"
 
 
 def _unprefixed(
@@ -358,7 +368,11 @@ def _unprefixed(
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    full = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
+    whole = {name for name, tensor in tensors.items() if tensor.dtype in INTEGERS and not _is_counter(name)}
+    full = {
+        name: tensor.detach().to(tensor.dtype if name in whole else torch.float32).contiguous()
+        for name, tensor in tensors.items()
+    }
     bad = [name for name, tensor in full.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise CheckpointError(

@@ -150,6 +150,7 @@ def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset()
     """The tensors of any checkpoint, of a known architecture or not, for a training to begin with.
 
     ``own`` are the names of a net that they may be of: a prefix that these have is not one that a wrapper added.
+    Integers are let through, as they are.
 
     Raises CheckpointError as `load_teacher` does, but for what does not fit an architecture.
     """
@@ -158,18 +159,31 @@ def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset()
         record = _record(content.pop(RECORD_ENTRY, None))
         content = _without_state(content)
         city, head, label = _selected(content)
-        tensors, scene_head, source = _cleaned(city, head, label, own.union(*known_names().values()), size)
+        known = own.union(*known_names().values())
+        tensors, scene_head, source = _cleaned(city, head, label, known, size, integers=True)
         if scene_head is not None:
             tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
             tensors |= {f"scene_head.{name}": tensor for name, tensor in scene_head.items()}
     return Weights(tensors, source, record, digest)
 
 
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing where it has no record. Raises CheckpointError as `read_weights`."""
+    with _naming(path):
+        return _record(read_content(path)[0].pop(RECORD_ENTRY, None))
+
+
 def _cleaned(
-    city: Mapping[Any, Any], head: Mapping[Any, Any] | None, label: str, known: frozenset[str], size: int
+    city: Mapping[Any, Any],
+    head: Mapping[Any, Any] | None,
+    label: str,
+    known: frozenset[str],
+    size: int,
+    *,
+    integers: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str]:
     """Both state dicts of a file through `clean_tensors`, and where they are from, in words."""
-    tensors, notes = clean_tensors(city, known, size)
+    tensors, notes = clean_tensors(city, known, size, integers=integers)
     source = ", ".join([label, *notes])
     if head is None:
         return tensors, None, source

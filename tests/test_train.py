@@ -735,6 +735,36 @@ def test_one_net_has_one_digest_whatever_is_imported_by_then(town: World, monkey
         sys.modules.pop(name)
 
 
+def test_a_net_of_one_s_own_may_have_integers(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = OWN.replace(
+        "        self.module",
+        '        self.register_buffer("table", torch.arange(2**40, 2**40 + 3))\n        self.module',
+    )
+    (town.root / "mine_net.py").write_text(counted)
+    monkeypatch.syspath_prepend(town.root)
+    report, _ = trained(town, "scene", arch="mine_net:small")
+    teacher = own_teacher("mine_net:small", report.checkpoint)
+    assert teacher.net.table.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+    again, _ = trained(
+        town,
+        "scene",
+        pth=True,
+        arch="mine_net:small",
+        init=report.checkpoint,
+        stages=(Stage(0, 1, 0.01),),
+        output_dir=town.root / "o",
+    )
+    assert own_teacher("mine_net:small", again.checkpoint.with_suffix(".pth")).net.table.dtype == torch.int64
+    cast = {name: tensor.to(torch.int8) for name, tensor in load_file(report.checkpoint).items()}
+    save_checkpoint(town.root / "cast.safetensors", cast, {})
+    with pytest.raises(CheckpointError, match=r"module.weight: expected \[3, 240\], found int8 \[3, 240\]"):
+        trained(town, "scene", arch="mine_net:small", init=town.root / "cast.safetensors")
+    sys.modules.pop("mine_net", None)
+    assert load_file(again.checkpoint)["table"].dtype == torch.int64
+    with pytest.raises(CheckpointError, match="table: int64"):
+        load_teacher(report.checkpoint)
+
+
 def test_a_checkpoint_of_a_larger_net_is_not_that_of_a_net_of_one_s_own(
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,11 +22,11 @@ def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
 
 def _teacher(path: Path) -> dict[str, Any]:
     from kd_cache.provenance import Provenance  # brings numpy; the next ones torch
-    from teachers.checkpoint import read_weights
+    from teachers.checkpoint import read_record
     from teachers.training.evaluation import headline
 
     try:
-        record = read_weights(path).record
+        record = read_record(path)
     except CheckpointError as error:
         return {"path": str(path), "damage": error.message}
     training, made_with = record.get("training"), record.get("provenance")

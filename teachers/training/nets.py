@@ -148,7 +148,7 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
     """Copy the tensors whose name and shape the net has; says how many. Raises as `warm_start`."""
     state, parts = net.state_dict(), parts_of(net)
     wanted = [name for name in state if not name.endswith("num_batches_tracked") and parts[name] != UNUSED]
-    fits = {name for name in wanted if name in tensors and tensors[name].shape == state[name].shape}
+    fits = {name for name in wanted if name in tensors and _is_like(tensors[name], state[name])}
     matched = [name for name in wanted if name in fits]
     told = f"{len(matched)} of {len(wanted)} tensors loaded"
     new = [name for name in wanted if name not in fits]
@@ -162,7 +162,7 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
             what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"
         shapes = [
             f"{shown(name)}: expected {list(state[name].shape)}"
-            + (f", found {list(tensors[name].shape)}" if name in tensors else ", missing")
+            + (f", found {_described(tensors[name])}" if name in tensors else ", missing")
             for name in new
         ]
         others = [f"{shown(name)}: unexpected" for name in (dropped or unknown)]
@@ -173,7 +173,7 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
         )
     with torch.no_grad():
         for name in [*matched, *(name for name in tensors if parts.get(name) == UNUSED)]:
-            if tensors[name].shape == state[name].shape:
+            if _is_like(tensors[name], state[name]):
                 state[name].copy_(tensors[name])
     kind = FULL_MODEL if len(matched) == len(wanted) else FROM_BACKBONE
     if new:
@@ -181,6 +181,15 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
     if unknown:
         told += f" ({len(unknown)} of the file are not the net's and are left out: {_few(unknown)})"
     return kind, told
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
+
+
+def _described(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} "
+    return f"{kind}{list(tensor.shape)}"
 
 
 def _few(names: list[str]) -> str:

@@ -17,7 +17,7 @@ from kd_cache.errors import CheckpointError, shown
 from kd_cache.fingerprint import weights_digest
 from kd_cache.teacher import resolve_factory
 from teachers.builtin import ARCHITECTURES, City2Scene, under
-from teachers.checkpoint import Weights, read_weights
+from teachers.checkpoint import Weights, read_record, read_weights
 from teachers.cnn14 import mlp_widths
 from teachers.training.nets import embedding_dim, fill_matching, make_head, make_net, provenance_of
 from teachers.training.settings import CITY2SCENE, FULL_MODEL, LABEL, Settings
@@ -68,8 +68,8 @@ def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12
     Raises:
         CheckpointError: the file does not say which teacher it is, or its names and shapes are not this net's.
     """
-    title, weights = shown(os.fspath(path)), read_weights(path)
-    role, names = weights.record.get("role"), weights.record.get("class_names")
+    title, record = shown(os.fspath(path)), read_record(path)
+    role, names = record.get("role"), record.get("class_names")
     if role not in LABEL or not names:
         raise CheckpointError(
             f"{title} does not say which teacher of which classes it is",

@@ -370,12 +370,13 @@ class _Audit:
             if self.job.only is not None and name not in self.job.only:
                 continue
             union = packs.union(origin)
-            if union is None or name not in self.job.teachers or name in self.changed:
-                if name in self.changed or union is None:
-                    why = "it changed since the dump" if name in self.changed else "it has no rows"
-                    self.report.notes.append(f"{name}: not recomputed, because {why}")
-                elif not self.job.unchecked.get(name, ("", False))[1]:  # else it is a problem already
-                    why, _ = self.job.unchecked.get(name, ("it was not loaded", False))
+            if name in self.changed or union is None:
+                why = "it changed since the dump" if name in self.changed else "it has no rows"
+                self.report.notes.append(f"{name}: not recomputed, because {why}")
+                continue
+            if name not in self.job.teachers:
+                why, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
+                if not is_problem:  # else it is one already
                     self._problem(UNCHECKED, name, ALL_ROWS, f"it cannot be recomputed: {why}", TEACHER)
                 continue
             recheck = Recheck(self.job.teachers[name], union, places, self.job.device)

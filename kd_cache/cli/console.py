@@ -193,6 +193,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return Group(Text(title, style="table.title"), made)  # not the table's own, which it would fold at its width
 
 
+def percent(share: float | None) -> str:
+    """A share of 1 for a person; a dash where it is not known."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def size(count: int) -> str:
     """Bytes for a person."""
     value = float(count)

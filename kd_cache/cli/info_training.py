@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd_cache.cli.console import table
+from kd_cache.cli.console import percent, table
 from kd_cache.errors import CheckpointError
 from kd_cache.store.atomic import open_file
 
@@ -64,7 +64,7 @@ def teachers_table(teachers: list[dict[str, Any]]) -> Any:
                 teacher["path"],
                 f"{teacher['role'] or 'not known'} {teacher['place'] or ''}".strip(),
                 "not known" if teacher["trained_on"] is None else f"{teacher['trained_on']:,}",
-                *(_percent(accuracy.get(where)) for where in ("validation", "test, source", "test, target")),
+                *(percent(accuracy.get(where)) for where in ("validation", "test, source", "test, target")),
             ]
         )
     return table("Trained teachers", ["File", "Teacher", "Trained on", "Validation", "Test, A", "Test, target"], rows)
@@ -103,7 +103,3 @@ def entry_lines(entry: dict[str, Any]) -> list[str]:
         if part is not None and told:
             lines.append(f"  {name:<13} {told}")
     return [*lines, ""]
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"

@@ -13,7 +13,7 @@ import typer
 
 from kd_cache.cli import options as opt
 from kd_cache.cli.config import DEFAULT_FILE, file_settings, resolved_settings, source_name
-from kd_cache.cli.console import Screen, table
+from kd_cache.cli.console import Screen, percent, table
 from kd_cache.cli.inputs import inputs_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
@@ -45,7 +45,7 @@ def run_train(ctx: typer.Context, role: str, options: TrainOptions) -> None:
         checkpoint_limit(options.max_checkpoint_bytes),
     ):
         reports = []
-        _check_settings(ctx, (CITY, CITY2SCENE) if role == CITY2SCENE else (role,))
+        _check_settings(ctx, (CITY, CITY2SCENE) if role == CITY2SCENE else (role,), everything=role != CITY2SCENE)
         for target in _targets(role, options.target):
             if role == CITY2SCENE and options.sweep is not None:
                 reports += _swept(ctx, options.sweep, target, screen)
@@ -66,7 +66,7 @@ def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
         Screen(quiet=options.quiet, as_json=options.as_json) as screen,
         checkpoint_limit(options.max_checkpoint_bytes),
     ):
-        _check_settings(ctx, (SCENE, CITY, CITY2SCENE))
+        _check_settings(ctx, (SCENE, CITY, CITY2SCENE), everything=True)
         scene = _trained(ctx, SCENE, SOURCE, screen, only_shared=False)
         reports = [scene]
         for target in _targets(CITY, options.target):
@@ -83,17 +83,22 @@ def run_train_all(ctx: typer.Context, options: TrainOptions) -> None:
         raise typer.Exit(code)
 
 
-def _check_settings(ctx: typer.Context, roles: Sequence[str]) -> None:
-    """Raise what each teacher's settings and net are wrong in, before any of them is trained."""
+def _check_settings(ctx: typer.Context, roles: Sequence[str], *, everything: bool) -> None:
+    """Raise what each teacher's settings and net are wrong in, before any of them is trained.
+
+    ``everything``: as of `_chain`, whether the command line speaks of a city teacher too.
+    """
     import torch
 
     from teachers.training.nets import embedding_dim, make_net
     from teachers.training.settings import stages_of
 
-    if CITY2SCENE in roles and _stands_on(options_for(ctx, CITY2SCENE)) is not None:
-        roles = [role for role in roles if role != CITY]
+    if CITY2SCENE in roles:
+        own = options_for(ctx, CITY2SCENE)
+        if own.embeddings or _given_backbone(own) is not None:
+            roles = [role for role in roles if role != CITY]
     for role in roles:
-        options = options_for(ctx, role, only_shared=role == CITY and SCENE not in roles and len(roles) == 2)
+        options = options_for(ctx, role, only_shared=role == CITY and not everything)
         settings = settings_of(role, options)
         if settings.stages or settings.preset != "auto":
             stages_of(settings, settings.preset)
@@ -122,23 +127,22 @@ def _backbone(
 ) -> tuple[list[TrainReport], Path | None]:
     """What a City2Scene teacher stands on, trained if it must be."""
     own = options_for(ctx, CITY2SCENE)
-    if (given := _stands_on(own)) is not None:
-        return [], None if own.embeddings else given
+    given = _given_backbone(own)
+    if own.embeddings or given is not None:
+        return [], given
     city = _trained(ctx, CITY, target, screen, only_shared=not everything)
     return [city], city.checkpoint
 
 
-def _stands_on(own: TrainOptions) -> Path | None:
-    """What the options name for a City2Scene teacher to stand on; ``None``: a city teacher must be trained."""
+def _given_backbone(own: TrainOptions) -> Path | None:
+    """The checkpoint whose backbone a City2Scene teacher is told to stand on, if it is."""
     from teachers.training.nets import is_city2scene
 
     if own.embeddings and own.city_teacher_ckpt is not None:
         raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
-    if own.embeddings:
-        return own.output_dir
-    if own.city_teacher_ckpt is None and own.init is not None and ":" not in own.arch and is_city2scene(own.init):
-        return own.init  # which has a city teacher of its own
-    return own.city_teacher_ckpt
+    if own.embeddings or own.city_teacher_ckpt is not None or own.init is None or ":" in own.arch:
+        return own.city_teacher_ckpt
+    return own.init if is_city2scene(own.init) else None  # it has a city teacher of its own
 
 
 def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[TrainReport]:
@@ -172,7 +176,7 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
             continue
         made.append((chosen, job, report))
         validation = report.results["validation"]
-        scores = [_percent(validation["accuracy"]), _number(validation["log_loss"])]
+        scores = [percent(validation["accuracy"]), _number(validation["log_loss"])]
         rows.append([*(f"{value:g}" for value in values), *scores])
     if not made:
         raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
@@ -363,11 +367,11 @@ def _headlines(reports: Sequence[TrainReport]) -> Any:
             [
                 f"{report.role} {report.place}",
                 report.how,
-                _percent(found["validation"]),
+                percent(found["validation"]),
                 _number(validation.get("log_loss")),
                 _number(validation.get("ece")),
-                *(_percent(found[where]) for where in ("test, source", "test, target")),
-                _percent(chance),
+                *(percent(found[where]) for where in ("test, source", "test, target")),
+                percent(chance),
             ]
         )
     columns = ["Teacher", "", "Validation", "its log loss", "its ECE", "Test, A", "Test, target", "Chance"]
@@ -382,21 +386,17 @@ def _details(report: TrainReport) -> list[Any]:
     if test.get("samples"):
         sure = next(one for one in test["early_exit"] if one["threshold"] == 0.9)
         lines.append(
-            f"  {split}, {test['samples']} clips: macro accuracy {_percent(test['macro_accuracy'])}, log loss "
+            f"  {split}, {test['samples']} clips: macro accuracy {percent(test['macro_accuracy'])}, log loss "
             f"{_number(test['log_loss'])}, ECE {_number(test['ece'])} (equal mass {_number(test['ece_equal_mass'])}), "
-            f"Brier {_number(test['brier'])}; {_percent(sure['coverage'])} are at least 0.9 sure, of those "
-            f"{_percent(sure['accuracy'])} right"
+            f"Brier {_number(test['brier'])}; {percent(sure['coverage'])} are at least 0.9 sure, of those "
+            f"{percent(sure['accuracy'])} right"
         )
     for kind, name in (("device_group", "Devices"), ("device", "Device"), ("city", "City")):
         groups = test.get("by", {}).get(kind, {})
-        told = ", ".join(f"{group} {_percent(one['accuracy'])} of {one['samples']}" for group, one in groups.items())
+        told = ", ".join(f"{group} {percent(one['accuracy'])} of {one['samples']}" for group, one in groups.items())
         if told:
             lines.append(f"  {name}: {told}")
     return lines
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def _number(value: float | None) -> str:

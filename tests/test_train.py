@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -686,6 +687,30 @@ def small(classes):
 """
 
 
+@pytest.fixture
+def own_net(town: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Write a module like `OWN`, and say what ``--arch`` calls its net; it is forgotten after the test."""
+    monkeypatch.syspath_prepend(town.root)
+
+    def written(source: str) -> str:
+        (town.root / "mine_net.py").write_text(source)
+        return "mine_net:small"
+
+    yield written
+    sys.modules.pop("mine_net", None)
+
+
+def validate_as(monkeypatch: pytest.MonkeyPatch, *measured: tuple[float, float]) -> None:
+    """Validations, epoch by epoch: accuracy and loss."""
+    left = iter(measured)
+
+    def validated(self: Loop) -> dict[str, float]:
+        accuracy, loss = next(left)
+        return {"accuracy": accuracy, "macro_accuracy": accuracy, "log_loss": loss}
+
+    monkeypatch.setattr(Loop, "_validated", validated)
+
+
 @pytest.mark.parametrize("factory", ["small", "partly"])
 def test_changed_code_that_a_net_of_one_s_own_imports_is_another_key(
     town: World, monkeypatch: pytest.MonkeyPatch, factory: str
@@ -735,52 +760,48 @@ def test_one_net_has_one_digest_whatever_is_imported_by_then(town: World, monkey
         sys.modules.pop(name)
 
 
-def test_a_net_of_one_s_own_may_have_integers(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_of_one_s_own_may_have_integers(town: World, own_net: Callable[[str], str]) -> None:
     counted = OWN.replace(
         "        self.module",
         '        self.register_buffer("table", torch.arange(2**40, 2**40 + 3))\n        self.module',
     )
-    (town.root / "mine_net.py").write_text(counted)
-    monkeypatch.syspath_prepend(town.root)
-    report, _ = trained(town, "scene", arch="mine_net:small")
-    teacher = own_teacher("mine_net:small", report.checkpoint)
+    arch = own_net(counted)
+    report, _ = trained(town, "scene", arch=arch)
+    teacher = own_teacher(arch, report.checkpoint)
     assert teacher.net.table.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
     again, _ = trained(
         town,
         "scene",
         pth=True,
-        arch="mine_net:small",
+        arch=arch,
         init=report.checkpoint,
         stages=(Stage(0, 1, 0.01),),
         output_dir=town.root / "o",
     )
-    assert own_teacher("mine_net:small", again.checkpoint.with_suffix(".pth")).net.table.dtype == torch.int64
+    assert own_teacher(arch, again.checkpoint.with_suffix(".pth")).net.table.dtype == torch.int64
     cast = {name: tensor.to(torch.int8) for name, tensor in load_file(report.checkpoint).items()}
     save_checkpoint(town.root / "cast.safetensors", cast, {})
     with pytest.raises(CheckpointError, match=r"module.weight: expected \[3, 240\], found int8 \[3, 240\]"):
-        trained(town, "scene", arch="mine_net:small", init=town.root / "cast.safetensors")
-    sys.modules.pop("mine_net", None)
+        trained(town, "scene", arch=arch, init=town.root / "cast.safetensors")
     assert load_file(again.checkpoint)["table"].dtype == torch.int64
     with pytest.raises(CheckpointError, match="table: int64"):
         load_teacher(report.checkpoint)
 
 
 def test_a_checkpoint_of_a_larger_net_is_not_that_of_a_net_of_one_s_own(
-    town: World, monkeypatch: pytest.MonkeyPatch
+    town: World, own_net: Callable[[str], str]
 ) -> None:
-    (town.root / "mine_net.py").write_text(OWN)
-    monkeypatch.syspath_prepend(town.root)
-    report, _ = trained(town, "scene", arch="mine_net:small")
+    arch = own_net(OWN)
+    report, _ = trained(town, "scene", arch=arch)
     with safe_open(report.checkpoint, "pt") as file:
         record = json.loads(file.metadata()["kd_cache"])
     larger = {**load_file(report.checkpoint), "after.weight": torch.eye(3)}
     save_checkpoint(town.root / "larger.safetensors", larger, record)
     with pytest.raises(CheckpointError, match=r"after\.weight: unexpected"):
-        own_teacher("mine_net:small", town.root / "larger.safetensors")
+        own_teacher(arch, town.root / "larger.safetensors")
     save_checkpoint(town.root / "silent.safetensors", larger, {})
     with pytest.raises(CheckpointError, match="does not say which teacher"):
-        own_teacher("mine_net:small", town.root / "silent.safetensors")
-    sys.modules.pop("mine_net", None)
+        own_teacher(arch, town.root / "silent.safetensors")
 
 
 def test_changed_code_of_a_net_of_one_s_own_is_another_key(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1080,42 +1101,27 @@ def test_a_training_that_diverges_stops_with_the_cause(town: World) -> None:
 
 
 def test_the_epoch_that_is_kept_is_better_than_random_weights(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = iter([(0.9, 2.0), (0.5, 0.8), (0.7, 0.9), (0.9, 1.5)])
-
-    def validated(self: Loop) -> dict[str, float]:
-        accuracy, loss = next(measured)
-        return {"accuracy": accuracy, "macro_accuracy": accuracy, "log_loss": loss}
-
-    monkeypatch.setattr(Loop, "_validated", validated)
+    validate_as(monkeypatch, (0.9, 2.0), (0.5, 0.8), (0.7, 0.9), (0.9, 1.5))
     monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1.0)
     report, _ = trained(town, "scene", epochs=4)
     assert report.results["best_epoch"] == 3
 
 
 def test_each_stage_has_its_own_patience(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = iter([(0.9, 0.1), (0.2, 0.9), (0.3, 0.8), (0.4, 0.7), (0.5, 0.6)])
-
-    def validated(self: Loop) -> dict[str, float]:
-        accuracy, loss = next(measured)
-        return {"accuracy": accuracy, "macro_accuracy": accuracy, "log_loss": loss}
-
-    monkeypatch.setattr(Loop, "_validated", validated)
+    validate_as(monkeypatch, (0.9, 0.1), (0.2, 0.9), (0.3, 0.8), (0.4, 0.7), (0.5, 0.6))
     report, _ = trained(town, "scene", stages=(Stage(0, 1, 0.01), Stage(0, 4, 0.01)), patience=2)
     assert report.results["epochs"] == 5
     assert report.results["best_epoch"] == 1
 
 
-def test_batches_that_are_added_up_make_the_step_of_one_batch(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    (town.root / "mine_net.py").write_text(OWN)
-    monkeypatch.syspath_prepend(town.root)
-    plain = {"arch": "mine_net:small", "optimizer": "sgd", "momentum": 0.0, "warmup_epochs": 0.0, "lr": 0.01}
+def test_batches_that_are_added_up_make_the_step_of_one_batch(town: World, own_net: Callable[[str], str]) -> None:
+    plain = {"arch": own_net(OWN), "optimizer": "sgd", "momentum": 0.0, "warmup_epochs": 0.0, "lr": 0.01}
     count = len(job(town, "scene").division.train)
     assert count % 4
     made = [
         trained(town, "scene", **plain, batch_size=size, accumulate=together, output_dir=town.root / str(size))[0]
         for size, together in ((count, 1), (4, count))
     ]
-    sys.modules.pop("mine_net", None)
     one, other = (load_file(report.checkpoint) for report in made)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-6)
@@ -1207,13 +1213,10 @@ def test_clips_that_no_batch_ever_holds_are_told_of(town: World) -> None:
 
 
 def test_a_net_of_one_s_own_that_takes_no_such_clips_is_an_error_that_says_so(
-    town: World, monkeypatch: pytest.MonkeyPatch
+    town: World, own_net: Callable[[str], str]
 ) -> None:
-    (town.root / "mine_net.py").write_text(OWN.replace("240", "7"))
-    monkeypatch.syspath_prepend(town.root)
     with pytest.raises(TeacherError, match=r"mine_net:small failed: RuntimeError: .*shapes"):
-        trained(town, "scene", arch="mine_net:small")
-    sys.modules.pop("mine_net", None)
+        trained(town, "scene", arch=own_net(OWN.replace("240", "7")))
 
 
 def test_a_whole_city2scene_teacher_to_start_from_brings_its_city_teacher(town: World) -> None:

@@ -162,7 +162,8 @@ class Run:
         file = {**self.file.get("", {}), **self.file.get(group, {}), **self.file.get(name, {})}
         values, sources = dict(self.values), dict(self.sources)
         for option in self.command.options:
-            if option.name == "config" or (self.said(option.name) and (spoken_of is None or option.name in spoken_of)):
+            is_said = self.said(option.name) and (spoken_of is None or option.name in spoken_of)
+            if is_said or option.name == "config" or option.default is ...:
                 continue
             values[option.name], sources[option.name] = option.default, "default"
             if option.name in file:

@@ -54,6 +54,8 @@ class Option:
     flag: str = ""
     also: tuple[str, ...] = ()
     """Further spellings, older ones among them."""
+    stands_for: tuple[tuple[str, str], ...] = ()
+    """Switches that stand for a value of it: ``(("--use-fp16", "fp16"),)``."""
     off: bool = False
     """A switch that also has ``--no-…``."""
     variable: str = ""

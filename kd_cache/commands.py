@@ -158,7 +158,7 @@ class Run:
         Of what the command line and the environment say, only options in ``spoken_of`` count, if it is given: the
         others are about something else then.
         """
-        group = self.command.name.partition(" ")[0]
+        group = self.command.name.rpartition(" ")[0]
         file = {**self.file.get("", {}), **self.file.get(group, {}), **self.file.get(name, {})}
         values, sources = dict(self.values), dict(self.sources)
         for option in self.command.options:
@@ -189,13 +189,16 @@ class Run:
         sources = {name: self.sources[name] for name in kept}
         return {"values": values, "sources": sources, "sha256": hashlib.sha256(_canonical(values)).hexdigest()}
 
-    def recall(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a cache remembers: as given, else as ``saved`` with it, else the default."""
-        return {
-            name: saved[name] if name in saved and not self.given(name) else self.values[name]
-            for name, option in OPTIONS.items()
-            if option.recalled and name in self.values
-        }
+    def recall(self, values: Mapping[str, Any], paths: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a cache remembers: as given now, else as saved with it (``paths`` are absolute), else the
+        default.
+        """
+        found = {}
+        for name, option in OPTIONS.items():
+            if option.recalled and name in self.values:
+                saved = paths if option.is_path else values
+                found[name] = saved[name] if name in saved and not self.given(name) else self.values[name]
+        return found
 
 
 def _canonical(value: Any) -> bytes:

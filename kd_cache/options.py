@@ -64,6 +64,8 @@ class Option:
     high: float | None = None
     parse: Callable[[str], Any] | None = None
     """Reads a text from the command line, the environment or the file; raises `UsageError`."""
+    keyed: bool = False
+    """An item may be a section of its own in a file: ``{level: 2, lr: 1e-4}`` for ``level=2,lr=1e-4``."""
     positional: bool = False
     kept: bool = True
     """Whether its value is written down with what the command makes."""
@@ -83,8 +85,18 @@ class Option:
     @property
     def spellings(self) -> tuple[str, ...]:
         """Its names in a settings file: ``as_json``, ``json``."""
-        long = [flag[2:].replace("-", "_") for flag in self.flags if flag[:2] == "--" and flag[:5] != "--no-"]
-        return tuple(dict.fromkeys([self.name, *long]))
+        long = [_key(flag) for flag in self.flags if flag[:2] == "--" and flag[:5] != "--no-"]
+        return tuple(dict.fromkeys([self.name, *long, *dict(self.switches)]))
+
+    @property
+    def switches(self) -> tuple[tuple[str, str], ...]:
+        """`stands_for` by the names in a settings file: ``(("use_fp16", "fp16"),)``."""
+        return tuple((_key(flag), value) for flag, value in self.stands_for)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """What the environment may call it."""
+        return (self.envvar, *(PREFIX + name.upper() for name, _ in self.switches))
 
     @property
     def bare(self) -> Any:
@@ -99,6 +111,10 @@ class Option:
     @property
     def is_list(self) -> bool:
         return typing.get_origin(self.bare) is list
+
+    @property
+    def is_path(self) -> bool:
+        return self.bare in (Path, list[Path])
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -120,6 +136,10 @@ class Option:
         if self.is_switch:
             return (self.flags[0] if self.default else self.flags[1]) if self.off else ""
         return str(self.default)
+
+
+def _key(flag: str) -> str:
+    return flag[2:].replace("-", "_")
 
 
 def _optional(kind: Any) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
-from kd_cache.commands import Command
+from kd_cache.commands import GROUP, Command, Group, Plugin
+from kd_cache.errors import UsageError
 from kd_cache.options import (
     CACHE,
     DATA,
@@ -323,3 +326,32 @@ SAMPLE_DATA = Command(
 )
 
 COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, SAMPLE_DATA)
+
+
+@functools.cache
+def all_commands() -> tuple[dict[str, Command], dict[str, Group]]:
+    """The product's commands and those of plug-ins, and the groups, by name. A plug-in's replaces none of ours."""
+    found = {command.name: command for command in COMMANDS}
+    groups: dict[str, Group] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        plugin: Plugin = point.load()
+        for command in plugin.commands:
+            if command.name in found:
+                raise UsageError(f"the plug-in {point.name} ({point.value}) brings a second command {command.name}")
+            found[command.name] = command
+        groups |= {group.name: group for group in plugin.groups}
+    return found, groups
+
+
+def all_options() -> list[Option]:
+    """Every option of every command; one that several have is there several times."""
+    return [option for command in all_commands()[0].values() for option in command.options if not option.positional]
+
+
+def sections(command: Command | None = None) -> list[str]:
+    """The settings file's sections that a command reads, the nearest last; without one, all that there are."""
+    groups = all_commands()[1]
+    if command is None:
+        return [name for group in groups.values() for name in (group.name, *group.sections)]
+    group, _, word = command.name.rpartition(" ")
+    return [name for name in (group, word) if group in groups and name in (group, *groups[group].sections)]

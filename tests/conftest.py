@@ -15,7 +15,9 @@ from typer.testing import CliRunner, Result
 
 import kd_cache.seen
 from kd_cache.cli import app
-from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, sample_key
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
+from kd_cache.manifest import sample_key
 
 REPO = Path(__file__).parent.parent
 SAMPLE = REPO / "data" / "sample"
@@ -49,6 +51,10 @@ class World:
         self.json_path.write_text(json.dumps(lists))
         return self
 
+    def data(self, target: str = "b") -> Dataset:
+        """The guarded data set that a job is given."""
+        return Dataset.load(target, self.json_path)
+
     def permitted(self, target: str = "b") -> list[str]:
         return [r["file"] for r in self.rows if r["split"] == "train" and r["device_id"] in ("A", target)]
 
@@ -62,14 +68,14 @@ class World:
 
     def add(self, number: int, device: str, split: str, frames: int = 12, bins: int = 20) -> str:
         """One more row with a feature of its own; its location is its number, so that no two share one."""
-        scene, city = SCENES[number % 10], CITIES[number % 12]
+        scene, city = DCASE.scenes[number % 10], DCASE.cities[number % 12]
         file = f"x/{scene}-{city}-{number}-0-{device.lower()}.npy"
         self.rows.append(
             {
                 "file": file,
                 "scene_label": number % 10,
                 "city_label": number % 12,
-                "domain": DOMAIN_OF[device],
+                "domain": DCASE.domain_of[device],
                 "device_id": device,
                 "split": split,
             }

@@ -481,16 +481,16 @@ def _in_place() -> None:
 
 
 def _remove_before_writing() -> None:
-    import kd_cache.store.seal
+    import kd_cache.store.union
 
-    write = kd_cache.store.seal.write_pack
+    write = kd_cache.store.union.write_pack
 
     def late(directory: Path, origin: Any, *rest: Any, **further: Any) -> Path:
         for pack in directory.glob(f"{origin.teacher}-*.h5"):
             pack.unlink()
         return write(directory, origin, *rest, **further)
 
-    kd_cache.store.seal.write_pack = late
+    kd_cache.store.union.write_pack = late
 
 
 def _replace_everywhere(name: str, replacement: Any) -> None:

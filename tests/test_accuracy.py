@@ -15,14 +15,16 @@ import torch
 from conftest import Run, World
 from store_fixtures import Rows, make_cache, md5, origin, snapshot
 
-from kd_cache.accuracy import Accuracy, alarm, changed_labels, labels_of, measure, stored_accuracy
 from kd_cache.errors import CorruptError
 from kd_cache.manifest import load_manifest
 from kd_cache.splits import select
+from kd_cache.store.accuracy import Accuracy, changed_labels, measure, stored_accuracy
+from kd_cache.store.accuracy import alarm as alarm_of
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import Pack, write_pack
 from kd_cache.store.permitted import Permitted
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
 
 CLEAR = ("--teacher", "clear=test_accuracy:clear", "--only", "clear")
@@ -209,7 +211,7 @@ def test_every_split_of_the_rows_into_blocks_gives_the_same_accuracy(
     right = int((rows.logits.argmax(axis=1) == labels).sum())
     union = CacheFolder(cache.path).packs().union(cache.origins["scene"])
     for block in (1, 3, 1000):
-        monkeypatch.setattr("kd_cache.accuracy._BLOCK", block)
+        monkeypatch.setattr("kd_cache.store.accuracy._BLOCK", block)
         assert measure(union, permitted) == Accuracy(right, int((labels >= 0).sum()))
 
 
@@ -692,12 +694,16 @@ def test_an_accuracy_that_is_none_is_a_typed_error(dump: Run, verify: Run, world
     assert "unexpected" not in result.stderr
 
 
+def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -> str | None:
+    return alarm_of(measure(union, permitted), entry)
+
+
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_those_of_the_source_in_key_order(world: World) -> None:
     selection = select(load_manifest(world.json_path), "b")
-    keys, labels = labels_of(selection)
+    keys, labels = selection.keys, selection.labels
     expected = {md5(row["file"]): row["scene_label"] if row["device_id"] == "A" else None for row in world.rows}
     assert [key.tobytes() for key in keys] == sorted(md5(file) for file in world.permitted())
     assert labels.tolist() == [-1 if expected[key.tobytes()] is None else expected[key.tobytes()] for key in keys]
@@ -707,7 +713,7 @@ def test_a_source_row_without_a_label_has_none(world: World) -> None:
     """A manifest file must label the source; a `Selection` made by hand need not."""
     selection = select(load_manifest(world.json_path), "b")
     samples = [sample._replace(scene_label=None) if sample.scene_label == 2 else sample for sample in selection.samples]
-    _, labels = labels_of(replace(selection, samples=tuple(samples)))
+    labels = replace(selection, samples=tuple(samples)).labels
     assert sorted(labels.tolist()) == [-1] * 9 + sorted(
         row["scene_label"] for row in world.rows[:12] if row["scene_label"] != 2
     )
@@ -787,9 +793,6 @@ def test_errors_of_a_refusal_can_be_caught_as_corrupt(world: World, dump: Run) -
 
     dump()
     exchange(world, 0, 1)
-    manifest = load_manifest(world.json_path)
-    from kd_cache.features import FeatureSource
-
-    job = SealJob(CacheFolder(world.cache), manifest, select(manifest, "b"), FeatureSource(world.root))
+    job = SealJob(Snapshot(CacheFolder(world.cache)), world.data())
     with pytest.raises(CorruptError, match="clear: its accuracy"):
         seal_cache(job)

@@ -27,6 +27,7 @@ from typer.testing import Result
 import kd_cache.adopt
 from kd_cache import CorruptError, FeatureError, LogitCache, Manifest, Sample, Selection, StoreError, UsageError
 from kd_cache.adopt import NOT_ADOPTED, AdoptJob, adopt_rows
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.export import ExportJob, export_logits
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.store.folder import CacheFolder
@@ -249,8 +250,9 @@ def test_export_and_adopt_give_back_every_bit_and_every_name(data: st.DataObject
         cache = make_cache(root / "A2b", {"scene": rows}, {"scene": named})
         export_logits(ExportJob(CacheFolder(cache.path), to, root / "out"))
         job = AdoptJob(
-            root / "out" / f"scene.{to}", root / "mine", Manifest(samples, "0" * 64),
-            Selection("b", samples, 0, 1), AnyFeatures(), value_kind=kind, dtype=dtype if to == "tsv" else None,
+            root / "out" / f"scene.{to}", root / "mine",
+            Dataset(Manifest(samples, "0" * 64), Selection("b", samples, 0, 1), AnyFeatures()),
+            value_kind=kind, dtype=dtype if to == "tsv" else None,
         )  # fmt: skip
         adopt_rows(job)
         again = opened(root / "mine" / "A2b", value_kind=kind)
@@ -436,14 +438,14 @@ def test_an_adoption_that_was_interrupted_is_made_again_to_the_same_bytes(
     source = write_tsv(tmp_path / "rows.tsv", table(world))
     adopt(source, root="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.adopt, "finish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
+        patch.setattr(kd_cache.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
         assert adopt(source).exit_code == 1
     assert not (tmp_path / "mine/A2b/cache_index.json").exists()
     # Mended meanwhile: what the first attempt left is in nobody's way.
     mended = table(world)
     mended[world.permitted()[0]] += 1
     with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.adopt, "finish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
+        patch.setattr(kd_cache.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
         assert adopt(write_tsv(tmp_path / "mended.tsv", mended)).exit_code == 1
     assert adopt(source).exit_code == 0
     assert snapshot(tmp_path / "mine/A2b/outside") == snapshot(tmp_path / "whole/A2b/outside")

@@ -20,6 +20,7 @@ from tiny_teachers import Linear
 from kd_cache.errors import worst_exit_code
 from kd_cache.manifest import sample_key
 from kd_cache.store.pack import open_pack
+from kd_cache.store.union import Union
 
 
 def report(result: object) -> dict:  # type: ignore[type-arg]
@@ -474,18 +475,18 @@ def test_a_data_root_without_any_feature_leaves_the_cache_alone(dump: Run, world
 def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stays(
     dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kd_cache.publish
+    import kd_cache.store.publish
 
     dump()
     index = (world.cache / "cache_index.json").read_bytes()
     world.add(70, "b", "train")
     world.write()
-    seal = kd_cache.publish.seal
+    merge = kd_cache.store.publish.merge_packs
 
-    def damaged(directory: Path, packs: list, *wanted: np.ndarray) -> object:  # type: ignore[type-arg]
-        return seal(directory, [pack for pack in packs if len(pack) > 1], *wanted)
+    def damaged(directory: Path, union: Union, *wanted: np.ndarray) -> object:
+        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted)
 
-    monkeypatch.setattr(kd_cache.publish, "seal", damaged)
+    monkeypatch.setattr(kd_cache.store.publish, "merge_packs", damaged)
     result = dump("--num-verify", 0)
     assert result.exit_code == 3
     assert "park" in result.stderr or "1 permitted samples have no row" in result.stderr
@@ -602,7 +603,7 @@ def test_waiting_features_do_not_grow_with_the_data_set() -> None:
     from kd_cache.pipeline.batcher import Batcher
     from kd_cache.pipeline.device import numerics
     from kd_cache.pipeline.engine import Engine
-    from kd_cache.plan import Place
+    from kd_cache.store.plan import Place
 
     cpu = torch.device("cpu")
     with numerics(cpu, "fp32", 1):

@@ -29,7 +29,7 @@ from store_fixtures import (
 )
 
 import kd_cache.export
-import kd_cache.publish
+import kd_cache.store.publish
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StoreError, UsageError, load_cached_logits_batch
 from kd_cache.export import FORMATS, ExportJob, ExportReport, export_logits
 from kd_cache.store.folder import CacheFolder
@@ -239,15 +239,15 @@ def test_an_index_that_changes_while_the_view_is_made_is_never_overwritten(
     dump("--no-files")
     index = world.cache / "cache_index.json"
     content = index.read_bytes()
-    bring = kd_cache.publish._bring_view_in_line
+    bring = kd_cache.store.publish._View.bring_in_line
 
-    def meanwhile(*args: object) -> object:
-        maps = bring(*args)  # type: ignore[arg-type]
+    def meanwhile(*args: object, **wanted: object) -> object:
+        maps = bring(*args, **wanted)  # type: ignore[arg-type]
         index.unlink()
         index.write_bytes(content)
         return maps
 
-    monkeypatch.setattr(kd_cache.publish, "_bring_view_in_line", meanwhile)
+    monkeypatch.setattr(kd_cache.store.publish._View, "bring_in_line", meanwhile)
     result = run("export", "--to", "npy")
     assert result.exit_code == 1
     assert "changed while" in result.stderr

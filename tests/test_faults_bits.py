@@ -30,12 +30,10 @@ from typer.testing import CliRunner
 
 from kd_cache.cli import app
 from kd_cache.errors import CorruptError, KDCacheError
-from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import load_manifest
-from kd_cache.splits import select
 from kd_cache.store import pack as pack_module
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.verify import VerifyJob, verify_cache
 
 FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
@@ -310,11 +308,8 @@ def reader(cache: Finished, verify: str = "full") -> Check:
 
 def audit_job(cache: Finished) -> VerifyJob:
     """The job of ``kd-cache verify --all``, teachers loaded."""
-    manifest = load_manifest(cache.world.json_path, num_scenes=10, num_cities=12)
-    selection = select(manifest, "b")
-    source = FeatureSource(cache.world.root)
     teachers = {"tiny": tiny_teachers.linear(None), "other": tiny_teachers.other(None)}
-    return VerifyJob(CacheFolder(cache.world.cache), manifest, selection, source, teachers=teachers, n=None)
+    return VerifyJob(Snapshot(CacheFolder(cache.world.cache)), cache.world.data(), teachers=teachers, n=None)
 
 
 def auditor(cache: Finished, path: Path) -> Check:

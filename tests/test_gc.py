@@ -251,7 +251,7 @@ def older_index(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(no_index, "is unfinished: it has no index"), (damaged_index, "damaged"), (older_index, "older script")],
+    [(no_index, "it has no cache_index.json"), (damaged_index, "damaged"), (older_index, "older script")],
 )
 def test_without_a_sound_index_only_temporaries_go(cache: MadeCache, change: Callable[[Path], None], told: str) -> None:
     Rows.of(names(5)).write(cache.path / "packs", origin(weights="earlier"))
@@ -670,7 +670,7 @@ def test_dry_run_removes_nothing_and_lists_what_the_real_run_removes(run: Run, r
 def test_every_cache_under_the_root_is_cleaned_and_links_and_other_folders_are_not(run: Run, root: Path) -> None:
     result = run("gc", "--json")
     assert [cache["cache"] for cache in json.loads(result.stdout)["caches"]] == ["cache/A2b", "cache/A2c"]
-    assert "cache/A2c is unfinished: it has no index; only temporaries are removed" in result.stderr
+    assert "it has no cache_index.json; only temporaries are removed" in result.stderr
     assert (root / "cache" / "A2notes" / ".tmp-1-a").exists()
     assert (root / "elsewhere" / "A2s1" / ".tmp-1-a").exists()
     assert json.loads(run("gc", "cache/A2s1", "--json").stdout)["bytes"] > 0  # named, it is meant

@@ -330,7 +330,7 @@ def newer_index(path: Path) -> None:
     [
         (break_pack, 4, "is damaged"),
         (break_pending, 4, "is damaged"),
-        (lose_pending, 3, "neither an index nor pending records"),
+        (lose_pending, 3, "it has no cache_index.json"),
         (break_index, 4, "is damaged"),
         (older_index, 5, "older script"),
         (newer_index, 1, "format version 9"),

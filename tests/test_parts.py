@@ -17,13 +17,12 @@ from store_fixtures import snapshot
 from tiny_teachers import Linear
 
 import kd_cache.pipeline.shard
-from kd_cache import FeatureSource, LogitCache, UsageError, load_manifest, select
+from kd_cache import LogitCache, UsageError
 from kd_cache.cli.parts import part_of
 from kd_cache.dump import DumpJob, dump_logits, plan_dump
-from kd_cache.pending import read_pending
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.pack import open_pack
-from kd_cache.watch import Watcher
+from kd_cache.store.pending import read_pending
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", *[f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "MAX", "STEP")])
 SLOTTED = ("--teacher", "slotted=test_parts:slotted", "--only", "slotted")
@@ -250,7 +249,7 @@ def test_a_part_that_is_empty_succeeds_and_says_that_it_ran(dump: Run, world: Wo
     result = dump("--shard", "0/40")
     assert result.exit_code == 0
     assert sorted(path.parent.name for path in world.cache.rglob("*") if path.is_file()) == ["pending"]
-    (record,) = read_pending(CacheFolder(world.cache), Watcher())
+    (record,) = read_pending(CacheFolder(world.cache))[0]
     assert record.record["part"] == [0, 40]
 
 
@@ -429,12 +428,9 @@ def test_a_part_that_does_not_exist_is_refused_before_anything_is_written(
     world: World, monkeypatch: pytest.MonkeyPatch, part: tuple[int, int]
 ) -> None:
     monkeypatch.chdir(world.root)
-    manifest = load_manifest(world.json_path)
     job = DumpJob(
         Path("cache"),
-        manifest,
-        select(manifest, "b", data_root=world.root),
-        FeatureSource(world.root),
+        world.data(),
         {"tiny": Linear(1)},
         torch.device("cpu"),
         part=part,

@@ -20,7 +20,7 @@ from tiny_teachers import Linear
 
 import kd_cache.pipeline.batch_size
 import kd_cache.pipeline.shard
-from kd_cache import FeatureSource, LogitCache, StoreError, TeacherError, load_manifest, select
+from kd_cache import FeatureSource, LogitCache, StoreError, TeacherError
 from kd_cache.dump import DumpJob, dump_logits
 from kd_cache.errors import FeatureError
 from kd_cache.features import Feature
@@ -28,11 +28,12 @@ from kd_cache.pipeline.batch_size import best_batch_size
 from kd_cache.pipeline.batcher import Batcher
 from kd_cache.pipeline.device import full_precision, numerics
 from kd_cache.pipeline.engine import Batch, Engine
+from kd_cache.pipeline.places import Places
 from kd_cache.pipeline.planning import Ranks
 from kd_cache.pipeline.reading import CHUNK, read_ahead
 from kd_cache.pipeline.stages import READING, SCORING, Busy
-from kd_cache.plan import Place, Places, Shape
 from kd_cache.storage_cost import StorageCost, kl_divergence
+from kd_cache.store.plan import Place, Shape
 from kd_cache.watch import Watcher
 
 CPU = torch.device("cpu")
@@ -380,12 +381,9 @@ class Listening(Watcher):
 
 
 def _job(world: World, teacher: Linear, **options: object) -> DumpJob:
-    manifest = load_manifest(world.json_path)
     return DumpJob(
         cache_root=world.root / "cache",
-        manifest=manifest,
-        selection=select(manifest, "b"),
-        source=FeatureSource(world.root),
+        data=world.data(),
         teachers={"tiny": teacher},
         device=CPU,
         **options,  # type: ignore[arg-type]
@@ -474,10 +472,7 @@ def test_a_gpu_gives_the_same_bits_each_time_and_the_cpus_numbers(world: World) 
 
 
 def _job_on(world: World, device: str) -> DumpJob:
-    manifest = load_manifest(world.json_path)
-    source = FeatureSource(world.root)
-    target = torch.device(device)
-    return DumpJob(world.root / "cache", manifest, select(manifest, "b"), source, {"tiny": Linear(1)}, target)
+    return DumpJob(world.root / "cache", world.data(), {"tiny": Linear(1)}, torch.device(device))
 
 
 def test_kl_is_that_of_torch() -> None:

@@ -19,17 +19,17 @@ from conftest import TINY, Run, World
 from store_fixtures import snapshot
 
 import kd_cache.pipeline.shard
-import kd_cache.publish
 import kd_cache.store.index
-from kd_cache import FeatureSource, LogitCache, load_manifest, select
-from kd_cache.pending import PendingRecord, begun, read_pending
-from kd_cache.publish import Published
+import kd_cache.store.publish
+from kd_cache import LogitCache, load_manifest
 from kd_cache.seal import SealJob, seal_cache
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import open_pack
-from kd_cache.watch import Watcher
+from kd_cache.store.pending import PendingRecord, begun, read_pending
+from kd_cache.store.publish import Published
+from kd_cache.store.snapshot import Snapshot
 
 SEAL = ("seal", "--target", "b")
 
@@ -623,7 +623,7 @@ def test_at_every_moment_of_a_seal_the_index_on_disk_finds_its_rows(
 
 
 def pending_teachers(world: World) -> list[str]:
-    return [name for index in read_pending(CacheFolder(world.cache), Watcher()) for name in index.origins]
+    return [name for index in read_pending(CacheFolder(world.cache))[0] for name in index.origins]
 
 
 def test_what_is_published_is_durable_in_order(
@@ -684,9 +684,7 @@ def test_an_index_that_cannot_be_written_leaves_everything_of_before(
 
 
 def _job(world: World) -> SealJob:
-    manifest = load_manifest(world.json_path)
-    selection = select(manifest, "b", data_root=world.root)
-    return SealJob(CacheFolder(world.cache), manifest, selection, FeatureSource(world.root))
+    return SealJob(Snapshot(CacheFolder(world.cache)), world.data())
 
 
 def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
@@ -698,7 +696,7 @@ def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
         raise Dead
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.publish, "remove_files", dead)
+        patched.setattr(kd_cache.store.publish, "remove_files", dead)
         with pytest.raises(Dead):
             run(*SEAL)
     assert len(world.packs()) > 2
@@ -718,16 +716,16 @@ def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
 @contextmanager
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any], times: int = 1) -> Iterator[list[bool]]:
     """Have ``act`` happen just before an index is put in place, the first times that one is."""
-    write, done = kd_cache.publish.write_index, list[bool]()
+    write, done = kd_cache.store.publish.write_index, list[bool]()
 
-    def writing(*args: Any, **kwargs: Any) -> None:
+    def writing(*args: Any, **kwargs: Any) -> Any:
         if len(done) < times:
             done.append(True)
             act()
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.publish, "write_index", writing)
+        patched.setattr(kd_cache.store.publish, "write_index", writing)
         yield done
 
 
@@ -785,17 +783,18 @@ def test_an_index_that_another_process_replaces_in_the_same_moment_is_written_ag
     """Both looked before either renamed. Who came first looks again before it is done."""
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     assert run(*base, "--only", "tiny").exit_code == 0
-    late, write, done = index_bytes(world), kd_cache.publish.write_index, []
+    late, write, done = index_bytes(world), kd_cache.store.publish.write_index, []
 
-    def overtaken(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
+    def overtaken(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
         if not done:
             done.append(True)
             (world.cache / ".tmp-1-1").write_bytes(late)
             (world.cache / ".tmp-1-1").replace(world.cache / "cache_index.json")
+        return written
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.publish, "write_index", overtaken)
+        patched.setattr(kd_cache.store.publish, "write_index", overtaken)
         assert run(*base, "--only", "other").exit_code == 0
     assert done
     assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
@@ -808,7 +807,7 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     write, done = kd_cache.store.index.write_atomic, []
 
-    def late(path: Path, content: Any, before: Callable[[], None] | None = None) -> None:
+    def late(path: Path, content: Any, before: Callable[[], None] | None = None) -> Any:
         def looked() -> None:
             if before is not None:
                 before()
@@ -816,7 +815,7 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
                 done.append(True)
                 assert run(*base, "--only", "other").exit_code == 0
 
-        write(path, content, looked)
+        return write(path, content, looked)
 
     with monkeypatch.context() as patched:
         patched.setattr(kd_cache.store.index, "write_atomic", late)
@@ -840,7 +839,7 @@ def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
     write, seen = kd_cache.pipeline.shard.write_pack, []
 
     def looking(directory: Path, origin: Any, *rest: Any) -> Path:
-        (index,) = read_pending(CacheFolder(world.cache), Watcher())
+        (index,) = read_pending(CacheFolder(world.cache))[0]
         seen.append(index.origins[origin.teacher] == origin)
         return write(directory, origin, *rest)
 
@@ -853,7 +852,7 @@ def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
 
 def test_a_record_says_all_that_a_seal_needs(dump: Run, world: World) -> None:
     dump("--shard", "1/2", "--dtype", "fp16", "--no-files")
-    (index,) = read_pending(CacheFolder(world.cache), Watcher())
+    (index,) = read_pending(CacheFolder(world.cache))[0]
     record = index.record
     assert record["adaptation"] == "A2b"
     assert record["manifest"]["sha256"] == load_manifest(world.json_path).digest
@@ -1036,12 +1035,12 @@ def test_a_record_of_two_teachers_stays_until_both_are_told_of(dump: Run, run: R
 
 def test_records_are_read_oldest_first_and_temporaries_and_strangers_are_left(world: World) -> None:
     folder = CacheFolder(world.cache)
-    assert read_pending(folder, Watcher()) == []
+    assert read_pending(folder) == ([], [])
     for number in (3, 1, 2):
         PendingRecord(folder, {}, {"begun": number}).write({}, {})
     (folder.pending_path / ".tmp-1-2.json").write_text("{")
     (folder.pending_path / "notes.txt").write_text("mine")
-    assert [begun(index.record) for index in read_pending(folder, Watcher())] == [1, 2, 3]
+    assert [begun(index.record) for index in read_pending(folder)[0]] == [1, 2, 3]
     for value in (None, "x", 1.5, True):
         assert begun({"begun": value}) == 0
     assert begun({}) == 0
@@ -1053,7 +1052,7 @@ def test_a_record_written_again_replaces_itself(world: World) -> None:
     record.write({}, {})
     record.write({}, {"x.npy": "bad"})
     assert record.is_written
-    (index,) = read_pending(CacheFolder(world.cache), Watcher())
+    (index,) = read_pending(CacheFolder(world.cache))[0]
     assert index.missing == {"x.npy": "bad"}
     assert begun(index.record) == record.begun
 

@@ -9,7 +9,7 @@ import typer
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.dump_run import dump_and_report
-from kd_cache.cli.inputs import inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described
 from kd_cache.errors import UsageError, shown
@@ -21,7 +21,7 @@ def run_extract(ctx: typer.Context) -> None:
     """Guard, load, embed, verify, report. Exits with the command's status if that is not 0."""
     options = ctx.params
     with Screen(quiet=options["quiet"], as_json=options["as_json"]) as screen:
-        inputs = inputs_of(options["target"], options)
+        data = data_of(options["target"], options)
         from kd_cache.dump import DumpJob
         from kd_cache.pipeline.device import resolve_device
         from teachers.checkpoint_file import checkpoint_limit
@@ -31,15 +31,13 @@ def run_extract(ctx: typer.Context) -> None:
             specs, sources = _sources(options["checkpoint"])
         job = DumpJob(
             cache_root=options["output_dir"] / FOLDER,
-            manifest=inputs.manifest,
-            selection=inputs.selection,
-            source=inputs.source,
+            data=data,
             teachers=sources,
             device=resolve_device(options["device"]),
             files=False,
             workers=options["workers"],
             notes={spec.name: {"source": described(spec, sources[spec.name])} for spec in specs},
-            record=run_record(ctx, inputs),
+            record=run_record(ctx, data),
         )
         code, content = dump_and_report(job, 10, screen)
         screen.result("", f"Embeddings: {', '.join(f'--embeddings {name}' for name in sources)}")

@@ -14,7 +14,7 @@ import typer
 from kd_cache.cli import options as opt
 from kd_cache.cli.config import DEFAULT_FILE, file_settings, resolved_settings, source_name
 from kd_cache.cli.console import Screen, percent, table
-from kd_cache.cli.inputs import inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.cli.train_options import TrainOptions
@@ -233,18 +233,18 @@ def _trained(
 
 def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, only_shared: bool) -> TrainJob:
     options = options_for(ctx, role, only_shared=only_shared)
-    inputs = inputs_of(target, vars(options))
+    data = data_of(target, vars(options))
     from kd_cache.pipeline.device import resolve_device
     from teachers.training.train_job import TrainJob
 
     return TrainJob(
         settings=settings_of(role, options),
-        manifest=inputs.manifest,
-        selection=inputs.selection,
-        source=inputs.source,
+        manifest=data.manifest,
+        selection=data.selection,
+        source=data.features,
         output_dir=options.output_dir,
         device=resolve_device(options.device),
-        data_root=Path(inputs.paths["data_root"]),
+        data_root=Path(data.paths["data_root"]),
         backbone=backbone,
         init=options.init,
         embeddings=tuple(options.embeddings),
@@ -254,7 +254,7 @@ def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, o
         pth=options.pth,
         half=options.half,
         tensorboard=options.tensorboard,
-        record={"options": resolved_settings(ctx), "paths": inputs.paths},
+        record={"options": resolved_settings(ctx), "paths": dict(data.paths)},
     )
 
 
@@ -308,19 +308,17 @@ def _dumped(
     from kd_cache.dump import DumpJob
     from kd_cache.pipeline.device import resolve_device
 
-    inputs = inputs_of(target, vars(options))
+    data = data_of(target, vars(options))
     specs = [TeacherSpec(name, _factory(ctx, name), path) for name, path in checkpoints.items()]
     teachers = _teachers(ctx, options, specs)
     job = DumpJob(
         cache_root=options.cache_root,
-        manifest=inputs.manifest,
-        selection=inputs.selection,
-        source=inputs.source,
+        data=data,
         teachers=teachers,
         device=resolve_device(options.device),
         workers=options.workers,
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
-        record=run_record(ctx, inputs),
+        record=run_record(ctx, data),
     )
     return dump_and_report(job, 10, screen)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import xxhash
 
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json
 from kd_cache.store.atomic import open_file, store_errors, write_atomic
 from kd_cache.store.strict_json import strict_json
@@ -124,11 +123,6 @@ def load_plan(path: Path) -> BatchPlan | None:
         return None
 
 
-def plan_of(path: Path, record: Mapping[str, Any] | None) -> BatchPlan | None:
-    """The saved plan; where that is lost or damaged, the copy in the record of an index. Raises as `load_plan`."""
-    return load_plan(path) or BatchPlan.from_json((record or {}).get("plan"))
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(content))
 
@@ -137,48 +131,3 @@ def _positive(value: Any, most: int = 1 << 30) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise ValueError(f"expected an integer from 1 to {most}")
     return value
-
-
-class Places:
-    """Gives each sample its rank. Show it the shape of every permitted sample with a readable feature, in key order."""
-
-    def __init__(self) -> None:
-        self._ranks: Counter[Shape] = Counter()
-
-    def next_rank(self, shape: Shape) -> int:
-        """The rank of one more sample of this shape."""
-        rank = self._ranks[shape]
-        self._ranks[shape] += 1
-        return rank
-
-    def pass_over(self, shape: Shape, count: int) -> None:
-        """So many more samples of this shape, whose ranks nobody asks for."""
-        self._ranks[shape] += count
-
-
-def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool) -> dict[Shape, int]:
-    """How many features have each ``(T, F)``, from their headers alone.
-
-    With ``skip_bad`` an unreadable feature does not count (the dump reports it); otherwise `FeatureError` is raised.
-    """
-    counts: Counter[Shape] = Counter()
-    for file in files:
-        try:
-            counts[source.shape(file)] += 1
-        except FeatureError:
-            if not skip_bad:
-                raise
-    return dict(counts)
-
-
-def places_of(source: FeatureSource, files: Iterable[str], plan: BatchPlan) -> dict[str, Place]:
-    """The place of every readable sample among ``files``, which are all permitted ones in key order."""
-    places = Places()
-    found = {}
-    for file in files:
-        try:
-            shape = source.shape(file)
-        except FeatureError:
-            continue
-        found[file] = plan.place(shape, places.next_rank(shape))
-    return found

@@ -8,21 +8,14 @@ travel with the cache, and logits joined to wrong rows move it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from kd_cache.errors import CorruptError
-from kd_cache.manifest import SOURCE
-from kd_cache.splits import Selection
-from kd_cache.store.folder import CacheFolder, PackSet
-from kd_cache.store.index import Index
-from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
-from kd_cache.store.pack import Origin
-from kd_cache.store.permitted import NO_LABEL, Permitted
+from kd_cache.store.keys import KeyFinder
+from kd_cache.store.permitted import Permitted
 from kd_cache.store.union import Union
 
 _BLOCK = 65_536
@@ -48,17 +41,6 @@ class Accuracy:
 
     def as_json(self) -> dict[str, int]:
         return {"correct": self.correct, "rows": self.rows}
-
-
-def labels_of(selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """Keys ``[N, 16]``, ascending, and scene labels ``[N]`` of source samples; -1 for the target's: the protocol."""
-    keys = keys_of(selection.files)
-    labels = [
-        sample.scene_label if sample.device_id == SOURCE and sample.scene_label is not None else NO_LABEL
-        for sample in selection.samples
-    ]
-    order = sorted_order(keys)
-    return keys[order], np.array(labels, np.int32)[order]
 
 
 def changed_labels(then: Permitted, now: Permitted) -> list[tuple[bytes, int, int]]:
@@ -94,42 +76,16 @@ def measure(union: Union | None, permitted: Permitted) -> Accuracy:
     return Accuracy(correct, len(labels), digest.hexdigest())
 
 
-def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -> str | None:
+def alarm(now: Accuracy, entry: Mapping[str, Any]) -> str | None:
     """Why a teacher's rows cannot be those that were dumped; ``None`` where nothing speaks against them.
 
-    Compares only while the same rows are there: lost rows, and rows scored again from another feature, are told of
+    Compares only while the same rows are there: lost rows, and rows scored again from another feature, are reported
     elsewhere.
     """
     before = stored_accuracy(entry)
-    if before is None:
-        return None
-    now = measure(union, permitted)
-    if now.measured != before.measured or now.correct == before.correct:
+    if before is None or now.measured != before.measured or now.correct == before.correct:
         return None
     return (
         f"its accuracy on labelled source rows was {before} when it was dumped and is {now} now, with the same labels: "
         "logits are joined to wrong rows"
     )
-
-
-def refuse_wrong_joins(folder: CacheFolder, packs: PackSet, earlier: Index | None, kept: Mapping[str, Origin]) -> None:
-    """Look before rows are kept for good: one that is fresh under the wrong key would never be scored again.
-
-    Args:
-        earlier: the index, if there is one; it remembers how good the rows were.
-        kept: the teachers whose fresh rows are to be kept.
-
-    Raises:
-        CorruptError: a teacher's rows are not those that the index was written with.
-    """
-    permitted = None
-    if earlier is not None:
-        with suppress(FileNotFoundError, CorruptError):  # nothing to compare with; it is about to be written anew
-            permitted = folder.permitted(earlier)
-    if earlier is None or permitted is None:
-        return
-    for name, origin in earlier.origins.items():
-        if name in kept and kept[name].fingerprint.digest == origin.fingerprint.digest:
-            wrong = alarm(packs.union(origin), permitted, earlier.record["teachers"][name])
-            if wrong is not None:
-                raise CorruptError(f"{name}: {wrong}", hint="kd-cache repair scores them again.")

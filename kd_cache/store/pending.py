@@ -11,15 +11,14 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from kd_cache.errors import CorruptError, StaleError
-from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors
+from kd_cache.errors import CorruptError, KDCacheError, StaleError
+from kd_cache.store.atomic import TEMPORARY, make_directory, remove_files, store_errors
 from kd_cache.store.folder import CacheFolder, refuse_link
-from kd_cache.store.index import Index, origin_entry, read_index, write_index
+from kd_cache.store.index import Index, State, index_state, origin_entry, read_index, write_index
 from kd_cache.store.pack import Origin
-from kd_cache.store.seal import remove_files
-from kd_cache.watch import Watcher
 
 
 class PendingRecord:
@@ -64,25 +63,41 @@ def begun_with(index: Index, name: str) -> int:
     return value if type(value) is int else begun(index.record)
 
 
-def read_pending(folder: CacheFolder, watcher: Watcher) -> list[Index]:
-    """All pending records, the oldest first. A damaged one is told of and left out: its dump can be run again."""
-    found = []
+def read_pending(
+    folder: CacheFolder, known: dict[Path, tuple[State, Index | KDCacheError]] | None = None
+) -> tuple[list[Index], list[KDCacheError]]:
+    """All pending records, the oldest first, and what is wrong with those that cannot be read.
+
+    ``known`` remembers what was read before, under the version of its file: that is not read again.
+    """
+    known = {} if known is None else known
+    found: list[Index] = []
+    damaged: list[KDCacheError] = []
+    for path in _paths(folder):
+        state = index_state(path)
+        if state is None or path not in known or known[path][0] != state:
+            try:
+                known[path] = (state, read_index(path, maps=False))
+            except FileNotFoundError:
+                continue  # another process has published it
+            except (CorruptError, StaleError) as error:
+                known[path] = (state, error)
+        content = known[path][1]
+        if isinstance(content, Index):
+            found.append(content)
+        else:
+            damaged.append(content)
+    return sorted(found, key=lambda record: (begun(record.record), record.path.name)), damaged
+
+
+def _paths(folder: CacheFolder) -> list[Path]:
     with store_errors(folder.pending_path, "list"):
         refuse_link(folder.pending_path)
         try:
             names = sorted(entry.name for entry in os.scandir(folder.pending_path))
         except FileNotFoundError:
             return []
-    for name in names:
-        if not name.endswith(".json") or name.startswith(TEMPORARY):
-            continue
-        try:
-            found.append(read_index(folder.pending_path / name, maps=False))
-        except FileNotFoundError:
-            continue  # another process has published it
-        except (CorruptError, StaleError) as error:
-            watcher.note(f"{error.message}; it is passed over")
-    return sorted(found, key=lambda record: (begun(record.record), record.path.name))
+    return [folder.pending_path / name for name in names if name.endswith(".json") and not name.startswith(TEMPORARY)]
 
 
 def forget(folder: CacheFolder, records: Iterable[Index], words: Mapping[str, int]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import typer.testing
 from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
@@ -24,7 +29,22 @@ SAMPLE = REPO / "data" / "sample"
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
+# Making the sixteen commands takes longer than most of them take to run: each process makes them once.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # there are as many workers as cores: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 Run = Callable[..., Result]
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: neither we nor the many processes forked from here need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

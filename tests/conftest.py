@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from typer.testing import CliRunner, Result
 import kd_cache.seen
 from kd_cache.cli import app
 from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, sample_key
+from kd_cache.store.index import read_index, write_index
 
 REPO = Path(__file__).parent.parent
 SAMPLE = REPO / "data" / "sample"
@@ -156,3 +159,29 @@ def dump(run: Run, world: World) -> Run:
         return run("dump", "--target", "b", "--json-path", world.json_path, *chosen, *args)
 
     return call
+
+
+_DUMPED: dict[tuple[str, str], tuple[Path, Path]] = {}
+"""By module and data: where a cache is kept for `cached`, and the root of the world that it was made in."""
+
+
+@pytest.fixture
+def cached(request: pytest.FixtureRequest, dump: Run, world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world and what ``dump()`` makes of it: dumped once for all tests of a module, and copied for the others."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in world.root.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(world.root)}\n".encode() + path.read_bytes())
+    key = (request.module.__name__, digest.hexdigest())
+    if key not in _DUMPED:
+        result = dump()
+        assert result.exit_code == 0, result.output
+        kept = tmp_path_factory.mktemp("dumped") / "cache"
+        shutil.copytree(world.cache.parent, kept)
+        _DUMPED[key] = kept, world.root
+        return world
+    kept, root = _DUMPED[key]
+    shutil.copytree(kept, world.cache.parent)
+    index = read_index(world.cache / "cache_index.json")
+    record = json.loads(json.dumps(dict(index.record)).replace(str(root), str(world.root)))
+    write_index(index.path, index.num_samples, index.maps, record)
+    return world

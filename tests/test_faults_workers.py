@@ -1,4 +1,4 @@
-"""DataLoader workers however they are started: thousands of reads by each of four (two in the gate), and every row is its own item's.
+"""DataLoader workers however they are started: thousands of reads by each, and every row is its own item's.
 
 A worker that was forked shares what its parent opened; one that was spawned, or came from a fork server, opens the
 packs itself. Half of the reads are from a table in memory, half are gathered from the mapped packs.

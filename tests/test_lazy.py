@@ -476,9 +476,10 @@ def test_new_weights_show_when_the_index_says_so_and_for_all_samples_at_once(
     assert torch.equal(between, old) or torch.equal(between, new)
 
 
-def test_rows_that_a_reader_resolved_are_no_others_after_a_seal(dump: Run, run: Run, world: World) -> None:
+def test_rows_that_a_reader_resolved_are_no_others_after_a_seal(
+    cached: World, dump: Run, run: Run, world: World
+) -> None:
     """An opened cache keeps what it opened; a worker that must open it anew refuses."""
-    dump()
     cache = LogitCache.open(world.cache, verify="lazy")
     files = world.permitted()
     rows, before = cache.rows(files), LogitCache.open(world.cache).tensor(files=files)

@@ -181,7 +181,12 @@ def cached(request: pytest.FixtureRequest, dump: Run, world: World, tmp_path_fac
         return world
     kept, root = _DUMPED[key]
     shutil.copytree(kept, world.cache.parent)
-    index = read_index(world.cache / "cache_index.json")
-    record = json.loads(json.dumps(dict(index.record)).replace(str(root), str(world.root)))
-    write_index(index.path, index.num_samples, index.maps, record)
+    as_if_dumped_in(world.root, world.cache, root)
     return world
+
+
+def as_if_dumped_in(root: Path, cache: Path, elsewhere: Path) -> None:
+    """Let the paths that a copied cache was dumped with lead to ``root`` in place of ``elsewhere``."""
+    index = read_index(cache / "cache_index.json")
+    record = json.loads(json.dumps(dict(index.record)).replace(str(elsewhere), str(root)))
+    write_index(index.path, index.num_samples, index.maps, record)

@@ -229,7 +229,7 @@ class AnyFeatures:
 
 
 @given(st.data(), st.sampled_from(["fp32", "fp16"]), st.sampled_from(["pt", "tsv"]), st.integers(1, 5))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_export_and_adopt_give_back_every_bit_and_every_name(data: st.DataObject, dtype: str, to: str, c: int) -> None:
     files = data.draw(st.lists(NAMES, min_size=1, max_size=8, unique=True))
     rows = Rows.of(files, classes=c, dtype=dtype)

@@ -6,15 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, Run, World
+from fault_tools import ended_at_last, host
 from tiny_teachers import Linear
 
 from kd_cache.errors import worst_exit_code
@@ -384,63 +382,26 @@ def test_skip_lists_samples_that_a_teacher_refuses(run: Run, world: World) -> No
     assert len(index["tiny"]) == 20
 
 
-def test_a_killed_dump_resumes_to_the_bytes_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b"),
-        *("--json-path", str(world.json_path), "--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
-        *("--batch-size", "2", "--shard-size", "2", "--num-verify", "0"),
-    ]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    whole = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert whole.returncode == 0, whole.stderr
-    reference = world.packs()
-    shutil.rmtree(world.cache)
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while len(world.packs()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (world.cache / "cache_index.json").exists()
-    kept = len(world.packs())
-    assert kept >= 2
-    resumed = subprocess.run([*command, "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert 0 < json.loads(resumed.stdout)["samples_scored"] < 20
-    assert world.packs() == reference
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_what_was_scored_and_a_rerun_goes_on(
     world: World, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     command = [
-        *(sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b", "--json"),
-        *("--json-path", str(world.json_path), "--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
+        *("dump", "--target", "b", "--json", "--json-path", world.json_path),
+        *("--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
         *("--batch-size", "2", "--shard-seconds", "0.5", "--shard-size", "1000"),
     ]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What runs behind a shell ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not world.packs() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in stderr
+    process = host().start(*command, cwd=tmp_path)
+    with ended_at_last([process]):
+        while not world.packs() and not process.ended(0.02):
+            pass
+        process.send(number)
+        outcome = process.wait()
+    assert outcome.code == code
+    assert "Traceback" not in outcome.stderr
     kept = sum(len(open_pack(path)) for path in (world.cache / "packs").glob("*.h5"))
     assert kept > 0
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    again = host().run(*command, cwd=tmp_path)
     assert json.loads(again.stdout)["samples_scored"] == 20 - kept
 
 

@@ -284,7 +284,7 @@ def test_what_lies_around_the_rows_is_checked_at_open_or_harmless(tmp_path: Path
 # -- in workers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
 @forks
 def test_workers_check_what_they_read(made: MadeCache, start: str) -> None:
     """Those that inherit an opened cache, and those that open it anew: right rows, and damage found by either."""

@@ -189,7 +189,7 @@ def test_a_forked_worker_copies_nothing_of_the_table(tmp_path: Path) -> None:
     answer: Any = context.Queue()
     child = context.Process(target=private_bytes_of, args=(cache, rows, answer))
     child.start()
-    grown = answer.get(timeout=60)
+    grown = answer.get(timeout=500)
     child.join()
     assert cache._gatherer.nbytes > 20_000_000
     assert grown < 5_000_000

@@ -44,6 +44,11 @@ if (
 Run = Callable[..., Result]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process is left with it at the end: the README's commands."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests are no garbage: neither we nor the many processes forked from here need look at them again."""
     gc.collect()

@@ -497,7 +497,6 @@ STRANGE: dict[str, tuple[Callable[[Path], str], str]] = {
 }
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize(("make", "reason"), STRANGE.values(), ids=STRANGE)
 def test_each_way_to_be_no_file_is_refused_and_never_hangs(
     root: Path, make: Callable[[Path], str], reason: str
@@ -513,7 +512,6 @@ def test_each_way_to_be_no_file_is_refused_and_never_hangs(
         source.shape(file)
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/urandom", "/dev/stdin", "/proc/self/mem"])
 def test_devices_are_refused_even_where_permitted(root: Path, device: str) -> None:
     (root / "d.npy").symlink_to(device)

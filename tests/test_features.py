@@ -8,7 +8,6 @@ import os
 import pickle
 import socket
 import struct
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -530,27 +529,6 @@ def test_a_root_that_is_no_folder_is_a_usage_error(tmp_path: Path, make: Callabl
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
-def test_many_are_read_in_order_with_errors_in_their_places(root: Path) -> None:
-    np.save(root / "half.npy", GOOD.astype(np.float16))
-    (root / "bad.npy").write_bytes(b"bad")
-    source = FeatureSource(root)
-    files = ["x/good.npy", "bad.npy", "half.npy", "none.npy", "x/good.npy"]
-    found = source.read_many(files)
-    for file, one in zip(files, found, strict=True):
-        alone = source.try_read(file)
-        if isinstance(one, FeatureError):
-            assert isinstance(alone, FeatureError)
-            assert one.message == alone.message
-            assert file in one.message
-        else:
-            assert not isinstance(alone, FeatureError)
-            np.testing.assert_array_equal(one.array, np.load(root / file))
-            assert one.array.dtype == alone.array.dtype
-            assert one.digest == alone.digest == input_digest(np.load(root / file))
-    assert [isinstance(one, FeatureError) for one in found] == [False, True, False, True, False]
-    assert source.read_many([]) == []
-
-
 @pytest.mark.parametrize("dtype", ["<f4", "<f2"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (101, 64), (128, 64), (129, 64)])
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(root: Path, dtype: str, shape: tuple[int, int]) -> None:
@@ -622,26 +600,6 @@ def test_no_descriptor_is_left_open(root: Path, outside: Path) -> None:
             with contextlib.suppress(FeatureError):
                 look(file)
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_threads_may_share_a_source(root: Path) -> None:
-    arrays = [np.full((3, 2), number, np.float32) for number in range(40)]
-    for number, array in enumerate(arrays):
-        (root / f"d{number % 7}").mkdir(exist_ok=True)
-        np.save(root / f"d{number % 7}" / f"{number}.npy", array)
-    source, wrong = FeatureSource(root), []
-
-    def work() -> None:
-        for number, array in enumerate(arrays):
-            if (source.read(f"d{number % 7}/{number}.npy").array != array).any():
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 # -- digests -----------------------------------------------------------------------------------------------------------

@@ -160,18 +160,6 @@ def test_a_user_block_moves_nothing(tmp_path: Path) -> None:
     assert "user block" in file_refusal(tmp_path / "c.h5")
 
 
-def test_many_are_read_in_order_with_errors_in_their_places(tmp_path: Path) -> None:
-    values = arrays()
-    values[1, 2, 3] = np.nan
-    source = PackedFeatures(as_rows(tmp_path / "f.h5", values))
-    found = source.read_many(["d.npy", "none.npy", FILES[1], "d.npy", "\ud800"])
-    assert [isinstance(one, FeatureError) for one in found] == [False, True, True, False, True]
-    assert isinstance(found[2], FeatureError)
-    assert "x/deep/b.npy" in found[2].message
-    assert "frame 2, bin 3 is nan" in found[2].message
-    assert source.read_many([]) == []
-
-
 def test_a_sample_that_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:
     source = PackedFeatures(as_rows(tmp_path / "f.h5", arrays()))
     assert "feature x/none.npy" in refusal(source, "x/none.npy")

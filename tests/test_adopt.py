@@ -230,7 +230,7 @@ class AnyFeatures:
 
 
 @given(st.data(), st.sampled_from(["fp32", "fp16"]), st.sampled_from(["pt", "tsv"]), st.integers(1, 5))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_export_and_adopt_give_back_every_bit_and_every_name(data: st.DataObject, dtype: str, to: str, c: int) -> None:
     files = data.draw(st.lists(NAMES, min_size=1, max_size=8, unique=True))
     rows = Rows.of(files, classes=c, dtype=dtype)
@@ -367,8 +367,7 @@ def test_another_older_cache_is_never_overwritten(adopt: Adopt, world: World, tm
 # -- beside what is there ---------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_is_taken_is_refused(adopt: Adopt, dump: Run, world: World, tmp_path: Path) -> None:
-    dump()
+def test_a_name_that_is_taken_is_refused(adopt: Adopt, cached: World, world: World, tmp_path: Path) -> None:
     before = snapshot(world.cache)
     source = write_tsv(tmp_path / "tiny.tsv", table(world))
     for name in ("tiny", None):
@@ -613,8 +612,7 @@ def test_a_transposed_view_of_a_tensor_is_read_as_it_means(adopt: Adopt, world: 
     assert_rows(tmp_path / "mine/A2b", "outside", rows)
 
 
-def test_a_list_beside_another_tensor_is_corrupt(adopt: Adopt, run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_list_beside_another_tensor_is_corrupt(adopt: Adopt, run: Run, cached: World, world: World) -> None:
     run("export", "--to", "pt", "--output", "out")
     shutil.copy("out/other.files.json", "out/tiny.files.json")
     result = adopt("out/tiny.pt")
@@ -805,8 +803,7 @@ def test_a_table_with_a_byte_order_mark_and_carriage_returns_is_read(
 # -- what is said and asked -------------------------------------------------------------------------------------------
 
 
-def test_what_belongs_together_is_checked(adopt: Adopt, dump: Run, world: World, tmp_path: Path) -> None:
-    dump()
+def test_what_belongs_together_is_checked(adopt: Adopt, cached: World, world: World, tmp_path: Path) -> None:
     rows = table(world)
     source = write_tsv(tmp_path / "rows.tsv", rows)
     (tmp_path / "list.txt").write_text("\n".join(rows))

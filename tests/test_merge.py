@@ -374,8 +374,7 @@ def test_the_guard_comes_first(merged: Run, world: World, parts: list[str]) -> N
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_the_destination_is_no_source(dump: Run, merged: Run, world: World, link: bool) -> None:
-    dump()
+def test_the_destination_is_no_source(cached: World, merged: Run, world: World, link: bool) -> None:
     (world.root / "link").symlink_to(world.cache)
     assert "the destination itself" in refused(merged, world, 2, "link" if link else "cache/A2b")
 

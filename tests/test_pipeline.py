@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
+from fault_tools import TIER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_teachers import Linear
@@ -268,11 +270,15 @@ def test_a_dump_below_fp32_reports_its_cost_and_one_in_fp32_none(dump: Run, worl
     assert "bf16 against fp32" in dump("--precision", "bf16").stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler uses what torch deprecates
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
-def test_compiled_teachers_score_the_same_and_the_index_says_that_they_were(dump: Run, world: World) -> None:
-    assert dump().exit_code == 0
+def test_compiled_teachers_score_the_same_and_the_index_says_that_they_were(
+    cached: World, dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the gate by torch's compiler alone, which takes a second; `make faults` has the C++ compiler make it fast."""
+    if TIER == "one":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain = LogitCache.open(world.cache).tensor()
     shutil.rmtree(world.cache)
     result = dump("--compile")
@@ -293,12 +299,13 @@ def test_progress_says_how_busy_each_stage_is(dump: Run) -> None:
 
 
 def test_busy_shares_are_parts_of_the_time_over_all_workers() -> None:
-    busy = Busy()
+    now = [100.0]
+    busy = Busy(clock=lambda: now[0])
     for _ in range(2):
         with busy.doing(SCORING, workers=2):
-            time.sleep(0.05)
-    time.sleep(0.05)
-    assert 0.1 < busy.shares[SCORING] < 0.6
+            now[0] += 4
+    now[0] += 8
+    assert busy.shares == {SCORING: 0.25}
 
 
 # -- the size of batches ----------------------------------------------------------------------------------------------
@@ -431,7 +438,7 @@ def test_commits_do_not_hold_up_scoring(world: World, monkeypatch: pytest.Monkey
 
     def slow(*rest: object, **named: object) -> Path:
         during.set()
-        scored_meanwhile.wait(10)
+        scored_meanwhile.wait(120)
         during.clear()
         return write(*rest, **named)  # type: ignore[arg-type]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, World
+from fault_tools import LIMIT, often
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import MadeCache, Rows, make_cache, origin
@@ -25,12 +25,11 @@ from kd_cache.loader import LogitCache
 from kd_cache.manifest import DEVICES, DOMAIN_OF, load_manifest, sample_key, spelling
 from kd_cache.store.keys import keys_of
 
-FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if FULL else 240)]
+pytestmark = [pytest.mark.faults, LIMIT]
 
 
-def examples(default: int, full: int) -> settings:
-    return settings(max_examples=full if FULL else default)
+def examples(one: int, more: int, full: int) -> settings:
+    return settings(max_examples=often(one, more, full))
 
 
 @contextmanager
@@ -127,7 +126,7 @@ def truth(world: World) -> dict[str, bytes]:
 
 
 @given(st.data())
-@examples(5, 150)
+@examples(3, 20, 150)
 def test_a_dump_in_any_parts_in_any_order_is_sealed_to_the_bytes_of_one(data: st.DataObject) -> None:
     """Parts of different counts overlap; some run twice, some of them commit after every sample."""
     count = data.draw(st.integers(2, 14), "samples")
@@ -190,7 +189,7 @@ def older(made: MadeCache) -> Path:
 
 
 @given(st.data(), st.sampled_from(["pt", "tsv", "older"]))
-@examples(12, 300)
+@examples(9, 50, 300)
 def test_what_was_exported_is_adopted_bit_for_bit(data: st.DataObject, kind: str) -> None:
     with folder() as place:
         rows = data.draw(rows_of_any_kind())

@@ -235,8 +235,7 @@ def test_a_part_that_has_not_run_is_named_with_its_files_and_nothing_changes(dum
     assert run(*SEAL).exit_code == 0
 
 
-def test_a_part_that_has_not_run_leaves_the_index_of_before(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_a_part_that_has_not_run_leaves_the_index_of_before(cached: World, dump: Run, run: Run, world: World) -> None:
     before, rows = index_bytes(world), served(world.cache)
     for number in range(40, 44):
         world.add(number, "A", "train")
@@ -260,9 +259,8 @@ def test_rows_of_one_teacher_alone_are_not_enough(dump: Run, run: Run, world: Wo
     assert not (world.cache / "cache_index.json").exists()
 
 
-def test_a_feature_that_changed_after_its_part_is_missed(dump: Run, run: Run, world: World) -> None:
+def test_a_feature_that_changed_after_its_part_is_missed(cached: World, dump: Run, run: Run, world: World) -> None:
     """Its row is stale: it must not be sealed as if it were that feature's."""
-    dump()
     before, rows = index_bytes(world), served(world.cache)
     file = world.permitted()[3]
     world.write_feature(file, np.ones((12, 20), np.float32))
@@ -390,8 +388,7 @@ def test_a_damaged_record_is_passed_over_with_one_note(dump: Run, run: Run, worl
     assert len(served(world.cache)) == 20
 
 
-def test_with_every_record_lost_the_packs_say_what_there_is(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_with_every_record_lost_the_packs_say_what_there_is(cached: World, dump: Run, run: Run, world: World) -> None:
     rows = served(world.cache)
     shutil.rmtree(world.cache)
     halves(dump)
@@ -406,8 +403,7 @@ def test_with_every_record_lost_the_packs_say_what_there_is(dump: Run, run: Run,
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "emptied"])
-def test_a_damaged_index_is_written_anew_from_the_packs(dump: Run, run: Run, world: World, how: str) -> None:
-    dump()
+def test_a_damaged_index_is_written_anew_from_the_packs(cached: World, run: Run, world: World, how: str) -> None:
     before, rows = snapshot(world.cache), served(world.cache)
     content = before["cache_index.json"]
     flipped = content[:-300] + bytes([content[-300] ^ 1]) + content[-299:]
@@ -473,8 +469,7 @@ def test_a_damaged_pack_is_named_and_its_rows_are_missed_and_scored_again(dump: 
     assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
 
 
-def test_the_cache_of_an_older_script_is_left_alone(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_the_cache_of_an_older_script_is_left_alone(cached: World, run: Run, world: World) -> None:
     index = index_of(world)
     del index["kd_cache"]
     (world.cache / "cache_index.json").write_text(json.dumps(index))
@@ -486,8 +481,7 @@ def test_the_cache_of_an_older_script_is_left_alone(dump: Run, run: Run, world: 
     assert snapshot(world.cache) == before
 
 
-def test_a_renamed_cache_is_left_alone(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_a_renamed_cache_is_left_alone(cached: World, run: Run, world: World) -> None:
     world.cache.rename(world.cache.with_name("A2c"))
     before = snapshot(world.cache.parent)
     result = run("seal", "--target", "c", "--json-path", world.json_path)
@@ -508,8 +502,7 @@ def test_the_parts_of_a_renamed_cache_are_left_alone(dump: Run, run: Run, world:
 
 
 @pytest.mark.parametrize("what", ["index", "record", "pack"])
-def test_a_newer_format_is_refused_and_left_alone(dump: Run, run: Run, world: World, what: str) -> None:
-    dump()
+def test_a_newer_format_is_refused_and_left_alone(cached: World, dump: Run, run: Run, world: World, what: str) -> None:
     halves(dump)
     if what == "pack":
         path = next(iter((world.cache / "packs").iterdir()))
@@ -627,10 +620,9 @@ def pending_teachers(world: World) -> list[str]:
 
 
 def test_what_is_published_is_durable_in_order(
-    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+    cached: World, dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packs, view, permitted keys, index; and only then anything of before goes."""
-    dump()
     world.add(40, "A", "train")
     world.write()
     halves(dump)
@@ -660,9 +652,8 @@ def _kind(step: str) -> str:
 
 
 def test_an_index_that_cannot_be_written_leaves_everything_of_before(
-    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+    cached: World, dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dump()
     before = snapshot(world.cache)
     world.add(40, "A", "train")
     world.write()
@@ -908,9 +899,10 @@ def test_the_newest_weights_are_sealed_in_whatever_order_the_parts_ran(run: Run,
     assert served(world.cache) == sealed
 
 
-def test_a_dump_of_another_teacher_does_not_overtake_parts_with_new_weights(dump: Run, run: Run, world: World) -> None:
+def test_a_dump_of_another_teacher_does_not_overtake_parts_with_new_weights(
+    cached: World, run: Run, world: World
+) -> None:
     """The index is newer than the parts, but what it says of their teacher is older: it only carried that over."""
-    dump()
     for part in ("0/2", "1/2"):
         assert run(*weighing(world, 7, "other"), "--shard", part).exit_code == 0
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny")
@@ -992,9 +984,10 @@ def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
     assert served(world.cache) != first
 
 
-def test_a_dump_of_another_teacher_does_not_forget_which_weights_came_last(dump: Run, run: Run, world: World) -> None:
+def test_a_dump_of_another_teacher_does_not_forget_which_weights_came_last(
+    cached: World, run: Run, world: World
+) -> None:
     """Old weights, new ones, and the old ones again: the index says the same as the last, but is older."""
-    dump()
     current = LogitCache.open(world.cache).fingerprints
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     for part in ("0/2", "1/2"):

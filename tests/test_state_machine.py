@@ -2,7 +2,7 @@
 
 The model is plain Python: every feature a file ever had, every version a teacher ever was, what was permitted when the
 index was last written. Whole numbers throughout, so that the right row is one number and no other.
-``KD_CACHE_FAULTS=full`` tries more.
+`make faults` tries more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from fault_tools import LIMIT, often
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -46,8 +47,7 @@ from kd_cache.teacher import teacher_fingerprint
 from kd_cache.verify import VerifyJob, VerifyReport, verify_cache
 from kd_cache.watch import Watcher
 
-FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200 if FULL else 300)]
+pytestmark = [pytest.mark.faults, LIMIT]
 
 BINS, CLASSES, MOST = 4, 3, 10
 NAMES = ("first", "second")
@@ -535,5 +535,5 @@ class Machine(RuleBasedStateMachine):
 
 def test_nothing_wrong_is_ever_served_whatever_happens_in_whatever_order() -> None:
     run_state_machine_as_test(
-        Machine, settings=settings(max_examples=100 if FULL else 25, stateful_step_count=30 if FULL else 15)
+        Machine, settings=settings(max_examples=often(10, 50, 100), stateful_step_count=often(12, 20, 30))
     )

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_cache.errors import CheckpointError
+from kd_cache.train.checkpoint_file import checkpoint_limit
+from kd_cache.train.cp_resnet import CPResNet
 from teachers.builtin import City2Scene, LoadedTeacher
 from teachers.checkpoint import load_teacher, save_checkpoint
-from teachers.checkpoint_file import checkpoint_limit
 from teachers.cnn14 import CNN14
-from teachers.cp_resnet import CPResNet
 
 __all__ = [
     "CNN14",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kd_cache.errors import CheckpointError, listed, shown
 from kd_cache.fingerprint import weights_digest
 from kd_cache.provenance import Provenance
+from kd_cache.train.cp_resnet import CPResNet
 from teachers.cnn14 import CNN14
-from teachers.cp_resnet import CPResNet
 
 Backbone = CNN14 | CPResNet
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from kd_cache.errors import CheckpointError, StoreError, shown
 from kd_cache.provenance import Provenance
 from kd_cache.store.atomic import write_atomic
+from kd_cache.train.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
+from kd_cache.train.layers import mlp, mlp_widths, rows
 from teachers.builtin import (
     ARCHITECTURE_VERSION,
     ARCHITECTURES,
@@ -37,8 +39,6 @@ from teachers.builtin import (
     known_names,
     under,
 )
-from teachers.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
-from teachers.cnn14 import mlp, mlp_widths, rows
 
 CITY_ENTRY: Final = "city_model_state_dict"
 HEAD_ENTRY: Final = "scene_head_state_dict"

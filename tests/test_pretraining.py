@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import kd_cache
 from kd_cache.errors import StoreError
-from teachers.training import pretraining
-from teachers.training.pretraining import ENTRY, WEIGHTS, Pretrained, code_version, differing_parts, key_of
-from teachers.training.settings import Settings, Stage
+from kd_cache.train import pretraining
+from kd_cache.train.pretraining import ENTRY, WEIGHTS, Pretrained, code_version, differing_parts, key_of
+from kd_cache.train.settings import Settings, Stage
 
 PARTS: dict[str, Any] = {
     "role": {"role": "city", "num_cities": 12},

@@ -36,18 +36,18 @@ from kd_cache import (
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
 from kd_cache.teacher import teacher_fingerprint
+from kd_cache.train import pretraining
+from kd_cache.train.augment import Mixed
+from kd_cache.train.freezing import Frozen
+from kd_cache.train.job import TrainJob, TrainReport
+from kd_cache.train.loop import Loop, _average, _cross_entropy, _Schedule
+from kd_cache.train.nets import warm_start
+from kd_cache.train.own_net import own_teacher
+from kd_cache.train.settings import Stage, parse_stage
+from kd_cache.train.training import _Training, train_teacher
 from teachers.builtin import City2Scene
 from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
 from teachers.cnn14 import CNN14
-from teachers.training import pretraining
-from teachers.training.augment import Mixed
-from teachers.training.freezing import Frozen
-from teachers.training.loop import Loop, _average, _cross_entropy, _Schedule
-from teachers.training.nets import warm_start
-from teachers.training.own_net import own_teacher
-from teachers.training.settings import Stage, parse_stage
-from teachers.training.teacher import _Training, train_teacher
-from teachers.training.train_job import TrainJob, TrainReport
 
 __all__ = ["town"]
 
@@ -245,8 +245,8 @@ def test_a_cnn14_pth_has_the_existing_names_and_dumps_to_the_same_bytes(
     city_of_squares: World, run: Run, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
     narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
-    monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1e9)  # it need not learn anything
+    monkeypatch.setattr("kd_cache.train.nets.CNN14", narrow)
+    monkeypatch.setattr("kd_cache.train.training._random_loss", lambda *_: 1e9)  # it need not learn anything
     more: dict[str, Any] = {"arch": "cnn14", "feature_dim": 6, "mlp_hidden_dims": (5, 4)}
     given = {"backbone": trained(city_of_squares, **more)[0].checkpoint} if role == "city2scene" else {}
     if role == "city2scene":
@@ -365,7 +365,7 @@ def test_changed_data_and_changed_code_are_another_key(town: World, monkeypatch:
     np.save(path, np.load(path) + 1)
     changed = key(town)
     assert changed != before
-    monkeypatch.setattr("teachers.training.teacher.code_version", lambda: "another")
+    monkeypatch.setattr("kd_cache.train.training.code_version", lambda: "another")
     assert key(town) not in (before, changed)
 
 
@@ -495,7 +495,7 @@ def test_a_run_without_an_epoch_leaves_nothing(town: World, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teachers.training.loop.augmented", interrupted)
+    monkeypatch.setattr("kd_cache.train.loop.augmented", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(town, "scene", mixup=0.3)
     assert not list((town.root / "outputs/teacher_scene/global/runs").iterdir())
@@ -548,7 +548,7 @@ from dataclasses import replace
 from pathlib import Path
 from conftest import World
 from train_fixtures import Listening, job
-from teachers.training.teacher import train_teacher
+from kd_cache.train.training import train_teacher
 class Killed(Listening):
     def epoch(self, measured):
         if measured["epoch"] == 2:
@@ -823,7 +823,7 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(town: World, monkeyp
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("teachers.training.loop._cross_entropy", full)
+    monkeypatch.setattr("kd_cache.train.loop._cross_entropy", full)
     with pytest.raises(TrainingError, match="memory") as stopped:
         trained(town, "scene")
     assert stopped.value.hint is not None
@@ -845,7 +845,7 @@ def test_batches_of_one_clip_are_refused_where_batch_norm_cannot_learn_from_them
     city_of_squares: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
-    monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
+    monkeypatch.setattr("kd_cache.train.nets.CNN14", narrow)
     with pytest.raises(TrainingError, match="batch of one clip"):
         trained(city_of_squares, "scene", arch="cnn14", batch_size=1, feature_dim=6, mlp_hidden_dims=())
 
@@ -856,7 +856,7 @@ def test_a_compiler_that_is_not_there_is_an_error_that_says_so(town: World, monk
     def missing(*_: object) -> torch.Tensor:
         raise InductorError(RuntimeError("no compiler"), None)
 
-    monkeypatch.setattr("teachers.training.loop._cross_entropy", missing)
+    monkeypatch.setattr("kd_cache.train.loop._cross_entropy", missing)
     monkeypatch.setattr("torch.compile", lambda net: net)
     with pytest.raises(TrainingError, match=r"torch\.compile failed"):
         trained(town, "scene", compile=True)
@@ -869,7 +869,7 @@ def test_an_operation_that_cannot_repeat_to_the_bit_is_an_error_that_says_so(
         pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4, requires_grad=True), 2, return_indices=True)
         return F.max_unpool2d(pooled, where, 2).sum()
 
-    monkeypatch.setattr("teachers.training.loop._cross_entropy", unrepeatable)
+    monkeypatch.setattr("kd_cache.train.loop._cross_entropy", unrepeatable)
     with pytest.raises(TrainingError, match="repeat") as stopped:
         trained(town, "scene", deterministic=True)
     assert stopped.value.hint is not None
@@ -1102,7 +1102,7 @@ def test_a_training_that_diverges_stops_with_the_cause(town: World) -> None:
 
 def test_the_epoch_that_is_kept_is_better_than_random_weights(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
     validate_as(monkeypatch, (0.9, 2.0), (0.5, 0.8), (0.7, 0.9), (0.9, 1.5))
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1.0)
+    monkeypatch.setattr("kd_cache.train.training._random_loss", lambda *_: 1.0)
     report, _ = trained(town, "scene", epochs=4)
     assert report.results["best_epoch"] == 3
 
@@ -1136,7 +1136,7 @@ def test_the_average_is_of_the_steps_alone(town: World, monkeypatch: pytest.Monk
         seen.append(net.state_dict()["stem.0.weight"].double().clone())
         kept.append(averaged.state_dict()["stem.0.weight"].double().clone())
 
-    monkeypatch.setattr("teachers.training.loop._average", watched)
+    monkeypatch.setattr("kd_cache.train.loop._average", watched)
     trained(town, "scene", ema=0.9)
     for count in (1, 2, len(seen)):
         shares = torch.tensor([0.9 ** (count - 1 - number) for number in range(count)], dtype=torch.float64)
@@ -1168,7 +1168,7 @@ def test_an_error_while_cached_weights_are_measured_says_what_to_do(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trained(town)
-    monkeypatch.setattr("teachers.training.teacher.evaluated", full)
+    monkeypatch.setattr("kd_cache.train.training.evaluated", full)
     with pytest.raises(TrainingError, match="memory"):
         trained(town)
 
@@ -1231,7 +1231,7 @@ def test_a_whole_city2scene_teacher_to_start_from_brings_its_city_teacher(town: 
 
 
 def test_a_training_that_learns_nothing_is_an_error(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 0.2)
+    monkeypatch.setattr("kd_cache.train.training._random_loss", lambda *_: 0.2)
     with pytest.raises(TrainingError, match="nothing was learnt"):
         trained(town, "scene")
 
@@ -1240,7 +1240,7 @@ def test_what_is_frozen_and_changes_all_the_same_stops_the_training(
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = trained(town, "scene")
-    from teachers.training import loop
+    from kd_cache.train import loop
 
     honest = loop.Loop._step
 
@@ -1317,7 +1317,7 @@ def test_features_that_do_not_fit_into_memory_are_read_again_and_give_the_same_w
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = trained(town, "scene", output_dir=town.root / "whole")
-    monkeypatch.setattr("teachers.training.clips.fits", lambda size: False)
+    monkeypatch.setattr("kd_cache.train.clips.fits", lambda size: False)
     for workers in (0, 2):
         read, watcher = trained(town, "scene", output_dir=town.root / f"read{workers}", workers=workers)
         assert watcher.told("do not fit into memory")
@@ -1344,7 +1344,7 @@ def test_provenance_covers_training_and_validation(town: World) -> None:
 def test_more_samples_than_a_checkpoint_can_name_are_refused_before_training(
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teachers.training.teacher.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
+    monkeypatch.setattr("kd_cache.train.training.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
     with pytest.raises(UsageError, match="a checkpoint can name 30"):
         trained(town)
 

@@ -15,7 +15,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
 BadSample = Literal["stop", "skip"]
 
-# As kd_cache.manifest, kd_cache.features and teachers.checkpoint_file have them; importing those takes numpy and torch.
+# As in kd_cache.manifest, .features and .train.checkpoint_file; importing those takes numpy and torch.
 MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT = 1 << 30, 1 << 24, 4 << 30
 MAX_BATCH = 1 << 16  # kd_cache.plan
 

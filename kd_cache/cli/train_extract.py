@@ -24,8 +24,8 @@ def run_extract(ctx: typer.Context) -> None:
         inputs = inputs_of(options["target"], options)
         from kd_cache.dump import DumpJob
         from kd_cache.pipeline.device import resolve_device
-        from teachers.checkpoint_file import checkpoint_limit
-        from teachers.training.embeddings import FOLDER
+        from kd_cache.train.checkpoint_file import checkpoint_limit
+        from teachers.embeddings import FOLDER
 
         with checkpoint_limit(options["max_checkpoint_bytes"]):
             specs, sources = _sources(options["checkpoint"])
@@ -51,7 +51,7 @@ def run_extract(ctx: typer.Context) -> None:
 def _sources(texts: list[str]) -> tuple[list[TeacherSpec], dict[str, Any]]:
     """What to embed with: where it is from, and loaded, by name."""
     from teachers.checkpoint import load_teacher
-    from teachers.training.embeddings import EmbeddingTeacher, source_name
+    from teachers.embeddings import EmbeddingTeacher, source_name
 
     specs, found = [], {}
     for text in texts:

@@ -23,8 +23,8 @@ from kd_cache.manifest import SOURCE, TARGETS
 from kd_cache.teacher import TeacherSpec
 
 if TYPE_CHECKING:
-    from teachers.training.settings import Settings
-    from teachers.training.train_job import TrainJob, TrainReport
+    from kd_cache.train.job import TrainJob, TrainReport
+    from kd_cache.train.settings import Settings
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 # What a teacher that another one needs takes from the command line, which speaks of that other one.
@@ -90,8 +90,8 @@ def _check_settings(ctx: typer.Context, roles: Sequence[str], *, everything: boo
     """
     import torch
 
-    from teachers.training.nets import embedding_dim, make_net
-    from teachers.training.settings import stages_of
+    from kd_cache.train.nets import embedding_dim, make_net
+    from kd_cache.train.settings import stages_of
 
     if CITY2SCENE in roles:
         own = options_for(ctx, CITY2SCENE)
@@ -136,7 +136,7 @@ def _backbone(
 
 def _given_backbone(own: TrainOptions) -> Path | None:
     """The checkpoint whose backbone a City2Scene teacher is told to stand on, if it is."""
-    from teachers.training.nets import is_city2scene
+    from kd_cache.train.nets import is_city2scene
 
     if own.embeddings and own.city_teacher_ckpt is not None:
         raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
@@ -150,7 +150,7 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
 
     Of validation alone: a person must not choose by ``test`` either.
     """
-    from teachers.training.teacher import publish, train_teacher
+    from kd_cache.train.training import publish, train_teacher
 
     choices = _parse_sweep(text)
     own = options_for(ctx, CITY2SCENE)
@@ -225,7 +225,7 @@ def _trained(
     backbone: Path | None = None,
     only_shared: bool,
 ) -> TrainReport:
-    from teachers.training.teacher import train_teacher
+    from kd_cache.train.training import train_teacher
 
     job = _job(ctx, role, target, backbone, only_shared=only_shared)
     return train_teacher(replace(job, replace=not only_shared), screen)
@@ -235,7 +235,7 @@ def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, o
     options = options_for(ctx, role, only_shared=only_shared)
     inputs = inputs_of(target, vars(options))
     from kd_cache.pipeline.device import resolve_device
-    from teachers.training.train_job import TrainJob
+    from kd_cache.train.job import TrainJob
 
     return TrainJob(
         settings=settings_of(role, options),
@@ -260,7 +260,7 @@ def _job(ctx: typer.Context, role: str, target: str, backbone: Path | None, *, o
 
 def settings_of(role: str, options: TrainOptions) -> Settings:
     """The training's settings. Raises `UsageError` for those that contradict each other."""
-    from teachers.training.settings import Settings, parse_stage
+    from kd_cache.train.settings import Settings, parse_stage
 
     names = {each.name for each in fields(Settings)} - {"role", "stages", "drop_last"}
     return Settings(
@@ -331,7 +331,7 @@ def _factory(ctx: typer.Context, role: str) -> str:
 
 
 def _teachers(ctx: typer.Context, options: TrainOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
-    from teachers.training.own_net import own_teacher
+    from kd_cache.train.own_net import own_teacher
 
     built_in = [spec for spec in specs if spec.factory]
     loaded: dict[str, Any] = dict(
@@ -356,7 +356,7 @@ def _tables(reports: Sequence[TrainReport]) -> list[Any]:
 
 
 def _headlines(reports: Sequence[TrainReport]) -> Any:
-    from teachers.training.evaluation import headline
+    from kd_cache.train.evaluation import headline
 
     rows = []
     for report in reports:

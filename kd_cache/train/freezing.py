@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
 from kd_cache.fingerprint import weights_digest
+from kd_cache.train.head import Standardised
 from teachers.builtin import City2Scene, SideBySide
-from teachers.training.head import Standardised
 
 HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"
 TRAINED: Final[Mapping[int, frozenset[str]]] = {

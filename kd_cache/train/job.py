@@ -13,9 +13,9 @@ import torch
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import SOURCE, Manifest
 from kd_cache.splits import Selection
-from teachers.training.clips import Clips
-from teachers.training.division import Division, divide, subsample
-from teachers.training.settings import CITY, CITY2SCENE, Settings
+from kd_cache.train.clips import Clips
+from kd_cache.train.division import Division, divide, subsample
+from kd_cache.train.settings import CITY, CITY2SCENE, Settings
 
 GLOBAL = "global"
 FOLDERS = {CITY: "teacher_city", CITY2SCENE: "teacher_city2scene", "scene": "teacher_scene"}

@@ -40,22 +40,19 @@ from kd_cache.pipeline.device import environment, refuse_training_precision, tra
 from kd_cache.provenance import Provenance
 from kd_cache.store.atomic import make_directory, store_errors, write_atomic
 from kd_cache.store.keys import KeyFinder
-from kd_cache.watch import Watcher
-from teachers.builtin import ARCHITECTURE_VERSION, ARCHITECTURES, City2Scene, SideBySide, architecture_of
-from teachers.checkpoint import read_weights, save_checkpoint
-from teachers.checkpoint_file import MOST_RECORD
-from teachers.training.clips import Clips, class_names
-from teachers.training.embeddings import FOLDER, Source, described, made_with, side_by_side
-from teachers.training.evaluation import evaluated, test_clips
-from teachers.training.head import Standardised
-from teachers.training.loop import Loop, Progress, foreseen, score
-from teachers.training.metrics import measure
-from teachers.training.nets import WarmStart, city_net, embedding_dim, is_city2scene, make_head, make_net, warm_start
-from teachers.training.own_net import own_code
-from teachers.training.pretraining import Pretrained, code_version, key_of
-from teachers.training.run_folder import BEST, Last, RunFolder, checkpoint_names
-from teachers.training.settings import AUTO as AUTO_PRESET
-from teachers.training.settings import (
+from kd_cache.train.checkpoint_file import MOST_RECORD
+from kd_cache.train.clips import Clips, class_names
+from kd_cache.train.evaluation import evaluated, test_clips
+from kd_cache.train.head import Standardised
+from kd_cache.train.job import FRESH, TrainJob, TrainReport
+from kd_cache.train.loop import Loop, Progress, foreseen, score
+from kd_cache.train.metrics import measure
+from kd_cache.train.nets import WarmStart, city_net, embedding_dim, is_city2scene, make_head, make_net, warm_start
+from kd_cache.train.own_net import own_code
+from kd_cache.train.pretraining import Pretrained, code_version, key_of
+from kd_cache.train.run_folder import BEST, Last, RunFolder, checkpoint_names
+from kd_cache.train.settings import AUTO as AUTO_PRESET
+from kd_cache.train.settings import (
     CITY,
     CITY2SCENE,
     FROZEN,
@@ -66,7 +63,10 @@ from teachers.training.settings import (
     Stage,
     stages_of,
 )
-from teachers.training.train_job import FRESH, TrainJob, TrainReport
+from kd_cache.watch import Watcher
+from teachers.builtin import ARCHITECTURE_VERSION, ARCHITECTURES, City2Scene, SideBySide, architecture_of
+from teachers.checkpoint import read_weights, save_checkpoint
+from teachers.embeddings import FOLDER, Source, described, made_with, side_by_side
 
 
 def train_teacher(job: TrainJob, watcher: Watcher | None = None) -> TrainReport:

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, write_atomic
+from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
+from kd_cache.train.loop import EPOCH_COLUMNS, Progress, Step
 from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, STATE_PREFIX, save_checkpoint
-from teachers.checkpoint_file import RECORD_ENTRY, read_content
-from teachers.training.loop import EPOCH_COLUMNS, Progress, Step
 
 BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
     "best.safetensors",

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from kd_cache.errors import KDCacheError, TeacherError, TrainingError, UsageError, shown
 from kd_cache.pipeline.engine import is_out_of_memory
+from kd_cache.train.augment import Augmentation, Mixed, augmented
+from kd_cache.train.clips import Clips
+from kd_cache.train.freezing import Frozen, trainable_parameters
+from kd_cache.train.metrics import measure
+from kd_cache.train.settings import Settings, Stage
 from kd_cache.watch import Watcher
-from teachers.training.augment import Augmentation, Mixed, augmented
-from teachers.training.clips import Clips
-from teachers.training.freezing import Frozen, trainable_parameters
-from teachers.training.metrics import measure
-from teachers.training.settings import Settings, Stage
 
 AUTOCAST: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIVERGED: Final = 3.0
@@ -101,7 +101,7 @@ class Step:
 
 
 class Keeper(Protocol):
-    """Where a training keeps what it makes. See `teachers.training.run_folder.RunFolder`."""
+    """Where a training keeps what it makes. See `kd_cache.train.run_folder.RunFolder`."""
 
     def keep_best(self, net: nn.Module) -> None:
         """The weights with the best validation so far."""

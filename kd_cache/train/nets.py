@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageError, listed, shown
 from kd_cache.provenance import Provenance
 from kd_cache.teacher import resolve_factory
+from kd_cache.train.cp_resnet import CHANNELS, CPResNet
+from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
+from kd_cache.train.layers import mlp
+from kd_cache.train.settings import BACKBONE as FROM_BACKBONE
+from kd_cache.train.settings import CITY, CITY2SCENE, FULL_MODEL, LABEL, Settings
 from teachers.builtin import ARCHITECTURES, City2Scene
 from teachers.checkpoint import Weights, load_teacher, read_weights
-from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp
-from teachers.cp_resnet import CHANNELS, CPResNet
-from teachers.training.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
-from teachers.training.settings import BACKBONE as FROM_BACKBONE
-from teachers.training.settings import CITY, CITY2SCENE, FULL_MODEL, LABEL, Settings
+from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN
 
 
 def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:

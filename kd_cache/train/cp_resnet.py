@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.cnn14 import require_log_mel, rows
+from kd_cache.train.layers import require_log_mel, rows
 
 CHANNELS: Final = (32, 32, 64, 92)
 """Output channels of the four residual blocks; the stem has as many as the first."""

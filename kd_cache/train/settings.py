@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from kd_cache.errors import UsageError, shown
-from teachers.training.augment import LEVELS, Augmentation
+from kd_cache.train.augment import LEVELS, Augmentation
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 ROLES: Final = (CITY, CITY2SCENE, SCENE)

@@ -1,8 +1,8 @@
-"""The built-in teachers: CNN14 and CP-ResNet as scene, city and City2Scene teachers.
+"""The built-in teachers: City2Scene, scene and city teachers, of CNN14 or CP-ResNet.
 
-The factories are what the entry-point group ``kd_cache.teachers`` and ``--teacher name=module:factory``
-expect: a checkpoint's path in, a scoring module out. This package knows networks and checkpoints, and
-nothing of caches.
+The factories are what the entry-point group ``kd_cache.teachers`` and ``--teacher name=module:factory`` expect: a
+checkpoint's path in, a scoring module out. This package is a plug-in: it stands on kd_cache, which finds it through
+entry points and imports it nowhere.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_cache.errors import CheckpointError
+from kd_cache.train.checkpoint import save_checkpoint
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.cp_resnet import CPResNet
-from teachers.builtin import City2Scene, LoadedTeacher
-from teachers.checkpoint import load_teacher, save_checkpoint
+from teachers.city2scene import City2Scene
 from teachers.cnn14 import CNN14
+from teachers.loading import LoadedTeacher, load_teacher
+from teachers.own_teacher import own_teacher
 
 __all__ = [
     "CNN14",
@@ -25,6 +27,7 @@ __all__ = [
     "city",
     "city2scene",
     "load_teacher",
+    "own_teacher",
     "save_checkpoint",
     "scene",
 ]

@@ -9,11 +9,12 @@ existing checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_cache.train.backbone import Backbone
 from kd_cache.train.layers import mlp, mlp_widths, require_log_mel, rows
 
 CHANNELS: Final = (64, 128, 256, 512, 1024, 2048)
@@ -90,7 +91,7 @@ class CNN14Features(nn.Module):
         return x if self.projection_head is None else self.projection_head(x)
 
 
-class CNN14(nn.Module):
+class CNN14(Backbone):
     """Log-mel [B, T, F] float32 → logits [B, num_classes].
 
     ``channels``, ``embedding`` and ``projection`` are those of `CNN14Features`; ``hidden`` are the hidden widths of
@@ -102,13 +103,11 @@ class CNN14(nn.Module):
     """
 
     classifier_prefix: ClassVar[str] = "classifier."
-    """Names of the tensors that ``embed`` does not use."""
     neck_prefixes: ClassVar[tuple[str, ...]] = (
         "feature_extractor.fc1.",
         "feature_extractor.bn1.",
         "feature_extractor.projection_head.",
     )
-    """Names of the tensors between the convolutions and the classifier."""
 
     def __init__(
         self,
@@ -125,8 +124,16 @@ class CNN14(nn.Module):
         self.classifier = mlp(self.embedding_dim, hidden, num_classes, dropout)
 
     @classmethod
-    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> CNN14:
-        """An untrained net whose sizes are those of a checkpoint's tensors."""
+    def sized(cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float) -> Self:
+        layers = HIDDEN if hidden is None else hidden
+        return cls(num_classes, embedding=width or EMBEDDING, hidden=layers, dropout=dropout)
+
+    @classmethod
+    def largest(cls) -> Self:
+        return cls(10, projection=(1, 1))
+
+    @classmethod
+    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         features = "feature_extractor."
         projection = None
         if any(name.startswith(f"{features}projection_head.") for name in tensors):

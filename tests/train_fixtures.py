@@ -18,6 +18,8 @@ from kd_cache.train.job import TrainJob
 from kd_cache.train.settings import Settings
 from kd_cache.watch import Watcher
 
+torch.set_num_threads(1)  # nets this small do not gain from more, and a loaded machine loses much
+
 FRAMES, BINS = 12, 20
 SCENES_HERE, CITIES_HERE, PLACES = 3, 3, 4
 

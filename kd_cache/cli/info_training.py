@@ -22,8 +22,8 @@ def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
 
 def _teacher(path: Path) -> dict[str, Any]:
     from kd_cache.provenance import Provenance  # brings numpy; the next ones torch
+    from kd_cache.train.checkpoint import read_record
     from kd_cache.train.evaluation import headline
-    from teachers.checkpoint import read_record
 
     try:
         record = read_record(path)

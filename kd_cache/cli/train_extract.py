@@ -50,8 +50,8 @@ def run_extract(ctx: typer.Context) -> None:
 
 def _sources(texts: list[str]) -> tuple[list[TeacherSpec], dict[str, Any]]:
     """What to embed with: where it is from, and loaded, by name."""
-    from teachers.checkpoint import load_teacher
     from teachers.embeddings import EmbeddingTeacher, source_name
+    from teachers.loading import load_teacher
 
     specs, found = [], {}
     for text in texts:

@@ -136,7 +136,7 @@ def _backbone(
 
 def _given_backbone(own: TrainOptions) -> Path | None:
     """The checkpoint whose backbone a City2Scene teacher is told to stand on, if it is."""
-    from kd_cache.train.nets import is_city2scene
+    from teachers.recipes import is_city2scene
 
     if own.embeddings and own.city_teacher_ckpt is not None:
         raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
@@ -150,7 +150,8 @@ def _swept(ctx: typer.Context, text: str, target: str, screen: Screen) -> list[T
 
     Of validation alone: a person must not choose by ``test`` either.
     """
-    from kd_cache.train.training import publish, train_teacher
+    from kd_cache.train.publishing import publish
+    from teachers.recipes import train_teacher
 
     choices = _parse_sweep(text)
     own = options_for(ctx, CITY2SCENE)
@@ -225,7 +226,7 @@ def _trained(
     backbone: Path | None = None,
     only_shared: bool,
 ) -> TrainReport:
-    from kd_cache.train.training import train_teacher
+    from teachers.recipes import train_teacher
 
     job = _job(ctx, role, target, backbone, only_shared=only_shared)
     return train_teacher(replace(job, replace=not only_shared), screen)
@@ -331,7 +332,7 @@ def _factory(ctx: typer.Context, role: str) -> str:
 
 
 def _teachers(ctx: typer.Context, options: TrainOptions, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
-    from kd_cache.train.own_net import own_teacher
+    from teachers.own_teacher import own_teacher
 
     built_in = [spec for spec in specs if spec.factory]
     loaded: dict[str, Any] = dict(

@@ -12,7 +12,7 @@ from torch import nn
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import CITIES, SOURCE, UNSEEN, Manifest, Sample
 from kd_cache.train.clips import Clips, class_names
-from kd_cache.train.loop import score
+from kd_cache.train.inference import score
 from kd_cache.train.metrics import measure, measure_groups
 from kd_cache.train.settings import Settings
 from kd_cache.watch import Watcher

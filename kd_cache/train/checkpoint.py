@@ -1,8 +1,9 @@
-"""Teacher checkpoints: written whole, read without trust.
+"""Checkpoints: written whole, read without trust.
 
-A ``.safetensors`` file holds plain names and, in its metadata under ``kd_cache``, a JSON record. A ``.pth``
-file is a dict written by ``torch.save``; it is only ever read with ``weights_only=True``, and there is no
-fallback. What is in a file is decided by its content, never by its suffix.
+A ``.safetensors`` file holds plain names and, in its metadata under ``kd_cache``, a JSON record. A ``.pth`` file is a
+dict written by ``torch.save``; it is only ever read with ``weights_only=True``, and there is no fallback. What is in a
+file is decided by its content, never by its suffix. A net of two parts, a backbone ``city_model`` and a ``scene_head``
+on it, is kept as two state dicts.
 """
 
 from __future__ import annotations
@@ -18,38 +19,24 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_cache.errors import CheckpointError, StoreError, shown
 from kd_cache.provenance import Provenance
 from kd_cache.store.atomic import write_atomic
+from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, known_names
 from kd_cache.train.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
-from kd_cache.train.layers import mlp, mlp_widths, rows
-from teachers.builtin import (
-    ARCHITECTURE_VERSION,
-    ARCHITECTURES,
-    Backbone,
-    City2Scene,
-    LoadedTeacher,
-    SceneHead,
-    SideBySide,
-    backbone_from,
-    clean_tensors,
-    fill,
-    known_names,
-    under,
-)
+from kd_cache.train.settings import ROLES
+from kd_cache.train.state_dict import clean_tensors, under
 
 CITY_ENTRY: Final = "city_model_state_dict"
 HEAD_ENTRY: Final = "scene_head_state_dict"
+CITY_PREFIX: Final = "city_model."
+HEAD_PREFIX: Final = "scene_head."
 STATE_PREFIX: Final = "training_state."
 """What a run needs to go on (optimiser, averages) lies beside the weights of its last epoch, under this prefix."""
 PLAIN_ENTRIES: Final = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 """Where a plain model's weights are, in order of preference (as in timm); none of them: the file itself."""
-
-_SEVERAL: Final = "backbones."
-_MOST_BACKBONES: Final = 9
-ROLES: Final = ("scene", "city2scene", "city")
 
 
 # --------------------------------------------------------------------------------------------- writing
@@ -61,7 +48,7 @@ def save_checkpoint(
     record: Mapping[str, Any],
     beside: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint that `load_teacher` reads, atomically; the suffix chooses the format.
+    """Write a checkpoint that `read_weights` reads, atomically; the suffix chooses the format.
 
     ``tensors``: bare names for a plain model, ``city_model_state_dict.<name>`` and
     ``scene_head_state_dict.{weight,bias}`` for City2Scene. ``record``: JSON values; known keys are
@@ -102,169 +89,93 @@ def _serialised(state: dict[str, Tensor], note: str, suffix: str, beside: Mappin
     return [file.getvalue()]
 
 
-# --------------------------------------------------------------------------------------------- loading
+def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A net's tensors under the names of its checkpoint: those of a net of two parts are two state dicts."""
+    return _renamed(tensors, {CITY_PREFIX: f"{CITY_ENTRY}.", HEAD_PREFIX: f"{HEAD_ENTRY}."})
 
 
-def load_teacher(
-    path: str | os.PathLike[str],
-    *,
-    role: str | None = None,
-    num_classes: int | None = None,
-    num_cities: int | None = None,
-) -> LoadedTeacher:
-    """The teacher in the checkpoint ``path``: whole, checked, frozen, on the CPU, in evaluation mode.
+def net_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way round: a checkpoint's tensors under the names of the net."""
+    return _renamed(tensors, {f"{CITY_ENTRY}.": CITY_PREFIX, f"{HEAD_ENTRY}.": HEAD_PREFIX})
 
-    ``role`` (scene, city2scene or city), when given, must be what the file is. ``num_classes`` must equal
-    the number of outputs; ``num_cities`` that of the city classifier, where there is one. Raises
-    CheckpointError, which names the file, what was expected and what was found, for anything that is not a
-    complete and finite checkpoint of a known architecture. To let a ``.pth`` you trust call more than
-    weights need, load it inside ``torch.serialization.safe_globals([...])``.
-    """
-    with _naming(path):
-        if role is not None and role not in ROLES:
-            raise CheckpointError(f"no role is called {role!r}", hint=f"Roles are {', '.join(ROLES)}.")
-        content, size, digest = read_content(path)
-        record = _record(content.pop(RECORD_ENTRY, None))
-        content = _without_state(content)
-        teacher = _assembled(content, record, role, size)
-        teacher.checkpoint_sha256 = digest
-        _check_counts(teacher, num_classes, num_cities)
-    return teacher
+
+def _renamed(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        found[prefixes.get(old, "") + name.removeprefix(old)] = tensor
+    return found
+
+
+# --------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
 class Weights:
     """A checkpoint's tensors, float32 under bare names, and what is known of them.
 
-    Those of a City2Scene file are called ``city_model.…`` and ``scene_head.…``. ``source`` says which entries they are
-    from and which prefixes were removed.
+    Attributes:
+        tensors: those of a net of two parts are called ``city_model.…`` and ``scene_head.…``.
+        has_two_parts: whether the file says so, by its entries.
+        entry: where the tensors are from; ``source`` adds which prefixes were removed.
+        record: what the checkpoint says of itself.
+        sha256: of the bytes that were read.
     """
 
     tensors: dict[str, Tensor]
+    has_two_parts: bool
+    entry: str
     source: str
     record: dict[str, Any]
     sha256: str
 
+    @property
+    def provenance(self) -> Provenance | None:
+        """The samples that made the net; ``None`` where the record says nothing of them."""
+        made_with = self.record.get("provenance")
+        return None if made_with is None else Provenance.from_json(made_with)
 
-def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset()) -> Weights:
-    """The tensors of any checkpoint, of a known architecture or not, for a training to begin with.
 
-    ``own`` are the names of a net that they may be of: a prefix that these have is not one that a wrapper added.
-    Integers are let through, as they are.
+def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset(), *, integers: bool = True) -> Weights:
+    """The tensors of any checkpoint, of a known architecture or not.
 
-    Raises CheckpointError as `load_teacher` does, but for what does not fit an architecture.
+    Args:
+        own: names of a net that they may be of: a prefix that these have is not one that a wrapper added.
+        integers: let whole numbers and truth values through, as they are; no built-in net has them.
+
+    Raises:
+        CheckpointError: names the file, and says what was expected and what was found, for anything that is not a
+            complete file of finite tensors.
     """
-    with _naming(path):
+    with naming(path):
         content, size, digest = read_content(path)
         record = _record(content.pop(RECORD_ENTRY, None))
-        content = _without_state(content)
-        city, head, label = _selected(content)
+        content = {name: value for name, value in content.items() if not str(name).startswith(STATE_PREFIX)}
+        city, head, entry = _selected(content)
         known = own.union(*known_names().values())
-        tensors, scene_head, source = _cleaned(city, head, label, known, size, integers=True)
-        if scene_head is not None:
-            tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
-            tensors |= {f"scene_head.{name}": tensor for name, tensor in scene_head.items()}
-    return Weights(tensors, source, record, digest)
+        tensors, notes = clean_tensors(city, known, size, integers=integers)
+        source = ", ".join([entry, *notes])
+        if head is not None:
+            tensors = {f"{CITY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+            scene_head, notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
+            tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in scene_head.items()}
+            source += " + " + ", ".join([HEAD_ENTRY, *notes])
+    return Weights(tensors, head is not None, entry, source, record, digest)
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint says of itself; nothing where it has no record. Raises CheckpointError as `read_weights`."""
-    with _naming(path):
+    with naming(path):
         return _record(read_content(path)[0].pop(RECORD_ENTRY, None))
 
 
-def _cleaned(
-    city: Mapping[Any, Any],
-    head: Mapping[Any, Any] | None,
-    label: str,
-    known: frozenset[str],
-    size: int,
-    *,
-    integers: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str]:
-    """Both state dicts of a file through `clean_tensors`, and where they are from, in words."""
-    tensors, notes = clean_tensors(city, known, size, integers=integers)
-    source = ", ".join([label, *notes])
-    if head is None:
-        return tensors, None, source
-    weights, head_notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
-    return tensors, weights, " + ".join([source, ", ".join([HEAD_ENTRY, *head_notes])])
-
-
-def _without_state(content: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {name: value for name, value in content.items() if not str(name).startswith(STATE_PREFIX)}
-
-
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Put the file's name before the message of every CheckpointError."""
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{shown(os.fspath(path))}: {error.message}", hint=error.hint) from error.__cause__
-
-
-def _assembled(content: dict[Any, Any], record: dict[str, Any], role: str | None, size: int) -> LoadedTeacher:
-    city, head, label = _selected(content)
-    _check_role(role, record.get("role"), is_city2scene=head is not None)
-    stated = record.get("architecture")
-    names = known_names()[stated] if stated else frozenset[str]().union(*known_names().values())
-    tensors, weights, source = _cleaned(city, head, label, names, size)
-    if weights is not None and any(name.startswith(_SEVERAL) for name in tensors):
-        backbone: Backbone | SideBySide = _several(tensors, label)
-    else:
-        backbone = backbone_from(tensors, stated, label)
-    net: Any = backbone if weights is None else _with_head(backbone, weights)
-    return LoadedTeacher(net, source=source, record=record, role=role)
-
-
-def _several(tensors: Mapping[str, Tensor], label: str) -> SideBySide:
-    """The backbones whose tensors are called ``backbones.0.…``, ``backbones.1.…``, …, each whole."""
-    numbers = sorted({name.removeprefix(_SEVERAL).partition(".")[0] for name in tensors})
-    if numbers != [str(number) for number in range(len(numbers))] or len(numbers) > _MOST_BACKBONES:
-        raise CheckpointError(
-            f"expected backbones 0, 1, … (at most {_MOST_BACKBONES}) under {label}, found {shown(', '.join(numbers))}",
-            hint=AGAIN,
-        )
-    parts = [under(tensors, f"{_SEVERAL}{number}.") for number in numbers]
-    return SideBySide(backbone_from(part, None, f"{label}, backbone {n}") for n, part in enumerate(parts))
-
-
-def _with_head(city_model: Backbone | SideBySide, weights: Mapping[str, Tensor]) -> City2Scene:
-    with torch.device("meta"):
-        if any(name[:1].isdecimal() for name in weights):
-            *hidden, scenes = mlp_widths(weights, "", (city_model.embedding_dim, 10))
-            head: SceneHead = mlp(city_model.embedding_dim, hidden, scenes, 0.0)
-        else:
-            head = nn.Linear(city_model.embedding_dim, rows(weights, "weight", 10))
-    fill(head, weights, f"the scene head ({HEAD_ENTRY}) on this city model")
-    return City2Scene(city_model, head)
-
-
-def _check_role(wanted: str | None, recorded: str | None, *, is_city2scene: bool) -> None:
-    found = "city2scene" if is_city2scene else recorded or "a plain scene or city model"
-    if recorded is not None and (recorded == "city2scene") != is_city2scene:
-        held = "a City2Scene model" if is_city2scene else "a plain model"
-        raise CheckpointError(f"the record says the role is {recorded}, the tensors are those of {held}", hint=AGAIN)
-    plain = wanted in {"scene", "city"} and not is_city2scene and recorded is None
-    if wanted is not None and wanted != found and not plain:
-        raise CheckpointError(
-            f"expected a {wanted} teacher, found {found}",
-            hint=f"Give the {wanted} checkpoint here, or use this file for the teacher it is.",
-        )
-
-
-def _check_counts(teacher: LoadedTeacher, num_classes: int | None, num_cities: int | None) -> None:
-    own_option = "--num-cities" if teacher.role == "city" else "--num-scenes"
-    checks = [(own_option, num_classes, teacher.num_classes)]
-    if teacher.num_cities is not None:
-        checks.append(("--num-cities", num_cities, teacher.num_cities))
-    for option, wanted, found in checks:
-        if wanted is not None and wanted != found:
-            raise CheckpointError(
-                f"expected {wanted} outputs ({option} {wanted}), found {found} in the weights",
-                hint=f"Use {option} {found}, or give the checkpoint that was trained for {wanted}.",
-            )
 
 
 # -------------------------------------------------------------------------- which tensors, which names
@@ -324,7 +235,7 @@ def _record(note: object) -> dict[str, Any]:
         except ValueError as error:
             raise CheckpointError(f"provenance of the record: {error}", hint=AGAIN) from error
     for key, allowed in (
-        ("architecture", tuple(ARCHITECTURES)),
+        ("architecture", tuple(architectures())),
         ("architecture_version", (ARCHITECTURE_VERSION,)),
         ("role", ROLES),
         ("value_kind", ("logits", "log_probs")),  # of log_probs the LogSoftmax is not built: logits again

@@ -69,6 +69,8 @@ class Command:
     examples: Sequence[str] = ()
     first: Sequence[str] = ()
     exit_codes: Collection[int] = (0, 1, 2)
+    notes: str = ""
+    """What docs/commands.md says beyond all this, in Markdown."""
 
     @property
     def options(self) -> tuple[Option, ...]:

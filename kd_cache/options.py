@@ -213,9 +213,9 @@ _TABLE = (
     Option("config", Path | None, "YAML file with settings, such as 'target: b'; unknown keys are errors.", RUN, None,
            "kd-cache.yaml if present", metavar="FILE"),
     # Limits
-    Option("max_manifest_bytes", int, "A larger dataset JSON is refused unread.", LIMITS, MAX_MANIFEST, low=1),
-    Option("max_feature_bytes", int, "A larger feature file is refused unread.", LIMITS, MAX_FEATURE, low=1),
-    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, low=1),
+    Option("max_manifest_bytes", int, "A larger dataset JSON is refused unread.", LIMITS, MAX_MANIFEST, "1 GiB", low=1),
+    Option("max_feature_bytes", int, "A larger feature file is refused unread.", LIMITS, MAX_FEATURE, "16 MiB", low=1),
+    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB", low=1),
     # Output
     Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
     Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,

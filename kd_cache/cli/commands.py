@@ -7,6 +7,7 @@ import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
+from kd_cache.cli import notes
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
 from kd_cache.options import (
@@ -97,6 +98,7 @@ DUMP = Command(
     ),
     ("dry_run",),
     _AUDIT,
+    notes=notes.DUMP,
 )  # fmt: skip
 
 SEAL = Command(
@@ -107,6 +109,7 @@ SEAL = Command(
     SAVED,
     ("kd-cache seal --target b --cache-root cache/parts",),
     exit_codes=_AUDIT,
+    notes=notes.SEAL,
 )
 
 VERIFY = Command(
@@ -142,6 +145,7 @@ VERIFY = Command(
     ),
     ("n", "everything", "recompute"),
     _AUDIT,
+    notes=notes.VERIFY,
 )  # fmt: skip
 
 REPAIR = Command(
@@ -169,6 +173,7 @@ REPAIR = Command(
     ("kd-cache repair", "kd-cache repair --target b --recompute"),
     ("recompute",),
     _AUDIT,
+    notes=notes.REPAIR,
 )  # fmt: skip
 
 INFO = Command(
@@ -201,6 +206,7 @@ DIFF = Command(
     ("kd-cache diff cache/A2b cache/half/A2b", "kd-cache diff cache/A2b cache/half/A2b --only scene --json"),
     ("only",),
     (0, 1, 2, 3, 4),
+    notes=notes.DIFF,
 )
 
 EXPORT = Command(
@@ -226,6 +232,7 @@ EXPORT = Command(
     ),
     ("output", "only", "overwrite"),
     (0, 1, 2, 3, 4),
+    notes=notes.EXPORT,
 )  # fmt: skip
 
 ADOPT = Command(
@@ -252,7 +259,7 @@ ADOPT = Command(
         replace(_HAS_VIEW, otherwise="as it is, or yes"),
         "workers",
         *DATA_LIMITS,
-        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, low=1),
+        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB", low=1),
         "config",
         *SHOWING,
     ),
@@ -263,6 +270,7 @@ ADOPT = Command(
     ),
     ("name", "files_list", "value_kind"),
     _AUDIT,
+    notes=notes.ADOPT,
 )  # fmt: skip
 
 GC = Command(
@@ -283,6 +291,7 @@ GC = Command(
     ("kd-cache gc cache/A2b --dry-run", "kd-cache gc cache/A2b", "kd-cache gc --older-than 86400 --json"),
     ("older_than", "dry_run"),
     (0, 1, 2, 4),
+    notes=notes.GC,
 )  # fmt: skip
 
 MERGE = Command(
@@ -311,6 +320,7 @@ MERGE = Command(
     ),
     ("only",),
     _AUDIT,
+    notes=notes.MERGE,
 )  # fmt: skip
 
 SAMPLE_DATA = Command(

@@ -19,8 +19,8 @@ def spelled(option: Option) -> str:
     """``-n, --n N``: how it is written on the command line."""
     if option.positional:
         return option.metavar or (option.name.upper() if option.default is ... else f"[{option.name.upper()}]")
-    flags = sorted([*option.flags, *(flag for flag, _ in option.stands_for)], key=lambda flag: flag.startswith("--"))
-    return f"{', '.join(flags)} {option.value}".strip()
+    flags = sorted(option.flags, key=lambda flag: flag.startswith("--"))
+    return ", ".join([f"{', '.join(flags)} {option.value}".strip(), *(flag for flag, _ in option.stands_for)])
 
 
 def said(option: Option) -> str:

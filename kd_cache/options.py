@@ -74,7 +74,9 @@ class Option:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """``--files``, ``--no-files``, and further spellings."""
+        """``--files``, ``--no-files``, and further spellings; an argument has none."""
+        if self.positional:
+            return ()
         first = self.flag or "--" + self.name.replace("_", "-")
         return (first, *(["--no-" + first[2:]] if self.off else []), *self.also)
 
@@ -215,7 +217,8 @@ _TABLE = (
     # Limits
     Option("max_manifest_bytes", int, "A larger dataset JSON is refused unread.", LIMITS, MAX_MANIFEST, "1 GiB", low=1),
     Option("max_feature_bytes", int, "A larger feature file is refused unread.", LIMITS, MAX_FEATURE, "16 MiB", low=1),
-    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB", low=1),
+    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB",
+           low=1),
     # Output
     Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
     Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,

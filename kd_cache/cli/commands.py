@@ -259,7 +259,8 @@ ADOPT = Command(
         replace(_HAS_VIEW, otherwise="as it is, or yes"),
         "workers",
         *DATA_LIMITS,
-        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB", low=1),
+        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB",
+               low=1),
         "config",
         *SHOWING,
     ),
@@ -344,7 +345,10 @@ def all_commands() -> tuple[dict[str, Command], dict[str, Group]]:
     found = {command.name: command for command in COMMANDS}
     groups: dict[str, Group] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
-        plugin: Plugin = point.load()
+        try:
+            plugin: Plugin = point.load()
+        except Exception as error:
+            raise UsageError(f"the plug-in {point.name} ({point.value}) cannot be loaded: {error}") from error
         for command in plugin.commands:
             if command.name in found:
                 raise UsageError(f"the plug-in {point.name} ({point.value}) brings a second command {command.name}")

@@ -57,8 +57,8 @@ def _in_order(command: Command) -> list[Option]:
 
 
 def _row(option: Option) -> str:
-    name = option.flags[0][2:].replace("-", "_").upper()
-    other = "" if option.positional or option.envvar == PREFIX + name else f" (`{option.name}`, `{option.envvar}`)"
+    names = [PREFIX + flag[2:].replace("-", "_").upper() for flag in option.flags]
+    other = f" (`{option.name}`, `{option.envvar}`)" if names and option.envvar not in names else ""
     cells = (f"`{spelled(option)}`{other}", said(option).replace("<", "&lt;"))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

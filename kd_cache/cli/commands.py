@@ -51,36 +51,25 @@ DUMP = Command(
     "kd_cache.cli.dump_run:dump",
     "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
     (
-        "target",
-        *DATASET,
-        "on_bad_sample",
-        *OWN_TEACHERS,
-        "only",
-        "cache_root",
+        "target", *DATASET, "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
         changed("dtype", stands_for=(("--use-fp16", "fp16"),)),
-        "skip_existing",
-        "files",
+        "skip_existing", "files",
         Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
                CACHE, 10, low=0),
         Option("reread", bool, "Read every feature, also where nobody touched its file since the last dump read it.",
                RUN, False, off=True),
-        "device",
-        "precision",
-        "compile",
+        "device", "precision", "compile",
         Option("batch_size", int | str | None,
                "Most samples scored at once; auto measures the largest that still makes it faster.", RUN, None,
                "32 on a CPU, 256 on a GPU", metavar="N|auto", parse=batch_size),
-        "workers",
-        "seed",
+        "workers", "seed",
         Option("shard_size", int, "Commit finished rows after this many samples …", RUN, 4096, low=1),
         Option("shard_seconds", float, "… or after so many seconds, whichever comes first.", RUN, 5.0, low=0),
         Option("shard", str | None,
                "Score part i of n (from 0/n) and leave the rest to others; kd-cache seal makes all parts current.",
                RUN, None, "RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything", metavar="i/n",
                kept=False),
-        *DATA_LIMITS,
-        "max_checkpoint_bytes",
-        "config",
+        *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,
     ),
@@ -110,7 +99,7 @@ SEAL = Command(
     ("kd-cache seal --target b --cache-root cache/parts",),
     exit_codes=_AUDIT,
     notes=notes.SEAL,
-)
+)  # fmt: skip
 
 VERIFY = Command(
     "verify",
@@ -125,17 +114,11 @@ VERIFY = Command(
         # Not "seed": in a settings file that is the dump's, and would take the freshness out of every draw.
         Option("verify_seed", int | None, "Which samples to draw.", CACHE, None, "fresh randomness, printed",
                flag="--seed", low=0, high=MAX_SEED),
-        "cache_root",
-        *DATASET,
-        *OWN_TEACHERS,
+        "cache_root", *DATASET, *OWN_TEACHERS,
         changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
-        "device",
-        *DATA_LIMITS,
-        "max_checkpoint_bytes",
-        "config",
-        *SHOWING,
+        "device", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
     "Data and teacher options that are not given are taken from what the dump saved with the cache.",
     (
@@ -156,17 +139,10 @@ REPAIR = Command(
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that come out otherwise are replaced, adopted "
                "ones confirmed.", CACHE, False),
-        "cache_root",
-        *DATASET,
+        "cache_root", *DATASET,
         changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
                 help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
-        *OWN_TEACHERS,
-        "device",
-        "workers",
-        *DATA_LIMITS,
-        "max_checkpoint_bytes",
-        "config",
-        *SHOWING,
+        *OWN_TEACHERS, "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
     "Data and teacher options that are not given are taken from what the dump saved with the cache. Exits with the "
     "status of the second verification.",
@@ -183,8 +159,7 @@ INFO = Command(
     (
         Option("path", Path, "A cache, a folder of caches, or train's outputs.", ARGUMENTS, Path("cache"),
                positional=True),
-        "as_json",
-        "debug",
+        "as_json", "debug",
     ),
     "Of what kd-cache train wrote: which teachers are there, how good they are, and which city teachers' weights are "
     "cached under which settings.",
@@ -199,15 +174,14 @@ DIFF = Command(
     (
         Option("a", Path, "A cache.", ARGUMENTS, positional=True, metavar="A"),
         Option("b", Path, "The cache to compare it with.", ARGUMENTS, positional=True, metavar="B"),
-        "only",
-        *SHOWING,
+        "only", *SHOWING,
     ),
     "Exits 0 whether or not they differ.",
     ("kd-cache diff cache/A2b cache/half/A2b", "kd-cache diff cache/A2b cache/half/A2b --only scene --json"),
     ("only",),
     (0, 1, 2, 3, 4),
     notes=notes.DIFF,
-)
+)  # fmt: skip
 
 EXPORT = Command(
     "export",
@@ -257,12 +231,10 @@ ADOPT = Command(
                 "and exit 3."),
         "cache_root",
         replace(_HAS_VIEW, otherwise="as it is, or yes"),
-        "workers",
-        *DATA_LIMITS,
+        "workers", *DATA_LIMITS,
         Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB",
                low=1),
-        "config",
-        *SHOWING,
+        "config", *SHOWING,
     ),
     "Rows are joined to samples by file name; those of samples that are not permitted are left out.",
     (
@@ -302,15 +274,7 @@ MERGE = Command(
     (
         Option("sources", list[Path], "Caches of the same target; only read.", ARGUMENTS, metavar="SOURCE...",
                positional=True),
-        "target",
-        "cache_root",
-        "only",
-        *DATASET,
-        _HAS_VIEW,
-        "workers",
-        *DATA_LIMITS,
-        "config",
-        *SHOWING,
+        "target", "cache_root", "only", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING,
     ),
     "Rows that the manifest does not permit are left out. Data options that are not given are those saved with the "
     "cache, or with the first source.",
@@ -330,11 +294,10 @@ SAMPLE_DATA = Command(
     "Generate the synthetic sample: 10 scenes, 10 cities, 9 devices, equal bytes on any machine.",
     (
         Option("out", Path, "Folder to write dataset.json and features/ into.", ARGUMENTS, positional=True),
-        "as_json",
-        "debug",
+        "as_json", "debug",
     ),
     examples=("kd-cache sample-data cache/sample",),
-)
+)  # fmt: skip
 
 COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, SAMPLE_DATA)
 

@@ -1,4 +1,4 @@
-"""The command line: the only code that prints or exits. Imports of torch happen inside the commands."""
+"""The command line: the only code that prints or exits. A command is imported when it runs (`commands`)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,18 @@ from typing import Annotated
 import typer
 
 import kd_cache
-from kd_cache.cli import adopt, diff, dump, export, gc, info, merge, repair, seal, verify
-from kd_cache.cli.sample_data import sample_data_command
+from kd_cache.cli.parser import SETTINGS, TableGroup
 from kd_cache.cli.train import train_app
 
 app = typer.Typer(
     name="kd-cache",
+    cls=TableGroup,
     help="Run teachers once over a training set, keep their logits, and serve them to students: "
     "never a wrong, stale, corrupt or leaked row.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # Those who come from the older script write --cache_root; it means --cache-root.
-    context_settings={
-        "token_normalize_func": lambda token: token.replace("_", "-"),
-        "help_option_names": ["-h", "--help"],
-    },
+    context_settings=SETTINGS,
 )
-app.command("dump", epilog=dump.EXAMPLES)(dump.dump_command)
-app.command("seal", epilog=seal.EXAMPLES)(seal.seal_command)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify_command)
-app.command("repair", epilog=repair.EXAMPLES)(repair.repair_command)
-app.command("info", epilog=info.EXAMPLES)(info.info_command)
-app.command("diff", epilog=diff.EXAMPLES)(diff.diff_command)
-app.command("export", epilog=export.EXAMPLES)(export.export_command)
-app.command("adopt", epilog=adopt.EXAMPLES)(adopt.adopt_command)
-app.command("gc", epilog=gc.EXAMPLES)(gc.gc_command)
-app.command("merge", epilog=merge.EXAMPLES)(merge.merge_command)
-app.command("sample-data")(sample_data_command)
 app.add_typer(train_app)
 
 
@@ -55,7 +40,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Exit codes: 0 ok, 1 error, 2 usage, 3 misses, 4 corrupt, 5 stale, 6 data leakage, 130 Ctrl-C, 143 SIGTERM."""
+    """The options of ``kd-cache`` itself."""
 
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)

@@ -2,170 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.console import Screen, reporting_errors, table
+from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
+from kd_cache.cli.console import Screen
+from kd_cache.cli.inputs import inputs_of
+from kd_cache.cli.report import missing_lines
+from kd_cache.cli.saved import run_record
+from kd_cache.commands import Report, Run, Table
 from kd_cache.errors import shown
-
-if TYPE_CHECKING:
-    from kd_cache.adopt import AdoptReport
-
-EXAMPLES = """Examples:
-
-kd-cache adopt cache/A2b --target b
-
-kd-cache adopt exported/scene.tsv --target b --name adopted_scene
-
-kd-cache adopt scene.pt --target b --files-list train_files.txt --on-bad-sample skip"""
+from kd_cache.options import BadSample, DType, Target, ValueKind
 
 
-@reporting_errors
-def adopt_command(
-    ctx: typer.Context,
-    source: Annotated[
-        Path, typer.Argument(help="The folder of an older script's cache, a tensor (.pt) with its files, or a .tsv.")
-    ],
-    target: opt.RequiredTargetOption,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name",
-            help="The teacher's name in the cache. (default: as the source says, or the file's name)",
-            envvar="KD_CACHE_NAME",
-            show_envvar=False,
-            rich_help_panel=opt.TEACHERS,
-        ),
-    ] = None,
-    files_list: Annotated[
-        Path | None,
-        typer.Option(
-            "--files-list",
-            help="Files of a bare tensor in the order of its rows: a JSON list, or one a line.  "
-            "(default: <stem>.files.json beside it)",
-            envvar="KD_CACHE_FILES_LIST",
-            show_envvar=False,
-            rich_help_panel=opt.DATA,
-        ),
-    ] = None,
-    value_kind: Annotated[
-        Literal["logits", "log_probs", "probs", "sigmoid"] | None,
-        typer.Option(
-            "--value-kind",
-            help="What the rows are. (default: as the source says, else logits)",
-            envvar="KD_CACHE_VALUE_KIND",
-            show_envvar=False,
-            rich_help_panel=opt.DATA,
-        ),
-    ] = None,
-    # Not "dtype": in a settings file that is the dump's.
-    text_dtype: Annotated[
-        opt.DType | None,
-        typer.Option(
-            "--dtype",
-            help="What the numbers of a .tsv are stored as. (default: fp32)",
-            envvar="KD_CACHE_TEXT_DTYPE",
-            show_envvar=False,
-            rich_help_panel=opt.DATA,
-        ),
-    ] = None,
-    json_path: opt.JsonPathOption = None,
-    data_root: opt.DataRootOption = None,
-    features: opt.FeaturesOption = None,
-    num_scenes: opt.NumScenesOption = 10,
-    num_cities: opt.NumCitiesOption = 12,
-    allow_shared_locations: opt.AllowSharedOption = False,
-    allow_outside: opt.AllowOutsideOption = [],  # noqa: B006 (typer copies it)
-    on_bad_sample: Annotated[
-        opt.BadSample,
-        typer.Option(
-            "--on-bad-sample",
-            help="Stop at a feature or a row that cannot be used, or skip it, list it as missing and exit 3.",
-            envvar="KD_CACHE_ON_BAD_SAMPLE",
-            show_envvar=False,
-            rich_help_panel=opt.DATA,
-        ),
-    ] = "stop",
-    cache_root: opt.CacheRootOption = Path("cache"),
-    files: Annotated[
-        bool | None,
-        typer.Option(
-            "--files/--no-files",
-            help="Whether the cache has a view of one <md5>.npy per row. (default: as it is, or yes)",
-            envvar="KD_CACHE_FILES",
-            show_envvar=False,
-            rich_help_panel=opt.CACHE,
-        ),
-    ] = None,
-    workers: opt.WorkersOption = 2,
-    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
-    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
-    max_source_bytes: Annotated[
-        int,
-        typer.Option(
-            "--max-source-bytes",
-            min=1,
-            help="A larger file to adopt is refused unread.",
-            envvar="KD_CACHE_MAX_SOURCE_BYTES",
-            show_envvar=False,
-            rich_help_panel=opt.LIMITS,
-        ),
-    ] = 1 << 35,
-    config: opt.ConfigOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
-) -> None:
-    """Bring rows that something else made into a cache. They stay marked as unverified.
+@dataclass(frozen=True)
+class AdoptOptions:
+    """What an adoption is told, by the names of its options; data options go to `inputs_of`."""
 
-    Rows are joined to samples by file name; those of samples that are not permitted are left out.
-    """
-    from kd_cache.cli.inputs import load_inputs
-    from kd_cache.cli.saved import run_record
-
-    with Screen(quiet=quiet, as_json=as_json) as screen:
-        # The guard comes first: nothing is read of the source for a manifest that leaks.
-        inputs = load_inputs(
-            target,
-            json_path,
-            data_root,
-            features,
-            num_scenes=num_scenes,
-            num_cities=num_cities,
-            allow_shared_locations=allow_shared_locations,
-            allow_outside=allow_outside,
-            max_manifest_bytes=max_manifest_bytes,
-            max_feature_bytes=max_feature_bytes,
-        )
-        from kd_cache.adopt import AdoptJob, adopt_rows
-
-        job = AdoptJob(
-            source,
-            cache_root,
-            inputs.manifest,
-            inputs.selection,
-            inputs.source,
-            name=name,
-            files_list=files_list,
-            value_kind=value_kind,
-            dtype=text_dtype,
-            files=files,
-            on_bad_sample=on_bad_sample,
-            workers=workers,
-            max_bytes=max_source_bytes,
-            record=run_record(ctx, inputs),
-        )
-        report = adopt_rows(job, screen)
-        screen.result(*_lines(report))
-        screen.result_json(report.as_json())
-    if report.missing:
-        raise typer.Exit(3)
+    source: Path
+    target: Target
+    cache_root: Path
+    name: str | None
+    files_list: Path | None
+    value_kind: ValueKind | None
+    text_dtype: DType | None
+    files: bool | None
+    on_bad_sample: BadSample
+    workers: int
+    max_source_bytes: int
 
 
-def _lines(report: AdoptReport) -> list[Any]:
+def adopt(run: Run, screen: Screen) -> Report:
+    """Guard, read, join by file name, keep."""
+    options = run.to(AdoptOptions)
+    # The guard comes first: nothing is read of the source for a manifest that leaks.
+    inputs = inputs_of(options.target, run.values)
+    job = AdoptJob(
+        options.source,
+        options.cache_root,
+        inputs.manifest,
+        inputs.selection,
+        inputs.source,
+        name=options.name,
+        files_list=options.files_list,
+        value_kind=options.value_kind,
+        dtype=options.text_dtype,
+        files=options.files,
+        on_bad_sample=options.on_bad_sample,
+        workers=options.workers,
+        max_bytes=options.max_source_bytes,
+        record=run_record(run, inputs),
+    )
+    report = adopt_rows(job, screen)
+    return Report(report.as_json(), _lines(report), 3 if report.missing else 0)
+
+
+def _lines(report: AdoptReport) -> list[str | Table]:
     rows = [
         [
             name,
@@ -178,19 +70,6 @@ def _lines(report: AdoptReport) -> list[Any]:
         for name, one in report.teachers.items()
     ]
     title = f"{shown(report.cache)}: {report.permitted:,} permitted samples"
-    columns = [
-        "Teacher (unverified)",
-        "Rows",
-        "Values",
-        "Not permitted",
-        "Missing",
-        "Accuracy on A",
-    ]
-    lines: list[Any] = [table(title, columns, rows)]
-    lines.append("Adopted rows are unverified: kd-cache repair --recompute scores them again with their teacher.")
-    for number, (file, reason) in enumerate(report.missing.items()):
-        if number == 20:
-            lines.append(f"… and {len(report.missing) - 20:,} more missing samples")
-            break
-        lines.append(f"missing: {shown(file)}: {shown(reason)}")
-    return lines
+    columns = ["Teacher (unverified)", "Rows", "Values", "Not permitted", "Missing", "Accuracy on A"]
+    said = "Adopted rows are unverified: kd-cache repair --recompute scores them again with their teacher."
+    return [Table(title, columns, rows), said, *missing_lines(report.missing)]

@@ -7,17 +7,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import rich.table
 import typer
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
-from kd_cache.cli.options import at_home
-from kd_cache.errors import KDCacheError, shown
+from kd_cache.commands import Table
+from kd_cache.errors import KDCacheError, UsageError, shown
 from kd_cache.watch import Watcher
 
 P = ParamSpec("P")
@@ -60,6 +61,16 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
         raise typer.Exit(code)
 
     return wrapped
+
+
+def at_home(value: Any) -> Any:
+    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
+    if isinstance(value, list | tuple):
+        return type(value)(at_home(item) for item in value)
+    try:
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError as error:  # nobody is called so
+        raise UsageError(f"{shown(str(value))}: {error}") from error
 
 
 def _print_error(message: str, hint: str | None) -> None:
@@ -160,16 +171,16 @@ class Screen(Watcher):
         if not self.quiet:
             self.stderr.print(Text(shown(text)))
 
-    def result(self, *tables: Group | str) -> None:
+    def result(self, *parts: Table | str) -> None:
         """What the command was asked for, for a person."""
         self._close()
         if self.quiet or self.as_json:
             return
-        for part in tables:
+        for part in parts:
             if isinstance(part, str):
                 self.stdout.print(Text(shown(part)), soft_wrap=True)
             else:
-                self.stdout.print(part)
+                self.stdout.print(_drawn(part))
 
     def result_json(self, content: Any) -> None:
         """What the command was asked for, for a program: the only thing on standard output."""
@@ -183,14 +194,17 @@ class Screen(Watcher):
             self._progress = None
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
+def _drawn(table: Table) -> Group:
     """A plain table below its title; every cell is printed as it is, never as markup."""
-    made = Table(show_edge=False, pad_edge=False)
-    for number, column in enumerate(columns):
+    made = rich.table.Table(show_edge=False, pad_edge=False)
+    for number, column in enumerate(table.columns):
         made.add_column(Text(column), justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
+    for row in table.rows:
         made.add_row(*[Text(shown(cell)) for cell in row])
-    return Group(Text(title, style="table.title"), made)  # not the table's own, which it would fold at its width
+    return Group(Text(table.title, style="table.title"), made)  # not the table's own, which it would fold at its width
+
+
+table = Table
 
 
 def percent(share: float | None) -> str:

@@ -4,49 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.console import Screen, reporting_errors, table
+from kd_cache.cli.console import Screen
+from kd_cache.commands import Report, Table
+from kd_cache.diff import DiffReport, TeacherDiff, diff_caches
 from kd_cache.errors import shown
-
-if TYPE_CHECKING:
-    from kd_cache.diff import DiffReport, TeacherDiff
-
-EXAMPLES = """Examples:
-
-kd-cache diff cache/A2b cache/half/A2b
-
-kd-cache diff cache/A2b cache/half/A2b --only scene --json"""
 
 MOST_SHOWN = 20
 
 
-@reporting_errors
-def diff_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A cache.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The cache to compare it with.")],
-    only: opt.OnlyOption = [],  # noqa: B006 (typer copies it)
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
-) -> None:
-    """Compare two caches: rows, equal bits, changed argmax and KL per teacher. Exits 0 whether or not they differ."""
-    from kd_cache.diff import diff_caches  # brings torch, which --help must not wait for
-
-    with Screen(quiet=quiet, as_json=as_json) as screen:
-        report = diff_caches(a, b, only, screen)
-        for note in report.notes:
-            screen.note(note)
-        if report.teachers:
-            screen.result(_table(report))
-        screen.result(*_lines(report))
-        screen.result_json(report.as_json())
+def diff(screen: Screen, a: Path, b: Path, only: list[str]) -> Report:
+    """Compare two caches."""
+    report = diff_caches(a, b, only, screen)
+    for note in report.notes:
+        screen.note(note)
+    return Report(report.as_json(), [*([_table(report)] if report.teachers else []), *_lines(report)])
 
 
-def _table(report: DiffReport) -> Any:
+def _table(report: DiffReport) -> Table:
     """One column per teacher, one line per figure."""
     facts: dict[str, Callable[[TeacherDiff], str]] = {
         "Rows in A": lambda found: f"{found.rows_a:,}",
@@ -63,7 +38,7 @@ def _table(report: DiffReport) -> Any:
     if any(found.largest_difference is not None for found in report.teachers.values()):
         facts["Largest difference"] = lambda found: _figure(found.largest_difference)
     rows = [[name, *map(fact, report.teachers.values())] for name, fact in facts.items()]
-    return table(f"A: {shown(report.a)}, B: {shown(report.b)}", ["", *report.teachers], rows)
+    return Table(f"A: {shown(report.a)}, B: {shown(report.b)}", ["", *report.teachers], rows)
 
 
 def _lines(report: DiffReport) -> list[str]:

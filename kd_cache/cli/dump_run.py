@@ -1,4 +1,4 @@
-"""What ``kd-cache dump`` does, once its options are read."""
+"""``kd-cache dump``: score a training set with every teacher, once."""
 
 from __future__ import annotations
 
@@ -7,55 +7,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbits
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.config import given, source_name
-from kd_cache.cli.console import Screen, size, table
+from kd_cache.accuracy import Accuracy
+from kd_cache.cli.console import Screen, size
 from kd_cache.cli.inputs import Inputs, inputs_of
 from kd_cache.cli.parts import part_of
-from kd_cache.cli.report import problem_lines, verify_table
+from kd_cache.cli.report import missing_lines, problem_lines, verify_table
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described, load_teachers, teacher_specs
-from kd_cache.errors import UsageError, shown, worst_exit_code
+from kd_cache.commands import Report, Run, Table
+from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
+from kd_cache.errors import shown, worst_exit_code
+from kd_cache.options import BadSample, DType, Precision, Target
+from kd_cache.pipeline.device import resolve_device
+from kd_cache.problems import VerifyReport
+from kd_cache.storage_cost import StorageCost
 from kd_cache.store.folder import refuse_file_as_root
+from kd_cache.verify import VerifyJob, verify_cache
 
 Part = tuple[int, int] | None
-
-if TYPE_CHECKING:
-    from kd_cache.dump import DumpJob, DumpReport
-    from kd_cache.problems import VerifyReport
-    from kd_cache.storage_cost import StorageCost
 
 
 @dataclass(frozen=True)
 class DumpOptions:
-    """The command's options, by their names."""
+    """What a dump is told, by the names of its options; data options go to `inputs_of`."""
 
-    target: opt.Target
-    json_path: Path | None
-    data_root: Path | None
-    features: Path | None
+    target: Target
+    on_bad_sample: BadSample
     num_scenes: int
     num_cities: int
-    allow_shared_locations: bool
-    allow_outside: list[Path]
-    on_bad_sample: opt.BadSample
     city2scene_teacher_ckpt: Path | None
     scene_teacher_ckpt: Path | None
     teacher: list[str]
     only: list[str]
+    max_checkpoint_bytes: int
     cache_root: Path
-    dtype: opt.DType
-    use_fp16: bool
+    dtype: DType
     skip_existing: bool
     files: bool
     num_verify: int
-    device: str
-    precision: opt.Precision
     reread: bool
+    device: str
+    precision: Precision
     compile: bool
     batch_size: int | Literal["auto"] | None
     workers: int
@@ -63,53 +57,28 @@ class DumpOptions:
     shard_size: int
     shard_seconds: float
     shard: str | None
-    max_manifest_bytes: int
-    max_feature_bytes: int
-    max_checkpoint_bytes: int
-    config: Path | None
-    dry_run: bool
-    as_json: bool
-    quiet: bool
-    debug: bool
 
 
-def run_dump(ctx: typer.Context, options: DumpOptions) -> None:
-    """Guard, load, score, verify, report. Exits with the command's status if that is not 0."""
+def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
+    """Guard, load, score, verify."""
+    options = run.to(DumpOptions)
     part, said = part_of(options.shard)
-    with Screen(quiet=options.quiet, as_json=options.as_json) as screen:
-        inputs = inputs_of(options.target, vars(options))
-        _announce(screen, inputs)
-        if part is not None:
-            screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
-        refuse_file_as_root(options.cache_root)
-        code = (
-            _dry_run(ctx, options, inputs, part, screen)
-            if options.dry_run
-            else _dump(ctx, options, inputs, part, screen)
-        )
-    if code:
-        raise typer.Exit(code)
-
-
-def _dry_run(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part, screen: Screen) -> int:
-    from kd_cache.dump import plan_dump
-
-    report = plan_dump(_job(ctx, options, inputs, part))
-    screen.result(_plan_table(report), _plan_line(report))
-    screen.result_json({"dry_run": True, **_as_json(report)})
-    return 3 if report.missing else 0
-
-
-def _dump(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part, screen: Screen) -> int:
-    code, content = dump_and_report(_job(ctx, options, inputs, part), options.num_verify, screen)
-    screen.result_json(content)
-    return code
+    inputs = inputs_of(options.target, run.values)
+    _announce(screen, inputs)
+    if part is not None:
+        screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
+    refuse_file_as_root(options.cache_root)
+    job = _job(run, options, inputs, part)
+    if dry_run:
+        report = plan_dump(job)
+        content, code = {"dry_run": True, **_as_json(report)}, 3 if report.missing else 0
+        return Report(content, [_plan_table(report), _plan_line(report)], code)
+    code, content = dump_and_report(job, options.num_verify, screen)
+    return Report(content, exit_code=code)
 
 
 def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
     """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
-    from kd_cache.dump import dump_logits
-
     report = dump_logits(job, screen)
     # A part has no index yet; what it wrote was read back before it was put in place.
     verified = None if job.part is not None else _verify(job, num_verify, screen)
@@ -121,18 +90,14 @@ def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int,
     return worst_exit_code(codes), content
 
 
-def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
+def _job(run: Run, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
     specs = teacher_specs(
         options.target,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
         options.teacher,
         options.only,
-        own_data=given(ctx, "json_path") or given(ctx, "data_root"),
+        own_data=run.given("json_path") or run.given("data_root"),
     )
-    # What can fail without torch, which takes seconds to import, has failed by now.
-    from kd_cache.dump import DumpJob
-    from kd_cache.pipeline.device import resolve_device
-
     device = resolve_device(options.device)
     teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
     return DumpJob(
@@ -142,7 +107,7 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         source=inputs.source,
         teachers=teachers,
         device=device,
-        dtype=_storage(ctx, options),
+        dtype=options.dtype,
         precision=options.precision,
         batch_size=options.batch_size,
         compiled=options.compile,
@@ -156,19 +121,8 @@ def _job(ctx: typer.Context, options: DumpOptions, inputs: Inputs, part: Part) -
         shard_seconds=options.shard_seconds,
         part=part,
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
-        record=run_record(ctx, inputs),
+        record=run_record(run, inputs),
     )
-
-
-def _storage(ctx: typer.Context, options: DumpOptions) -> str:
-    """``--dtype`` and ``--use-fp16`` are one setting: the one given nearer (command line, environment, file) counts."""
-    if not options.use_fp16 or options.dtype == "fp16":
-        return options.dtype
-    nearest = ["COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP", "DEFAULT"]
-    ranks = [nearest.index(source_name(ctx, name)) for name in ("dtype", "use_fp16")]
-    if ranks[0] == ranks[1]:
-        raise UsageError("--use-fp16 and --dtype fp32 contradict each other; give one of them")
-    return "fp32" if ranks[0] < ranks[1] else "fp16"
 
 
 def _announce(screen: Screen, inputs: Inputs) -> None:
@@ -186,8 +140,6 @@ def _announce(screen: Screen, inputs: Inputs) -> None:
 
 
 def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
-    from kd_cache.verify import VerifyJob, verify_cache
-
     if count == 0:
         return None
     return verify_cache(
@@ -205,7 +157,7 @@ def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
     )
 
 
-def _summary_table(report: DumpReport) -> Any:
+def _summary_table(report: DumpReport) -> Table:
     rows = []
     for name, result in report.teachers.items():
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in result.rescored.items())
@@ -213,12 +165,10 @@ def _summary_table(report: DumpReport) -> Any:
         rows.append([name, f"{result.scored:,}", f"{result.skipped:,}", rescored, f"{result.dropped:,}"])
     columns = ["Teacher", "Scored", "Skipped (fresh)", "Rescored (stale)", "Dropped"]
     part = "" if report.part_size == report.permitted else f", {report.part_size:,} of them in this part"
-    return table(f"{shown(report.cache)}: {report.permitted:,} permitted samples{part}", columns, rows)
+    return Table(f"{shown(report.cache)}: {report.permitted:,} permitted samples{part}", columns, rows)
 
 
 def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
-    from kd_cache.accuracy import Accuracy
-
     lines = []
     if report.samples_scored == 0 and not report.missing:
         what = "permitted sample" if job.part is None else "sample of this part"
@@ -245,12 +195,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     for name, result in report.teachers.items():
         lines += _cost_line(f"{name}: storing as fp16", result.cost)
         lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
-    for number, (file, reason) in enumerate(report.missing.items()):
-        if number == 20:
-            lines.append(f"… and {len(report.missing) - 20:,} more missing samples")
-            break
-        lines.append(f"missing: {shown(file)}: {shown(reason)}")
-    return lines
+    return lines + missing_lines(report.missing)
 
 
 def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
@@ -266,13 +211,13 @@ def _seal_command(job: DumpJob) -> str:
     return f"kd-cache seal --target {job.selection.target}{root}"
 
 
-def _plan_table(report: DumpReport) -> Any:
+def _plan_table(report: DumpReport) -> Table:
     rows = [
         [name, f"{result.scored:,}", f"{result.skipped:,}", f"{result.rescored.total():,}", f"{result.dropped:,}"]
         for name, result in report.teachers.items()
     ]
     columns = ["Teacher", "To score", "Fresh", "Stale", "To drop"]
-    return table(f"{shown(report.cache)}: what kd-cache dump would do", columns, rows)
+    return Table(f"{shown(report.cache)}: what kd-cache dump would do", columns, rows)
 
 
 def _plan_line(report: DumpReport) -> str:

@@ -3,87 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.console import Screen, reporting_errors, size, table
+from kd_cache.cli.console import Screen, size
+from kd_cache.commands import Report, Table
 from kd_cache.errors import UsageError, listed, shown
-
-if TYPE_CHECKING:
-    from kd_cache.export import ExportReport
-    from kd_cache.store.folder import CacheFolder
-
-EXAMPLES = """Examples:
-
-kd-cache export cache/A2b --to tsv --output exported
-
-kd-cache export cache/A2b --to pt --only scene --output exported
-
-kd-cache export cache/A2b --to npy"""
+from kd_cache.export import ExportJob, ExportReport, export_logits
+from kd_cache.options import ExportFormat
+from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
 
 
-@reporting_errors
-def export_command(
-    to: Annotated[
-        Literal["npy", "pt", "tsv"],
-        typer.Option(
-            "--to",
-            help="pt: a tensor and its list of files per teacher; tsv: a table per teacher; npy: a file per row.",
-            envvar="KD_CACHE_TO",
-            show_envvar=False,
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ],
-    cache: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A finished cache, such as cache/A2b. (default: the only one under ./cache)", show_default=False
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            help="Folder to write into. (default: only for npy: the cache's own view)",
-            envvar="KD_CACHE_OUTPUT",
-            show_envvar=False,
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = None,
-    only: opt.OnlyOption = [],  # noqa: B006 (typer copies it)
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace the files of an earlier export.",
-            envvar="KD_CACHE_OVERWRITE",
-            show_envvar=False,
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = False,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
-) -> None:
-    """Write a cache's rows for other programs. Needs no teacher, no manifest and no features.
-
-    Rows are those that a student would be served, in the order of their keys (the MD5 of their file).
-    """
-    from kd_cache.export import ExportJob, export_logits
-
-    with Screen(quiet=quiet, as_json=as_json) as screen:
-        folder = _folder(cache)
-        report = export_logits(ExportJob(folder, to, output, only, overwrite), screen)
-        screen.result(_table(report))
-        screen.result_json(report.as_json())
+def export(
+    screen: Screen, cache: Path | None, to: ExportFormat, output: Path | None, only: list[str], overwrite: bool
+) -> Report:
+    """Write a cache's rows for other programs."""
+    report = export_logits(ExportJob(_folder(cache), to, output, only, overwrite), screen)
+    return Report(report.as_json(), [_table(report)])
 
 
 def _folder(path: Path | None) -> CacheFolder:
     """The cache that was named, or the only one."""
-    from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
-
     if path is not None:
         return CacheFolder(path.parent if path.is_file() else path)
     root = Path("cache")
@@ -99,7 +37,7 @@ def _folder(path: Path | None) -> CacheFolder:
     return found[0]
 
 
-def _table(report: ExportReport) -> Any:
+def _table(report: ExportReport) -> Table:
     rows = [[one.teacher, f"{one.rows:,}", size(one.bytes), str(one.path)] for one in report.teachers]
     title = f"{shown(report.cache)} as {report.to}: {report.num_samples:,} samples complete"
-    return table(title, ["Teacher", "Rows", "Size", "Path"], rows)
+    return Table(title, ["Teacher", "Rows", "Size", "Path"], rows)

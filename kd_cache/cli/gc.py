@@ -3,78 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.console import Screen, reporting_errors, size
+from kd_cache.cli.console import Screen, size
+from kd_cache.commands import Report
 from kd_cache.errors import shown
-
-if TYPE_CHECKING:
-    from kd_cache.gc import GcReport
-
-EXAMPLES = """Examples:
-
-kd-cache gc --dry-run
-
-kd-cache gc cache/A2b
-
-kd-cache gc --older-than 86400 --json"""
+from kd_cache.gc import GcReport, caches_below, find_garbage, remove_garbage
+from kd_cache.store.folder import CacheFolder
 
 MOST_SHOWN = 20
 
 
-@reporting_errors
-def gc_command(
-    cache: Annotated[
-        Path | None, typer.Argument(help="A cache. (default: every cache under the root)", show_default=False)
-    ] = None,
-    cache_root: opt.CacheRootOption = Path("cache"),
-    older_than: Annotated[
-        int,
-        typer.Option(
-            "--older-than",
-            metavar="SECONDS",
-            min=0,
-            max=10**10,
-            help="Leave what is younger: a running dump or seal may be making it. With 0, nothing else may run.",
-            envvar="KD_CACHE_OLDER_THAN",
-            show_envvar=False,
-            rich_help_panel=opt.CACHE,
-        ),
-    ] = 3600,
-    config: opt.ConfigOption = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Only say what would be removed, and why.",
-            envvar="KD_CACHE_DRY_RUN",
-            show_envvar=False,
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = False,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
-) -> None:
-    """Remove temporaries of killed processes, superseded packs, and files that no index promises.
-
-    A row that the index or an unfinished dump needs is never removed, nor is a file that does not look like ours.
-    """
-    from kd_cache.gc import caches_below, find_garbage, remove_garbage
-    from kd_cache.store.folder import CacheFolder
-
-    with Screen(quiet=quiet, as_json=as_json) as screen:
-        folders = caches_below(cache_root) if cache is None else [CacheFolder(cache)]
-        reports = [find_garbage(folder.path, older_than) for folder in folders]  # all, before anything is removed
-        for report in reports:
-            if not dry_run:
-                remove_garbage(report)
-            _show(screen, report, dry_run=dry_run)
-        content = {"dry_run": dry_run, "older_than": older_than, "caches": [report.as_json() for report in reports]}
-        screen.result_json(content | {"bytes": sum(report.size for report in reports)})
+def gc(screen: Screen, cache: Path | None, cache_root: Path, older_than: int, dry_run: bool) -> Report:
+    """Remove what nothing needs, or say what that would be."""
+    folders = caches_below(cache_root) if cache is None else [CacheFolder(cache)]
+    reports = [find_garbage(folder.path, older_than) for folder in folders]  # all, before anything is removed
+    for report in reports:
+        if not dry_run:
+            remove_garbage(report)
+        _show(screen, report, dry_run=dry_run)
+    content = {"dry_run": dry_run, "older_than": older_than, "caches": [report.as_json() for report in reports]}
+    return Report(content | {"bytes": sum(report.size for report in reports)})
 
 
 def _show(screen: Screen, report: GcReport, *, dry_run: bool) -> None:

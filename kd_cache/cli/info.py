@@ -5,71 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.console import Screen, reporting_errors, size, table
+from kd_cache.accuracy import stored_accuracy
+from kd_cache.cli.console import Screen, size
+from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
+from kd_cache.commands import Report, Table
 from kd_cache.errors import MissingLogitsError, UsageError, shown
+from kd_cache.pending import read_pending
+from kd_cache.reader.placement import PLACES, check_of, choose
 from kd_cache.store.atomic import store_errors
-
-if TYPE_CHECKING:
-    from kd_cache.store.folder import CacheFolder
-    from kd_cache.store.index import Index
-
-EXAMPLES = """Examples:
-
-kd-cache info
-
-kd-cache info cache/A2b --json
-
-kd-cache info outputs"""
+from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache, teacher_in_name
+from kd_cache.store.index import Index
+from kd_cache.watch import Watcher
 
 WHEN_CHECKED = {"full": "when opened", "lazy": "when first read"}
 SOURCES = {"commandline": "command line", "default_map": "file"}
 
 
-@reporting_errors
-def info_command(
-    path: Annotated[Path, typer.Argument(help="A cache, a folder of caches, or train's outputs.")] = Path("cache"),
-    as_json: opt.JsonOption = False,
-    debug: opt.DebugOption = False,
-) -> None:
-    """Tell what a cache holds, made from what, when, by which settings.
-
-    Of what kd-cache train wrote: which teachers are there, how good they are, and which city teachers' weights are
-    cached under which settings.
-    """
-    from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
-    from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
-
-    with Screen(quiet=False, as_json=as_json) as screen:
-        if path.is_file():
-            raise UsageError(f"{shown(path)} is a file", hint="Give the folder that it is in.")
-        # Without a path, what train writes by default is told of as well.
-        outputs = Path("outputs") if path == Path("cache") else path
-        trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-        folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
-        if CacheFolder(path).index_path.is_file():
-            folders = [CacheFolder(path)]
-        if not folders and not trained and not pretrained:
-            raise no_finished_cache(path)
-        described = []
-        for folder in folders:
-            index = folder.index()
-            if index is None:
-                raise MissingLogitsError(
-                    f"{shown(folder.path)} is unfinished: it has {len(folder.pack_paths())} packs and no index",
-                    hint="Run the same kd-cache dump again; it continues where it stopped.",
-                )
-            described.append(_described(folder, index))
-            screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
-        if trained:
-            screen.result(teachers_table(trained), "")
-        for entry in pretrained:
-            screen.result(*entry_lines(entry))
-        screen.result_json({"caches": described, "trained": trained, "pretrained": pretrained})
+def info(screen: Screen, path: Path) -> Report:
+    """Tell what is at a path: caches, trained teachers, cached pre-training."""
+    if path.is_file():
+        raise UsageError(f"{shown(path)} is a file", hint="Give the folder that it is in.")
+    # Without a path, what train writes by default is told of as well.
+    outputs = Path("outputs") if path == Path("cache") else path
+    trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
+    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
+    if CacheFolder(path).index_path.is_file():
+        folders = [CacheFolder(path)]
+    if not folders and not trained and not pretrained:
+        raise no_finished_cache(path)
+    described = []
+    for folder in folders:
+        index = folder.index()
+        if index is None:
+            raise MissingLogitsError(
+                f"{shown(folder.path)} is unfinished: it has {len(folder.pack_paths())} packs and no index",
+                hint="Run the same kd-cache dump again; it continues where it stopped.",
+            )
+        described.append(_described(folder, index))
+        screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
+    lines = [teachers_table(trained), ""] if trained else []
+    lines += [line for entry in pretrained for line in entry_lines(entry)]
+    return Report({"caches": described, "trained": trained, "pretrained": pretrained}, lines)
 
 
 def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
@@ -86,9 +64,6 @@ def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
 
 def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
     """What ``LogitCache.open`` chooses on this machine, by the teachers that can be opened together."""
-    from kd_cache.reader.placement import check_of, choose
-    from kd_cache.store.folder import teacher_in_name
-
     together: dict[tuple[Any, ...], list[str]] = {}
     for name, origin in index.origins.items():
         together.setdefault((origin.value_kind, origin.num_classes, origin.stored.itemsize), []).append(name)
@@ -111,7 +86,7 @@ def _pack_sizes(folder: CacheFolder) -> dict[str, int]:
     return sizes
 
 
-def _teacher_table(folder: CacheFolder, index: Index) -> Any:
+def _teacher_table(folder: CacheFolder, index: Index) -> Table:
     entries = index.record["teachers"]
     facts: dict[str, Callable[[dict[str, Any]], str]] = {
         "Rows": lambda entry: f"{entry['rows']:,}",
@@ -125,12 +100,10 @@ def _teacher_table(folder: CacheFolder, index: Index) -> Any:
         "Checkpoint": _checkpoint,
     }
     rows = [[name, *map(fact, entries.values())] for name, fact in facts.items()]
-    return table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", ["", *entries], rows)
+    return Table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", ["", *entries], rows)
 
 
 def _accuracy(entry: dict[str, Any]) -> str:
-    from kd_cache.accuracy import stored_accuracy
-
     accuracy = stored_accuracy(entry)
     if entry["value_kind"] == "embedding":
         return "no classes"
@@ -144,10 +117,6 @@ def _checkpoint(entry: dict[str, Any]) -> str:
 
 
 def _lines(folder: CacheFolder, index: Index) -> list[str]:
-    from kd_cache.pending import read_pending
-    from kd_cache.reader.placement import PLACES
-    from kd_cache.watch import Watcher
-
     record = index.record
     per_device = ", ".join(f"{count:,} of {device}" for device, count in record["per_device"].items())
     on_disk = _pack_sizes(folder)

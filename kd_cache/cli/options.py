@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from kd_cache.cli.config import read_config
-from kd_cache.errors import UsageError, shown
+from kd_cache.cli.console import at_home as at_home
 
 Target = Literal["b", "c", "s1", "s2", "s3"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -268,13 +268,3 @@ def batch_size(text: str) -> int | str:
     if text == "auto" or (text.isdecimal() and text.isascii() and len(text) < 10 and 0 < int(text) <= MAX_BATCH):
         return text if text == "auto" else int(text)
     raise typer.BadParameter(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
-
-
-def at_home(value: Any) -> Any:
-    """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
-    if isinstance(value, list | tuple):
-        return type(value)(at_home(item) for item in value)
-    try:
-        return value.expanduser() if isinstance(value, Path) else value
-    except RuntimeError as error:  # nobody is called so
-        raise UsageError(f"{shown(str(value))}: {error}") from error

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from kd_cache.cli.console import table
+from kd_cache.commands import Table
 from kd_cache.errors import shown
 
 if TYPE_CHECKING:
     from kd_cache.problems import Problem, TeacherResult, VerifyReport
 
 
-def verify_table(report: VerifyReport) -> Any:
+def verify_table(report: VerifyReport) -> Table:
     """One column per teacher, one line per check."""
     checks: dict[str, Callable[[TeacherResult], str]] = {
         "Hits": lambda result: _share(result.hits, result.checked),
@@ -26,7 +26,7 @@ def verify_table(report: VerifyReport) -> Any:
     rows = [[name, *map(check, report.teachers.values())] for name, check in checks.items()]
     what = "all" if report.everything else f"{report.checked:,} of"
     title = f"{shown(report.cache)}: {what} {report.promised:,} promised samples, seed {report.seed}"
-    return table(title, ["", *report.teachers], rows)
+    return Table(title, ["", *report.teachers], rows)
 
 
 def problem_lines(problems: Sequence[Problem], most: int = 20) -> list[str]:
@@ -38,6 +38,12 @@ def problem_lines(problems: Sequence[Problem], most: int = 20) -> list[str]:
     if len(problems) > most:
         lines.append(f"  … and {len(problems) - most:,} more; --json lists them all")
     return lines
+
+
+def missing_lines(missing: Mapping[str, str], most: int = 20) -> list[str]:
+    """One line per sample without a row, the first of them."""
+    lines = [f"missing: {shown(file)}: {shown(reason)}" for file, reason in list(missing.items())[:most]]
+    return lines + ([f"… and {len(missing) - most:,} more missing samples"] if len(missing) > most else [])
 
 
 def _share(count: int, total: int) -> str:

@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import typer
-
 import kd_cache
-from kd_cache.cli.config import given, resolved_settings, source_name
+from kd_cache.cli.config import resolved_settings
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import Inputs, load_inputs
+from kd_cache.cli.inputs import Inputs, inputs_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
+from kd_cache.commands import Run
 from kd_cache.errors import CheckpointError
+from kd_cache.seal import current_in
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
@@ -50,8 +50,6 @@ def saved_with(folder: CacheFolder, screen: Screen) -> Saved:
     Raises:
         MissingLogitsError: no dump was begun there.
     """
-    from kd_cache.seal import current_in
-
     current = current_in(folder, screen)
     return _saved(current.record, {name: current.entries.get(name, {}) for name in current.origins})
 
@@ -65,30 +63,15 @@ def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]])
     return Saved(settings.get("values", {}), settings.get("paths", {}), list(teachers), checkpoints, built_in, known)
 
 
-def saved_inputs(ctx: typer.Context, saved: Saved, target: str) -> Inputs:
-    """Manifest, guard and features. Raises as `load_inputs`."""
-
-    def chosen(name: str, kept: Mapping[str, Any]) -> Any:
-        return ctx.params[name] if given(ctx, name) or name not in kept else kept[name]
-
-    json_path = chosen("json_path", saved.paths)
-    data_root = chosen("data_root", saved.paths)
+def saved_inputs(run: Run, saved: Saved, target: str) -> Inputs:
+    """Manifest, guard and features. Raises as `inputs_of`."""
     # A data root that is given now, and not in the file that serves every command, means the files below it.
-    elsewhere = source_name(ctx, "data_root") in ("COMMANDLINE", "ENVIRONMENT")
-    features = chosen("features", {} if elsewhere else saved.paths)
-    return load_inputs(
-        target,
-        None if json_path is None else Path(json_path),
-        None if data_root is None else Path(data_root),
-        None if features is None else Path(features),
-        num_scenes=chosen("num_scenes", saved.values),
-        num_cities=chosen("num_cities", saved.values),
-        allow_shared_locations=chosen("allow_shared_locations", saved.values),
-        allow_outside=[Path(path) for path in chosen("allow_outside", saved.paths)],
-        # Not as saved: a cache from elsewhere must not raise the caps that protect from it.
-        max_manifest_bytes=ctx.params["max_manifest_bytes"],
-        max_feature_bytes=ctx.params["max_feature_bytes"],
-    )
+    without = {"features"} if run.said("data_root") else set()
+    recalled = run.recall(saved.values, {name: path for name, path in saved.paths.items() if name not in without})
+    for name in ("json_path", "data_root", "features"):
+        recalled[name] = None if recalled[name] is None else Path(recalled[name])
+    recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
+    return inputs_of(target, {**run.values, **recalled})  # limits not as saved: a cache must not raise what caps it
 
 
 @dataclass(frozen=True)
@@ -105,16 +88,16 @@ class Loaded:
         return {spec.name: {"source": described(spec, self.teachers[spec.name])} for spec in self.specs}
 
 
-def saved_teachers(ctx: typer.Context, saved: Saved, target: str) -> Loaded:
+def saved_teachers(run: Run, saved: Saved, target: str) -> Loaded:
     """Load those that the options name, and the built-in ones from where the dump found them."""
-    own = {spec.name: spec for spec in map(parse_teacher, ctx.params["teacher"])}
+    own = {spec.name: spec for spec in map(parse_teacher, run.values["teacher"])}
     specs: list[TeacherSpec] = []
     unchecked: dict[str, tuple[str, bool]] = {}
     for name in saved.teachers:
         if name in own:
             specs.append(own[name])
         elif name in BUILT_IN and (name in saved.built_in or name not in saved.known):
-            path = _checkpoint(ctx, saved, name, target)
+            path = _checkpoint(run, saved, name, target)
             if isinstance(path, Path) and path.is_file():
                 specs.append(TeacherSpec(name, BUILT_IN[name], path))
             else:
@@ -122,39 +105,33 @@ def saved_teachers(ctx: typer.Context, saved: Saved, target: str) -> Loaded:
                 unchecked[name] = (f"{where}; pass --{name}-teacher-ckpt", True)
         else:
             unchecked[name] = ("it is your own; pass it with --teacher", False)
-    scenes, cities = (
-        ctx.params[name] if given(ctx, name) else saved.values.get(name, ctx.params[name])
-        for name in ("num_scenes", "num_cities")
-    )
-    most = ctx.params["max_checkpoint_bytes"]
-    return Loaded(load_teachers(specs, scenes, cities, most), specs, unchecked)
+    recalled, most = run.recall(saved.values, saved.paths), run.values["max_checkpoint_bytes"]
+    return Loaded(load_teachers(specs, recalled["num_scenes"], recalled["num_cities"], most), specs, unchecked)
 
 
-def _checkpoint(ctx: typer.Context, saved: Saved, name: str, target: str) -> Path | str:
+def _checkpoint(run: Run, saved: Saved, name: str, target: str) -> Path | str:
     """Where a built-in teacher's weights are, or why that is not known."""
     option = f"{name}_teacher_ckpt"
-    if given(ctx, option):
-        return Path(ctx.params[option])
+    if run.given(option):
+        return Path(run.values[option])
     if name in saved.checkpoints:
         return Path(saved.checkpoints[name])
     if name in saved.known:
         return "its checkpoint was not saved with the cache"
     try:
-        return default_checkpoint(name, target, own_data=not _is_the_sample(ctx, saved))
+        return default_checkpoint(name, target, own_data=not _is_the_sample(run, saved))
     except CheckpointError as error:
         return error.message
 
 
-def _is_the_sample(ctx: typer.Context, saved: Saved) -> bool:
-    path = ctx.params["json_path"] if given(ctx, "json_path") else saved.paths.get("json_path")
+def _is_the_sample(run: Run, saved: Saved) -> bool:
+    path = run.recall(saved.values, saved.paths)["json_path"]
     return path is None or Path(path).absolute() == (SAMPLE / "dataset.json").absolute()
 
 
-def run_record(ctx: typer.Context, inputs: Inputs) -> dict[str, Any]:
+def run_record(run: Any, inputs: Inputs) -> dict[str, Any]:
     """What the index keeps of a run: which tool, when, by which settings. Later commands take their paths from it."""
-    # A user's own factory is code; what a cache says must never be run, so it is not even written down.
-    # Nor is the part: what all parts make together is what one process makes.
-    settings = resolved_settings(ctx, without=["teacher", "shard"])
+    settings = run.record() if isinstance(run, Run) else resolved_settings(run, without=["teacher", "shard"])
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "tool": f"kd-cache {kd_cache.__version__}",

@@ -3,99 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from kd_cache.cli import options as opt
-from kd_cache.cli.console import Screen, reporting_errors, size, table
+from kd_cache.cli.console import Screen, size
+from kd_cache.cli.report import missing_lines
+from kd_cache.cli.saved import run_record, saved_inputs, saved_with
+from kd_cache.commands import Report, Run, Table
 from kd_cache.errors import shown
-
-EXAMPLES = """Examples:
-
-kd-cache dump --target b --shard 0/2
-
-kd-cache dump --target b --shard 1/2
-
-kd-cache seal --target b"""
+from kd_cache.manifest import SOURCE
+from kd_cache.options import Target
+from kd_cache.seal import SealJob, seal_cache
+from kd_cache.store.folder import CacheFolder
 
 # Where no dump has left a word: a seal computes nothing itself.
 UNKNOWN_ENVIRONMENT = {"device": "not known", "torch": "not known"}
 
-FilesOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--files/--no-files",
-        help="Whether the cache has a view. (default: as its dumps said)",
-        envvar="KD_CACHE_FILES",
-        show_envvar=False,
-        rich_help_panel=opt.CACHE,
-    ),
-]
 
-
-@reporting_errors
-def seal_command(
-    ctx: typer.Context,
-    target: opt.RequiredTargetOption,
-    cache_root: opt.CacheRootOption = Path("cache"),
-    json_path: opt.JsonPathOption = None,
-    data_root: opt.DataRootOption = None,
-    features: opt.FeaturesOption = None,
-    num_scenes: opt.NumScenesOption = 10,
-    num_cities: opt.NumCitiesOption = 12,
-    allow_shared_locations: opt.AllowSharedOption = False,
-    allow_outside: opt.AllowOutsideOption = [],  # noqa: B006 (typer copies it)
-    files: FilesOption = None,
-    workers: opt.WorkersOption = 2,
-    max_manifest_bytes: opt.MaxManifestOption = opt.MAX_MANIFEST,
-    max_feature_bytes: opt.MaxFeatureOption = opt.MAX_FEATURE,
-    config: opt.ConfigOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
-) -> None:
-    """Merge the packs of all dumps into one per teacher, write view and index. Needs no teacher.
-
-    Data options that are not given are taken from what the dumps saved with the cache.
-    """
-    from kd_cache.cli.saved import run_record, saved_inputs, saved_with
-    from kd_cache.manifest import SOURCE
-    from kd_cache.seal import SealJob, seal_cache
-    from kd_cache.store.folder import CacheFolder
-
+def seal(run: Run, screen: Screen, target: Target, cache_root: Path, files: bool | None, workers: int) -> Report:
+    """Merge packs, write view and index."""
     folder = CacheFolder(cache_root / f"{SOURCE}2{target}")
-    with Screen(quiet=quiet, as_json=as_json) as screen:
-        inputs = saved_inputs(ctx, saved_with(folder, screen), target)
-        job = SealJob(
-            folder,
-            inputs.manifest,
-            inputs.selection,
-            inputs.source,
-            files=files,
-            workers=workers,
-            record={**run_record(ctx, inputs), "environment": UNKNOWN_ENVIRONMENT},
-            shown_path=f"{cache_root}/{folder.path.name}",
-        )
-        report = seal_cache(job, screen)
-        screen.result(*sealed_lines(report))
-        screen.result_json(report.as_json())
-    if report.missing:
-        raise typer.Exit(3)
+    inputs = saved_inputs(run, saved_with(folder, screen), target)
+    job = SealJob(
+        folder,
+        inputs.manifest,
+        inputs.selection,
+        inputs.source,
+        files=files,
+        workers=workers,
+        record={**run_record(run, inputs), "environment": UNKNOWN_ENVIRONMENT},
+        shown_path=f"{cache_root}/{folder.path.name}",
+    )
+    report = seal_cache(job, screen)
+    return Report(report.as_json(), sealed_lines(report), 3 if report.missing else 0)
 
 
-def sealed_lines(report: Any) -> list[Any]:
+def sealed_lines(report: Any) -> list[str | Table]:
     done = report.published
     rows = [[name, f"{done.rows[name]:,}", f"{done.left_out[name]:,}"] for name in done.rows]
     title = f"{shown(report.cache)}: {report.permitted:,} permitted samples"
-    lines: list[Any] = [table(title, ["Teacher", "Rows", "Left out"], rows)]
-    lines.append(
+    return [
+        Table(title, ["Teacher", "Rows", "Left out"], rows),
         f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed; "
-        f"{done.num_samples:,} samples complete"
-    )
-    for number, (file, reason) in enumerate(report.missing.items()):
-        if number == 20:
-            lines.append(f"… and {len(report.missing) - 20:,} more missing samples")
-            break
-        lines.append(f"missing: {shown(file)}: {shown(reason)}")
-    return lines
+        f"{done.num_samples:,} samples complete",
+        *missing_lines(report.missing),
+    ]

@@ -1,0 +1,334 @@
+"""The command table: each command with its function, options and examples. Only what runs is imported."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from dataclasses import replace
+from pathlib import Path
+
+from kd_cache.cli import notes
+from kd_cache.commands import GROUP, Command, Group, Plugin
+from kd_cache.errors import UsageError
+from kd_cache.options import (
+    CACHE,
+    DATA,
+    DATA_LIMITS,
+    DATASET,
+    LIMITS,
+    MAX_SEED,
+    MAX_SOURCE,
+    OUTPUT,
+    OWN_TEACHERS,
+    RUN,
+    SHOWING,
+    TEACHERS,
+    BadSample,
+    DType,
+    ExportFormat,
+    Option,
+    Precision,
+    Target,
+    ValueKind,
+    batch_size,
+    changed,
+)
+
+SAVED = "Data options that are not given are taken from what the dumps saved with the cache."
+ARGUMENTS = "Arguments"
+_ANY_TARGET = changed(
+    "target", kind=Target | None, help="Just the cache of this target.", panel=CACHE, default=None,
+    otherwise="every cache under the root",
+)  # fmt: skip
+_HAS_VIEW = changed(
+    "files", kind=bool | None, help="Whether the cache has a view of one <md5>.npy per row.", default=None,
+    otherwise="as its dumps said",
+)  # fmt: skip
+_AUDIT = (0, 1, 2, 3, 4, 5, 6)
+
+DUMP = Command(
+    "dump",
+    "kd_cache.cli.dump_run:dump",
+    "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
+    (
+        "target", *DATASET, "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
+        changed("dtype", stands_for=(("--use-fp16", "fp16"),)),
+        "skip_existing", "files",
+        Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
+               CACHE, 10, low=0),
+        Option("reread", bool, "Read every feature, also where nobody touched its file since the last dump read it.",
+               RUN, False, off=True),
+        "device", "precision", "compile",
+        Option("batch_size", int | str | None,
+               "Most samples scored at once; auto measures the largest that still makes it faster.", RUN, None,
+               "32 on a CPU, 256 on a GPU", metavar="N|auto", parse=batch_size),
+        "workers", "seed",
+        Option("shard_size", int, "Commit finished rows after this many samples …", RUN, 4096, low=1),
+        Option("shard_seconds", float, "… or after so many seconds, whichever comes first.", RUN, 5.0, low=0),
+        Option("shard", str | None,
+               "Score part i of n (from 0/n) and leave the rest to others; kd-cache seal makes all parts current.",
+               RUN, None, "RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything", metavar="i/n",
+               kept=False),
+        *DATA_LIMITS, "max_checkpoint_bytes", "config",
+        changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
+        *SHOWING,
+    ),
+    "Every option can also be set as an environment variable (KD_CACHE_TARGET, KD_CACHE_CACHE_ROOT, …) or in "
+    "kd-cache.yaml (target: b).",
+    (
+        "kd-cache dump --target b",
+        "kd-cache dump --target s1 --json-path data/sample/dataset.json --data-root data/sample "
+        "--city2scene-teacher-ckpt data/sample/teachers/teacher_city2scene/A2s1/best.safetensors "
+        "--scene-teacher-ckpt data/sample/teachers/teacher_scene/global/best.safetensors",
+        "kd-cache dump --target b --dtype fp16 --cache-root cache/half",
+        "kd-cache dump --target b --dry-run --json",
+        "kd-cache dump --target b --shard 0/2 --cache-root cache/parts",
+        "kd-cache dump --target b --shard 1/2 --cache-root cache/parts",
+    ),
+    ("dry_run",),
+    _AUDIT,
+    notes=notes.DUMP,
+)  # fmt: skip
+
+SEAL = Command(
+    "seal",
+    "kd_cache.cli.seal:seal",
+    "Merge the packs of all dumps into one per teacher, write view and index. Needs no teacher.",
+    ("target", "cache_root", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING),
+    SAVED,
+    ("kd-cache seal --target b --cache-root cache/parts",),
+    exit_codes=_AUDIT,
+    notes=notes.SEAL,
+)  # fmt: skip
+
+VERIFY = Command(
+    "verify",
+    "kd_cache.cli.verify_run:verify",
+    "Check that everything promised is there, intact, fresh and permitted. Changes nothing.",
+    (
+        _ANY_TARGET,
+        Option("n", int, "How many random samples of those the manifest promises.", CACHE, 100, also=("-n",), low=1),
+        Option("everything", bool, "Every sample, and also rows and files without a manifest entry.", CACHE, False,
+               flag="--all", variable="KD_CACHE_ALL"),
+        Option("recompute", bool, "Score the samples again and compare.", CACHE, False),
+        # Not "seed": in a settings file that is the dump's, and would take the freshness out of every draw.
+        Option("verify_seed", int | None, "Which samples to draw.", CACHE, None, "fresh randomness, printed",
+               flag="--seed", low=0, high=MAX_SEED),
+        "cache_root", *DATASET, *OWN_TEACHERS,
+        changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
+        changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
+                otherwise="as dumped"),
+        "device", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Data and teacher options that are not given are taken from what the dump saved with the cache.",
+    (
+        "kd-cache verify --n 100",
+        "kd-cache verify --target b --all --recompute",
+        "kd-cache verify --n 100 --json",
+    ),
+    ("n", "everything", "recompute"),
+    _AUDIT,
+    notes=notes.VERIFY,
+)  # fmt: skip
+
+REPAIR = Command(
+    "repair",
+    "kd_cache.cli.repair:repair",
+    "Verify everything, mend what is wrong, verify again. What is whole is not touched.",
+    (
+        _ANY_TARGET,
+        Option("recompute", bool, "Score every sample again first: rows that come out otherwise are replaced, adopted "
+               "ones confirmed.", CACHE, False),
+        "cache_root", *DATASET,
+        changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
+                help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
+        *OWN_TEACHERS, "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Data and teacher options that are not given are taken from what the dump saved with the cache. Exits with the "
+    "status of the second verification.",
+    ("kd-cache repair", "kd-cache repair --target b --recompute"),
+    ("recompute",),
+    _AUDIT,
+    notes=notes.REPAIR,
+)  # fmt: skip
+
+INFO = Command(
+    "info",
+    "kd_cache.cli.info:info",
+    "Tell what a cache holds, made from what, when, by which settings.",
+    (
+        Option("path", Path, "A cache, a folder of caches, or train's outputs.", ARGUMENTS, Path("cache"),
+               positional=True),
+        "as_json", "debug",
+    ),
+    "Of what kd-cache train wrote: which teachers are there, how good they are, and which city teachers' weights are "
+    "cached under which settings.",
+    ("kd-cache info", "kd-cache info cache/A2b --json"),
+    exit_codes=(0, 1, 2, 3, 4),
+)  # fmt: skip
+
+DIFF = Command(
+    "diff",
+    "kd_cache.cli.diff:diff",
+    "Compare two caches: rows, equal bits, changed argmax and KL per teacher.",
+    (
+        Option("a", Path, "A cache.", ARGUMENTS, positional=True, metavar="A"),
+        Option("b", Path, "The cache to compare it with.", ARGUMENTS, positional=True, metavar="B"),
+        "only", *SHOWING,
+    ),
+    "Exits 0 whether or not they differ.",
+    ("kd-cache diff cache/A2b cache/half/A2b", "kd-cache diff cache/A2b cache/half/A2b --only scene --json"),
+    ("only",),
+    (0, 1, 2, 3, 4),
+    notes=notes.DIFF,
+)  # fmt: skip
+
+EXPORT = Command(
+    "export",
+    "kd_cache.cli.export:export",
+    "Write a cache's rows for other programs. Needs no teacher, no manifest and no features.",
+    (
+        Option("cache", Path | None, "A finished cache, such as cache/A2b.", ARGUMENTS, None,
+               "the only one under ./cache", positional=True),
+        Option("to", ExportFormat,
+               "pt: a tensor and its list of files per teacher; tsv: a table per teacher; npy: a file per row.",
+               OUTPUT),
+        Option("output", Path | None, "Folder to write into.", OUTPUT, None, "only for npy: the cache's own view"),
+        "only",
+        Option("overwrite", bool, "Replace the files of an earlier export.", OUTPUT, False),
+        *SHOWING,
+    ),
+    "Rows are those that a student would be served, in the order of their keys (the MD5 of their file).",
+    (
+        "kd-cache export cache/A2b --to tsv --output cache/exported",
+        "kd-cache export cache/A2b --to pt --output cache/exported --overwrite",
+        "kd-cache export cache/A2b --to npy",
+    ),
+    ("output", "only", "overwrite"),
+    (0, 1, 2, 3, 4),
+    notes=notes.EXPORT,
+)  # fmt: skip
+
+ADOPT = Command(
+    "adopt",
+    "kd_cache.cli.adopt:adopt",
+    "Bring rows that something else made into a cache. They stay marked as unverified.",
+    (
+        Option("source", Path, "The folder of an older script's cache, a tensor (.pt) with its files, or a .tsv.",
+               ARGUMENTS, positional=True),
+        "target",
+        Option("name", str | None, "The teacher's name in the cache.", TEACHERS, None,
+               "as the source says, or the file's name", metavar="NAME"),
+        Option("files_list", Path | None,
+               "Files of a bare tensor in the order of its rows: a JSON list, or one a line.", DATA, None,
+               "<stem>.files.json beside it"),
+        Option("value_kind", ValueKind | None, "What the rows are.", DATA, None, "as the source says, else logits"),
+        # Not "dtype": in a settings file that is the dump's.
+        Option("text_dtype", DType | None, "What the numbers of a .tsv are stored as.", DATA, None, "fp32",
+               flag="--dtype"),
+        *DATASET,
+        changed("on_bad_sample", help="Stop at a feature or a row that cannot be used, or skip it, list it as missing "
+                "and exit 3."),
+        "cache_root",
+        replace(_HAS_VIEW, otherwise="as it is, or yes"),
+        "workers", *DATA_LIMITS,
+        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB",
+               low=1),
+        "config", *SHOWING,
+    ),
+    "Rows are joined to samples by file name; those of samples that are not permitted are left out.",
+    (
+        "kd-cache adopt cache/exported/scene.pt --target b --cache-root cache/adopted",
+        "kd-cache adopt cache/exported/city2scene.tsv --target b --name adopted_city2scene --cache-root cache/other",
+    ),
+    ("name", "files_list", "value_kind"),
+    _AUDIT,
+    notes=notes.ADOPT,
+)  # fmt: skip
+
+GC = Command(
+    "gc",
+    "kd_cache.cli.gc:gc",
+    "Remove temporaries of killed processes, superseded packs, and files without an index entry.",
+    (
+        Option("cache", Path | None, "A cache.", ARGUMENTS, None, "every cache under the root", positional=True),
+        "cache_root",
+        Option("older_than", int,
+               "Leave what is younger: a running dump or seal may be making it. With 0, nothing else may run.", CACHE,
+               3600, low=0, high=10**10, metavar="SECONDS"),
+        "config",
+        changed("dry_run", help="Only say what would be removed, and why."),
+        *SHOWING,
+    ),
+    "A row that the index or an unfinished dump needs is never removed, nor is a file that does not look like ours.",
+    ("kd-cache gc cache/A2b --dry-run", "kd-cache gc cache/A2b", "kd-cache gc --older-than 86400 --json"),
+    ("older_than", "dry_run"),
+    (0, 1, 2, 4),
+    notes=notes.GC,
+)  # fmt: skip
+
+MERGE = Command(
+    "merge",
+    "kd_cache.cli.merge:merge",
+    "Bring the rows of other caches, finished or not, into the cache of a target, and seal it. Needs no teacher.",
+    (
+        Option("sources", list[Path], "Caches of the same target; only read.", ARGUMENTS, metavar="SOURCE...",
+               positional=True),
+        "target", "cache_root", "only", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING,
+    ),
+    "Rows that the manifest does not permit are left out. Data options that are not given are those saved with the "
+    "cache, or with the first source.",
+    (
+        "kd-cache dump --target b --shard 0/2 --cache-root cache/one",
+        "kd-cache dump --target b --shard 1/2 --cache-root cache/two",
+        "kd-cache merge cache/one/A2b cache/two/A2b --target b --cache-root cache/merged",
+    ),
+    ("only",),
+    _AUDIT,
+    notes=notes.MERGE,
+)  # fmt: skip
+
+SAMPLE_DATA = Command(
+    "sample-data",
+    "kd_cache.cli.sample_data:sample_data",
+    "Generate the synthetic sample: 10 scenes, 10 cities, 9 devices, equal bytes on any machine.",
+    (
+        Option("out", Path, "Folder to write dataset.json and features/ into.", ARGUMENTS, positional=True),
+        "as_json", "debug",
+    ),
+    examples=("kd-cache sample-data cache/sample",),
+)  # fmt: skip
+
+COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, SAMPLE_DATA)
+
+
+@functools.cache
+def all_commands() -> tuple[dict[str, Command], dict[str, Group]]:
+    """The product's commands and those of plug-ins, and the groups, by name. A plug-in's replaces none of ours."""
+    found = {command.name: command for command in COMMANDS}
+    groups: dict[str, Group] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            plugin: Plugin = point.load()
+        except Exception as error:
+            raise UsageError(f"the plug-in {point.name} ({point.value}) cannot be loaded: {error}") from error
+        for command in plugin.commands:
+            if command.name in found:
+                raise UsageError(f"the plug-in {point.name} ({point.value}) brings a second command {command.name}")
+            found[command.name] = command
+        groups |= {group.name: group for group in plugin.groups}
+    return found, groups
+
+
+def all_options() -> list[Option]:
+    """Every option of every command; one that several have is there several times."""
+    return [option for command in all_commands()[0].values() for option in command.options if not option.positional]
+
+
+def sections(command: Command | None = None) -> list[str]:
+    """The settings file's sections that a command reads, the nearest last; without one, all that there are."""
+    groups = all_commands()[1]
+    if command is None:
+        return [name for group in groups.values() for name in (group.name, *group.sections)]
+    group, _, word = command.name.rpartition(" ")
+    return [name for name in (group, word) if group in groups and name in (group, *groups[group].sections)]

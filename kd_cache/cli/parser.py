@@ -1,0 +1,170 @@
+"""From the tables to typer: a command's parameters, made when that command is asked for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from kd_cache.cli.commands import all_commands
+from kd_cache.cli.help import print_command_help, print_group_help
+from kd_cache.cli.running import run_command
+from kd_cache.cli.settings_file import check_environment, read_file
+from kd_cache.commands import Command
+from kd_cache.errors import UsageError
+from kd_cache.options import PREFIX, Option
+
+SETTINGS = {
+    # Those who come from the older script write --cache_root; it means --cache-root.
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
+
+
+def parameter(option: Option) -> inspect.Parameter:
+    """The option as typer is told of it."""
+    shared: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
+    shared |= {"min": option.low, "max": option.high, "show_envvar": False}
+    if option.parse is not None:
+        shared["parser"] = _parser(option.parse)
+    if option.name == "config":
+        shared |= {"callback": read_file, "is_eager": True}
+    if option.positional:
+        told: Any = typer.Argument(**shared)
+    else:
+        decls = [f"{option.flags[0]}/{option.flags[1]}", *option.flags[2:]] if option.off else option.flags
+        told = typer.Option(*decls, envvar=option.envvar, **shared)
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[Any if option.parse else option.kind, told],
+        default=inspect.Parameter.empty if option.default is ... else option.default,
+    )
+
+
+def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise typer.BadParameter(error.message) from error
+
+    return read
+
+
+class TableCommand(TyperCommand):
+    """A command that its line of the table describes."""
+
+    entry: Command
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing and not {"-h", "--help"}.intersection(args):
+            check_environment()
+        return super().parse_args(ctx, _spelled_out(self.entry, args))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        print_command_help(self.entry)
+
+
+def _spelled_out(entry: Command, args: list[str]) -> list[str]:
+    """``--use-fp16`` as ``--dtype fp16``; so is ``KD_CACHE_USE_FP16=1``, where ``KD_CACHE_DTYPE`` says nothing."""
+    switches = {flag: (each.flags[0], value) for each in entry.options for flag, value in each.stands_for}
+    words = [word for arg in args for word in switches.get(arg.replace("_", "-"), (arg,))]
+    for each in entry.options:
+        for name, value in each.switches:
+            said = os.environ.get(PREFIX + name.upper(), "").lower()
+            if each.envvar not in os.environ and said in ("1", "true", "t", "yes", "y", "on"):
+                words = [each.flags[0], value, *words]
+    return words
+
+
+@functools.cache
+def built(name: str) -> Any:
+    """The command of that name, made once."""
+    entry = all_commands()[0][name]
+
+    def callback(ctx: typer.Context, **values: Any) -> None:
+        run_command(entry, ctx, values, debug=values.get("debug", False))
+
+    given = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    callback.__signature__ = inspect.Signature([*given, *map(parameter, entry.options)])  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name.rpartition(" ")[2], cls=TableCommand, help=entry.help, context_settings=SETTINGS)(callback)
+    made = typer.main.get_command(app)
+    made.entry = entry  # type: ignore[attr-defined]
+    return made
+
+
+class _Lazy(MutableMapping[str, Any]):
+    """Commands by name, below the words of ``prefix``; each is made when it is looked up."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = f"{prefix} " if prefix else ""
+        self.further: dict[str, Any] = {}
+
+    def __getitem__(self, word: str) -> Any:
+        commands, groups = all_commands()
+        if word in self.further:
+            return self.further[word]
+        if self.prefix + word in commands:
+            return built(self.prefix + word)
+        if not self.prefix and word in groups:
+            return _group(word)
+        raise KeyError(word)
+
+    def __iter__(self) -> Iterator[str]:
+        words = [name.removeprefix(self.prefix) for name in all_commands()[0] if name.startswith(self.prefix)]
+        return iter(dict.fromkeys([*(word.partition(" ")[0] for word in words), *self.further]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __setitem__(self, word: str, command: Any) -> None:
+        self.further[word] = command
+
+    def __delitem__(self, word: str) -> None:
+        del self.further[word]
+
+
+class TableGroup(TyperGroup):
+    """``kd-cache``, or a group of its commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        further, self.commands = self.commands, _Lazy("" if self.name in (None, "", "kd-cache") else str(self.name))
+        self.commands.update(further)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            all_commands()
+        except UsageError as error:
+            raise typer.BadParameter(error.message) from error
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        print_group_help(ctx.command_path, str(self.help or ""), self.lines(), whole=ctx.parent is None)
+
+    def lines(self) -> dict[str, str]:
+        """What each of its commands is for, in one line."""
+        commands, groups = all_commands()
+        found = {}
+        for word in self.commands:
+            name = (self.commands.prefix if isinstance(self.commands, _Lazy) else "") + word
+            entry = commands.get(name) or groups.get(name)
+            found[word] = entry.help if entry else self.commands[word].get_short_help_str(200)
+        return found
+
+
+@functools.cache
+def _group(name: str) -> Any:
+    app = typer.Typer(
+        name=name, cls=TableGroup, help=all_commands()[1][name].help, add_completion=False, no_args_is_help=True,
+        pretty_exceptions_enable=False, context_settings=SETTINGS,
+    )  # fmt: skip
+    app.callback()(lambda: None)
+    return typer.main.get_command(app)

@@ -1,0 +1,245 @@
+"""Every option, said once: command line, settings file, what is kept with a cache, and docs are made of this table.
+
+A command lists the options that it has by name (`kd_cache.commands`); where one means something else there, it says
+`changed`. An option that only one command has, and those of a plug-in, are `Option`s of their own.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kd_cache.errors import UsageError
+
+Target = Literal["b", "c", "s1", "s2", "s3"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+DType = Literal["fp32", "fp16"]
+BadSample = Literal["stop", "skip"]
+ValueKind = Literal["logits", "log_probs", "probs", "sigmoid"]
+ExportFormat = Literal["npy", "pt", "tsv"]
+
+DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
+
+# As kd_cache.manifest, kd_cache.features, teachers.checkpoint_file and kd_cache.plan have them.
+MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT, MAX_SOURCE, MAX_BATCH = 1 << 30, 1 << 24, 4 << 30, 1 << 35, 1 << 16
+MAX_SEED = 2**63 - 1
+PREFIX = "KD_CACHE_"
+SETTINGS_FILE = Path("kd-cache.yaml")
+"""Read where it is in the working folder and no other is named."""
+
+ENVIRONMENT = ("KD_CACHE_FAULTS", "KD_CACHE_FULL_TESTS")
+"""Variables that are no options: how much the test suite runs."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command, or one of its arguments (``positional``).
+
+    ``name`` is its key in a settings file. Flag ``--cache-root`` and variable ``KD_CACHE_CACHE_ROOT`` follow from the
+    name ``cache_root`` where they are not given. ``kind`` is the type of its value: `Path`, `int`, ``list[str]``,
+    a `Literal` of choices, …, or one of them ``| None``. Without a ``default`` it is required.
+    """
+
+    name: str
+    kind: Any
+    help: str
+    panel: str
+    default: Any = ...
+    otherwise: str = ""
+    """The default in words, where the value alone does not say it."""
+    flag: str = ""
+    also: tuple[str, ...] = ()
+    """Further spellings, older ones among them."""
+    stands_for: tuple[tuple[str, str], ...] = ()
+    """Switches that stand for a value of it: ``(("--use-fp16", "fp16"),)``."""
+    off: bool = False
+    """A switch that also has ``--no-…``."""
+    variable: str = ""
+    metavar: str = ""
+    low: float | None = None
+    high: float | None = None
+    parse: Callable[[str], Any] | None = None
+    """Reads a text from the command line, the environment or the file; raises `UsageError`."""
+    keyed: bool = False
+    """An item may be a section of its own in a file: ``{level: 2, lr: 1e-4}`` for ``level=2,lr=1e-4``."""
+    positional: bool = False
+    kept: bool = True
+    """Whether its value is written down with what the command makes."""
+    recalled: bool = False
+    """Whether later commands take it from the cache where it is not given."""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """``--files``, ``--no-files``, and further spellings; an argument has none."""
+        if self.positional:
+            return ()
+        first = self.flag or "--" + self.name.replace("_", "-")
+        return (first, *(["--no-" + first[2:]] if self.off else []), *self.also)
+
+    @property
+    def envvar(self) -> str:
+        return self.variable or PREFIX + self.name.upper()
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Its names in a settings file: ``as_json``, ``json``."""
+        long = [_key(flag) for flag in self.flags if flag[:2] == "--" and flag[:5] != "--no-"]
+        return tuple(dict.fromkeys([self.name, *long, *dict(self.switches)]))
+
+    @property
+    def switches(self) -> tuple[tuple[str, str], ...]:
+        """`stands_for` by the names in a settings file: ``(("use_fp16", "fp16"),)``."""
+        return tuple((_key(flag), value) for flag, value in self.stands_for)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """What the environment may call it."""
+        return (self.envvar, *(PREFIX + name.upper() for name, _ in self.switches))
+
+    @property
+    def bare(self) -> Any:
+        """``kind`` without ``| None``."""
+        parts = [part for part in typing.get_args(self.kind) if part is not types.NoneType]
+        return parts[0] if isinstance(self.kind, types.UnionType) and len(parts) == 1 else _optional(self.kind)
+
+    @property
+    def is_switch(self) -> bool:
+        return self.bare is bool
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.bare) is list
+
+    @property
+    def is_path(self) -> bool:
+        return self.bare in (Path, list[Path])
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return typing.get_args(self.bare) if typing.get_origin(self.bare) is Literal else ()
+
+    @property
+    def value(self) -> str:
+        """What stands for its value in help: ``b|c|s1``, ``PATH``, or nothing for a switch."""
+        if self.metavar or self.is_switch:
+            return self.metavar
+        kind = typing.get_args(self.bare)[0] if self.is_list else self.bare
+        return "|".join(self.choices) or {Path: "PATH", int: "N", float: "X"}.get(kind, "TEXT")
+
+    @property
+    def shown_default(self) -> str:
+        """The default for a person; nothing where there is none to speak of."""
+        if self.otherwise or self.default in (None, ..., []):
+            return self.otherwise
+        if self.is_switch:
+            return (self.flags[0] if self.default else self.flags[1]) if self.off else ""
+        return str(self.default)
+
+
+def _key(flag: str) -> str:
+    return flag[2:].replace("-", "_")
+
+
+def _optional(kind: Any) -> Any:
+    """``Literal[…] | None`` is a `typing.Union`."""
+    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+    return parts[0] if typing.get_origin(kind) is typing.Union and len(parts) == 1 else kind
+
+
+def batch_size(text: str) -> int | str:
+    """A number that a batch plan may hold, or ``auto``."""
+    if text == "auto":
+        return text
+    try:
+        if 0 < (number := int(text)) <= MAX_BATCH:
+            return number
+    except ValueError:
+        pass
+    raise UsageError(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
+
+
+def changed(name: str, **differences: Any) -> Option:
+    """An option of the table as one command has it: ``changed("precision", default=None)``."""
+    return replace(OPTIONS[name], **differences)
+
+
+_TABLE = (
+    # Data
+    Option("target", Target, "Target device; the cache holds train samples of A and of it.", DATA,
+           also=("--target-name",)),
+    Option("json_path", Path | None, "Dataset JSON (manifest).", DATA, None, "data/sample/dataset.json",
+           recalled=True),
+    Option("data_root", Path | None, "Folder that the manifest's files are relative to.", DATA, None,
+           "the manifest's folder", recalled=True),
+    Option("features", Path | None, "One HDF5 file that holds the features, instead of files below the data root.",
+           DATA, None, recalled=True),
+    Option("num_scenes", int, "Scene classes; checked against the checkpoints and the labels.", DATA, 10, low=1,
+           recalled=True),
+    Option("num_cities", int, "City classes; checked against the checkpoints and the labels.", DATA, 12, low=1,
+           recalled=True),
+    Option("allow_shared_locations", bool,
+           "Permit a recording location in both train and test (recorded with the cache).", DATA, False, recalled=True),
+    Option("allow_outside", list[Path], "Permit features in this folder outside the data root. Repeatable.", DATA, [],
+           recalled=True),
+    Option("on_bad_sample", BadSample,
+           "Stop at a sample that cannot be scored (its feature or a logit is missing, mis-shaped or not finite), or "
+           "skip it, list it as missing and exit 3.", DATA, "stop", recalled=True),
+    # Teachers
+    Option("city2scene_teacher_ckpt", Path | None, "City2Scene checkpoint, .safetensors or .pth.", TEACHERS, None,
+           "the sample's; with your own data outputs/teacher_city2scene/A2<target>/best.safetensors, then best.pth"),
+    Option("scene_teacher_ckpt", Path | None, "Scene checkpoint, .safetensors or .pth.", TEACHERS, None,
+           "the sample's; with your own data outputs/teacher_scene/global/best.safetensors, then best.pth"),
+    Option("teacher", list[str],
+           "A further teacher of your own; repeatable. Its code runs, so it is never taken from a cache.", TEACHERS, [],
+           metavar="NAME=module:factory[,ckpt=PATH]", kept=False),
+    Option("only", list[str], "Just this teacher; repeatable.", TEACHERS, [], metavar="NAME"),
+    # Cache
+    Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),
+    Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
+    Option("skip_existing", bool, "Keep fresh rows, or score everything again.", CACHE, True, off=True),
+    Option("files", bool, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, True, off=True),
+    # Run
+    Option("device", str, "Where the teachers run.", RUN, "auto", metavar="auto|cpu|cuda[:i]"),
+    Option("precision", Precision,
+           "Compute precision; a part of the fingerprint. fp32 turns TF32 off; below it the KL against fp32 is "
+           "measured, reported and kept.", RUN, "fp32"),
+    Option("compile", bool,
+           "Run the teachers through torch.compile: minutes to begin with, faster afterwards, other last bits; needs "
+           "a C++ compiler.", RUN, False, off=True),
+    Option("workers", int, "Threads that read features ahead.", RUN, 2, low=0),
+    Option("seed", int, "Seed of torch's random numbers, for teachers that use any.", RUN, 42, low=0, high=MAX_SEED),
+    Option("config", Path | None, "YAML file with settings, such as 'target: b'; unknown keys are errors.", RUN, None,
+           "kd-cache.yaml if present", metavar="FILE"),
+    # Limits
+    Option("max_manifest_bytes", int, "A larger dataset JSON is refused unread.", LIMITS, MAX_MANIFEST, "1 GiB", low=1),
+    Option("max_feature_bytes", int, "A larger feature file is refused unread.", LIMITS, MAX_FEATURE, "16 MiB", low=1),
+    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB",
+           low=1),
+    # Output
+    Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
+    Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,
+           flag="--json", variable="KD_CACHE_JSON"),
+    Option("quiet", bool, "Print errors only.", OUTPUT, False),
+    Option("debug", bool, "Show the traceback of an error.", OUTPUT, False),
+)  # fmt: skip
+
+OPTIONS = {option.name: option for option in _TABLE}
+
+FIRST = ("target", "json_path", "data_root", "city2scene_teacher_ckpt", "scene_teacher_ckpt", "teacher", "cache_root",
+         "device", "config", "as_json")  # fmt: skip
+"""The ten that people need first; help shows them before all others."""
+
+# Groups that commands have in common.
+DATASET = ("json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside")
+OWN_TEACHERS = ("city2scene_teacher_ckpt", "scene_teacher_ckpt", "teacher")
+DATA_LIMITS = ("max_manifest_bytes", "max_feature_bytes")
+SHOWING = ("as_json", "quiet", "debug")
+
+
+def resolved(options: Iterable[str | Option]) -> tuple[Option, ...]:
+    """Names replaced by the table's options."""
+    return tuple(OPTIONS[option] if isinstance(option, str) else option for option in options)

@@ -32,8 +32,8 @@ from kd_cache.pipeline.engine import Engine
 from kd_cache.splits import select
 from kd_cache.teacher import Teacher
 from kd_cache.train.architectures import architectures
-from teachers.city2scene import City2Scene
 from teachers.loading import LoadedTeacher
+from teachers.two_parts import City2Scene
 
 BINS = 64
 TOLERANCE = 1e-5

@@ -22,8 +22,8 @@ from kd_cache.loader import LogitCache
 from kd_cache.provenance import Provenance
 from kd_cache.store.folder import CacheFolder
 from kd_cache.teacher import teacher_fingerprint
-from teachers.city2scene import used_by_embed
 from teachers.loading import LoadedTeacher, load_teacher
+from teachers.two_parts import used_by_embed
 
 FOLDER = "embeddings"
 

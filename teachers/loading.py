@@ -18,7 +18,7 @@ from kd_cache.train.backbone import Backbone
 from kd_cache.train.checkpoint import naming, read_weights
 from kd_cache.train.checkpoint_file import AGAIN
 from kd_cache.train.settings import CITY, CITY2SCENE, ROLES, SCENE
-from teachers.city2scene import City2Scene, backbone_name, city2scene_from
+from teachers.two_parts import City2Scene, backbone_name, city2scene_from
 
 UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
 

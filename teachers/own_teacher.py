@@ -16,7 +16,7 @@ from kd_cache.train.nets import embedding_dim, fill_matching, make_net
 from kd_cache.train.own_net import source_digest
 from kd_cache.train.settings import CITY2SCENE, FULL_MODEL, ROLES, Settings
 from kd_cache.train.state_dict import under
-from teachers.city2scene import City2Scene
+from teachers.two_parts import City2Scene
 
 
 class OwnTeacher(nn.Module):

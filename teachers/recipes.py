@@ -31,9 +31,9 @@ from kd_cache.train.run_folder import RunFolder
 from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE, Settings
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
-from teachers.city2scene import City2Scene, SideBySide
 from teachers.embeddings import FOLDER, Source, described, made_with, side_by_side
 from teachers.loading import load_teacher
+from teachers.two_parts import City2Scene, SideBySide
 
 
 def train_teacher(job: TrainJob, watcher: Watcher | None = None) -> TrainReport:

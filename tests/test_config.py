@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import pytest
 from conftest import Run as Call
+from kd_cache.cli.legacy import legacy_options
 from typer.testing import Result
 
 from kd_cache.cli import commands, parser, settings_file
 from kd_cache.cli.help import said, spelled
-from kd_cache.cli.legacy import legacy_options
 from kd_cache.commands import EXIT_CODES, GROUP, Command, Group, Plugin, Report, Run, Table
 from kd_cache.errors import CorruptError, UsageError
 from kd_cache.options import DATA, ENVIRONMENT, FIRST, OPTIONS, Option, changed

@@ -133,7 +133,7 @@ CITY = Command(
     "teachers.training_runs:train_city",
     "Train a city classifier on A and the target: city labels only.",
     _training(_ONLY_A_HEAD),
-    examples=("kd-cache train city --target b --epochs 50 --config configs/cp_resnet.yaml",),
+    examples=("kd-cache train city --target b",),
     first=_FIRST,
     exit_codes=(0, 1, 2, 6),
 )
@@ -146,8 +146,7 @@ CITY2SCENE = Command(
     "Options about stages, augmentation and optimiser are the head's; the city teacher's come from the settings file.",
     (
         "kd-cache train city2scene --target b --city-teacher-ckpt outputs/teacher_city/A2b/best.safetensors",
-        "kd-cache train city2scene --target b --embeddings city --mlp-hidden-dims 64 "
-        "--sweep lr=1e-3/1e-2,dropout=0/0.3",
+        "kd-cache train city2scene --target b --embeddings city --epochs 60 --sweep lr=0.01/0.1,weight-decay=0.01/0.1",
     ),
     ("city_teacher_ckpt", "sweep", "output_dir"),
     (0, 1, 2, 5, 6),
@@ -157,7 +156,7 @@ SCENE = Command(
     "teachers.training_runs:train_scene",
     "Train a scene classifier on A only.",
     (ANY_TARGET, *_training((TARGET, *_ONLY_A_HEAD))),
-    examples=("kd-cache train scene --arch cnn14 --precision bf16",),
+    examples=("kd-cache train scene --quick-experiment 0.5 --epochs 3",),
     first=_FIRST,
     exit_codes=(0, 1, 2, 6),
 )
@@ -167,7 +166,7 @@ ALL = Command(
     "Train the chain for a target (city, City2Scene, scene), then dump and verify its cache.",
     _training((CITY_TEACHER, EMBEDDINGS, SWEEP, INIT)),
     "A settings file may have a section for each teacher (city, city2scene, scene) and one for all of them (train).",
-    ("kd-cache train all --target b",),
+    ("kd-cache train all --target b --cache-root cache/trained",),
     ("output_dir", "arch", "epochs"),
     (0, 1, 2, 3, 4, 5, 6),
 )
@@ -189,7 +188,10 @@ EXTRACT = Command(
         *SHOWING,
     ),
     "The same engine and packs as for logits: a rerun embeds only what is new or changed.",
-    ("kd-cache train extract --target b --checkpoint city=outputs/teacher_city/A2b/best.safetensors",),
+    (
+        "kd-cache train extract --target b --checkpoint city=outputs/teacher_city/A2b/best.safetensors "
+        "--checkpoint scene=outputs/teacher_scene/global/best.safetensors",
+    ),
     ("output_dir",),
     (0, 1, 2, 3, 4, 5, 6),
 )  # fmt: skip

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import pytest
 from conftest import Run as Call
-from kd_cache.cli.legacy import legacy_options
 from typer.testing import Result
 
 from kd_cache.cli import commands, parser, settings_file
@@ -319,7 +318,7 @@ def test_a_variable_that_no_command_knows_is_an_error(run: Call, monkeypatch: py
 
 
 def test_a_variable_of_any_command_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in (*commands.all_options(), *legacy_options()):
+    for option in commands.all_options():
         for name in option.variables:
             monkeypatch.setenv(name, "x")
     settings_file.check_environment()

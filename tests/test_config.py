@@ -42,6 +42,7 @@ def fail() -> Report:
 def both(run: Run) -> Report:
     """Each section's values, and without what the command line says of others."""
     parts = {name: run.section(name).values["epochs"] for name in ("one", "two")}
+    assert run.section("two").values["only"] == run.values["only"]
     return Report({"own": run.values["epochs"], **parts, "shared": run.section("one", ()).values["epochs"]})
 
 
@@ -63,8 +64,8 @@ PLUGIN = Plugin(
     (
         SHOW,
         Command("fail", "test_config:fail", "Fail.", ("config",)),
-        Command("group one", "test_config:both", "One.", (EPOCHS, "config", "as_json")),
-        Command("group all", "test_config:both", "Both.", (EPOCHS, "config", "as_json")),
+        Command("group one", "test_config:both", "One.", (EPOCHS, "only", "config", "as_json")),
+        Command("group all", "test_config:both", "Both.", (EPOCHS, "only", "config", "as_json")),
     ),
     (Group("group", "Two of a kind.", ("one", "two")),),
 )
@@ -278,7 +279,7 @@ def test_a_section_of_the_file_is_of_the_command_called_like_it(run: Call, plugi
     def found(*args: str) -> dict[str, Any]:
         return json.loads(run("group", *args, "--json").stdout)  # type: ignore[no-any-return]
 
-    config("epochs: 1\ngroup: {epochs: 2}\ntwo: {epochs: 4}\none: {}")
+    config("epochs: 1\nonly: [a]\ngroup: {epochs: 2}\ntwo: {epochs: 4}\none: {}")
     assert found("one") == found("all") == {"own": 2, "one": 2, "two": 4, "shared": 2}
     config("one: {epochs: 3}\ntwo: {epochs: 4}")
     assert found("one") == {"own": 3, "one": 3, "two": 4, "shared": 3}

@@ -68,7 +68,9 @@ class Option:
     """An item may be a section of its own in a file: ``{level: 2, lr: 1e-4}`` for ``level=2,lr=1e-4``."""
     positional: bool = False
     kept: bool = True
-    """Whether its value is written down with what the command makes."""
+    """Whether its value is written down with what the command makes. Not a teacher of one's own, which names code: what
+    a cache says must never be run. Nor a part: what all parts make together is what one process makes.
+    """
     recalled: bool = False
     """Whether later commands take it from the cache where it is not given."""
 

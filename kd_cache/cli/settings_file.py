@@ -25,9 +25,12 @@ _MOST = 1 << 14
 
 def check_environment() -> None:
     """Refuse a variable that looks like ours and that no command knows. Raises `typer.BadParameter`."""
+    said = [name for name in os.environ if name.startswith(PREFIX)]
+    if not said:
+        return
     known = {name for option in [*all_options(), *legacy_options()] for name in option.variables} | {*ENVIRONMENT}
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
+    for name in said:
+        if name not in known:
             raise typer.BadParameter(f"unknown variable {shown(name)} in the environment{_is_it(name, known)}")
 
 

@@ -68,7 +68,9 @@ class Option:
     """An item may be a section of its own in a file: ``{level: 2, lr: 1e-4}`` for ``level=2,lr=1e-4``."""
     positional: bool = False
     kept: bool = True
-    """Whether its value is written down with what the command makes."""
+    """Whether its value is written down with what the command makes. Not a teacher of one's own, which names code: what
+    a cache says must never be run. Nor a part: what all parts make together is what one process makes.
+    """
     recalled: bool = False
     """Whether later commands take it from the cache where it is not given."""
 
@@ -104,7 +106,8 @@ class Option:
     def bare(self) -> Any:
         """``kind`` without ``| None``."""
         parts = [part for part in typing.get_args(self.kind) if part is not types.NoneType]
-        return parts[0] if isinstance(self.kind, types.UnionType) and len(parts) == 1 else _optional(self.kind)
+        is_union = typing.get_origin(self.kind) in (types.UnionType, typing.Union)
+        return parts[0] if is_union and len(parts) == 1 else self.kind
 
     @property
     def is_switch(self) -> bool:
@@ -142,12 +145,6 @@ class Option:
 
 def _key(flag: str) -> str:
     return flag[2:].replace("-", "_")
-
-
-def _optional(kind: Any) -> Any:
-    """``Literal[…] | None`` is a `typing.Union`."""
-    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
-    return parts[0] if typing.get_origin(kind) is typing.Union and len(parts) == 1 else kind
 
 
 def batch_size(text: str) -> int | str:

@@ -20,15 +20,17 @@ import kd_cache
 from kd_cache.cli import app
 from kd_cache.cli.reference import reference
 
-DOCS = "".join((REPO / name).read_text() for name in ("README.md", "docs/training.md", "docs/commands.md"))
-COMMANDS = list(
-    dict.fromkeys(
-        line.removeprefix("$ ")
-        for block in re.findall(r"```console\n(.*?)```", DOCS, re.DOTALL)
-        for line in block.splitlines()
-        if line.startswith("$ kd-cache")
-    )
-)
+REFERENCE = (REPO / "docs/commands.md").read_text()
+DOCS = (REPO / "README.md").read_text() + (REPO / "docs/training.md").read_text()
+
+
+def printed(text: str) -> list[str]:
+    """The commands in a document's blocks of console."""
+    lines = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ kd-cache")]
+
+
+COMMANDS = printed(DOCS)
 
 
 def leaves(command: Any, name: str = "") -> dict[str, Any]:
@@ -59,8 +61,6 @@ def test_every_printed_command_and_snippet_runs(root: Path, monkeypatch: pytest.
     for snippet in SNIPPETS:
         if named := re.match(r"# (my_\w+\.py)\n", snippet):
             Path(named[1]).write_text(snippet)
-    for name in LEAVES:
-        assert any(command.startswith(f"kd-cache {name}") for command in COMMANDS), name
     for command in COMMANDS:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}"
@@ -68,6 +68,17 @@ def test_every_printed_command_and_snippet_runs(root: Path, monkeypatch: pytest.
         script = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-c", snippet]
         shown = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ)
         assert shown.returncode == 0, snippet + shown.stderr
+
+
+def test_every_example_of_a_commands_help_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(REPO / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for name in LEAVES:
+        assert any(command.startswith(f"kd-cache {name}") for command in [*printed(REFERENCE), *COMMANDS]), name
+    for command in printed(REFERENCE):
+        if not command.startswith("kd-cache train"):  # minutes; docs/training.md has them
+            result = CliRunner().invoke(app, shlex.split(command)[1:])
+            assert result.exit_code == 0, f"{command}\n{result.output}"
 
 
 def test_the_demos_student_loop_learns_from_the_cache(root: Path) -> None:
@@ -82,7 +93,7 @@ def test_the_demos_student_loop_learns_from_the_cache(root: Path) -> None:
 
 
 def test_commands_md_is_what_the_table_says() -> None:
-    assert (REPO / "docs/commands.md").read_text() == reference(), "python -m kd_cache.cli.reference > docs/commands.md"
+    assert reference() == REFERENCE, "python -m kd_cache.cli.reference > docs/commands.md"
 
 
 TRAIN = [name for name in LEAVES if name.startswith("train ")]
@@ -92,7 +103,7 @@ TRAIN = [name for name in LEAVES if name.startswith("train ")]
 def test_every_option_of_train_is_documented_and_has_a_variable(name: str) -> None:
     for parameter in LEAVES[name].params:
         if parameter.name != "help":
-            assert all(option in DOCS for option in parameter.opts if option != "--target-name")
+            assert all(option in REFERENCE for option in parameter.opts if option != "--target-name")
         if parameter.name not in ("help", "as_json"):
             assert parameter.envvar == f"KD_CACHE_{parameter.name.upper()}", parameter.name
 
@@ -101,7 +112,7 @@ def test_every_option_of_train_is_documented_and_has_a_variable(name: str) -> No
 def test_every_command_and_option_has_help(name: str) -> None:
     command = LEAVES[name]
     assert command.help
-    assert f"kd-cache {name}" in DOCS
+    assert f"kd-cache {name}" in DOCS + REFERENCE
     for parameter in command.params:
         assert parameter.help, parameter.name
     assert CliRunner().invoke(app, [*name.split(), "--help"]).exit_code == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.teachers import SAMPLE
@@ -32,7 +31,8 @@ def inputs_of(target: str, options: Mapping[str, Any]) -> Inputs:
 
     Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
     """
-    json_path, data_root = data_paths(options["json_path"], options["data_root"])
+    json_path = options["json_path"] or SAMPLE / "dataset.json"
+    data_root = options["data_root"] or json_path.parent
     features, outside, most = options["features"], options["allow_outside"], options["max_feature_bytes"]
     classes = {name: options[name] for name in ("num_scenes", "num_cities")}
     manifest = load_manifest(json_path, **classes, max_bytes=options["max_manifest_bytes"])
@@ -47,10 +47,3 @@ def inputs_of(target: str, options: Mapping[str, Any]) -> Inputs:
         return Inputs(manifest, selection, FeatureSource(data_root, outside, most), paths)
     paths["features"] = str(features.absolute())
     return Inputs(manifest, selection, PackedFeatures(features, most), paths)
-
-
-def data_paths(json_path: Path | None, data_root: Path | None) -> tuple[Path, Path]:
-    """Manifest and data root: the sample's where nothing is given, the manifest's folder where only that is."""
-    if json_path is None:
-        json_path = SAMPLE / "dataset.json"
-    return json_path, json_path.parent if data_root is None else data_root

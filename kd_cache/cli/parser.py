@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from kd_cache.cli.commands import all_commands
 from kd_cache.cli.help import print_command_help, print_group_help
@@ -147,7 +147,8 @@ class TableGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        print_group_help(ctx.command_path, str(self.help or ""), self.lines(), whole=ctx.parent is None)
+        own = {", ".join(each.opts): each.help or "" for each in self.get_params(ctx) if isinstance(each, TyperOption)}
+        print_group_help(ctx.command_path, self.help or "", self.lines(), own, whole=ctx.parent is None)
 
     def lines(self) -> dict[str, str]:
         """What each of its commands is for, in one line."""

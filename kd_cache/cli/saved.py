@@ -70,7 +70,8 @@ def saved_inputs(run: Run, saved: Saved, target: str) -> Inputs:
     for name in ("json_path", "data_root", "features"):
         recalled[name] = None if recalled[name] is None else Path(recalled[name])
     recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
-    return inputs_of(target, {**run.values, **recalled})  # limits not as saved: a cache must not raise what caps it
+    # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
+    return inputs_of(target, {**run.values, **recalled})
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from kd_cache.features import FeatureSource
 from kd_cache.manifest import load_manifest
 from kd_cache.pipeline.device import resolve_device
 from kd_cache.splits import select
-from teachers.checkpoint import save_checkpoint
-from teachers.training.nets import make_net
-from teachers.training.settings import Settings
-from teachers.training.teacher import train_teacher
-from teachers.training.train_job import TrainJob, TrainReport
+from kd_cache.train.checkpoint import save_checkpoint
+from kd_cache.train.job import TrainJob, TrainReport
+from kd_cache.train.nets import make_net
+from kd_cache.train.settings import Settings
+from teachers.recipes import train_teacher
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 CACHED, TRUNK = "head on cached embeddings", "trunk and head"

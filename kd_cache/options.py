@@ -24,7 +24,7 @@ ExportFormat = Literal["npy", "pt", "tsv"]
 
 DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
 
-# As kd_cache.manifest, kd_cache.features, teachers.checkpoint_file and kd_cache.plan have them.
+# As kd_cache.manifest, kd_cache.features, kd_cache.train.checkpoint_file and kd_cache.plan have them.
 MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT, MAX_SOURCE, MAX_BATCH = 1 << 30, 1 << 24, 4 << 30, 1 << 35, 1 << 16
 MAX_SEED = 2**63 - 1
 PREFIX = "KD_CACHE_"
@@ -191,8 +191,9 @@ _TABLE = (
     Option("scene_teacher_ckpt", Path | None, "Scene checkpoint, .safetensors or .pth.", TEACHERS, None,
            "the sample's; with your own data outputs/teacher_scene/global/best.safetensors, then best.pth"),
     Option("teacher", list[str],
-           "A further teacher of your own; repeatable. Its code runs, so it is never taken from a cache.", TEACHERS, [],
-           metavar="NAME=module:factory[,ckpt=PATH]", kept=False),
+           "A further teacher of your own; repeatable. A file is found by its path, and imports others beside it as "
+           "'from .other import …'. Its code runs, so it is never taken from a cache.", TEACHERS, [],
+           metavar="NAME=module:factory|file.py:factory[,ckpt=PATH]", kept=False),
     Option("only", list[str], "Just this teacher; repeatable.", TEACHERS, [], metavar="NAME"),
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),

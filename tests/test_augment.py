@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from kd_cache.errors import UsageError
-from teachers.training.augment import LEVELS, Augmentation, Mixed, augmented
+from kd_cache.train.augment import LEVELS, Augmentation, Mixed, augmented
 
 ONE_CHANGE = {
     "time_roll": 0.5,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kd_cache.errors import DataLeakageError, UsageError
 from kd_cache.manifest import CITIES, DEVICES, DOMAIN_OF, SCENES, Sample, load_manifest
 from kd_cache.splits import select
-from teachers.training.division import Division, divide, locations_of, subsample
+from kd_cache.train.division import Division, divide, locations_of, subsample
 
 
 def sample(

@@ -148,24 +148,3 @@ def test_imports_point_down() -> None:
         assert joins or not any(name.startswith("teachers") for name in imports(path)), path
         if "cli" not in path.parts:
             assert not any(name.startswith("kd_cache.cli") for name in imports(path)), path
-    for path in (REPO / "teachers").glob("*.py"):
-        known = {name for name in imports(path) if name.startswith("kd_cache")}
-        library = {
-            "kd_cache.commands",
-            "kd_cache.options",
-            "kd_cache.watch",
-            "kd_cache.errors",
-            "kd_cache.fingerprint",
-            "kd_cache.pickle_scan",
-            "kd_cache.provenance",
-        }
-        assert known <= library | {"kd_cache.store.atomic"}, path
-        assert not any(name.startswith("teachers.training") for name in imports(path)), path
-
-
-def test_both_sides_of_the_import_border_mean_the_same_classes() -> None:
-    from kd_cache import manifest
-    from teachers import builtin
-
-    assert tuple(builtin.SCENES) == manifest.SCENES
-    assert tuple(builtin.CITIES) == manifest.CITIES

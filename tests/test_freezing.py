@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.fingerprint import weights_digest
+from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
+from kd_cache.train.freezing import BACKBONE, HEAD, NECK, UNUSED, Frozen, parts_of, trainable_parameters
+from kd_cache.train.head import Standardised
+from kd_cache.train.layers import kaiming, mlp
 from teachers import CNN14, City2Scene, CPResNet, load_teacher, save_checkpoint
-from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY
-from teachers.cnn14 import kaiming, mlp
-from teachers.training.freezing import BACKBONE, HEAD, NECK, UNUSED, Frozen, parts_of, trainable_parameters
-from teachers.training.head import Standardised
 
 CHANNELS = (2, 2, 2, 4, 4, 4)
 

@@ -30,8 +30,8 @@ from kd_cache.errors import CheckpointError, FeatureError, ManifestError
 from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
 from kd_cache.manifest import load_manifest, sample_key
+from kd_cache.train.checkpoint_file import MOST_BYTES
 from teachers import checkpoint_limit, load_teacher, scene
-from teachers.checkpoint_file import MOST_BYTES
 
 pytestmark = forks
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import teachers
 from kd_cache.errors import CheckpointError, TeacherError
-from teachers.builtin import City2Scene, LoadedTeacher
-from teachers.cnn14 import CNN14, CNN14Features, kaiming
-from teachers.cp_resnet import CPResNet
+from kd_cache.train.cp_resnet import CPResNet
+from kd_cache.train.layers import kaiming
+from teachers.cnn14 import CNN14, CNN14Features
+from teachers.loading import LoadedTeacher
+from teachers.two_parts import City2Scene
 
 FULL = os.environ.get("KD_CACHE_FULL_TESTS") == "1"
 """Full width for every batch size and length: minutes, and several GB."""

@@ -24,8 +24,9 @@ from kd_cache import LogitCache, UsageError
 from kd_cache.manifest import DOMAIN_OF
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
-from teachers.checkpoint import load_teacher, read_weights
-from teachers.cp_resnet import CPResNet
+from kd_cache.train.checkpoint import read_weights
+from kd_cache.train.cp_resnet import CPResNet
+from teachers.loading import load_teacher
 
 __all__ = ["town"]
 
@@ -353,7 +354,7 @@ def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
 
 OWN_NETS = """
 import torch
-from teachers.training.own_net import own_teacher
+from teachers.own_teacher import own_teacher
 
 class Small(torch.nn.Module):
     classifier_prefix = "head."
@@ -826,7 +827,7 @@ def test_a_combination_that_fails_does_not_stop_the_others(trained: World, run: 
 def test_a_sweep_of_which_nothing_learns_is_an_error_and_publishes_nothing(
     trained: World, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 0.01)
+    monkeypatch.setattr("kd_cache.train.training.random_loss", lambda *_: 0.01)
     before = (trained.root / HEAD).read_bytes()
     result = run("train", "city2scene", "--target", "b", "--epochs", 1, "--sweep", "lr=0.1/0.2")
     assert result.exit_code == 1

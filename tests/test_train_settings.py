@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_cache.errors import UsageError
-from teachers.training.augment import LEVELS, Augmentation
-from teachers.training.pretraining import key_of
-from teachers.training.settings import (
+from kd_cache.train.augment import LEVELS, Augmentation
+from kd_cache.train.pretraining import key_of
+from kd_cache.train.settings import (
     AUTO,
     BACKBONE,
     CITY,

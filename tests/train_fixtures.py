@@ -14,9 +14,11 @@ from conftest import World
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, load_manifest
 from kd_cache.splits import select, select_source
+from kd_cache.train.job import TrainJob
+from kd_cache.train.settings import Settings
 from kd_cache.watch import Watcher
-from teachers.training.settings import Settings
-from teachers.training.train_job import TrainJob
+
+torch.set_num_threads(1)  # nets this small do not gain from more, and a loaded machine loses much
 
 FRAMES, BINS = 12, 20
 SCENES_HERE, CITIES_HERE, PLACES = 3, 3, 4

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import kd_cache
-from kd_cache.cli.config import resolved_settings
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import Inputs, inputs_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
@@ -130,12 +129,11 @@ def _is_the_sample(run: Run, saved: Saved) -> bool:
     return path is None or Path(path).absolute() == (SAMPLE / "dataset.json").absolute()
 
 
-def run_record(run: Any, inputs: Inputs) -> dict[str, Any]:
+def run_record(run: Run, inputs: Inputs) -> dict[str, Any]:
     """What the index keeps of a run: which tool, when, by which settings. Later commands take their paths from it."""
-    settings = run.record() if isinstance(run, Run) else resolved_settings(run, without=["teacher", "shard"])
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "tool": f"kd-cache {kd_cache.__version__}",
         "created": created,
-        "settings": {**settings, "paths": inputs.paths},
+        "settings": {**run.record(), "paths": inputs.paths},
     }

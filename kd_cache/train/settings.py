@@ -8,12 +8,11 @@ from itertools import pairwise
 from typing import Any, Final
 
 from kd_cache.errors import UsageError, shown
-from teachers.training.augment import LEVELS, Augmentation
+from kd_cache.factory import without_folder
+from kd_cache.train.augment import LEVELS, Augmentation
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
-ROLES: Final = (CITY, CITY2SCENE, SCENE)
-LABEL: Final = {CITY: "city", CITY2SCENE: "scene", SCENE: "scene"}
-"""Which label a role learns."""
+ROLES: Final = (SCENE, CITY2SCENE, CITY)
 SCRATCH, FROZEN, FULL_MODEL, BACKBONE, AUTO = "scratch", "frozen", "full-model", "backbone", "auto"
 PRESETS: Final = (AUTO, SCRATCH, FROZEN, FULL_MODEL, BACKBONE)
 EPOCHS: Final = {SCRATCH: 40, FROZEN: 200, FULL_MODEL: 30, BACKBONE: 30}
@@ -24,6 +23,11 @@ RATES: Final = {SCRATCH: 3e-3, FROZEN: 1e-2, FULL_MODEL: GENTLE, BACKBONE: GENTL
 _LEVEL_AUGMENT: Final = {2: "off", 1: "moderate", 0: "moderate"}
 _STAGE_KEYS: Final = ("level", "epochs", "lr", "augment", "schedule")
 _SCHEDULES: Final = ("cosine", "constant")
+
+
+def label_of(role: str) -> str:
+    """Which label a role learns: a city teacher cities, all others scenes."""
+    return "city" if role == CITY else "scene"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Settings:
     """Everything that decides what a training's weights come to, besides the data.
 
     Attributes:
-        arch: ``cnn14``, ``cp_resnet`` or ``module:factory``.
+        role: one of `ROLES`: what the net is to be, and what its folder is called after.
+        arch: ``cp_resnet``, another of `architectures`, ``module:factory`` or ``path/to/file.py:factory``.
         epochs: of all stages together, ``None`` for the preset's own; a preset gives each its part.
         lr: of the preset's first stage, ``None`` for the preset's own; later ones keep their proportion to it.
         feature_dim: width of the embedding, ``None`` for the architecture's own.
@@ -147,7 +152,7 @@ class Settings:
     @property
     def label(self) -> str:
         """``city`` or ``scene``: what it learns."""
-        return LABEL[self.role]
+        return label_of(self.role)
 
     @property
     def num_classes(self) -> int:
@@ -172,6 +177,7 @@ class Settings:
         Without those that only say what the stages are (`stages_of`): the same stages are the same training.
         """
         values = {name: value for name, value in asdict(self).items() if name not in _OF_STAGES}
+        values["arch"] = without_folder(self.arch)
         groups = {name: {key: values.pop(key) for key in keys} for name, keys in _GROUPS.items()}
         return {**groups, "optimiser": values}
 

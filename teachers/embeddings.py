@@ -22,8 +22,8 @@ from kd_cache.loader import LogitCache
 from kd_cache.provenance import Provenance
 from kd_cache.store.folder import CacheFolder
 from kd_cache.teacher import teacher_fingerprint
-from teachers.builtin import LoadedTeacher, SideBySide
-from teachers.checkpoint import load_teacher
+from teachers.loading import LoadedTeacher, load_teacher
+from teachers.two_parts import used_by_embed
 
 FOLDER = "embeddings"
 
@@ -46,11 +46,9 @@ class EmbeddingTeacher(nn.Module):
         return embedding
 
     def fingerprint_parts(self) -> dict[str, str]:
-        several = isinstance(self.net, SideBySide)
-        unused = self.net.unused_prefixes if several else (self.net.classifier_prefix,)
-        used = {name: tensor for name, tensor in self.net.state_dict().items() if not name.startswith(unused)}
         architecture = self._parts["architecture"].partition("+")[0]
-        return {**self._parts, "architecture": f"{architecture}+embedding", "weights": weights_digest(used)}
+        weights = weights_digest(used_by_embed(self.net))
+        return {**self._parts, "architecture": f"{architecture}+embedding", "weights": weights}
 
 
 @dataclass(frozen=True)

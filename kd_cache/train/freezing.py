@@ -1,8 +1,8 @@
 """Fine-tuning in stages: which parts of a net train, and the proof that the others did not.
 
 Level 2 trains the head alone, level 1 neck and head, level 0 everything. What backbone, neck and head are is said by
-each architecture (`CNN14`, `CPResNet`: ``neck_prefixes`` and ``classifier_prefix``); a City2Scene teacher's head is its
-scene head, and its city classifier is used by nothing and trained at no level.
+each net (``neck_prefixes`` and ``classifier_prefix``); a City2Scene teacher's head is its scene head, and its city
+classifier is used by nothing (``unused_prefixes``) and trained at no level.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
 from kd_cache.fingerprint import weights_digest
-from teachers.builtin import City2Scene, SideBySide
-from teachers.training.head import Standardised
+from kd_cache.train.head import Standardised
 
 HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"
 TRAINED: Final[Mapping[int, frozenset[str]]] = {
@@ -28,40 +27,25 @@ TRAINED: Final[Mapping[int, frozenset[str]]] = {
 
 
 def parts_of(net: nn.Module) -> dict[str, str]:
-    """The part that each tensor of the net's state dict belongs to.
+    """The part that each tensor of the net's state dict belongs to; of a net that says nothing, all are backbone.
 
-    Raises:
-        UsageError: an architecture of a user's own that does not say what its parts are.
+    A net says it by the starts of names: ``unused_prefixes``, ``classifier_prefix`` (its head) and ``neck_prefixes``.
     """
-    if isinstance(net, City2Scene):
-        inner = {
-            f"city_model.{name}": UNUSED if part == HEAD else part for name, part in parts_of(net.city_model).items()
-        }
-        return {name: inner.get(name, HEAD) for name in net.state_dict()}
-    if isinstance(net, Standardised):  # a head by itself, over embeddings
-        return dict.fromkeys(net.state_dict(), HEAD)
-    if isinstance(net, SideBySide):
-        return {
-            f"backbones.{number}.{name}": UNUSED if part == HEAD else part
-            for number, backbone in enumerate(net.backbones)
-            for name, part in parts_of(backbone).items()
-        }
-    head, neck = getattr(net, "classifier_prefix", None), getattr(net, "neck_prefixes", ())
-    if not isinstance(head, str):
-        return dict.fromkeys(net.state_dict(), BACKBONE)
+    head = getattr(net, "classifier_prefix", None)
+    starts = (
+        (UNUSED, tuple(getattr(net, "unused_prefixes", ()))),
+        (HEAD, (head,) if isinstance(head, str) else ()),
+        (NECK, necks_of(net)),
+    )
     return {
-        name: HEAD if name.startswith(head) else NECK if name.startswith(tuple(neck)) else BACKBONE
+        name: next((part for part, prefixes in starts if name.startswith(prefixes)), BACKBONE)
         for name in net.state_dict()
     }
 
 
-def necks_of(net: nn.Module) -> list[str]:
+def necks_of(net: nn.Module) -> tuple[str, ...]:
     """The prefixes of the names, in the net's state dict, of what lies between backbone and head."""
-    if isinstance(net, City2Scene):
-        return [f"city_model.{prefix}" for prefix in necks_of(net.city_model)]
-    if isinstance(net, SideBySide):
-        return [f"backbones.{at}.{prefix}" for at, one in enumerate(net.backbones) for prefix in necks_of(one)]
-    return list(getattr(net, "neck_prefixes", ()))
+    return tuple(getattr(net, "neck_prefixes", ()))
 
 
 @dataclass

@@ -11,11 +11,11 @@ from torch import nn
 
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import CITIES, SOURCE, UNSEEN, Manifest, Sample
+from kd_cache.train.clips import Clips, class_names
+from kd_cache.train.inference import score
+from kd_cache.train.metrics import measure, measure_groups
+from kd_cache.train.settings import Settings
 from kd_cache.watch import Watcher
-from teachers.training.clips import Clips, class_names
-from teachers.training.loop import score
-from teachers.training.metrics import measure, measure_groups
-from teachers.training.settings import Settings
 
 GROUPS: Final = ("source", "target", "other", "unseen")
 """Devices by what they are to the teacher: A, the target, the other devices of the training sets, s4 to s6."""

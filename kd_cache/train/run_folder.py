@@ -21,7 +21,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain, count
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, write_atomic
-from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY, STATE_PREFIX, save_checkpoint
-from teachers.checkpoint_file import RECORD_ENTRY, read_content
-from teachers.training.loop import EPOCH_COLUMNS, Progress, Step
+from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, net_names, save_checkpoint
+from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
+from kd_cache.train.progress import EPOCH_COLUMNS, Progress, Step
 
 BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
     "best.safetensors",
@@ -205,7 +205,7 @@ class RunFolder:
         """The best weights under the names of the net, as they are stored. Raises `CheckpointError`."""
         content = self._read(BEST)
         content.pop(RECORD_ENTRY, None)
-        return net_tensors(content)
+        return net_names(content)
 
     def _read(self, name: str) -> dict[Any, Any]:
         try:
@@ -228,7 +228,7 @@ class RunFolder:
         state = {name.removeprefix(STATE_PREFIX): value for name, value in content.items() if _is_state(name)}
         trained = {name.removeprefix(NET): value for name, value in state.items() if name.startswith(NET)}
         kept = {name: value for name, value in content.items() if not _is_state(name)}
-        return trained or net_tensors(kept), state, progress
+        return trained or net_names(kept), state, progress
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -269,22 +269,6 @@ def _half(tensor: Tensor) -> Tensor:
     """As float16, unless a number is too large for that."""
     rounded = tensor.half() if tensor.is_floating_point() else tensor
     return rounded if not tensor.is_floating_point() or bool(torch.isfinite(rounded).all()) else tensor
-
-
-def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A net's tensors under the names of its checkpoint: those of a City2Scene teacher are two state dicts."""
-    renamed = (("city_model.", f"{CITY_ENTRY}."), ("scene_head.", f"{HEAD_ENTRY}."))
-    return {_renamed(name, renamed): tensor for name, tensor in tensors.items()}
-
-
-def net_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way round: a checkpoint's tensors under the names of the net."""
-    renamed = ((f"{CITY_ENTRY}.", "city_model."), (f"{HEAD_ENTRY}.", "scene_head."))
-    return {_renamed(name, renamed): tensor for name, tensor in tensors.items()}
-
-
-def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
 
 
 def _is_state(name: str) -> bool:

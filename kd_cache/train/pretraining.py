@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import kd_cache
-import teachers
 from kd_cache.errors import shown
 from kd_cache.fingerprint import canonical_json
 from kd_cache.store.atomic import TEMPORARY, make_directory, open_file, store_errors, sync_directory, write_atomic
@@ -36,12 +35,12 @@ _OLD: Final = 3600
 
 
 @cache
-def code_version() -> str:
-    """The version of kd-cache and a SHA-256 over the code that trains and the nets that are trained."""
+def code_version(further: tuple[Path, ...] = ()) -> str:
+    """The version of kd-cache and a SHA-256 over the code that trains: of this package, and in ``further`` folders."""
     digest = hashlib.sha256()
-    root = Path(teachers.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for root in (Path(__file__).parent, *further):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{root.name}/{path.relative_to(root)}".encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{kd_cache.__version__}+{digest.hexdigest()[:16]}"
 
 

@@ -1,4 +1,4 @@
-"""A head over embeddings whose inputs are standardised while it trains, and are not when it is kept."""
+"""Heads over embeddings: untrained, and with inputs that are standardised while they train and not when kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import copy
 
 import torch
 from torch import Tensor, nn
+
+from kd_cache.train.layers import mlp
+from kd_cache.train.settings import Settings
+
+
+def make_head(inputs: int, settings: Settings, seed: int) -> nn.Linear | nn.Sequential:
+    """An untrained scene head over embeddings ``[B, inputs]``: linear, or with hidden layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.mlp_hidden_dims:
+            return mlp(inputs, settings.mlp_hidden_dims, settings.num_classes, settings.dropout)
+        linear = nn.Linear(inputs, settings.num_classes)
+    # A convex problem: where it begins does not matter, and at zero every class is as likely as any other.
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class Standardised(nn.Module):
@@ -16,6 +32,7 @@ class Standardised(nn.Module):
     function as a plain head.
     """
 
+    classifier_prefix = ""  # all of it is a head
     mean: Tensor
     scale: Tensor
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageError, listed, shown
+from kd_cache.factory import resolve_factory
 from kd_cache.provenance import Provenance
-from kd_cache.teacher import resolve_factory
-from teachers.builtin import ARCHITECTURES, City2Scene
-from teachers.checkpoint import Weights, load_teacher, read_weights
-from teachers.cnn14 import CNN14, EMBEDDING, HIDDEN, mlp
-from teachers.cp_resnet import CHANNELS, CPResNet
-from teachers.training.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
-from teachers.training.settings import BACKBONE as FROM_BACKBONE
-from teachers.training.settings import CITY, CITY2SCENE, FULL_MODEL, LABEL, Settings
+from kd_cache.train.architectures import architectures
+from kd_cache.train.checkpoint import read_weights
+from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
+from kd_cache.train.settings import BACKBONE as FROM_BACKBONE
+from kd_cache.train.settings import FULL_MODEL, Settings, label_of
+from kd_cache.train.state_dict import is_counter
 
 
 def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
@@ -29,25 +27,18 @@ def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if settings.arch == "cnn14":
-            hidden = HIDDEN if settings.mlp_hidden_dims is None else settings.mlp_hidden_dims
-            return CNN14(
-                num_classes, embedding=settings.feature_dim or EMBEDDING, hidden=hidden, dropout=settings.dropout
-            )
-        if settings.arch == "cp_resnet":
-            if settings.mlp_hidden_dims:
-                raise UsageError(
-                    "cp_resnet ends in a convolution: it has no hidden layers for --mlp-hidden-dims",
-                    hint="Leave it out, or train the head of a City2Scene teacher with it.",
-                )
-            return CPResNet(num_classes, (*CHANNELS[:3], settings.feature_dim or CHANNELS[3]))
+        if (kind := architectures().get(settings.arch)) is not None:
+            return kind.sized(num_classes, settings.feature_dim, settings.mlp_hidden_dims, settings.dropout)
         return _own_net(settings.arch, num_classes)
 
 
 def _own_net(arch: str, num_classes: int) -> nn.Module:
     if ":" not in arch:
-        raise UsageError(f"no architecture is called {shown(arch)}; known: {', '.join(ARCHITECTURES)}, module:factory")
-    factory: Any = resolve_factory(arch)
+        raise UsageError(
+            f"no architecture is called {shown(arch)}; known: {', '.join(architectures())}, module:factory",
+            hint="Name a factory of your own as module:factory, or as path/to/file.py:factory.",
+        )
+    factory = resolve_factory(arch)
     try:
         net = factory(num_classes)
     except KDCacheError:
@@ -57,19 +48,6 @@ def _own_net(arch: str, num_classes: int) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise TeacherError(f"the factory {shown(arch)} must return a torch.nn.Module, found {type(net).__name__}")
     return net
-
-
-def make_head(inputs: int, settings: Settings, seed: int) -> nn.Linear | nn.Sequential:
-    """An untrained scene head over embeddings ``[B, inputs]``: linear, or with hidden layers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if settings.mlp_hidden_dims:
-            return mlp(inputs, settings.mlp_hidden_dims, settings.num_classes, settings.dropout)
-        linear = nn.Linear(inputs, settings.num_classes)
-    # A convex problem: where it begins does not matter, and at zero every class is as likely as any other.
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def embedding_dim(net: nn.Module) -> int:
@@ -92,62 +70,32 @@ class WarmStart:
     provenance: Provenance | None
 
 
-def is_city2scene(path: Path) -> bool:
-    """Whether a checkpoint is that of a whole City2Scene teacher. Raises `CheckpointError`."""
-    return any(name.startswith("city_model.") for name in read_weights(path).tensors)
-
-
-def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = False) -> WarmStart:
+def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = False, within: str = "") -> WarmStart:
     """Give ``net`` the weights of a checkpoint: all of them, or at least its whole backbone.
 
     The head of a teacher of another label (cities, where this one learns scenes) is not taken. ``whole``: nothing may
-    be in the file that the net has not.
+    be in the file that the net has not. ``within``: where the names of the net's backbone start with this, a backbone
+    by itself is taken too.
 
     Raises:
         CheckpointError: no name fits, or not the whole backbone; the message lists what does not.
     """
     weights = read_weights(path, frozenset(net.state_dict()))
-    tensors, label = weights.tensors, LABEL[settings.role]
-    if LABEL[weights.record.get("role") or settings.role] != label:
+    tensors = weights.tensors
+    if label_of(weights.record.get("role") or settings.role) != settings.label:
         # What it tells apart is something else, of however many classes.
         parts = parts_of(net)
         tensors = {name: tensor for name, tensor in tensors.items() if parts.get(name) != HEAD}
-    if isinstance(net, City2Scene) and not any(name.startswith("city_model.") for name in tensors):
-        tensors = {f"city_model.{name}": tensor for name, tensor in tensors.items()}
+    if not any(name.startswith(within) for name in tensors):
+        tensors = {f"{within}{name}": tensor for name, tensor in tensors.items()}
     kind, told = fill_matching(net, tensors, shown(path), whole=whole)
-    return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, provenance_of(weights))
-
-
-def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn.Module, WarmStart]:
-    """The city teacher in a checkpoint: of a known architecture as it is there, of one's own as ``settings`` make it.
-
-    ``whole``: the checkpoint is of a whole City2Scene teacher, which has one.
-
-    Raises:
-        CheckpointError: it is no whole city teacher.
-        TeacherError: a net that has no embedding.
-    """
-    if settings.arch in ARCHITECTURES:
-        teacher = load_teacher(path, role=CITY2SCENE if whole else CITY)
-        told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
-        return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
-    net = make_net(settings, settings.num_cities, settings.seed)
-    start = warm_start(net, path, replace(settings, role=CITY), whole=True)
-    if start.kind != FULL_MODEL:
-        raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")
-    embedding_dim(net)
-    return net, start
-
-
-def provenance_of(weights: Weights) -> Provenance | None:
-    made_with = weights.record.get("provenance")
-    return None if made_with is None else Provenance.from_json(made_with)
+    return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, weights.provenance)
 
 
 def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, whole: bool = False) -> tuple[str, str]:
     """Copy the tensors whose name and shape the net has; says how many. Raises as `warm_start`."""
     state, parts = net.state_dict(), parts_of(net)
-    wanted = [name for name in state if not name.endswith("num_batches_tracked") and parts[name] != UNUSED]
+    wanted = [name for name in state if not is_counter(name) and parts[name] != UNUSED]
     fits = {name for name in wanted if name in tensors and _is_like(tensors[name], state[name])}
     matched = [name for name in wanted if name in fits]
     told = f"{len(matched)} of {len(wanted)} tensors loaded"
@@ -155,7 +103,7 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
     lost = [name for name in new if parts[name] == BACKBONE]
     unknown = [name for name in tensors if name not in state]
     # A part of what an embedding is made by, as CNN14's projection head is: without it the head stands on another one.
-    dropped = [name for name in unknown if whole or name.startswith(tuple(necks_of(net)))]
+    dropped = [name for name in unknown if whole or name.startswith(necks_of(net))]
     if not matched or lost or dropped:
         what = f"{len(dropped)} tensors are of a part that this net has not; they are"
         if not matched or lost:

@@ -13,12 +13,11 @@ import torch
 from kd_cache.features import FeatureSource
 from kd_cache.manifest import SOURCE, Manifest
 from kd_cache.splits import Selection
-from teachers.training.clips import Clips
-from teachers.training.division import Division, divide, subsample
-from teachers.training.settings import CITY, CITY2SCENE, Settings
+from kd_cache.train.clips import Clips
+from kd_cache.train.division import Division, divide, subsample
+from kd_cache.train.settings import Settings
 
 GLOBAL = "global"
-FOLDERS = {CITY: "teacher_city", CITY2SCENE: "teacher_city2scene", "scene": "teacher_scene"}
 AUTO, FRESH = "auto", "fresh"
 
 
@@ -71,7 +70,7 @@ class TrainJob:
 
     @property
     def home(self) -> Path:
-        return self.output_dir / FOLDERS[self.settings.role] / self.place
+        return self.output_dir / f"teacher_{self.settings.role}" / self.place
 
     @cached_property
     def division(self) -> Division:
@@ -81,8 +80,8 @@ class TrainJob:
         if settings.quick_experiment < 1:
             samples = subsample(samples, settings.quick_experiment, data_root=self.data_root)
         division = divide(samples, ratio=settings.val_ratio, fold=settings.fold, data_root=self.data_root)
-        # A city teacher and the scene head on it hold out the same locations; the head's samples are those of A.
-        return division.only([SOURCE]) if settings.role == CITY2SCENE else division
+        # Nothing learns the target's scene labels. A city teacher and the head on it hold out the same locations.
+        return division.only([SOURCE]) if settings.label == "scene" else division
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ multiply-accumulates for a 1-s clip of 256 mels and 43 frames.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.cnn14 import require_log_mel, rows
+from kd_cache.errors import UsageError
+from kd_cache.train.backbone import Backbone
+from kd_cache.train.layers import require_log_mel, rows
 
 CHANNELS: Final = (32, 32, 64, 92)
 """Output channels of the four residual blocks; the stem has as many as the first."""
@@ -53,7 +55,7 @@ class ResidualBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class CPResNet(nn.Module):
+class CPResNet(Backbone):
     """Log-mel [B, T, F] float32 → logits [B, num_classes].
 
     The head is fully convolutional (1×1 convolution to classes, batch norm, global mean), so T and F are free
@@ -65,9 +67,7 @@ class CPResNet(nn.Module):
     """
 
     classifier_prefix: ClassVar[str] = "head."
-    """Names of the tensors that ``embed`` does not use."""
     neck_prefixes: ClassVar[tuple[str, ...]] = ("block4.",)
-    """Names of the tensors between the backbone and the head."""
 
     def __init__(self, num_classes: int, channels: tuple[int, int, int, int] = CHANNELS) -> None:
         super().__init__()
@@ -84,8 +84,16 @@ class CPResNet(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(channels[-1], num_classes, 1, bias=False), nn.BatchNorm2d(num_classes))
 
     @classmethod
-    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> CPResNet:
-        """An untrained net whose sizes are those of a checkpoint's tensors."""
+    def sized(cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float) -> Self:
+        if hidden:
+            raise UsageError(
+                "cp_resnet ends in a convolution: it has no hidden layers for --mlp-hidden-dims",
+                hint="Leave it out, or train the head of a City2Scene teacher with it.",
+            )
+        return cls(num_classes, (*CHANNELS[:3], width or CHANNELS[3]))
+
+    @classmethod
+    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         a, b, c, d = (
             rows(tensors, f"block{number}.conv2.weight", default) for number, default in enumerate(CHANNELS, start=1)
         )

@@ -18,7 +18,6 @@ from plugin_fixtures import plugin as plugin
 
 from kd_cache.cli import commands, parser, settings_file
 from kd_cache.cli.help import said, spelled
-from kd_cache.cli.legacy import legacy_options
 from kd_cache.commands import EXIT_CODES, Command
 from kd_cache.options import ENVIRONMENT, FIRST, OPTIONS, Option
 
@@ -206,7 +205,7 @@ def test_a_variable_that_no_command_knows_is_an_error(run: Call, monkeypatch: py
 
 
 def test_a_variable_of_any_command_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in (*commands.all_options(), *legacy_options()):
+    for option in commands.all_options():
         for name in option.variables:
             monkeypatch.setenv(name, "x")
     settings_file.check_environment()

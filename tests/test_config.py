@@ -45,7 +45,7 @@ def test_which_file_is_read(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n", "# only a remark\n", "---\n", "null", "\ufeff", "target:\nonly: ~", "seed: 3\nto: tsv\narch: x"]
+    "text", ["", "\n", "# only a remark\n", "---\n", "null", "\ufeff", "target:\nonly: ~", "seed: 3\nto: tsv"]
 )
 def test_what_sets_nothing_of_this_command(shown: Shown, text: str) -> None:
     config(text)

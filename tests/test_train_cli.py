@@ -354,7 +354,7 @@ def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
 
 OWN_NETS = """
 import torch
-from teachers.own_teacher import own_teacher
+from teachers.own_net import own_teacher
 
 class Small(torch.nn.Module):
     classifier_prefix = "head."

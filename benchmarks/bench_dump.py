@@ -29,7 +29,9 @@ from kd_cache.pipeline.device import numerics
 from kd_cache.pipeline.dump_job import DumpReport
 from kd_cache.pipeline.engine import Engine
 from kd_cache.teacher import Teacher
-from teachers.builtin import ARCHITECTURES, City2Scene, LoadedTeacher
+from kd_cache.train.architectures import architectures
+from teachers.loading import LoadedTeacher
+from teachers.two_parts import City2Scene
 
 BINS = 64
 TOLERANCE = 1e-5
@@ -92,7 +94,7 @@ def make_data(root: Path, frames: int, count: int) -> list[str]:
 def make_teachers(architecture: str) -> dict[str, Teacher]:
     """Both teachers, untrained: what they say does not change how long they take."""
     torch.manual_seed(0)
-    kind = ARCHITECTURES[architecture]
+    kind = architectures()[architecture]
     city = kind(12)
     nets: dict[str, nn.Module] = {
         "city2scene": City2Scene(city, nn.Linear(city.embedding_dim, 10)),

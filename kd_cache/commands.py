@@ -69,6 +69,8 @@ class Command:
     examples: Sequence[str] = ()
     first: Sequence[str] = ()
     exit_codes: Collection[int] = (0, 1, 2)
+    notes: str = ""
+    """What docs/commands.md says beyond all this, in Markdown."""
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -149,8 +151,9 @@ class Run:
         return self.sources.get(name) in ("commandline", "environment")
 
     def to(self, kind: type[Values]) -> Values:
-        """A dataclass of the values that its fields name."""
-        return kind(**{each.name: self.values[each.name] for each in fields(kind) if each.init})  # type: ignore[arg-type]
+        """A dataclass of the values that its fields name; what the command has no option for keeps its default."""
+        names = [each.name for each in fields(kind) if each.name in self.values]  # type: ignore[arg-type]
+        return kind(**{name: self.values[name] for name in names})
 
     def section(self, name: str, spoken_of: Collection[str] | None = None) -> Run:
         """The same run by another section of the file, for a command that does several things, one after the other.

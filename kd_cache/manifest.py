@@ -25,11 +25,9 @@ from typing import Any, NamedTuple, NoReturn
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, listed, shown
 
-# until every module asks its task
-SOURCE, TARGETS, UNSEEN, DEVICES, DOMAIN_OF = DCASE.source, DCASE.targets, DCASE.unseen, DCASE.devices, DCASE.domain_of
-SCENES, CITIES = DCASE.scenes, DCASE.cities
-
 LISTS = ("train", "val", "test")
+IGNORED = -100
+"""The label of a sample that has none, as torch's losses have it."""
 MAX_BYTES = 1 << 30
 """A manifest above this is refused by default: a million samples take about 200 MB."""
 

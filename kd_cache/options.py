@@ -24,7 +24,7 @@ ExportFormat = Literal["npy", "pt", "tsv"]
 
 DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
 
-# As kd_cache.manifest, kd_cache.features, teachers.checkpoint_file and kd_cache.plan have them.
+# As kd_cache.manifest, kd_cache.features, kd_cache.train.checkpoint_file and kd_cache.plan have them.
 MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT, MAX_SOURCE, MAX_BATCH = 1 << 30, 1 << 24, 4 << 30, 1 << 35, 1 << 16
 MAX_SEED = 2**63 - 1
 PREFIX = "KD_CACHE_"
@@ -68,13 +68,17 @@ class Option:
     """An item may be a section of its own in a file: ``{level: 2, lr: 1e-4}`` for ``level=2,lr=1e-4``."""
     positional: bool = False
     kept: bool = True
-    """Whether its value is written down with what the command makes."""
+    """Whether its value is written down with what the command makes. Not a teacher of one's own, which names code: what
+    a cache says must never be run. Nor a part: what all parts make together is what one process makes.
+    """
     recalled: bool = False
     """Whether later commands take it from the cache where it is not given."""
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """``--files``, ``--no-files``, and further spellings."""
+        """``--files``, ``--no-files``, and further spellings; an argument has none."""
+        if self.positional:
+            return ()
         first = self.flag or "--" + self.name.replace("_", "-")
         return (first, *(["--no-" + first[2:]] if self.off else []), *self.also)
 
@@ -102,7 +106,8 @@ class Option:
     def bare(self) -> Any:
         """``kind`` without ``| None``."""
         parts = [part for part in typing.get_args(self.kind) if part is not types.NoneType]
-        return parts[0] if isinstance(self.kind, types.UnionType) and len(parts) == 1 else _optional(self.kind)
+        is_union = typing.get_origin(self.kind) in (types.UnionType, typing.Union)
+        return parts[0] if is_union and len(parts) == 1 else self.kind
 
     @property
     def is_switch(self) -> bool:
@@ -140,12 +145,6 @@ class Option:
 
 def _key(flag: str) -> str:
     return flag[2:].replace("-", "_")
-
-
-def _optional(kind: Any) -> Any:
-    """``Literal[…] | None`` is a `typing.Union`."""
-    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
-    return parts[0] if typing.get_origin(kind) is typing.Union and len(parts) == 1 else kind
 
 
 def batch_size(text: str) -> int | str:
@@ -192,8 +191,9 @@ _TABLE = (
     Option("scene_teacher_ckpt", Path | None, "Scene checkpoint, .safetensors or .pth.", TEACHERS, None,
            "the sample's; with your own data outputs/teacher_scene/global/best.safetensors, then best.pth"),
     Option("teacher", list[str],
-           "A further teacher of your own; repeatable. Its code runs, so it is never taken from a cache.", TEACHERS, [],
-           metavar="NAME=module:factory[,ckpt=PATH]", kept=False),
+           "A further teacher of your own; repeatable. A file is found by its path, and imports others beside it as "
+           "'from .other import …'. Its code runs, so it is never taken from a cache.", TEACHERS, [],
+           metavar="NAME=module:factory|file.py:factory[,ckpt=PATH]", kept=False),
     Option("only", list[str], "Just this teacher; repeatable.", TEACHERS, [], metavar="NAME"),
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),
@@ -213,9 +213,10 @@ _TABLE = (
     Option("config", Path | None, "YAML file with settings, such as 'target: b'; unknown keys are errors.", RUN, None,
            "kd-cache.yaml if present", metavar="FILE"),
     # Limits
-    Option("max_manifest_bytes", int, "A larger dataset JSON is refused unread.", LIMITS, MAX_MANIFEST, low=1),
-    Option("max_feature_bytes", int, "A larger feature file is refused unread.", LIMITS, MAX_FEATURE, low=1),
-    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, low=1),
+    Option("max_manifest_bytes", int, "A larger dataset JSON is refused unread.", LIMITS, MAX_MANIFEST, "1 GiB", low=1),
+    Option("max_feature_bytes", int, "A larger feature file is refused unread.", LIMITS, MAX_FEATURE, "16 MiB", low=1),
+    Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB",
+           low=1),
     # Output
     Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
     Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,

@@ -1,20 +1,18 @@
 """What a teacher is to kd-cache: a callable that turns features into one vector per sample, and says what it is.
 
 Built-in teachers and a user's own come through the same door: a factory ``factory(ckpt: Path | None) -> Teacher``,
-named ``module:factory`` or registered under the entry-point group ``kd_cache.teachers``.
+named ``module:factory`` or ``path/to/file.py:factory``, or registered in the entry-point group ``kd_cache.teachers``.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
+from kd_cache.factory import resolve_factory
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, class_order, weights_digest
 from kd_cache.provenance import Provenance
 from kd_cache.store.index import is_teacher_name
@@ -23,7 +21,6 @@ from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
 if TYPE_CHECKING:
     import torch
 
-ENTRY_POINTS = "kd_cache.teachers"
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "format_version")
 
@@ -67,7 +64,7 @@ class TeacherSpec:
 
     def load(self) -> Teacher:
         """Import the factory and call it. Raises `UsageError`, `TeacherError` or what the factory raises of ours."""
-        factory = resolve_factory(self.factory)
+        factory: Factory = resolve_factory(self.factory)
         try:
             teacher = factory(self.checkpoint)
         except KDCacheError:
@@ -82,7 +79,10 @@ class TeacherSpec:
 
 
 def parse_teacher(text: str) -> TeacherSpec:
-    """``NAME=module:factory[,ckpt=PATH]``; with ``NAME[,ckpt=PATH]`` the factory is the entry point of that name."""
+    """``NAME=module:factory[,ckpt=PATH]``, or a file: ``NAME=path/to/file.py:factory``.
+
+    With ``NAME[,ckpt=PATH]`` the factory is the entry point of that name.
+    """
     head, separator, tail = text.partition(",")
     name, named, factory = head.partition("=")
     checkpoint = tail.removeprefix("ckpt=")
@@ -95,42 +95,8 @@ def parse_teacher(text: str) -> TeacherSpec:
     if name == "ckpt":  # a list in a settings file splits at its commas
         raise UsageError(f"--teacher {shown(text)}: a teacher cannot be called ckpt; put NAME=…,ckpt=PATH in quotes")
     if named and not factory:
-        raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=")
+        raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=, or path/to/file.py:factory")
     return TeacherSpec(name, factory or name, Path(checkpoint).expanduser() if separator else None)
-
-
-def resolve_factory(name: str) -> Factory:
-    """The factory named ``module:factory``, or an entry point of the group ``kd_cache.teachers``."""
-    if ":" not in name:
-        known = importlib.metadata.entry_points(group=ENTRY_POINTS)
-        if name not in known.names:
-            raise UsageError(
-                f"no teacher is registered as {shown(name)!r} (known: {', '.join(sorted(known.names)) or 'none'})",
-                hint="Name its factory: --teacher NAME=module:factory.",
-            )
-        factory = known[name].load
-        return _callable(name, factory)
-    return _callable(name, lambda: _import(name))
-
-
-def _import(name: str) -> Any:
-    try:
-        return pkgutil.resolve_name(name)
-    except ModuleNotFoundError:
-        if "" in sys.path:
-            raise
-        sys.path.append("")  # a user's module lies in the folder where the command runs
-        return pkgutil.resolve_name(name)
-
-
-def _callable(name: str, load: Callable[[], Any]) -> Factory:
-    try:
-        factory = load()
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"cannot import {shown(name)}: {type(error).__name__}: {shown(error)}") from error
-    if not callable(factory):
-        raise UsageError(f"{shown(name)} is not callable; expected factory(ckpt) -> Teacher")
-    return factory  # type: ignore[no-any-return]
 
 
 def check_teacher(name: str, teacher: Any) -> None:

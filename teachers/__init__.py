@@ -1,20 +1,38 @@
-"""The built-in teachers: CNN14 and CP-ResNet as scene, city and City2Scene teachers.
+"""The built-in teachers: City2Scene, scene and city teachers, of CNN14 or CP-ResNet, and how they are trained.
 
-The factories are what the entry-point group ``kd_cache.teachers`` and ``--teacher name=module:factory``
-expect: a checkpoint's path in, a scoring module out. This package knows networks and checkpoints, and
-nothing of caches.
+This package is a plug-in: it stands on kd_cache, which finds it through entry points and imports it nowhere. Importing
+it does not import torch, because ``kd-cache --help`` asks it for its commands; what needs torch is imported when it is
+first used.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from kd_cache.errors import CheckpointError
-from teachers.builtin import City2Scene, LoadedTeacher
-from teachers.checkpoint import load_teacher, save_checkpoint
-from teachers.checkpoint_file import checkpoint_limit
-from teachers.cnn14 import CNN14
-from teachers.cp_resnet import CPResNet
+if TYPE_CHECKING:
+    from kd_cache.train.checkpoint import save_checkpoint
+    from kd_cache.train.checkpoint_file import checkpoint_limit
+    from kd_cache.train.cp_resnet import CPResNet
+    from teachers.cnn14 import CNN14
+    from teachers.factories import city, city2scene, scene
+    from teachers.loading import LoadedTeacher, load_teacher
+    from teachers.own_net import own_teacher
+    from teachers.two_parts import City2Scene
+
+_MODULE_OF = {
+    "CNN14": "teachers.cnn14",
+    "CPResNet": "kd_cache.train.cp_resnet",
+    "City2Scene": "teachers.two_parts",
+    "LoadedTeacher": "teachers.loading",
+    "checkpoint_limit": "kd_cache.train.checkpoint_file",
+    "city": "teachers.factories",
+    "city2scene": "teachers.factories",
+    "load_teacher": "teachers.loading",
+    "own_teacher": "teachers.own_net",
+    "save_checkpoint": "kd_cache.train.checkpoint",
+    "scene": "teachers.factories",
+}
 
 __all__ = [
     "CNN14",
@@ -25,30 +43,18 @@ __all__ = [
     "city",
     "city2scene",
     "load_teacher",
+    "own_teacher",
     "save_checkpoint",
     "scene",
 ]
 
 
-def scene(ckpt: Path | None) -> LoadedTeacher:
-    """A scene classifier, trained on the source device."""
-    return _loaded("scene", ckpt)
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
 
 
-def city2scene(ckpt: Path | None) -> LoadedTeacher:
-    """A city teacher's frozen backbone with a linear scene head."""
-    return _loaded("city2scene", ckpt)
-
-
-def city(ckpt: Path | None) -> LoadedTeacher:
-    """A city classifier, trained on source and target device."""
-    return _loaded("city", ckpt)
-
-
-def _loaded(role: str, ckpt: Path | None) -> LoadedTeacher:
-    if ckpt is None:
-        raise CheckpointError(
-            f"the {role} teacher has no checkpoint",
-            hint="Give its path; outputs/teacher_…/best.safetensors is where training leaves it.",
-        )
-    return load_teacher(ckpt, role=role)
+def __dir__() -> list[str]:
+    return sorted(__all__)

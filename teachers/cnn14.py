@@ -8,80 +8,20 @@ existing checkpoints.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_cache.errors import TeacherError
+from kd_cache.train.backbone import Backbone
+from kd_cache.train.layers import mlp, mlp_widths, require_log_mel, rows
 
 CHANNELS: Final = (64, 128, 256, 512, 1024, 2048)
 EMBEDDING: Final = 2048
 HIDDEN: Final = (1024, 1024)
 LEAST: Final = 32
 """Smallest T and F: each of the five 2×2 poolings halves both."""
-_LAYER: Final = re.compile("[0-9]{1,2}", re.ASCII)
-
-
-def require_log_mel(architecture: str, x: Tensor, least_frames: int, least_bins: int) -> None:
-    """Raise TeacherError unless ``x`` is a float [B, T, F] with T and F large enough for the poolings."""
-    expected = f"{architecture} takes float features [B, T, F] with T >= {least_frames} and F >= {least_bins}"
-    if x.ndim != 3 or not x.is_floating_point():
-        raise TeacherError(f"{expected}, found {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
-    if x.shape[1] < least_frames or x.shape[2] < least_bins:
-        raise TeacherError(
-            f"{expected}, found T={x.shape[1]}, F={x.shape[2]}",
-            hint="Leave shorter clips out of the dump, or check that the features are stored as [T, F].",
-        )
-
-
-def rows(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
-    """How many outputs the weight ``name`` has; ``default`` where it is absent or no weight at all.
-
-    Sizes come from here when a net is built for a checkpoint; what does not fit is reported by the
-    comparison of all names and shapes that follows, so nothing is refused here.
-    """
-    tensor = tensors.get(name)
-    return default if tensor is None or not tensor.shape else tensor.shape[0]
-
-
-def kaiming(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise ``module`` in place for ReLU nets (He et al. 2015, arXiv 1502.01852).
-
-    Weights of convolutions and linear layers are normal with variance 2 / fan-in, which keeps the scale of
-    activations through the depth of the net; biases are zero, batch norms the identity.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="relu", generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
-            part.reset_parameters()
-
-
-def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float) -> nn.Sequential:
-    """Linear layers with ReLU and dropout between: [B, inputs] → [B, outputs]. Their names are 0, 3, 6, …"""
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(dropout)]
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-
-def mlp_widths(tensors: Mapping[str, Tensor], prefix: str, default: Sequence[int]) -> list[int]:
-    """How many outputs each layer of an `mlp` has, read from the weights under ``prefix``, the first layer first.
-
-    As many layers as the highest number among the names says; widths that are not there are those of ``default``.
-    """
-    numbers = [name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)]
-    last = max((int(number) for number in numbers if _LAYER.fullmatch(number)), default=3 * (len(default) - 1))
-    depth = last // 3 + 1
-    hidden = [*default[:-1], *([default[0]] * depth)][: depth - 1]
-    return [rows(tensors, f"{prefix}{3 * layer}.weight", width) for layer, width in enumerate([*hidden, default[-1]])]
 
 
 class ConvBlock(nn.Module):
@@ -151,7 +91,7 @@ class CNN14Features(nn.Module):
         return x if self.projection_head is None else self.projection_head(x)
 
 
-class CNN14(nn.Module):
+class CNN14(Backbone):
     """Log-mel [B, T, F] float32 → logits [B, num_classes].
 
     ``channels``, ``embedding`` and ``projection`` are those of `CNN14Features`; ``hidden`` are the hidden widths of
@@ -163,13 +103,11 @@ class CNN14(nn.Module):
     """
 
     classifier_prefix: ClassVar[str] = "classifier."
-    """Names of the tensors that ``embed`` does not use."""
     neck_prefixes: ClassVar[tuple[str, ...]] = (
         "feature_extractor.fc1.",
         "feature_extractor.bn1.",
         "feature_extractor.projection_head.",
     )
-    """Names of the tensors between the convolutions and the classifier."""
 
     def __init__(
         self,
@@ -186,8 +124,16 @@ class CNN14(nn.Module):
         self.classifier = mlp(self.embedding_dim, hidden, num_classes, dropout)
 
     @classmethod
-    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> CNN14:
-        """An untrained net whose sizes are those of a checkpoint's tensors."""
+    def sized(cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float) -> Self:
+        layers = HIDDEN if hidden is None else hidden
+        return cls(num_classes, embedding=width or EMBEDDING, hidden=layers, dropout=dropout)
+
+    @classmethod
+    def largest(cls) -> Self:
+        return cls(10, projection=(1, 1))
+
+    @classmethod
+    def for_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         features = "feature_extractor."
         projection = None
         if any(name.startswith(f"{features}projection_head.") for name in tensors):

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kd_cache.train.checkpoint_file import MOST_BYTES
+from kd_cache.train.layers import kaiming
 from teachers import CPResNet
-from teachers.checkpoint_file import MOST_BYTES
-from teachers.cnn14 import kaiming
 
 EVIL = "evil.pth"
 CANARY = "canary"

@@ -266,7 +266,8 @@ def test_two_workers_give_the_logits_of_the_index_for_every_path(root: Path) -> 
 
 
 def test_cnn14_checkpoints_of_existing_pipelines_dump_features_of_mixed_length(run: Run, tmp_path: Path) -> None:
-    from teachers.cnn14 import CNN14, kaiming
+    from kd_cache.train.layers import kaiming
+    from teachers.cnn14 import CNN14
 
     rows = []
     for number, frames in enumerate((101, 64, 101, 33)):

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError
+from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
+from kd_cache.train.checkpoint_file import MOST_BYTES
+from kd_cache.train.layers import kaiming
 from teachers import CNN14, CPResNet, load_teacher, save_checkpoint
-from teachers.checkpoint import CITY_ENTRY, HEAD_ENTRY
-from teachers.checkpoint_file import MOST_BYTES
-from teachers.cnn14 import kaiming
 
 CHANNELS = (4, 4, 8, 8, 16, 16)
 

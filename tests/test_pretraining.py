@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kd_cache
+import teachers
 from kd_cache.errors import StoreError
-from teachers.training import pretraining
-from teachers.training.pretraining import ENTRY, WEIGHTS, Pretrained, code_version, differing_parts, key_of
-from teachers.training.settings import Settings, Stage
+from kd_cache.train import pretraining
+from kd_cache.train.pretraining import ENTRY, WEIGHTS, Pretrained, code_version, differing_parts, key_of
+from kd_cache.train.settings import Settings, Stage
+from teachers.recipes import RECIPES
 
 PARTS: dict[str, Any] = {
     "role": {"role": "city", "num_cities": 12},
@@ -211,25 +213,36 @@ def test_an_entry_is_found_whatever_the_order_of_its_parts(store: Pretrained, sa
     assert store.find(reversed_dicts(PARTS)) is not None
 
 
-def test_the_code_version_names_the_release_and_changes_with_any_of_the_code(
+def test_the_code_version_changes_with_a_line_of_anything_that_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert code_version().startswith(f"{kd_cache.__version__}+")
-    copied = tmp_path / "teachers"
-    shutil.copytree(Path(pretraining.teachers.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(pretraining.teachers, "__file__", str(copied / "__init__.py"))
+    train, recipes = tmp_path / "kd_cache/train", tmp_path / "teachers"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(pretraining.__file__).parent, train, ignore=ignored)
+    shutil.copytree(RECIPES["city"].code[0], recipes, ignore=ignored)
+    monkeypatch.setattr(pretraining, "__file__", str(train / "pretraining.py"))
     version = code_version.__wrapped__
-    versions = {code_version()}
-    assert version() in versions
-    for path in sorted(copied.rglob("*.py")):
+    versions = {code_version(RECIPES["city"].code)}
+    assert version((recipes,)) in versions
+    loop = train / "loop.py"
+    assert "schedule.lr(done.step)" in loop.read_text()
+    loop.write_text(loop.read_text().replace("schedule.lr(done.step)", "schedule.lr(done.step + 1)"))
+    versions.add(version((recipes,)))
+    assert len(versions) == 2
+    for path in [*train.rglob("*.py"), *recipes.rglob("*.py")]:
         content = path.read_bytes()
         path.write_bytes(content + b"\n")
-        assert version() not in versions
-        versions.add(version())
+        assert version((recipes,)) not in versions, path
+        versions.add(version((recipes,)))
         path.write_bytes(content)
-    (copied / "cnn14.py").rename(copied / "cnn15.py")
-    assert version() not in versions
-    assert len(versions) > 10
+    (recipes / "cnn14.py").rename(recipes / "cnn15.py")
+    assert version((recipes,)) not in versions
+
+
+@pytest.mark.parametrize("role", RECIPES)
+def test_every_recipe_s_key_covers_its_own_code(role: str) -> None:
+    assert RECIPES[role].code == (Path(teachers.__file__).parent,)
 
 
 # -- how keys differ ---------------------------------------------------------------------------------------------------

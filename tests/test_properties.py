@@ -21,8 +21,9 @@ from store_fixtures import MadeCache, Rows, make_cache, origin
 from typer.testing import CliRunner
 
 from kd_cache.cli import app
+from kd_cache.dataset.task import DCASE
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import DEVICES, DOMAIN_OF, load_manifest, sample_key, spelling
+from kd_cache.manifest import load_manifest, sample_key, spelling
 from kd_cache.store.keys import keys_of
 
 pytestmark = [pytest.mark.faults, LIMIT]
@@ -56,7 +57,7 @@ SAMPLES = st.lists(
             "file": FILES,
             "scene_label": st.integers(0, 9),
             "city_label": st.none() | st.integers(0, 11),
-            "device_id": st.sampled_from(DEVICES),
+            "device_id": st.sampled_from(DCASE.devices),
             "split": st.sampled_from(["train", "val", "test"]),
         }
     ),
@@ -71,7 +72,7 @@ def test_a_manifest_is_read_as_it_was_written(rows: list[dict[str, Any]], lists:
     """In lists or flat, escaped or not, with device, domain or both; and each key is the MD5 of its file."""
     written = []
     for row in rows:
-        kept = dict(row) | {"domain": DOMAIN_OF[row["device_id"]]}
+        kept = dict(row) | {"domain": DCASE.domain_of[row["device_id"]]}
         if said < 2:
             del kept[("domain", "device_id")[said]]
         written.append(kept)
@@ -88,7 +89,7 @@ def test_a_manifest_is_read_as_it_was_written(rows: list[dict[str, Any]], lists:
     assert [[getattr(one, name) for name in fields] for one in manifest] == [
         [row[key] for key in fields] for row in rows
     ]
-    assert [one.domain for one in manifest] == [DOMAIN_OF[row["device_id"]] for row in rows]
+    assert [one.domain for one in manifest] == [DCASE.domain_of[row["device_id"]] for row in rows]
     by_hand = [hashlib.md5(row["file"].encode(), usedforsecurity=False) for row in rows]
     assert [sample_key(one.file) for one in manifest] == [digest.hexdigest() for digest in by_hand]
     assert keys_of(one.file for one in manifest).tobytes() == b"".join(digest.digest() for digest in by_hand)

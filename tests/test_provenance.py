@@ -26,9 +26,9 @@ from kd_cache.repair import RepairJob, repair_cache
 from kd_cache.splits import leaked, refuse_leaking, select, select_source
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.teacher import TeacherSpec, check_teacher
+from kd_cache.train.layers import kaiming
 from kd_cache.verify import VerifyJob, verify_cache
 from teachers import CPResNet, load_teacher, save_checkpoint
-from teachers.cnn14 import kaiming
 
 CPU = torch.device("cpu")
 FILES = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12), max_size=40)

@@ -34,11 +34,11 @@ from hypothesis.stateful import (
 )
 
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
 from kd_cache.dump import DumpJob, dump_logits
 from kd_cache.errors import CorruptError, KDCacheError
 from kd_cache.gc import find_garbage, remove_garbage
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import DOMAIN_OF
 from kd_cache.repair import RepairJob, repair_cache
 from kd_cache.seal import SealJob, seal_cache
 from kd_cache.store.folder import CacheFolder
@@ -180,7 +180,7 @@ class Machine(RuleBasedStateMachine):
             "file": file,
             "scene_label": self.number % CLASSES,
             "device_id": device,
-            "domain": DOMAIN_OF[device],
+            "domain": DCASE.domain_of[device],
             "split": "train",
         }
         self.number += 1

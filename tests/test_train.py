@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import os
 import signal
@@ -36,18 +35,21 @@ from kd_cache import (
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
 from kd_cache.teacher import teacher_fingerprint
-from teachers.builtin import City2Scene
-from teachers.checkpoint import load_teacher, read_weights, save_checkpoint
+from kd_cache.train import pretraining
+from kd_cache.train.augment import Mixed
+from kd_cache.train.checkpoint import read_weights, save_checkpoint
+from kd_cache.train.freezing import Frozen
+from kd_cache.train.job import TrainJob, TrainReport
+from kd_cache.train.loop import Loop
+from kd_cache.train.loss import cross_entropy
+from kd_cache.train.nets import warm_start
+from kd_cache.train.optimiser import Schedule, average
+from kd_cache.train.settings import Stage, parse_stage
 from teachers.cnn14 import CNN14
-from teachers.training import pretraining
-from teachers.training.augment import Mixed
-from teachers.training.freezing import Frozen
-from teachers.training.loop import Loop, _average, _cross_entropy, _Schedule
-from teachers.training.nets import warm_start
-from teachers.training.own_net import own_teacher
-from teachers.training.settings import Stage, parse_stage
-from teachers.training.teacher import _Training, train_teacher
-from teachers.training.train_job import TrainJob, TrainReport
+from teachers.loading import load_teacher
+from teachers.own_net import own_teacher
+from teachers.recipes import RECIPES, train_teacher
+from teachers.two_parts import City2Scene
 
 __all__ = ["town"]
 
@@ -62,7 +64,18 @@ def weights(path: Path) -> dict[str, bytes]:
 
 
 def key(world: World, role: str = "city", **changed: Any) -> str:
-    return _Training(job(world, role, **changed), Listening()).key
+    return RECIPES[role](job(world, role, **changed), Listening()).key
+
+
+def narrow_cnn14(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CNN14 with few channels, so that a test need not wait for it."""
+
+    def sized(
+        cls: type[CNN14], num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float
+    ) -> CNN14:
+        return cls(num_classes, (2, 2, 2, 4, 4, 4), width or 6, hidden or (), dropout=dropout)
+
+    monkeypatch.setattr(CNN14, "sized", classmethod(sized))
 
 
 # -- who trains on what ------------------------------------------------------------------------------------------------
@@ -244,9 +257,8 @@ def city_of_squares(town: World) -> World:
 def test_a_cnn14_pth_has_the_existing_names_and_dumps_to_the_same_bytes(
     city_of_squares: World, run: Run, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
-    narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
-    monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1e9)  # it need not learn anything
+    narrow_cnn14(monkeypatch)
+    monkeypatch.setattr("kd_cache.train.training.random_loss", lambda *_: 1e9)  # it need not learn anything
     more: dict[str, Any] = {"arch": "cnn14", "feature_dim": 6, "mlp_hidden_dims": (5, 4)}
     given = {"backbone": trained(city_of_squares, **more)[0].checkpoint} if role == "city2scene" else {}
     if role == "city2scene":
@@ -365,7 +377,7 @@ def test_changed_data_and_changed_code_are_another_key(town: World, monkeypatch:
     np.save(path, np.load(path) + 1)
     changed = key(town)
     assert changed != before
-    monkeypatch.setattr("teachers.training.teacher.code_version", lambda: "another")
+    monkeypatch.setattr("kd_cache.train.training.code_version", lambda _: "another")
     assert key(town) not in (before, changed)
 
 
@@ -495,7 +507,7 @@ def test_a_run_without_an_epoch_leaves_nothing(town: World, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teachers.training.loop.augmented", interrupted)
+    monkeypatch.setattr("kd_cache.train.loop.augmented", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(town, "scene", mixup=0.3)
     assert not list((town.root / "outputs/teacher_scene/global/runs").iterdir())
@@ -548,7 +560,7 @@ from dataclasses import replace
 from pathlib import Path
 from conftest import World
 from train_fixtures import Listening, job
-from teachers.training.teacher import train_teacher
+from teachers.recipes import train_teacher
 class Killed(Listening):
     def epoch(self, measured):
         if measured["epoch"] == 2:
@@ -823,7 +835,7 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(town: World, monkeyp
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("teachers.training.loop._cross_entropy", full)
+    monkeypatch.setattr("kd_cache.train.loop.cross_entropy", full)
     with pytest.raises(TrainingError, match="memory") as stopped:
         trained(town, "scene")
     assert stopped.value.hint is not None
@@ -836,7 +848,7 @@ def test_a_clip_that_is_alone_with_its_shape_is_left_out_and_told_of(town: World
     np.save(town.feature(file), np.concatenate([array, array]))
     _, watcher = trained(town, "scene")
     assert watcher.told("1 training clips are alone with their shape")
-    clips = _Training(job(town, "scene"), Listening()).train
+    clips = RECIPES["scene"](job(town, "scene"), Listening()).train
     rows = np.concatenate(clips.shuffled(4, torch.Generator().manual_seed(0), drop_last=False))
     assert len(set(rows.tolist())) == len(rows) == len(clips) - 1
 
@@ -844,8 +856,7 @@ def test_a_clip_that_is_alone_with_its_shape_is_left_out_and_told_of(town: World
 def test_batches_of_one_clip_are_refused_where_batch_norm_cannot_learn_from_them(
     city_of_squares: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow = functools.partial(CNN14, channels=(2, 2, 2, 4, 4, 4))
-    monkeypatch.setattr("teachers.training.nets.CNN14", narrow)
+    narrow_cnn14(monkeypatch)
     with pytest.raises(TrainingError, match="batch of one clip"):
         trained(city_of_squares, "scene", arch="cnn14", batch_size=1, feature_dim=6, mlp_hidden_dims=())
 
@@ -856,7 +867,7 @@ def test_a_compiler_that_is_not_there_is_an_error_that_says_so(town: World, monk
     def missing(*_: object) -> torch.Tensor:
         raise InductorError(RuntimeError("no compiler"), None)
 
-    monkeypatch.setattr("teachers.training.loop._cross_entropy", missing)
+    monkeypatch.setattr("kd_cache.train.loop.cross_entropy", missing)
     monkeypatch.setattr("torch.compile", lambda net: net)
     with pytest.raises(TrainingError, match=r"torch\.compile failed"):
         trained(town, "scene", compile=True)
@@ -869,7 +880,7 @@ def test_an_operation_that_cannot_repeat_to_the_bit_is_an_error_that_says_so(
         pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4, requires_grad=True), 2, return_indices=True)
         return F.max_unpool2d(pooled, where, 2).sum()
 
-    monkeypatch.setattr("teachers.training.loop._cross_entropy", unrepeatable)
+    monkeypatch.setattr("kd_cache.train.loop.cross_entropy", unrepeatable)
     with pytest.raises(TrainingError, match="repeat") as stopped:
         trained(town, "scene", deterministic=True)
     assert stopped.value.hint is not None
@@ -1102,7 +1113,7 @@ def test_a_training_that_diverges_stops_with_the_cause(town: World) -> None:
 
 def test_the_epoch_that_is_kept_is_better_than_random_weights(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
     validate_as(monkeypatch, (0.9, 2.0), (0.5, 0.8), (0.7, 0.9), (0.9, 1.5))
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 1.0)
+    monkeypatch.setattr("kd_cache.train.training.random_loss", lambda *_: 1.0)
     report, _ = trained(town, "scene", epochs=4)
     assert report.results["best_epoch"] == 3
 
@@ -1132,11 +1143,11 @@ def test_the_average_is_of_the_steps_alone(town: World, monkeypatch: pytest.Monk
     kept: list[torch.Tensor] = []
 
     def watched(averaged: torch.nn.Module, net: torch.nn.Module, decay: float) -> None:
-        _average(averaged, net, decay)
+        average(averaged, net, decay)
         seen.append(net.state_dict()["stem.0.weight"].double().clone())
         kept.append(averaged.state_dict()["stem.0.weight"].double().clone())
 
-    monkeypatch.setattr("teachers.training.loop._average", watched)
+    monkeypatch.setattr("kd_cache.train.loop.average", watched)
     trained(town, "scene", ema=0.9)
     for count in (1, 2, len(seen)):
         shares = torch.tensor([0.9 ** (count - 1 - number) for number in range(count)], dtype=torch.float64)
@@ -1149,7 +1160,7 @@ def test_a_tensor_under_two_names_is_averaged_once() -> None:
     for net, value in zip(nets, (0.0, 1.0), strict=True):
         net[1].weight = net[0].weight
         torch.nn.init.constant_(net[0].weight, value)
-    _average(nets[0], nets[1], 0.9)
+    average(nets[0], nets[1], 0.9)
     torch.testing.assert_close(nets[0][0].weight.detach(), torch.full((2, 2), 0.1))
 
 
@@ -1157,7 +1168,7 @@ def test_what_no_checkpoint_keeps_is_not_averaged() -> None:
     nets = [torch.nn.Linear(2, 2) for _ in range(2)]
     for net in nets:
         net.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent=False)
-    _average(nets[0], nets[1], 0.5)
+    average(nets[0], nets[1], 0.5)
     assert nets[0].mask.tolist() == [0.0, -torch.inf]
 
 
@@ -1168,7 +1179,7 @@ def test_an_error_while_cached_weights_are_measured_says_what_to_do(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trained(town)
-    monkeypatch.setattr("teachers.training.teacher.evaluated", full)
+    monkeypatch.setattr("kd_cache.train.training.evaluated", full)
     with pytest.raises(TrainingError, match="memory"):
         trained(town)
 
@@ -1231,7 +1242,7 @@ def test_a_whole_city2scene_teacher_to_start_from_brings_its_city_teacher(town: 
 
 
 def test_a_training_that_learns_nothing_is_an_error(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.training.teacher._random_loss", lambda *_: 0.2)
+    monkeypatch.setattr("kd_cache.train.training.random_loss", lambda *_: 0.2)
     with pytest.raises(TrainingError, match="nothing was learnt"):
         trained(town, "scene")
 
@@ -1240,7 +1251,7 @@ def test_what_is_frozen_and_changes_all_the_same_stops_the_training(
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = trained(town, "scene")
-    from teachers.training import loop
+    from kd_cache.train import loop
 
     honest = loop.Loop._step
 
@@ -1271,13 +1282,13 @@ def test_a_stage_ends_early_where_nothing_gets_better(town: World) -> None:
 
 def test_the_learning_rate_warms_up_and_goes_down_a_cosine() -> None:
     stage = parse_stage("level=0,epochs=10,lr=1.0")
-    rates = [_Schedule(stage, settings("scene", warmup_epochs=2.0), 5).lr(step) for step in range(50)]
+    rates = [Schedule(stage, settings("scene", warmup_epochs=2.0), 5).lr(step) for step in range(50)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[30] == pytest.approx(0.5)
     assert rates[-1] < 0.01
     flat = Stage(0, 10, 1.0, schedule="constant")
-    assert {_Schedule(flat, settings("scene", warmup_epochs=0.0), 5).lr(step) for step in range(50)} == {1.0}
+    assert {Schedule(flat, settings("scene", warmup_epochs=0.0), 5).lr(step) for step in range(50)} == {1.0}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -1288,12 +1299,12 @@ def test_the_loss_is_torch_s(weighted: bool, smoothing: float) -> None:
     weights = torch.rand(5) + 0.1 if weighted else None
     plain = Mixed(logits)
     expected = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
-    torch.testing.assert_close(_cross_entropy(logits, labels, plain, weights, smoothing), expected)
+    torch.testing.assert_close(cross_entropy(logits, labels, plain, weights, smoothing), expected)
     partner = torch.randperm(16)
     mixed = Mixed(logits, torch.full((16,), 0.7), partner)
     if not weighted:
         both = 0.7 * expected + 0.3 * F.cross_entropy(logits, labels[partner], label_smoothing=smoothing)
-        torch.testing.assert_close(_cross_entropy(logits, labels, mixed, None, smoothing), both)
+        torch.testing.assert_close(cross_entropy(logits, labels, mixed, None, smoothing), both)
 
 
 def test_a_net_of_one_s_own_trains_by_its_factory(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1317,7 +1328,7 @@ def test_features_that_do_not_fit_into_memory_are_read_again_and_give_the_same_w
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = trained(town, "scene", output_dir=town.root / "whole")
-    monkeypatch.setattr("teachers.training.clips.fits", lambda size: False)
+    monkeypatch.setattr("kd_cache.train.clips.fits", lambda size: False)
     for workers in (0, 2):
         read, watcher = trained(town, "scene", output_dir=town.root / f"read{workers}", workers=workers)
         assert watcher.told("do not fit into memory")
@@ -1344,7 +1355,7 @@ def test_provenance_covers_training_and_validation(town: World) -> None:
 def test_more_samples_than_a_checkpoint_can_name_are_refused_before_training(
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teachers.training.teacher.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
+    monkeypatch.setattr("kd_cache.train.record.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
     with pytest.raises(UsageError, match="a checkpoint can name 30"):
         trained(town)
 

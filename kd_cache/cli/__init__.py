@@ -14,7 +14,6 @@ import typer
 
 import kd_cache
 from kd_cache.cli.parser import SETTINGS, TableGroup
-from kd_cache.cli.train import train_app
 
 app = typer.Typer(
     name="kd-cache",
@@ -25,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=SETTINGS,
 )
-app.add_typer(train_app)
 
 
 def _print_version(wanted: bool) -> None:

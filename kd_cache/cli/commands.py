@@ -7,6 +7,7 @@ import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
+from kd_cache.cli import notes
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
 from kd_cache.options import (
@@ -50,36 +51,25 @@ DUMP = Command(
     "kd_cache.cli.dump_run:dump",
     "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
     (
-        "target",
-        *DATASET,
-        "on_bad_sample",
-        *OWN_TEACHERS,
-        "only",
-        "cache_root",
+        "target", *DATASET, "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
         changed("dtype", stands_for=(("--use-fp16", "fp16"),)),
-        "skip_existing",
-        "files",
+        "skip_existing", "files",
         Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
                CACHE, 10, low=0),
         Option("reread", bool, "Read every feature, also where nobody touched its file since the last dump read it.",
                RUN, False, off=True),
-        "device",
-        "precision",
-        "compile",
+        "device", "precision", "compile",
         Option("batch_size", int | str | None,
                "Most samples scored at once; auto measures the largest that still makes it faster.", RUN, None,
                "32 on a CPU, 256 on a GPU", metavar="N|auto", parse=batch_size),
-        "workers",
-        "seed",
+        "workers", "seed",
         Option("shard_size", int, "Commit finished rows after this many samples …", RUN, 4096, low=1),
         Option("shard_seconds", float, "… or after so many seconds, whichever comes first.", RUN, 5.0, low=0),
         Option("shard", str | None,
                "Score part i of n (from 0/n) and leave the rest to others; kd-cache seal makes all parts current.",
                RUN, None, "RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything", metavar="i/n",
                kept=False),
-        *DATA_LIMITS,
-        "max_checkpoint_bytes",
-        "config",
+        *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,
     ),
@@ -97,6 +87,7 @@ DUMP = Command(
     ),
     ("dry_run",),
     _AUDIT,
+    notes=notes.DUMP,
 )  # fmt: skip
 
 SEAL = Command(
@@ -107,7 +98,8 @@ SEAL = Command(
     SAVED,
     ("kd-cache seal --target b --cache-root cache/parts",),
     exit_codes=_AUDIT,
-)
+    notes=notes.SEAL,
+)  # fmt: skip
 
 VERIFY = Command(
     "verify",
@@ -122,17 +114,11 @@ VERIFY = Command(
         # Not "seed": in a settings file that is the dump's, and would take the freshness out of every draw.
         Option("verify_seed", int | None, "Which samples to draw.", CACHE, None, "fresh randomness, printed",
                flag="--seed", low=0, high=MAX_SEED),
-        "cache_root",
-        *DATASET,
-        *OWN_TEACHERS,
+        "cache_root", *DATASET, *OWN_TEACHERS,
         changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
-        "device",
-        *DATA_LIMITS,
-        "max_checkpoint_bytes",
-        "config",
-        *SHOWING,
+        "device", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
     "Data and teacher options that are not given are taken from what the dump saved with the cache.",
     (
@@ -142,6 +128,7 @@ VERIFY = Command(
     ),
     ("n", "everything", "recompute"),
     _AUDIT,
+    notes=notes.VERIFY,
 )  # fmt: skip
 
 REPAIR = Command(
@@ -152,23 +139,17 @@ REPAIR = Command(
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that come out otherwise are replaced, adopted "
                "ones confirmed.", CACHE, False),
-        "cache_root",
-        *DATASET,
+        "cache_root", *DATASET,
         changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
                 help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
-        *OWN_TEACHERS,
-        "device",
-        "workers",
-        *DATA_LIMITS,
-        "max_checkpoint_bytes",
-        "config",
-        *SHOWING,
+        *OWN_TEACHERS, "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
     "Data and teacher options that are not given are taken from what the dump saved with the cache. Exits with the "
     "status of the second verification.",
     ("kd-cache repair", "kd-cache repair --target b --recompute"),
     ("recompute",),
     _AUDIT,
+    notes=notes.REPAIR,
 )  # fmt: skip
 
 INFO = Command(
@@ -178,8 +159,7 @@ INFO = Command(
     (
         Option("path", Path, "A cache, a folder of caches, or train's outputs.", ARGUMENTS, Path("cache"),
                positional=True),
-        "as_json",
-        "debug",
+        "as_json", "debug",
     ),
     "Of what kd-cache train wrote: which teachers are there, how good they are, and which city teachers' weights are "
     "cached under which settings.",
@@ -194,14 +174,14 @@ DIFF = Command(
     (
         Option("a", Path, "A cache.", ARGUMENTS, positional=True, metavar="A"),
         Option("b", Path, "The cache to compare it with.", ARGUMENTS, positional=True, metavar="B"),
-        "only",
-        *SHOWING,
+        "only", *SHOWING,
     ),
     "Exits 0 whether or not they differ.",
     ("kd-cache diff cache/A2b cache/half/A2b", "kd-cache diff cache/A2b cache/half/A2b --only scene --json"),
     ("only",),
     (0, 1, 2, 3, 4),
-)
+    notes=notes.DIFF,
+)  # fmt: skip
 
 EXPORT = Command(
     "export",
@@ -226,6 +206,7 @@ EXPORT = Command(
     ),
     ("output", "only", "overwrite"),
     (0, 1, 2, 3, 4),
+    notes=notes.EXPORT,
 )  # fmt: skip
 
 ADOPT = Command(
@@ -250,11 +231,10 @@ ADOPT = Command(
                 "and exit 3."),
         "cache_root",
         replace(_HAS_VIEW, otherwise="as it is, or yes"),
-        "workers",
-        *DATA_LIMITS,
-        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, low=1),
-        "config",
-        *SHOWING,
+        "workers", *DATA_LIMITS,
+        Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB",
+               low=1),
+        "config", *SHOWING,
     ),
     "Rows are joined to samples by file name; those of samples that are not permitted are left out.",
     (
@@ -263,6 +243,7 @@ ADOPT = Command(
     ),
     ("name", "files_list", "value_kind"),
     _AUDIT,
+    notes=notes.ADOPT,
 )  # fmt: skip
 
 GC = Command(
@@ -283,6 +264,7 @@ GC = Command(
     ("kd-cache gc cache/A2b --dry-run", "kd-cache gc cache/A2b", "kd-cache gc --older-than 86400 --json"),
     ("older_than", "dry_run"),
     (0, 1, 2, 4),
+    notes=notes.GC,
 )  # fmt: skip
 
 MERGE = Command(
@@ -292,15 +274,7 @@ MERGE = Command(
     (
         Option("sources", list[Path], "Caches of the same target; only read.", ARGUMENTS, metavar="SOURCE...",
                positional=True),
-        "target",
-        "cache_root",
-        "only",
-        *DATASET,
-        _HAS_VIEW,
-        "workers",
-        *DATA_LIMITS,
-        "config",
-        *SHOWING,
+        "target", "cache_root", "only", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING,
     ),
     "Rows that the manifest does not permit are left out. Data options that are not given are those saved with the "
     "cache, or with the first source.",
@@ -311,6 +285,7 @@ MERGE = Command(
     ),
     ("only",),
     _AUDIT,
+    notes=notes.MERGE,
 )  # fmt: skip
 
 SAMPLE_DATA = Command(
@@ -319,11 +294,10 @@ SAMPLE_DATA = Command(
     "Generate the synthetic sample: 10 scenes, 10 cities, 9 devices, equal bytes on any machine.",
     (
         Option("out", Path, "Folder to write dataset.json and features/ into.", ARGUMENTS, positional=True),
-        "as_json",
-        "debug",
+        "as_json", "debug",
     ),
     examples=("kd-cache sample-data cache/sample",),
-)
+)  # fmt: skip
 
 COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, SAMPLE_DATA)
 
@@ -334,7 +308,10 @@ def all_commands() -> tuple[dict[str, Command], dict[str, Group]]:
     found = {command.name: command for command in COMMANDS}
     groups: dict[str, Group] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
-        plugin: Plugin = point.load()
+        try:
+            plugin: Plugin = point.load()
+        except Exception as error:
+            raise UsageError(f"the plug-in {point.name} ({point.value}) cannot be loaded: {error}") from error
         for command in plugin.commands:
             if command.name in found:
                 raise UsageError(f"the plug-in {point.name} ({point.value}) brings a second command {command.name}")

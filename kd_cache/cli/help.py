@@ -19,8 +19,8 @@ def spelled(option: Option) -> str:
     """``-n, --n N``: how it is written on the command line."""
     if option.positional:
         return option.metavar or (option.name.upper() if option.default is ... else f"[{option.name.upper()}]")
-    flags = sorted([*option.flags, *(flag for flag, _ in option.stands_for)], key=lambda flag: flag.startswith("--"))
-    return f"{', '.join(flags)} {option.value}".strip()
+    flags = sorted(option.flags, key=lambda flag: flag.startswith("--"))
+    return ", ".join([f"{', '.join(flags)} {option.value}".strip(), *(flag for flag, _ in option.stands_for)])
 
 
 def said(option: Option) -> str:
@@ -49,14 +49,16 @@ def print_command_help(command: Command) -> None:
     console.print(Text("\nExit codes: " + ", ".join(f"{code} {EXIT_CODES[code]}" for code in command.exit_codes)))
 
 
-def print_group_help(path: str, help: str, commands: Mapping[str, str], *, whole: bool) -> None:  # noqa: A002
+def print_group_help(
+    path: str, summary: str, commands: Mapping[str, str], own: Mapping[str, str], *, whole: bool
+) -> None:
     """A group of commands; of the ``whole`` program also the options that people need first, and the exit codes."""
     console = Console()
-    _usage(console, f"{path} [OPTIONS] COMMAND [ARGS]…", [help])
+    _usage(console, f"{path} [OPTIONS] COMMAND [ARGS]…", [summary])
     _panel(console, "Commands", dict(commands))
     if whole:
         _panel(console, "Options of most commands", {spelled(OPTIONS[name]): said(OPTIONS[name]) for name in FIRST})
-        _panel(console, "Options", {"--version": "Print the version and exit.", "-h, --help": "Show this."})
+        _panel(console, "Options", own)
         console.print(Text("\nExit codes: " + ", ".join(f"{code} {what}" for code, what in EXIT_CODES.items())))
 
 

@@ -22,8 +22,8 @@ def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
 
 def _teacher(path: Path) -> dict[str, Any]:
     from kd_cache.provenance import Provenance  # brings numpy; the next ones torch
-    from teachers.checkpoint import read_record
-    from teachers.training.evaluation import headline
+    from kd_cache.train.checkpoint import read_record
+    from kd_cache.train.evaluation import headline
 
     try:
         record = read_record(path)
@@ -75,7 +75,7 @@ def pretrained_entries(outputs: Path) -> list[dict[str, Any]]:
     root = outputs if outputs.name == "pretrained" else outputs / "pretrained"
     if not root.is_dir():
         return []
-    from teachers.training.pretraining import Pretrained  # brings torch
+    from kd_cache.train.pretraining import Pretrained  # brings torch
 
     return [
         {

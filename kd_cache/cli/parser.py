@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from kd_cache.cli.commands import all_commands
 from kd_cache.cli.help import print_command_help, print_group_help
@@ -89,12 +89,12 @@ def built(name: str) -> Any:
     entry = all_commands()[0][name]
 
     def callback(ctx: typer.Context, **values: Any) -> None:
-        run_command(entry, ctx, values, debug=values["debug"])
+        run_command(entry, ctx, values, debug=values.get("debug", False))
 
     given = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     callback.__signature__ = inspect.Signature([*given, *map(parameter, entry.options)])  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
-    app.command(name.rpartition(" ")[2], cls=TableCommand, help=entry.help)(callback)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name.rpartition(" ")[2], cls=TableCommand, help=entry.help, context_settings=SETTINGS)(callback)
     made = typer.main.get_command(app)
     made.entry = entry  # type: ignore[attr-defined]
     return made
@@ -139,8 +139,16 @@ class TableGroup(TyperGroup):
         further, self.commands = self.commands, _Lazy("" if self.name in (None, "", "kd-cache") else str(self.name))
         self.commands.update(further)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            all_commands()
+        except UsageError as error:
+            raise typer.BadParameter(error.message) from error
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        print_group_help(ctx.command_path, str(self.help or ""), self.lines(), whole=ctx.parent is None)
+        own = {", ".join(each.opts): each.help or "" for each in self.get_params(ctx) if isinstance(each, TyperOption)}
+        print_group_help(ctx.command_path, self.help or "", self.lines(), own, whole=ctx.parent is None)
 
     def lines(self) -> dict[str, str]:
         """What each of its commands is for, in one line."""

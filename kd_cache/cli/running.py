@@ -23,7 +23,8 @@ def run_command(entry: Command, ctx: typer.Context, values: Mapping[str, Any], *
     def read(name: str, text: Any) -> Any:
         parameter: Any = next(each for each in ctx.command.params if each.name == name)
         try:
-            return at_home(parameter.process_value(ctx, text))
+            value = at_home(parameter.process_value(ctx, text))
+            return list(value) if parameter.multiple else value
         except typer.BadParameter as error:
             raise UsageError(error.message) from error
 

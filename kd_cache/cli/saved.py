@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import kd_cache
-from kd_cache.cli.config import resolved_settings
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
@@ -71,7 +70,8 @@ def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
     for name in ("json_path", "data_root", "features"):
         recalled[name] = None if recalled[name] is None else Path(recalled[name])
     recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
-    return data_of(target, {**run.values, **recalled})  # limits not as saved: a cache must not raise what caps it
+    # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
+    return data_of(target, {**run.values, **recalled})
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,11 @@ def _is_the_sample(run: Run, saved: Saved) -> bool:
     return path is None or Path(path).absolute() == (SAMPLE / "dataset.json").absolute()
 
 
-def run_record(run: Any, data: Dataset) -> dict[str, Any]:
+def run_record(run: Run, data: Dataset) -> dict[str, Any]:
     """What the index keeps of a run: which tool, when, by which settings. Later commands take their paths from it."""
-    settings = run.record() if isinstance(run, Run) else resolved_settings(run, without=["teacher", "shard"])
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "tool": f"kd-cache {kd_cache.__version__}",
         "created": created,
-        "settings": {**settings, "paths": dict(data.paths)},
+        "settings": {**run.record(), "paths": dict(data.paths)},
     }

@@ -13,7 +13,6 @@ import typer
 import yaml
 
 from kd_cache.cli.commands import all_options, sections
-from kd_cache.cli.legacy import legacy_options, legacy_sections
 from kd_cache.commands import Command
 from kd_cache.errors import KDCacheError, UsageError, shown
 from kd_cache.options import ENVIRONMENT, PREFIX, SETTINGS_FILE, Option
@@ -25,7 +24,7 @@ _MOST = 1 << 14
 
 def check_environment() -> None:
     """Refuse a variable that looks like ours and that no command knows. Raises `typer.BadParameter`."""
-    known = {name for option in [*all_options(), *legacy_options()] for name in option.variables} | {*ENVIRONMENT}
+    known = {name for option in all_options() for name in option.variables} | {*ENVIRONMENT}
     for name in os.environ:
         if name.startswith(PREFIX) and name not in known:
             raise typer.BadParameter(f"unknown variable {shown(name)} in the environment{_is_it(name, known)}")
@@ -47,8 +46,8 @@ def read_file(ctx: typer.Context, path: Path | None) -> Path | None:
 
 def settings_in(path: Path, entry: Command) -> dict[str, dict[str, Any]]:
     """The file's settings that this command has, as texts, by section."""
-    names = {name for each in [*all_options(), *legacy_options()] for name in each.spellings if each.name != "config"}
-    known_sections = {*sections(), *legacy_sections()}
+    names = {name for each in all_options() for name in each.spellings if each.name != "config"}
+    known_sections = {*sections()}
     content = _load(path)
     parts = {key: value for key, value in content.items() if key in known_sections and isinstance(value, dict)}
     found = {"": {key: value for key, value in content.items() if key not in parts}}
@@ -105,7 +104,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _applicable(entry: Command, settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings that this command has. One file serves all commands, so another command's are left to it."""
     # A name means the setting that is called so: "seed" is the dump's, not the one verify draws its samples with.
-    names = {option.name for option in [*all_options(), *legacy_options()]}
+    names = {option.name for option in all_options()}
     mine = {
         key: option
         for option in entry.options

@@ -10,7 +10,7 @@ from typing import Any
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 
-BUILT_IN = {"city2scene": "teachers:city2scene", "scene": "teachers:scene"}
+BUILT_IN = {"city2scene": "city2scene", "scene": "scene"}
 SAMPLE = Path("data/sample")
 _SAMPLE_TEACHERS = SAMPLE / "teachers"
 _TRAINED = Path("outputs")
@@ -91,7 +91,7 @@ def load_teachers(
     specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int, max_checkpoint_bytes: int
 ) -> dict[str, Teacher]:
     """Load them, and check the built-in ones' sizes. Raises `CheckpointError` and what `TeacherSpec.load` raises."""
-    from teachers import checkpoint_limit
+    from kd_cache.train.checkpoint_file import checkpoint_limit
 
     loaded = {}
     for spec in specs:

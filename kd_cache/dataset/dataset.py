@@ -86,6 +86,11 @@ class Dataset:
         return self.selection.target
 
     @property
+    def root(self) -> Path | None:
+        """The folder that the manifest's files are relative to; ``None`` where it was not loaded from one."""
+        return Path(self.paths["data_root"]) if "data_root" in self.paths else None
+
+    @property
     def adaptation(self) -> str:
         """What the cache of this selection is called."""
         return self.task.adaptation(self.target)

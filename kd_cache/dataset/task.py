@@ -47,6 +47,10 @@ class Task:
         """The device that is meant; ``None`` if there is no such."""
         return spelling if spelling in self.domain_of else self.spellings.get(spelling)
 
+    def city(self, label: int) -> str:
+        """What a city's label is called; a data set may have more cities than the task names."""
+        return self.cities[label] if label < len(self.cities) else f"city {label}"
+
     def adaptation(self, target: str) -> str:
         """What an adaptation is called, and the folder of its cache: ``A2b``."""
         return f"{self.source}2{target}"

@@ -15,7 +15,7 @@ from kd_cache.errors import UsageError, shown
 
 _CPU = torch.device("cpu")
 _ANYTHING, _ERROR = 0, 2  # torch's debug modes: with 2 an operation without a deterministic implementation is an error
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -66,8 +66,8 @@ def numerics(device: torch.device, precision: str, seed: int) -> Iterator[None]:
         stack.enter_context(_globals(device, precision, deterministic=True))
         torch.manual_seed(seed)
         stack.enter_context(torch.inference_mode())
-        if precision in _AUTOCAST:
-            stack.enter_context(torch.autocast(device.type, dtype=_AUTOCAST[precision]))
+        if precision in AUTOCAST:
+            stack.enter_context(torch.autocast(device.type, dtype=AUTOCAST[precision]))
         yield
 
 

@@ -1,0 +1,1 @@
+"""Training a net: from permitted samples and their features to a checkpoint that says what made it."""

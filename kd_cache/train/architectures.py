@@ -1,0 +1,75 @@
+"""Architectures by name: CP-ResNet, and those that packages bring through the entry-point group ``kd_cache.nets``.
+
+Their checkpoints are recognised by the tensors alone. A net of one's own needs no entry point: it is named
+``module:factory``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from kd_cache.errors import CheckpointError, listed, shown
+from kd_cache.train.backbone import Backbone
+from kd_cache.train.cp_resnet import CPResNet
+from kd_cache.train.state_dict import fill
+
+ENTRY_POINTS: Final = "kd_cache.nets"
+ARCHITECTURE_VERSION: Final = "1"
+"""Version of every backbone; it changes when the same tensors would give other numbers."""
+
+
+@cache
+def architectures() -> Mapping[str, type[Backbone]]:
+    """Name → class, sorted by name."""
+    brought = {entry.name: entry.load() for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return dict(sorted({"cp_resnet": CPResNet, **brought}.items()))
+
+
+def architecture_of(net: nn.Module) -> str | None:
+    """The name of a backbone; ``None`` for any other net."""
+    return next((name for name, kind in architectures().items() if isinstance(net, kind)), None)
+
+
+@cache
+def known_names() -> Mapping[str, frozenset[str]]:
+    """Architecture → every tensor name it may have. On the meta device this costs no memory."""
+    with torch.device("meta"):
+        return {name: frozenset(kind.largest().state_dict()) for name, kind in architectures().items()}
+
+
+def recognised(names: Iterable[str]) -> str | None:
+    """The architecture that shares most names with ``names``, or None when none shares any."""
+    found = set(names)
+    best = max(known_names(), key=lambda architecture: len(known_names()[architecture] & found))
+    return best if known_names()[best] & found else None
+
+
+def backbone_from(tensors: Mapping[str, Tensor], stated: str | None, entry: str) -> Backbone:
+    """The net that ``tensors`` are the weights of, all of them; sizes are read from the tensors.
+
+    ``stated`` is the architecture the record gives, if any; ``entry`` leads the names in messages. Raises
+    CheckpointError listing every name that is missing, unexpected or of another shape.
+    """
+    architecture = stated or recognised(tensors)
+    if architecture is None or not known_names()[architecture] & tensors.keys():
+        raise CheckpointError(
+            f"expected the weights of {stated or ' or '.join(architectures())}, found {len(tensors)} tensors"
+            f" and none of its names, for example:\n{listed(sorted(tensors), most=5)}",
+            hint="Another network comes in as --teacher name=module:factory; see the README.",
+        )
+    with torch.device("meta"):
+        try:
+            net = architectures()[architecture].for_tensors(tensors)
+        except (ValueError, RuntimeError, OverflowError) as error:  # e.g. odd channels in groups
+            raise CheckpointError(
+                f"these shapes make no {architecture}: {shown(error)}",
+                hint="A network of another layout comes in as --teacher name=module:factory.",
+            ) from error
+    fill(net, tensors, f"{architecture} ({entry})")
+    return net

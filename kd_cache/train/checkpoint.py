@@ -1,0 +1,248 @@
+"""Checkpoints: written whole, read without trust.
+
+A ``.safetensors`` file holds plain names and, in its metadata under ``kd_cache``, a JSON record. A ``.pth`` file is a
+dict written by ``torch.save``; it is only ever read with ``weights_only=True``, and there is no fallback. What is in a
+file is decided by its content, never by its suffix. A net of two parts, a backbone ``city_model`` and a ``scene_head``
+on it, is kept as two state dicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from kd_cache.errors import CheckpointError, StoreError, shown
+from kd_cache.provenance import Provenance
+from kd_cache.store.atomic import write_atomic
+from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, known_names
+from kd_cache.train.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
+from kd_cache.train.settings import ROLES
+from kd_cache.train.state_dict import clean_tensors, under
+
+CITY_ENTRY: Final = "city_model_state_dict"
+HEAD_ENTRY: Final = "scene_head_state_dict"
+CITY_PREFIX: Final = "city_model."
+HEAD_PREFIX: Final = "scene_head."
+STATE_PREFIX: Final = "training_state."
+"""What a run needs to go on (optimiser, averages) lies beside the weights of its last epoch, under this prefix."""
+PLAIN_ENTRIES: Final = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+"""Where a plain model's weights are, in order of preference (as in timm); none of them: the file itself."""
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint that `read_weights` reads, atomically; the suffix chooses the format.
+
+    ``tensors``: bare names for a plain model, ``city_model_state_dict.<name>`` and
+    ``scene_head_state_dict.{weight,bias}`` for City2Scene. ``record``: JSON values; known keys are
+    ``architecture``, ``architecture_version``, ``role``, ``class_names``, ``value_kind``, ``feature_spec``,
+    ``training`` and ``provenance`` (`Provenance.as_json`). ``.safetensors`` carries the record as metadata
+    ``kd_cache``, and a checksum beside it; ``.pth`` as an entry of that name, beside the nested state dicts and the
+    plain entries of ``beside`` (``epoch``, ``val_acc``, …). Raises CheckpointError when the file cannot be written; a
+    file that was there before then stays.
+    """
+    path = Path(path)
+    if path.suffix not in {".safetensors", ".pth"}:
+        raise CheckpointError(f"{shown(path)}: a checkpoint is written as .safetensors or .pth")
+    try:
+        note = json.dumps(dict(record), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{shown(path)}: the record must be plain JSON: {error}") from error
+    if len(note) > MOST_RECORD[path.suffix]:
+        raise CheckpointError(
+            f"{shown(path)}: the record has {len(note)} characters, a {path.suffix} holds {MOST_RECORD[path.suffix]}",
+            hint="Its provenance takes 22 for each sample that made the teacher.",
+        )
+    # Clones, because safetensors refuses tensors that share memory.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        write_atomic(path, _serialised(state, note, path.suffix, beside or {}))
+    except StoreError as error:
+        raise CheckpointError(error.message) from error
+
+
+def _serialised(state: dict[str, Tensor], note: str, suffix: str, beside: Mapping[str, Any]) -> list[bytes]:
+    if suffix == ".safetensors":
+        return with_checksum(safetensors_bytes(state), note)
+    entries: dict[str, Any] = {"model_state_dict": state}
+    if any(name.startswith(f"{CITY_ENTRY}.") for name in state):
+        entries = {entry: under(state, f"{entry}.") for entry in (CITY_ENTRY, HEAD_ENTRY)}
+    file = io.BytesIO()  # a file object: the bytes then hold no file name
+    torch.save({**beside, **entries, RECORD_ENTRY: note}, file)
+    return [file.getvalue()]
+
+
+def checkpoint_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A net's tensors under the names of its checkpoint: those of a net of two parts are two state dicts."""
+    return _renamed(tensors, {CITY_PREFIX: f"{CITY_ENTRY}.", HEAD_PREFIX: f"{HEAD_ENTRY}."})
+
+
+def net_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way round: a checkpoint's tensors under the names of the net."""
+    return _renamed(tensors, {f"{CITY_ENTRY}.": CITY_PREFIX, f"{HEAD_ENTRY}.": HEAD_PREFIX})
+
+
+def _renamed(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        found[prefixes.get(old, "") + name.removeprefix(old)] = tensor
+    return found
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's tensors, float32 under bare names, and what is known of them.
+
+    Attributes:
+        tensors: those of a net of two parts are called ``city_model.…`` and ``scene_head.…``.
+        has_two_parts: whether the file says so, by its entries.
+        entry: where the tensors are from; ``source`` adds which prefixes were removed.
+        record: what the checkpoint says of itself.
+        sha256: of the bytes that were read.
+    """
+
+    tensors: dict[str, Tensor]
+    has_two_parts: bool
+    entry: str
+    source: str
+    record: dict[str, Any]
+    sha256: str
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """The samples that made the net; ``None`` where the record says nothing of them."""
+        made_with = self.record.get("provenance")
+        return None if made_with is None else Provenance.from_json(made_with)
+
+
+def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset(), *, integers: bool = True) -> Weights:
+    """The tensors of any checkpoint, of a known architecture or not.
+
+    Args:
+        own: names of a net that they may be of: a prefix that these have is not one that a wrapper added.
+        integers: let whole numbers and truth values through, as they are; no built-in net has them.
+
+    Raises:
+        CheckpointError: names the file, and says what was expected and what was found, for anything that is not a
+            complete file of finite tensors.
+    """
+    with naming(path):
+        content, size, digest = read_content(path)
+        record = _record(content.pop(RECORD_ENTRY, None))
+        content = {name: value for name, value in content.items() if not str(name).startswith(STATE_PREFIX)}
+        city, head, entry = _selected(content)
+        known = own.union(*known_names().values())
+        tensors, notes = clean_tensors(city, known, size, integers=integers)
+        source = ", ".join([entry, *notes])
+        if head is not None:
+            tensors = {f"{CITY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+            scene_head, notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
+            tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in scene_head.items()}
+            source += " + " + ", ".join([HEAD_ENTRY, *notes])
+    return Weights(tensors, head is not None, entry, source, record, digest)
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing where it has no record. Raises CheckpointError as `read_weights`."""
+    with naming(path):
+        return _record(read_content(path)[0].pop(RECORD_ENTRY, None))
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the file's name before the message of every CheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown(os.fspath(path))}: {error.message}", hint=error.hint) from error.__cause__
+
+
+# -------------------------------------------------------------------------- which tensors, which names
+
+
+def _selected(content: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Mapping[Any, Any] | None, str]:
+    """(weights of the model, scene head or None, which entry): nested entries or flattened names."""
+    if CITY_ENTRY in content or HEAD_ENTRY in content:
+        return _entry(content, CITY_ENTRY), _entry(content, HEAD_ENTRY), CITY_ENTRY
+    label = next((entry for entry in PLAIN_ENTRIES if content.get(entry) is not None), None)
+    chosen = _entry(content, label) if label else content
+    city, head = _flattened(chosen, CITY_ENTRY), _flattened(chosen, HEAD_ENTRY)
+    if not city and not head:
+        return chosen, None, label or "bare state dict"
+    others = len(chosen) - len(city) - len(head)
+    if not city or not head or others:
+        raise CheckpointError(
+            f"expected names under {CITY_ENTRY} and {HEAD_ENTRY}, both and nothing else;"
+            f" found {len(city)}, {len(head)} and {others} others",
+            hint=AGAIN,
+        )
+    return city, head, CITY_ENTRY
+
+
+def _flattened(chosen: Mapping[Any, Any], entry: str) -> dict[str, Any]:
+    return under({name: value for name, value in chosen.items() if isinstance(name, str)}, f"{entry}.")
+
+
+def _entry(content: Mapping[Any, Any], entry: str) -> Mapping[Any, Any]:
+    value = content.get(entry)
+    if not isinstance(value, Mapping) or not value:
+        raise CheckpointError(
+            f"expected a state dict in the entry {entry}, found {kind_of(value)}",
+            hint="Save model.state_dict(), not the model: teachers.save_checkpoint does.",
+        )
+    return value
+
+
+def _record(note: object) -> dict[str, Any]:
+    """The record beside the weights, checked; ``{}`` where there is none."""
+    if note is None:
+        return {}
+    try:
+        record = json.loads(note) if isinstance(note, str) else None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the record {RECORD_ENTRY} is not JSON: {shown(error)}", hint=AGAIN) from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"the record {RECORD_ENTRY} must be a JSON object in a string", hint=AGAIN)
+    names = record.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError("class_names of the record must be a list of names", hint=AGAIN)
+    if not isinstance(record.get("feature_spec") or "", str):
+        raise CheckpointError("feature_spec of the record must be text", hint=AGAIN)
+    if record.get("provenance") is not None:
+        try:
+            Provenance.from_json(record["provenance"])
+        except ValueError as error:
+            raise CheckpointError(f"provenance of the record: {error}", hint=AGAIN) from error
+    for key, allowed in (
+        ("architecture", tuple(architectures())),
+        ("architecture_version", (ARCHITECTURE_VERSION,)),
+        ("role", ROLES),
+        ("value_kind", ("logits", "log_probs")),  # of log_probs the LogSoftmax is not built: logits again
+    ):
+        if record.get(key) is not None and record[key] not in allowed:
+            raise CheckpointError(
+                f"the record's {key} must be {' or '.join(allowed)}, found {shown(record[key])}",
+                hint="A newer kd-cache may have written this file: update kd-cache.",
+            )
+    return record

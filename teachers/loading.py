@@ -1,0 +1,165 @@
+"""A teacher out of a checkpoint: whole, checked, frozen, and ready to score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd_cache.dataset.task import DCASE
+from kd_cache.errors import CheckpointError
+from kd_cache.fingerprint import weights_digest
+from kd_cache.provenance import Provenance
+from kd_cache.train.architectures import ARCHITECTURE_VERSION, backbone_from
+from kd_cache.train.backbone import Backbone
+from kd_cache.train.checkpoint import naming, read_weights
+from kd_cache.train.checkpoint_file import AGAIN
+from kd_cache.train.settings import CITY, CITY2SCENE, ROLES, SCENE
+from teachers.two_parts import City2Scene, backbone_name, city2scene_from
+
+UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
+
+
+class LoadedTeacher(nn.Module):
+    """A teacher from a checkpoint, ready to score: [B, T, F] float → logits [B, num_classes].
+
+    ``value_kind`` is ``logits`` even for a checkpoint of the older variant that ended in LogSoftmax: that
+    layer has no tensors and is not built, so what comes out is what went into it. The weights are frozen
+    and the module is in evaluation mode; otherwise it is an ordinary nn.Module (``.to(device)``,
+    ``.half()``, …).
+
+    ``source`` says which entry of the file was used and which prefixes were removed, ``checkpoint_sha256`` is of the
+    bytes that were read (``None`` for a teacher that is from no file). ``num_cities`` is the
+    number of outputs of the city classifier, None where there is none. ``provenance`` is what the record says of the
+    samples that made the teacher, None where it says nothing.
+    """
+
+    value_kind: Literal["logits"] = "logits"
+    checkpoint_sha256: str | None = None
+
+    def __init__(
+        self,
+        net: Backbone | City2Scene,
+        *,
+        source: str,
+        record: Mapping[str, Any] | None = None,
+        role: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Same numbers, but for the last bits: convolutions run up to twice as fast in this layout.
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.source = source
+        self.record = dict(record or {})
+        made_with = self.record.get("provenance")
+        self.provenance = None if made_with is None else Provenance.from_json(made_with)
+        self.role = CITY2SCENE if isinstance(net, City2Scene) else role or self.record.get("role")
+        self.num_classes = net.num_classes
+        self.class_names = self._class_names()
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    @property
+    def backbone(self) -> Any:
+        """What embeds: a `Backbone`, or several `SideBySide`."""
+        net: Backbone | City2Scene = self.net
+        return net.city_model if isinstance(net, City2Scene) else net
+
+    @property
+    def architecture(self) -> str:
+        """``cnn14`` or ``cp_resnet``."""
+        return str(backbone_name(self.net))
+
+    @property
+    def num_cities(self) -> int | None:
+        return self.backbone.num_classes if self.role in {CITY, CITY2SCENE} else None
+
+    def fingerprint_parts(self) -> dict[str, str]:
+        """What made this teacher's numbers, as far as the teacher knows: architecture, weights and front end.
+
+        The weights' digest covers the tensors that inference uses, under canonical names: file format,
+        prefixes and record do not matter, and neither does the city classifier of a City2Scene file.
+        """
+        composition = "+city2scene" if isinstance(self.net, City2Scene) else ""
+        return {
+            "architecture": f"{self.architecture}/{ARCHITECTURE_VERSION}{composition}",
+            "feature_spec": str(self.record.get("feature_spec") or UNSTATED_FRONT_END),
+            "weights": weights_digest(self._inference_tensors()),
+        }
+
+    def _inference_tensors(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.net.state_dict()
+        if not isinstance(self.net, City2Scene):
+            return state
+        return {name: tensor for name, tensor in state.items() if not name.startswith(self.net.unused_prefixes)}
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        names = self.record.get("class_names")
+        if names is None:
+            return next((known for known in (DCASE.scenes, DCASE.cities) if len(known) == self.num_classes), None)
+        if len(names) != self.num_classes:
+            raise CheckpointError(
+                f"the record names {len(names)} classes, the weights have {self.num_classes} outputs",
+                hint="Write the checkpoint again with one class name per output, in class order.",
+            )
+        return tuple(names)
+
+
+def load_teacher(
+    path: str | os.PathLike[str],
+    *,
+    role: str | None = None,
+    num_classes: int | None = None,
+    num_cities: int | None = None,
+) -> LoadedTeacher:
+    """The teacher in the checkpoint ``path``: whole, checked, frozen, on the CPU, in evaluation mode.
+
+    ``role`` (scene, city2scene or city), when given, must be what the file is. ``num_classes`` must equal
+    the number of outputs; ``num_cities`` that of the city classifier, where there is one. Raises
+    CheckpointError, which names the file, what was expected and what was found, for anything that is not a
+    complete and finite checkpoint of a known architecture. To let a ``.pth`` you trust call more than
+    weights need, load it inside ``torch.serialization.safe_globals([...])``.
+    """
+    if role is not None and role not in ROLES:
+        with naming(path):
+            raise CheckpointError(f"no role is called {role!r}", hint=f"Roles are {', '.join(ROLES)}.")
+    weights = read_weights(path, integers=False)
+    with naming(path):
+        _check_role(role, weights.record.get("role"), is_city2scene=weights.has_two_parts)
+        build = city2scene_from if weights.has_two_parts else backbone_from
+        net: Any = build(weights.tensors, weights.record.get("architecture"), weights.entry)
+        teacher = LoadedTeacher(net, source=weights.source, record=weights.record, role=role)
+        teacher.checkpoint_sha256 = weights.sha256
+        _check_counts(teacher, num_classes, num_cities)
+    return teacher
+
+
+def _check_role(wanted: str | None, recorded: str | None, *, is_city2scene: bool) -> None:
+    found = CITY2SCENE if is_city2scene else recorded or "a plain scene or city model"
+    if recorded is not None and (recorded == CITY2SCENE) != is_city2scene:
+        held = "a City2Scene model" if is_city2scene else "a plain model"
+        raise CheckpointError(f"the record says the role is {recorded}, the tensors are those of {held}", hint=AGAIN)
+    plain = wanted in {SCENE, CITY} and not is_city2scene and recorded is None
+    if wanted is not None and wanted != found and not plain:
+        raise CheckpointError(
+            f"expected a {wanted} teacher, found {found}",
+            hint=f"Give the {wanted} checkpoint here, or use this file for the teacher it is.",
+        )
+
+
+def _check_counts(teacher: LoadedTeacher, num_classes: int | None, num_cities: int | None) -> None:
+    own_option = "--num-cities" if teacher.role == CITY else "--num-scenes"
+    checks = [(own_option, num_classes, teacher.num_classes)]
+    if teacher.num_cities is not None:
+        checks.append(("--num-cities", num_cities, teacher.num_cities))
+    for option, wanted, found in checks:
+        if wanted is not None and wanted != found:
+            raise CheckpointError(
+                f"expected {wanted} outputs ({option} {wanted}), found {found} in the weights",
+                hint=f"Use {option} {found}, or give the checkpoint that was trained for {wanted}.",
+            )

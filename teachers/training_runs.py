@@ -1,0 +1,217 @@
+"""What ``kd-cache train city``, ``city2scene``, ``scene`` and ``all`` do, once their options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_cache.cli.console import Screen
+from kd_cache.cli.dump_run import dump_and_report
+from kd_cache.cli.inputs import data_of
+from kd_cache.cli.saved import run_record
+from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
+from kd_cache.commands import Report, Run
+from kd_cache.dataset.task import DCASE
+from kd_cache.dump import DumpJob
+from kd_cache.errors import UsageError, worst_exit_code
+from kd_cache.pipeline.device import resolve_device
+from kd_cache.teacher import TeacherSpec
+from kd_cache.train.checkpoint_file import checkpoint_limit
+from kd_cache.train.job import TrainJob, TrainReport
+from kd_cache.train.nets import embedding_dim, make_net
+from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, Settings, parse_stage, stages_of
+from teachers.own_net import own_teacher
+from teachers.recipes import is_city2scene, train_teacher
+from teachers.sweep import swept
+from teachers.training_report import report_lines
+
+SHARED = frozenset({
+    "json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside",
+    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", "feature_dim", "seed",
+    "deterministic", "precision", "compile", "device", "workers", "half", "pth", "resume", "shuffle_labels",
+    "tensorboard", "max_manifest_bytes", "max_feature_bytes", "max_checkpoint_bytes", "target",
+})  # fmt: skip
+"""What a teacher that another one needs takes from the command line, which speaks of that other one."""
+
+
+def train_city(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) -> Report:
+    """A city teacher for a target, or for each."""
+    with checkpoint_limit(max_checkpoint_bytes):
+        _check_settings(run, (CITY,))
+        return _reported([_trained(run.section(CITY), CITY, each, screen) for each in _each(target)])
+
+
+def train_scene(run: Run, screen: Screen, max_checkpoint_bytes: int) -> Report:
+    """The scene teacher, which serves every target."""
+    with checkpoint_limit(max_checkpoint_bytes):
+        _check_settings(run, (SCENE,))
+        return _reported([_trained(run.section(SCENE), SCENE, DCASE.source, screen)])
+
+
+def train_city2scene(run: Run, screen: Screen, target: str, sweep: str | None, max_checkpoint_bytes: int) -> Report:
+    """A City2Scene teacher for a target, or for each, after the city teacher it stands on where none was given."""
+    reports: list[TrainReport] = []
+    head = run.section(CITY2SCENE)
+    with checkpoint_limit(max_checkpoint_bytes):
+        _check_settings(run, (CITY, CITY2SCENE), spoken_of=SHARED)
+        for each in _each(target):
+            if sweep is None:
+                reports += _pair(run, each, screen, spoken_of=SHARED)
+                continue
+            below, backbone = _backbone(run, each, screen, spoken_of=SHARED)
+            reports += [*below, swept(sweep, job_for(head, CITY2SCENE, each, backbone), screen)]
+    return _reported(reports)
+
+
+def train_all(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) -> Report:
+    """The chain for each target: city, City2Scene, scene (once), then the dump."""
+    codes, dumps = [0], []
+    with checkpoint_limit(max_checkpoint_bytes):
+        _check_settings(run, (SCENE, CITY, CITY2SCENE))
+        scene = _trained(run.section(SCENE), SCENE, DCASE.source, screen)
+        reports = [scene]
+        for each in _each(target):
+            pair = _pair(run, each, screen)
+            reports += pair
+            if scene.published and pair[-1].published:
+                checkpoints = {CITY2SCENE: pair[-1].checkpoint, SCENE: scene.checkpoint}
+                code, content = _dumped(run, each, checkpoints, screen)
+                codes.append(code)
+                dumps.append(content)
+    report = _reported(reports)
+    return replace(report, content={**report.content, "dumps": dumps}, exit_code=worst_exit_code(codes))
+
+
+def _reported(reports: Sequence[TrainReport]) -> Report:
+    return Report({"trained": [report.as_json() for report in reports]}, report_lines(reports))
+
+
+def _each(target: str) -> Sequence[str]:
+    return DCASE.targets if target == "all" else [target]
+
+
+def _check_settings(run: Run, roles: Sequence[str], spoken_of: frozenset[str] | None = None) -> None:
+    """Raise what each teacher's settings and net are wrong in, before any of them is trained.
+
+    ``spoken_of``: all that the command line says of a city teacher, where it speaks of the one on it.
+    """
+    if CITY2SCENE in roles:
+        head = run.section(CITY2SCENE).values
+        if head.get("embeddings") or _given_backbone(head) is not None:
+            roles = [role for role in roles if role != CITY]
+    for role in roles:
+        settings = settings_of(role, run.section(role, spoken_of if role == CITY else None))
+        if settings.stages or settings.preset != "auto":
+            stages_of(settings, settings.preset)
+        if role == CITY2SCENE:
+            continue  # its net is the city teacher's
+        with nullcontext() if ":" in settings.arch else torch.device("meta"):
+            net = make_net(settings, settings.num_classes, settings.seed)
+        if role == CITY and CITY2SCENE in roles:
+            embedding_dim(net)
+
+
+def _pair(run: Run, target: str, screen: Screen, spoken_of: frozenset[str] | None = None) -> list[TrainReport]:
+    """City2Scene, after the city teacher it stands on where none was given."""
+    below, backbone = _backbone(run, target, screen, spoken_of)
+    return [*below, _trained(run.section(CITY2SCENE), CITY2SCENE, target, screen, backbone)]
+
+
+def _backbone(
+    run: Run, target: str, screen: Screen, spoken_of: frozenset[str] | None
+) -> tuple[list[TrainReport], Path | None]:
+    """What a City2Scene teacher stands on, trained if it must be."""
+    head = run.section(CITY2SCENE).values
+    given = _given_backbone(head)
+    if head.get("embeddings") or given is not None:
+        return [], given
+    job = job_for(run.section(CITY, spoken_of), CITY, target)
+    city = train_teacher(replace(job, replace=spoken_of is None), screen)
+    return [city], city.checkpoint
+
+
+def _given_backbone(head: Any) -> Path | None:
+    """The checkpoint whose backbone a City2Scene teacher is told to stand on, if it is."""
+    given: Path | None = head.get("city_teacher_ckpt")
+    if head.get("embeddings") and given is not None:
+        raise UsageError("--embeddings and --city-teacher-ckpt both say what to stand on; give one of them")
+    init: Path | None = head.get("init")
+    if head.get("embeddings") or given is not None or init is None or ":" in head["arch"]:
+        return given
+    return init if is_city2scene(init) else None  # it has a city teacher of its own
+
+
+def _trained(run: Run, role: str, target: str, screen: Screen, backbone: Path | None = None) -> TrainReport:
+    return train_teacher(job_for(run, role, target, backbone), screen)
+
+
+def job_for(run: Run, role: str, target: str, backbone: Path | None = None) -> TrainJob:
+    """The training of one role by that role's section of a run. Raises as `data_of`, and `UsageError`."""
+    values = run.values
+    data = data_of(target, values)
+    taken = ("output_dir", "resume", "workers", "pth", "half", "tensorboard")
+    return TrainJob(
+        settings=settings_of(role, run),
+        data=data,
+        device=resolve_device(values["device"]),
+        backbone=backbone,
+        init=values.get("init"),
+        embeddings=tuple(values.get("embeddings", ())),
+        cached_features=values.get("cached_features", True),
+        record={"options": run.record(), "paths": dict(data.paths)},
+        **{name: values[name] for name in taken},
+    )
+
+
+def settings_of(role: str, run: Run) -> Settings:
+    """The training's settings. Raises `UsageError` for those that contradict each other."""
+    values = run.values
+    names = {each.name for each in fields(Settings)} - {"role", "stages", "drop_last"}
+    return Settings(
+        role=role,
+        stages=tuple(map(parse_stage, values["stage"])),
+        drop_last=values["drop_last"] or values["compile"],
+        **{name: values[name] for name in names},
+    )
+
+
+# -- the dump that ends the chain --------------------------------------------------------------------------------------
+
+
+def _dumped(run: Run, target: str, checkpoints: dict[str, Path], screen: Screen) -> tuple[int, dict[str, Any]]:
+    values = run.values
+    data = data_of(target, values)
+    specs = [TeacherSpec(name, _factory(run, name), path) for name, path in checkpoints.items()]
+    teachers = _loaded(run, specs)
+    job = DumpJob(
+        cache_root=values["cache_root"],
+        data=data,
+        teachers=teachers,
+        device=resolve_device(values["device"]),
+        workers=values["workers"],
+        notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
+        record=run_record(run, data),
+    )
+    return dump_and_report(job, 10, screen)
+
+
+def _factory(run: Run, role: str) -> str:
+    """Of a built-in net the built-in one; nothing that is saved may name a user's code."""
+    return BUILT_IN[role] if ":" not in run.section(role).values["arch"] else ""
+
+
+def _loaded(run: Run, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+    values = run.values
+    built_in = [spec for spec in specs if spec.factory]
+    limits = (values["num_scenes"], values["num_cities"], values["max_checkpoint_bytes"])
+    loaded: dict[str, Any] = dict(load_teachers(built_in, *limits))
+    for spec in specs:
+        if not spec.factory and spec.checkpoint is not None:
+            arch = run.section(spec.name).values["arch"]
+            loaded[spec.name] = own_teacher(arch, spec.checkpoint, num_cities=values["num_cities"])
+    return loaded

@@ -1,0 +1,211 @@
+"""The tables and what is made of them: parameters, help, plug-ins, variables in the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run as Call
+from plugin_fixtures import config, said_in
+from plugin_fixtures import nowhere as nowhere
+from plugin_fixtures import plugin as plugin
+
+from kd_cache.cli import commands, parser, settings_file
+from kd_cache.cli.help import said, spelled
+from kd_cache.commands import EXIT_CODES, Command
+from kd_cache.options import ENVIRONMENT, FIRST, OPTIONS, Option
+
+pytestmark = pytest.mark.usefixtures("nowhere")
+
+TABLE = commands.COMMANDS
+EVERY = [(command, option) for command in TABLE for option in command.options if not option.positional]
+
+
+def two_values(option: Option) -> tuple[str, str]:
+    """Texts of two values that are not the default."""
+    if option.is_switch:
+        return str(not option.default).lower(), str(bool(option.default)).lower()
+    if option.choices:
+        return tuple(choice for choice in option.choices if choice != option.default)[:2]  # type: ignore[return-value]
+    number = any(kind in (int, float) for kind in (option.bare, *typing.get_args(option.bare)))
+    return ("17", "18") if number else ("one", "two")
+
+
+def resolve(command: Command, *args: str) -> Any:
+    """What typer makes of it."""
+    words = [word for option in command.options if option.positional for word in ["x"]]
+    words += [] if command.name != "export" else ["--to", "npy"]
+    words += ["--target", "c"] if "target" in {option.name for option in command.options} else []
+    return parser.built(command.name).make_context(command.name, [*words, *args])
+
+
+def on_command_line(option: Option, flag: str, text: str) -> list[str]:
+    if not option.is_switch:
+        return [flag, text]
+    return [flag] if text == "true" else [option.flags[1]] if option.off else []
+
+
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+def test_command_line_over_environment_over_file_over_default(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_file = "config" in {option.name for option in command.options}
+    for option in command.options:
+        if option.positional or option.name in ("config", "target", "to") or len(set(two_values(option))) < 2:
+            continue
+        first, second = two_values(option)
+        name = option.name
+
+        def found(*args: str, name: str = name) -> tuple[Any, str]:
+            ctx = resolve(command, *args)
+            return ctx.params[name], ctx.get_parameter_source(name).name
+
+        assert found() == (option.default if not option.is_list else tuple(option.default), "DEFAULT") or option.is_list
+        from_line = {flag: found(*on_command_line(option, flag, first)) for flag in option.flags if flag[:5] != "--no-"}
+        values = {repr(value) for value, _ in from_line.values()}
+        assert len(values) == 1, f"{name}: every spelling means the same"
+        if has_file:
+            for key in option.spellings:
+                if key == name or key not in OPTIONS:
+                    config(f"{key.replace('_', '-')}: {first}" if option.is_switch else f"{key}: '{first}'")
+                    assert (repr(found()[0]), found()[1]) == (values.copy().pop(), "DEFAULT_MAP"), key
+        monkeypatch.setenv(option.envvar, second)
+        from_environment, source = found()
+        assert source == "ENVIRONMENT"
+        assert repr(from_environment) not in values
+        if args := on_command_line(option, option.flags[0], first):
+            assert repr(found(*args)[0]) in values
+        monkeypatch.delenv(option.envvar)
+        Path("kd-cache.yaml").unlink(missing_ok=True)
+
+
+def test_every_option_has_a_variable_and_a_key_of_its_own() -> None:
+    for command, option in EVERY:
+        assert option.envvar in ("KD_CACHE_" + option.name.upper(), "KD_CACHE_JSON", "KD_CACHE_ALL")
+        others = [each for each in command.options if each is not option]
+        for names in ("flags", "variables", "spellings"):
+            taken = {name for each in others for name in getattr(each, names)}
+            assert not taken & {*getattr(option, names)}, f"{command.name}: {option.name}"
+
+
+def kinds_asked_for(command: Command) -> dict[str, Any]:
+    """The types that the command's function, and the dataclasses beside it, say its options have."""
+    function = pkgutil.resolve_name(command.target)
+    asked = typing.get_type_hints(function)
+    for value in vars(importlib.import_module(function.__module__)).values():
+        if dataclasses.is_dataclass(value) and value.__module__ == function.__module__:
+            asked |= typing.get_type_hints(value)
+    return asked
+
+
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+def test_a_commands_function_takes_what_the_table_gives(command: Command) -> None:
+    known = {option.name: option for option in command.options}
+    for name, kind in kinds_asked_for(command).items():
+        if name not in ("run", "screen", "return") and known[name].parse is None:
+            assert kind == known[name].kind, name
+    assert set(command.exit_codes) <= set(EXIT_CODES)
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", *(command.name for command in TABLE)])
+def test_help_at_80_columns_cuts_nothing_and_begins_with_what_is_needed_first(
+    run: Call, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = run(*name.split(), "--help").stdout
+    lines = printed.split("\nExamples\n")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(printed.split())
+    options = [OPTIONS[one] for one in FIRST] if not name else parser.built(name).entry.options
+    for option in options:
+        assert f" {spelled(option)} {' '.join(said(option).split())}" in f" {text} ", option.name
+        for part in (*option.flags, *option.choices, option.shown_default):
+            assert part in text, (option.name, part)
+    if name:
+        first = list(parser.built(name).entry.panels.values())[:2]
+        assert all(len(panel) <= 10 for panel in first)
+        required = [option for option in options if option.default is ...]
+        assert all(option in [*first[0], *first[-1]] for option in required)
+    else:
+        assert len(FIRST) == 10
+        assert all(f"\n  {command.name} " in printed for command in TABLE)
+
+
+def test_help_has_colour_on_a_terminal_only(run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[" not in run("dump", "--help").stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in run("dump", "--help").stdout
+
+
+# -- plug-ins ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plug_in_brings_commands_that_are_shown_as_ours_are(run: Call, plugin: list[str]) -> None:
+    assert {"show", "fail", "group"} <= {line.split()[0] for line in run("--help").stdout.splitlines() if line}
+    assert "Two of a kind." in run("group", "--help").stdout
+    assert "How long. (from 1; default: 7)" in run("group", "one", "-h").stdout
+    result = run("show", "--target", "s1")
+    assert result.exit_code == 3
+    assert result.stdout.splitlines()[0] == "Target"
+    assert result.stdout.splitlines()[-1] == "a line"
+    broken = run("fail")
+    assert (broken.exit_code, broken.stdout) == (4, "")
+    assert broken.stderr == "error: it is broken\nMend it.\n"
+    assert "Did you mean 'show'" in said_in(run("shw"))
+
+
+def test_a_section_of_the_file_is_of_the_command_called_like_it(run: Call, plugin: list[str]) -> None:
+    def found(*args: str) -> dict[str, Any]:
+        return json.loads(run("group", *args, "--json").stdout)  # type: ignore[no-any-return]
+
+    config("epochs: 1\nonly: [a]\ngroup: {epochs: 2}\ntwo: {epochs: 4}\none: {}")
+    assert found("one") == found("all") == {"own": 2, "one": 2, "two": 4, "shared": 2}
+    config("one: {epochs: 3}\ntwo: {epochs: 4}")
+    assert found("one") == {"own": 3, "one": 3, "two": 4, "shared": 3}
+    assert found("all", "--epochs", "9") == {"own": 9, "one": 9, "two": 9, "shared": 3}
+    for text, says in (("one: {epochs: 0}", "one: epochs:"), ("two: {epoch: 4}", "is it epochs?")):
+        config(text)
+        refused = run("group", "all")
+        assert refused.exit_code == 2
+        assert says in said_in(refused)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [("plugin_fixtures:SAME", "second command dump"), ("nothing_like_this:X", "cannot be loaded")]
+)
+def test_a_plug_in_that_cannot_be_is_named(run: Call, plugin: list[str], value: str, says: str) -> None:
+    plugin[:] = [value]
+    result = run("info")
+    assert result.exit_code == 2
+    assert says in said_in(result)
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["verify", "info", "gc"])
+def test_a_variable_that_no_command_knows_is_an_error(run: Call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    for name in (*ENVIRONMENT, "KD_CACHE_EPOCHS", "KD_CACHE_SHARD", "KD_CACHE_TO"):  # of others
+        monkeypatch.setenv(name, "x")
+    assert "unknown variable" not in run(command).stderr
+    monkeypatch.setenv("KD_CACHE_CACH_ROOT", "x")
+    result = run(command)
+    assert result.exit_code == 2
+    assert "unknown variable KD_CACHE_CACH_ROOT in the environment; is it KD_CACHE_CACHE_ROOT?" in said_in(result)
+    assert run(command, "--help").exit_code == run("--version").exit_code == 0
+
+
+def test_a_variable_of_any_command_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in commands.all_options():
+        for name in option.variables:
+            monkeypatch.setenv(name, "x")
+    settings_file.check_environment()

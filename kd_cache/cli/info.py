@@ -45,7 +45,7 @@ def info(screen: Screen, path: Path) -> Report:
             )
         described.append(_described(folder, index))
         screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
-    lines = [teachers_table(trained), ""] if trained else []
+    lines: list[str | Table] = [teachers_table(trained), ""] if trained else []
     lines += [line for entry in pretrained for line in entry_lines(entry)]
     return Report({"caches": described, "trained": trained, "pretrained": pretrained}, lines)
 

@@ -54,7 +54,10 @@ def load_file(path: Path) -> types.ModuleType:
     """
     path = path.expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise UsageError(f"{shown(path)} is no Python file", hint="Name one that is there: path/to/file.py:factory.")
+        raise UsageError(
+            f"cannot import {shown(path)}: it is no Python file",
+            hint="Name one that is there: path/to/file.py:factory.",
+        )
     package = PRIVATE + hashlib.sha256(str(path.parent).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     name = f"{package}.{path.stem.replace('.', '_')}"
     if name in sys.modules:

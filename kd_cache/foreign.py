@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from kd_cache.store.atomic import open_file, store_errors
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import INDEX_NAME, read_older_maps
 from kd_cache.store.pack import STORED, VALUE_KINDS
+from kd_cache.torch_zip import NotFromTorchError, pickle_in
 from kd_cache.watch import Watcher
 
 FILE_COLUMN = "file"
@@ -265,17 +265,10 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
 
 def _check_archive(path: Path, raw: io.FileIO, size: int) -> None:
     """Refuse, before torch sees it, what could unpack to any size or call anything."""
-    with zipfile.ZipFile(raw) as archive:
-        members = archive.infolist()
-        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(member.file_size for member in members) > size:
-            raise UsageError(f"{shown(path)}: its parts are compressed or overlap, which torch.save never does")
-        pickles = [member for member in members if member.filename.rpartition("/")[2] == "data.pkl"]
-        if len(pickles) != 1 or any(member.filename.endswith("constants.pkl") for member in members):
-            raise UsageError(f"{shown(path)}: expected a file of torch.save, found another zip file")
-        if pickles[0].file_size > MOST_PICKLE:
-            raise UsageError(f"{shown(path)}: its structure takes more than {MOST_PICKLE} bytes")
-        pickled = archive.read(pickles[0])
+    try:
+        pickled = pickle_in(raw, size, MOST_PICKLE)
+    except NotFromTorchError as error:
+        raise UsageError(f"{shown(path)}: {error}") from error
     scan = PickleScan(pickled, 1, most_steps=_FEW_STEPS + len(pickled) // 4)  # a name takes two, and many bytes
     if foreign := unlisted(scan.calls, _SAFE, ()):
         raise UsageError(

@@ -42,6 +42,8 @@ CITIES = (
 )  # fmt: skip
 
 LISTS = ("train", "val", "test")
+IGNORED = -100
+"""The label of a sample that has none, as torch's losses have it."""
 MAX_BYTES = 1 << 30
 """A manifest above this is refused by default: a million samples take about 200 MB."""
 

@@ -46,13 +46,14 @@ class StorageCost:
 
 def kl_divergence(of: np.ndarray, to: np.ndarray) -> np.ndarray:
     """``[n]`` KL(softmax(of) ‖ softmax(to)) of ``[n, C]`` float64 logits, in nats."""
-    log_p, log_q = _log_softmax(of), _log_softmax(to)
+    log_p, log_q = log_softmax(of), log_softmax(to)
     # Rounding may leave a sum of tiny terms below zero; a divergence is not.
     cost: np.ndarray = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0)
     return cost
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """``[n, C]`` log probabilities of ``[n, C]`` logits, in their own precision."""
     shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted

@@ -15,15 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.features import MAX_BYTES, FeatureSource
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import SOURCE, Manifest, Sample, load_manifest
+from kd_cache.manifest import IGNORED, SOURCE, Manifest, Sample, load_manifest
 from kd_cache.packed_features import PackedFeatures
 from kd_cache.reader.attach import CachedDataset, Gathered
 from kd_cache.reader.parcel import sent_batch
 from kd_cache.reader.sample_columns import SampleColumns
 from kd_cache.splits import refuse_outside, select
-
-IGNORED = -100
-"""The label that torch's losses ignore: scene labels of target-domain samples are this, and never reach a loss."""
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 

@@ -95,7 +95,7 @@ def parse_teacher(text: str) -> TeacherSpec:
     if name == "ckpt":  # a list in a settings file splits at its commas
         raise UsageError(f"--teacher {shown(text)}: a teacher cannot be called ckpt; put NAME=…,ckpt=PATH in quotes")
     if named and not factory:
-        raise UsageError(f"--teacher {shown(text)}: expected module:factory, or path/to/file.py:factory, after {name}=")
+        raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=, or path/to/file.py:factory")
     return TeacherSpec(name, factory or name, Path(checkpoint).expanduser() if separator else None)
 
 

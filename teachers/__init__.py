@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from teachers.cnn14 import CNN14
     from teachers.factories import city, city2scene, scene
     from teachers.loading import LoadedTeacher, load_teacher
-    from teachers.own_teacher import own_teacher
+    from teachers.own_net import own_teacher
     from teachers.two_parts import City2Scene
 
 _MODULE_OF = {
@@ -29,7 +29,7 @@ _MODULE_OF = {
     "city": "teachers.factories",
     "city2scene": "teachers.factories",
     "load_teacher": "teachers.loading",
-    "own_teacher": "teachers.own_teacher",
+    "own_teacher": "teachers.own_net",
     "save_checkpoint": "kd_cache.train.checkpoint",
     "scene": "teachers.factories",
 }

@@ -25,7 +25,7 @@ from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net
 from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, Settings, parse_stage, stages_of
-from teachers.own_teacher import own_teacher
+from teachers.own_net import own_teacher
 from teachers.recipes import is_city2scene, train_teacher
 from teachers.sweep import swept
 from teachers.training_report import report_lines

@@ -24,8 +24,8 @@ from hostile_stores import INDEXES, OLDER, OTHERS, PACKS, PLANS, ROW_FILES, Stor
 from store_fixtures import forks
 from typer.testing import CliRunner
 
-from kd_cache import features, manifest
-from kd_cache.cli import app, options
+from kd_cache import features, manifest, options
+from kd_cache.cli import app
 from kd_cache.errors import CheckpointError, FeatureError, ManifestError
 from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache

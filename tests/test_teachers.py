@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import math
 import os
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPO
 from torch import Tensor, nn
 
 import teachers
 from kd_cache.errors import CheckpointError, TeacherError
+from kd_cache.manifest import CITIES, SCENES
 from kd_cache.train.cp_resnet import CPResNet
 from kd_cache.train.layers import kaiming
 from teachers.cnn14 import CNN14, CNN14Features
@@ -323,11 +328,11 @@ def test_class_names_are_the_fields_own_when_their_number_is() -> None:
     def names(outputs: int) -> tuple[str, ...] | None:
         return LoadedTeacher(CNN14(outputs, NARROW, 8, (4, 4)), source="").class_names
 
-    assert names(10) == teachers.builtin.SCENES
-    assert names(12) == teachers.builtin.CITIES
+    assert names(10) == SCENES
+    assert names(12) == CITIES
     assert names(3) is None
-    assert list(teachers.builtin.SCENES) == sorted(teachers.builtin.SCENES)
-    assert list(teachers.builtin.CITIES) == sorted(teachers.builtin.CITIES)
+    assert list(SCENES) == sorted(SCENES)
+    assert list(CITIES) == sorted(CITIES)
 
 
 def test_city2scene_trains_its_head_alone() -> None:
@@ -345,17 +350,50 @@ def test_a_factory_without_a_checkpoint_says_so(factory) -> None:
         factory(None)
 
 
-def test_exports_are_what_is_public() -> None:
-    modules = {"builtin", "checkpoint", "checkpoint_file", "cnn14", "cp_resnet", "training"}
-    imported = {"annotations", "Path", "CheckpointError"}
-    public = {name for name in vars(teachers) if not name.startswith("_")} - modules - imported
-    assert public == set(teachers.__all__)
+def test_exports_are_there_and_importing_the_package_imports_no_torch() -> None:
+    assert sorted(teachers.__all__) == teachers.__all__ == dir(teachers)
+    assert all(getattr(teachers, name).__name__ == name for name in teachers.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        teachers.nothing_like_this  # noqa: B018
+    script = "import sys, teachers.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_networks_know_nothing_of_caches() -> None:
-    folder = Path(teachers.__file__).parent
-    for name in ("__init__", "builtin", "checkpoint", "cnn14", "cp_resnet"):
-        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
-        found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        found = {module for module in found if module and module.startswith("kd_cache")}
-        assert found <= {"kd_cache.errors", "kd_cache.fingerprint", "kd_cache.provenance", "kd_cache.store.atomic"}
+def test_the_older_path_of_own_teacher_still_works() -> None:
+    from teachers.training.own_net import own_teacher
+
+    assert own_teacher is teachers.own_teacher
+
+
+def imported_by(path: Path, root: Path) -> set[str]:
+    """Every module or name that a file imports, wherever in it."""
+    package = ".".join(path.relative_to(root).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module}" if node.level else str(node.module)
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_kd_cache_imports_teachers_nowhere() -> None:
+    for path in (REPO / "kd_cache").rglob("*.py"):
+        names = imported_by(path, REPO)
+        assert not {name for name in names if name.partition(".")[0] == "teachers"}, path
+
+
+@pytest.mark.parametrize("package", ["kd_cache/train", "teachers"])
+def test_no_circle_of_imports_inside(package: str) -> None:
+    modules = {
+        ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (REPO / package).rglob("*.py")
+    }
+    below = {
+        name: {found for found in imported_by(path, REPO) if found in modules and found != name}
+        for name, path in modules.items()
+        if path.name != "__init__.py"  # what a package exports it imports when asked
+    }
+    order = list(graphlib.TopologicalSorter(below).static_order())
+    assert len(order) >= len(below)

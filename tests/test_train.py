@@ -47,7 +47,7 @@ from kd_cache.train.optimiser import Schedule, average
 from kd_cache.train.settings import Stage, parse_stage
 from teachers.cnn14 import CNN14
 from teachers.loading import load_teacher
-from teachers.own_teacher import own_teacher
+from teachers.own_net import own_teacher
 from teachers.recipes import RECIPES, train_teacher
 from teachers.two_parts import City2Scene
 

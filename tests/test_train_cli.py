@@ -354,7 +354,7 @@ def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
 
 OWN_NETS = """
 import torch
-from teachers.own_teacher import own_teacher
+from teachers import own_teacher
 
 class Small(torch.nn.Module):
     classifier_prefix = "head."
@@ -375,24 +375,26 @@ def small(classes):
     return Small(classes)
 
 def trained(ckpt):
-    return own_teacher("own_nets:small", ckpt, num_cities=3)
+    return own_teacher(ARCH, ckpt, num_cities=3)
 """
 
 
-@pytest.mark.parametrize("hidden", ["none", "5,4"])
+@pytest.mark.parametrize(("hidden", "where"), [("none", "own_nets"), ("5,4", "teachers/own_nets.py")])
 def test_nets_of_one_s_own_go_from_features_to_a_cache_that_can_be_scored_again(
-    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, hidden: str
+    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, hidden: str, where: str
 ) -> None:
-    (quick.root / "own_nets.py").write_text(OWN_NETS)
+    path = quick.root / where.removesuffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".py").write_text(OWN_NETS.replace("ARCH", repr(f"{where}:small")))
     monkeypatch.syspath_prepend(quick.root)
     write_settings(quick, changed(city2scene={"epochs": 30, "mlp_hidden_dims": hidden}))
-    result = run("train", "all", "--target", "b", "--arch", "own_nets:small", "--json")
+    result = run("train", "all", "--target", "b", "--arch", f"{where}:small", "--json")
     assert result.exit_code == 0, result.output
     checkpoints = {report["role"]: report["checkpoint"] for report in reports(result)}
     told = run("verify", "--recompute", "--all")
     assert told.exit_code == 1
     assert "pass it with --teacher" in " ".join(told.stdout.split())
-    own = [f"{role}=own_nets:trained,ckpt={checkpoints[role]}" for role in ("city2scene", "scene")]
+    own = [f"{role}={where}:trained,ckpt={checkpoints[role]}" for role in ("city2scene", "scene")]
     again = run("verify", "--recompute", "--all", "--teacher", own[0], "--teacher", own[1])
     sys.modules.pop("own_nets", None)
     assert again.exit_code == 0, again.output

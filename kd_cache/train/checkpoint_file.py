@@ -10,7 +10,6 @@ import re
 import stat
 import struct
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import IO, Any, Final
@@ -22,6 +21,7 @@ from safetensors.torch import load as tensors_of_safetensors
 from kd_cache.errors import CheckpointError, listed, shown
 from kd_cache.fingerprint import canonical_json
 from kd_cache.pickle_scan import PickleScan, unlisted
+from kd_cache.torch_zip import NotFromTorchError, pickle_in
 
 RECORD_ENTRY: Final = "kd_cache"
 CHECKSUM_ENTRY: Final = "kd_cache.xxh3_128"
@@ -202,45 +202,16 @@ def _checksum(header: dict[str, Any], body: bytes | memoryview, note: str) -> st
     return digest.hexdigest()
 
 
-class _Sparing:
-    """A file that gives at most `MOST_PICKLE` bytes at once: nothing else bounds the directory of a zip file."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
-        self._file = file
-
-    def read(self, size: int = -1) -> bytes:
-        content = self._file.read(MOST_PICKLE + 1 if size < 0 else min(size, MOST_PICKLE + 1))
-        if len(content) > MOST_PICKLE:
-            raise _too_large()
-        return content
-
-
 def _too_large() -> CheckpointError:
     return CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
 
 
 def _from_zip(file: IO[bytes], size: int) -> object:
-    with zipfile.ZipFile(_Sparing(file)) as archive:
-        members = archive.infolist()
-        names = {member.filename.rpartition("/")[2] for member in members}
-        if "data.pkl" not in names or "constants.pkl" in names:
-            kind = "a TorchScript archive" if "constants.pkl" in names else "another zip file"
-            raise CheckpointError(f"expected a file of torch.save, found {kind}", hint=AGAIN)
-        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(member.file_size for member in members) > size:
-            raise CheckpointError(
-                "the zip members are compressed or overlap; torch.save writes neither, and they could"
-                f" unpack to any size\n{listed(packed)}".rstrip(),
-                hint=AGAIN,
-            )
-        # torch's reader takes a name in any case for the same, and one of several as it likes.
-        pickles = [member for member in members if member.filename.lower().endswith("data.pkl")]
-        if len(pickles) > 1:
-            raise CheckpointError(f"expected one pickle, found {len(pickles)}", hint=AGAIN)
-        if pickles[0].file_size > MOST_PICKLE:
-            raise _too_large()
-        _refuse_harm(archive.read(pickles[0]), 1)
+    try:
+        content = pickle_in(file, size, MOST_PICKLE)
+    except NotFromTorchError as error:
+        raise CheckpointError(str(error), hint=AGAIN) from error
+    _refuse_harm(content, 1)
     file.seek(0)
     return _weights_only(file)
 

@@ -16,13 +16,11 @@ from torch import Tensor
 from kd_cache.errors import FeatureError, StaleError, shown
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json
-from kd_cache.manifest import CITIES, SCENES, Sample
+from kd_cache.manifest import CITIES, IGNORED, SCENES, Sample
 from kd_cache.pipeline.reading import read_ahead
 from kd_cache.reader.placement import fits
 from kd_cache.watch import Watcher
 
-IGNORED = -100
-"""The label of a sample that has none, as torch's losses have it."""
 _AHEAD = 4
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from kd_cache.errors import TeacherError, UsageError
+from kd_cache.storage_cost import log_softmax
 
 BINS: Final = 15
 THRESHOLDS: Final = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -64,7 +65,7 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     if not np.isfinite(logits).all():
         raise TeacherError("the logits to measure are not finite")
     labels = labels.astype(np.int64)  # narrower ones would overflow below
-    log_probs = _log_softmax(logits.astype(np.float64))
+    log_probs = log_softmax(logits.astype(np.float64))
     probs = np.exp(log_probs)
     decisions = logits.argmax(axis=1)
     right = decisions == labels
@@ -99,12 +100,6 @@ def measure_groups(
         for name in sorted(set(of_sample)):
             mine = measure(logits[names == name], labels[names == name])
             found[kind][name] = {"samples": mine.samples, "accuracy": mine.accuracy, "log_loss": mine.log_loss}
-    return found
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    found: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return found
 
 

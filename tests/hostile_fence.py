@@ -192,6 +192,7 @@ def _done(work: Work) -> dict[str, Any]:
 
 
 def _put_up_the_fence(said: int) -> None:
+    gc.freeze()  # pytest's many objects are not this child's business
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
     for stream in (1, 2):

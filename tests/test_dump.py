@@ -390,7 +390,7 @@ def test_a_signal_keeps_what_was_scored_and_a_rerun_goes_on(
     command = [
         *("dump", "--target", "b", "--json", "--json-path", world.json_path),
         *("--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
-        *("--batch-size", "2", "--shard-seconds", "0.5", "--shard-size", "1000"),
+        *("--batch-size", "1", "--shard-seconds", "0.5", "--shard-size", "1000"),
     ]
     process = host().start(*command, cwd=tmp_path)
     with ended_at_last([process]):

@@ -132,10 +132,9 @@ def _time(place: Place, pair: Pair) -> None:
 def test_kills_at_random_moments_cost_nothing_acknowledged_and_serve_nothing_wrong(place: Place) -> None:
     finished, exported = measure(place)
     done, lives = Kills(place, random.Random(SEED)), 0  # noqa: S311 (moments of kills, not a secret)
-    while done.kills < often(1, 60, 1000):
+    while done.kills < often(1, 60, 1000) or not done.said:
         done.whole_life(lives, finished, exported)
         lives += 1
-    assert done.said > 0
     assert done.reads > 0
     print(
         f"\nseed {SEED}: {done.kills} kills in {lives} caches, {done.rows} acknowledged rows, 0 lost; "

@@ -42,9 +42,18 @@ def big(path: Path, packs: int = 1) -> MadeCache:
     return made
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> MadeCache:
+    return big(tmp_path_factory.mktemp("big") / "A2b")
+
+
 @pytest.fixture
-def made(tmp_path: Path) -> MadeCache:
-    return big(tmp_path / "A2b")
+def made(kept: MadeCache, tmp_path: Path) -> MadeCache:
+    """A copy to damage."""
+    copy = MadeCache(tmp_path / "A2b", kept.rows, kept.origins)
+    shutil.copytree(kept.path, copy.path)
+    copy.write_index()
+    return copy
 
 
 def only_pack(made: MadeCache) -> Path:

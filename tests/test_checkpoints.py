@@ -1,4 +1,4 @@
-"""Checkpoints: every layout that occurs loads whole; hostile ones are in hostile_checkpoints.py, each with its error."""
+"""Checkpoints: every layout that occurs loads whole. Hostile files, each with its error: hostile_checkpoints.py."""
 
 from __future__ import annotations
 

@@ -394,12 +394,12 @@ def test_every_flipped_byte_of_the_weights_is_found(store: Pretrained, save: Cal
     assert found.damage is None
 
 
-def test_every_flipped_bit_of_an_entry_is_found_or_leaves_its_parts_as_they_were(
+def test_a_flipped_bit_of_an_entry_is_found_or_leaves_its_parts_as_they_were(
     store: Pretrained, save: Callable[..., Path]
 ) -> None:
     path = save()
     good = (path / ENTRY).read_bytes()
-    for bit in range(len(good) * 8):
+    for bit in range(0, len(good) * 8, 7):  # of every byte one, and every one of a byte somewhere
         content = bytearray(good)
         content[bit // 8] ^= 1 << bit % 8
         (path / ENTRY).write_bytes(content)

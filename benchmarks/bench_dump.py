@@ -22,14 +22,12 @@ from torch import nn
 
 from benchmarks.harness import Report, Row, options
 from kd_cache.cli.console import Screen
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import load_manifest
 from kd_cache.pipeline.device import numerics
 from kd_cache.pipeline.dump_job import DumpReport
 from kd_cache.pipeline.engine import Engine
-from kd_cache.splits import select
 from kd_cache.teacher import Teacher
 from kd_cache.train.architectures import architectures
 from teachers.loading import LoadedTeacher
@@ -139,12 +137,9 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 def with_kd_cache(
     root: Path, teachers: Mapping[str, Teacher], device: torch.device, case: Case, batch_size: int | None
 ) -> DumpReport:
-    manifest = load_manifest(root / "dataset.json")
     job = DumpJob(
         cache_root=root / "cache",
-        manifest=manifest,
-        selection=select(manifest, "b"),
-        source=FeatureSource(root),
+        data=Dataset.load("b", root / "dataset.json"),
         teachers=teachers,
         device=device,
         precision=case.precision,

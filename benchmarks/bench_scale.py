@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.harness import Report, Row, in_turns, options, peak_memory
 from benchmarks.made_cache import TEACHERS, block_of_rows, make_cache, names, origin
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.fingerprint import input_digest
 from kd_cache.manifest import Manifest, load_manifest
@@ -26,6 +27,7 @@ from kd_cache.pipeline.shard import Shard
 from kd_cache.splits import Selection, select
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.keys import keys_of, sorted_order
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import row_file_bytes, view_names, write_view
 
 FRAMES, BINS, CLASSES = 2, 4, 10
@@ -102,13 +104,10 @@ def _dump(root: Path, layout: str) -> Callable[[], Any]:
             return {"architecture": "weights/1"}
 
     def call() -> Any:
-        manifest, selection = read_data(root)
         teachers = {name: Weights(seed) for seed, name in enumerate(TEACHERS)}
         job = DumpJob(
             root / layout,
-            manifest,
-            selection,
-            FeatureSource(root),
+            Dataset.load("b", root / "dataset.json"),
             teachers,
             torch.device("cpu"),
             dtype="fp16",
@@ -130,10 +129,8 @@ def _verify(root: Path, layout: str) -> Callable[[], Any]:
     from kd_cache.verify import VerifyJob, verify_cache
 
     def call() -> Any:
-        manifest, selection = read_data(root)
-        report = verify_cache(
-            VerifyJob(CacheFolder(root / layout / "A2b"), manifest, selection, FeatureSource(root), n=None)
-        )
+        snapshot = Snapshot(CacheFolder(root / layout / "A2b"), maps=True)
+        report = verify_cache(VerifyJob(snapshot, Dataset.load("b", root / "dataset.json"), n=None))
         return {"problems": len(report.problems), "rows": sum(result.intact for result in report.teachers.values())}
 
     return call
@@ -148,7 +145,8 @@ def _verify_rows(root: Path, layout: str) -> Callable[[], Any]:
     source = _Digests(root, dict(zip(pack.files, map(bytes, pack.inputs), strict=True)))
 
     def call() -> Any:
-        report = verify_cache(VerifyJob(CacheFolder(root / layout / "A2b"), manifest, selection, source, n=None))
+        snapshot = Snapshot(CacheFolder(root / layout / "A2b"), maps=True)
+        report = verify_cache(VerifyJob(snapshot, Dataset(manifest, selection, source), n=None))
         return {"problems": len(report.problems), "rows": sum(result.intact for result in report.teachers.values())}
 
     return call
@@ -157,7 +155,7 @@ def _verify_rows(root: Path, layout: str) -> Callable[[], Any]:
 def _seal(root: Path, layout: str) -> Callable[[], Any]:
     """Sixteen packs of one teacher become one."""
     from kd_cache.store.pack import open_pack
-    from kd_cache.store.seal import seal
+    from kd_cache.store.union import Union, merge_packs
 
     whole = CacheFolder(root / layout / "A2b").packs().good[0]
     size = -(-len(whole) // 16)
@@ -172,7 +170,8 @@ def _seal(root: Path, layout: str) -> Callable[[], Any]:
     keys, inputs, expected = whole.keys, whole.inputs, whole.path.name
 
     def call() -> Any:
-        made = seal(root / "parts", [open_pack(path) for path in paths], keys, inputs)
+        union = Union([open_pack(path) for path in paths])
+        made = merge_packs(root / "parts", union, keys, inputs)
         if made.path is None or made.path.name.rpartition("-")[2] != expected.rpartition("-")[2]:
             raise AssertionError("a sealed pack has other bytes than the one it was cut from")
         return {"rows": len(keys)}

@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Report, Row, options
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import load_manifest
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.pipeline.device import resolve_device
-from kd_cache.splits import select
 from kd_cache.train.checkpoint import save_checkpoint
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import make_net
@@ -26,7 +24,6 @@ CACHED, TRUNK = "head on cached embeddings", "trunk and head"
 
 def job(folder: Path, arch: str, epochs: int, *, cached: bool) -> TrainJob:
     """City2Scene over a random backbone, on the sample: what an epoch costs does not depend on the weights."""
-    manifest = load_manifest(SAMPLE / "dataset.json")
     # All locations; but a quick experiment only remarks that it learnt nothing, as a random backbone may have it.
     settings = Settings("city2scene", arch, epochs=epochs, patience=0, quick_experiment=0.999)
     checkpoint = folder / f"{arch}.safetensors"
@@ -35,12 +32,9 @@ def job(folder: Path, arch: str, epochs: int, *, cached: bool) -> TrainJob:
         save_checkpoint(checkpoint, city.state_dict(), {"architecture": arch, "role": "city"})
     return TrainJob(
         settings,
-        manifest,
-        select(manifest, "b"),
-        FeatureSource(SAMPLE),
+        Dataset.load("b", SAMPLE / "dataset.json"),
         folder / f"{arch}-{cached}",
         resolve_device("auto"),
-        data_root=SAMPLE,
         backbone=checkpoint,
         cached_features=cached,
     )

@@ -16,22 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.accuracy import Accuracy, stored_accuracy
+from kd_cache.dataset.dataset import Dataset, nothing_readable
 from kd_cache.errors import FeatureError, KDCacheError, StaleError, TeacherError, UsageError, shown
-from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, class_order
-from kd_cache.finish import Ending, finish, nothing_readable
 from kd_cache.foreign import MOST_BYTES, Foreign, read_source
-from kd_cache.manifest import SOURCE, TARGETS, Manifest
-from kd_cache.pending import begun, read_pending
-from kd_cache.publish import Published
 from kd_cache.seal import read_digests
-from kd_cache.splits import Selection
+from kd_cache.store.accuracy import Accuracy, stored_accuracy
 from kd_cache.store.atomic import make_directory
-from kd_cache.store.folder import CacheFolder, PackSet, refuse_file_as_root
+from kd_cache.store.folder import CacheFolder, refuse_file_as_root
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.keys import keys_of, sorted_order
 from kd_cache.store.pack import STORED, Origin, write_pack
+from kd_cache.store.pending import begun
+from kd_cache.store.publish import Change, Published, Wanted, publish
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.value_kind import contradiction
 from kd_cache.watch import Watcher
 
@@ -46,7 +44,8 @@ class AdoptJob:
 
     Attributes:
         source: a folder of the older script, a ``.pt`` or a ``.tsv``.
-        cache_root: as the user wrote it; the cache is ``<cache_root>/A2<target>``.
+        cache_root: as the user wrote it; the cache is the folder in it that is called as the adaptation.
+        data: what the cache may hold.
         name: the teacher's name in the cache; by default the source's.
         files_list: the files of a bare tensor, where they are not beside it.
         value_kind: what the rows are; by default what the source says, else logits.
@@ -59,9 +58,7 @@ class AdoptJob:
 
     source: Path
     cache_root: Path
-    manifest: Manifest
-    selection: Selection
-    features: FeatureSource
+    data: Dataset
     name: str | None = None
     files_list: Path | None = None
     value_kind: str | None = None
@@ -74,7 +71,7 @@ class AdoptJob:
 
     @property
     def folder(self) -> CacheFolder:
-        return CacheFolder(self.cache_root / f"{SOURCE}2{self.selection.target}")
+        return CacheFolder(self.cache_root / self.data.adaptation)
 
 
 @dataclass
@@ -160,7 +157,8 @@ class _Adoption:
         self.job = job
         self.watcher = watcher
         self.folder = job.folder
-        self.files = job.selection.files
+        self.files = job.data.selection.listed
+        self.snapshot = Snapshot(job.folder)
         self.earlier = self._earlier()
         self.missing: dict[str, str] = {}
 
@@ -187,19 +185,14 @@ class _Adoption:
     def _earlier(self) -> Index | None:
         """The cache's index as it is. An older script's is replaced only by the adoption of that very cache."""
         refuse_file_as_root(self.job.cache_root)
-        try:
-            index = self.folder.index(maps=False)
-        except StaleError as error:
+        if self.snapshot.is_older:
             if os.path.realpath(self.job.source) == os.path.realpath(self.folder.path):
                 return None
             hint = f"Adopt that cache first (kd-cache adopt {shown(self.folder.path)} …), or use another --cache-root."
-            raise StaleError(error.message, hint=hint) from error
-        if index is not None and index.record.get("adaptation", self.folder.path.name) != self.folder.path.name:
-            raise StaleError(
-                f"{shown(self.folder.path)} holds the cache of {shown(index.record.get('adaptation'))}",
-                hint="It was copied or renamed; give the folder its own name back, or use another --cache-root.",
-            )
-        return index
+            raise StaleError(str(self.snapshot.trouble), hint=hint)
+        if self.snapshot.trouble is not None:
+            raise self.snapshot.trouble
+        return self.snapshot.known(self.watcher)
 
     def _read_source(self) -> list[Foreign]:
         job = self.job
@@ -232,19 +225,18 @@ class _Adoption:
 
     def _refuse_other_target(self) -> None:
         """A teacher adapted to another device is another teacher, whatever the samples have in common."""
-        name = Path(os.path.realpath(self.job.source)).name
-        target = name.removeprefix(f"{SOURCE}2")
-        if self.job.source.is_dir() and name != target and target in TARGETS and target != self.job.selection.target:
+        target = self.job.data.task.target_in(Path(os.path.realpath(self.job.source)).name)
+        if self.job.source.is_dir() and target not in (None, self.job.data.target):
             raise UsageError(
-                f"{shown(self.job.source)} is a cache of target {target}, not {self.job.selection.target}",
+                f"{shown(self.job.source)} is a cache of target {target}, not {self.job.data.target}",
                 hint=f"Adopt it with --target {target}.",
             )
 
     def _taken(self) -> set[str]:
         """Names that stand for rows which kd-cache made, or that are current."""
-        taken = set(self.earlier.origins if self.earlier else ())
-        made = [pack.origin for pack in self.folder.packs().good]
-        for record in read_pending(self.folder, self.watcher):
+        taken = set(self.snapshot.origins)
+        made = [pack.origin for pack in self.snapshot.packs.good]
+        for record in self.snapshot.pending:
             made += record.origins.values()
         # An adoption that was interrupted may be made again, from a mended source too.
         return taken | {origin.teacher for origin in made if "adopted" not in origin.fingerprint.parts}
@@ -255,7 +247,7 @@ class _Adoption:
         told = self.earlier.missing if self.earlier else {}
         try:
             inputs, known = read_digests(
-                self.job.features, self.files, dict.fromkeys(self.files, "") if skip else told, self.job.workers,
+                self.job.data.features, self.files, dict.fromkeys(self.files, "") if skip else told, self.job.workers,
                 self.watcher,
             )  # fmt: skip
         except FeatureError as error:
@@ -263,7 +255,7 @@ class _Adoption:
         if not known.any():
             raise nothing_readable(len(known))
         for number in np.flatnonzero(~known).tolist():
-            now = self.job.features.try_read(self.files[number])
+            now = self.job.data.features.try_read(self.files[number])
             changed = "it changed while it was read"
             self.missing[self.files[number]] = now.message if isinstance(now, FeatureError) else changed
         return inputs, known
@@ -335,26 +327,19 @@ class _Adoption:
         for one in ready.values():
             names = [file.encode() for file in one.files]
             write_pack(self.folder.packs_path, one.origin, one.keys, one.inputs, names, one.rows)
-        end = Ending(
-            self.folder,
+        order = self.job.data.selection.order
+        change = Change(
             str(record["shown_path"]),
-            *self._data,
-            inputs,
-            known,
+            Wanted.of(self.job.data.selection, inputs[order], known[order]),
             origins,
             # It overtakes nobody's dump, so it began when the index's did.
-            {**record, "begun": 0 if self.earlier is None else begun(self.earlier.record)},
+            {**record, **self.job.data.described, "begun": 0 if self.earlier is None else begun(self.earlier.record)},
             bool(record["files"]),
-            PackSet(self.folder.packs().good),
             entries=entries,
             missing=missing,
-            earlier=self.earlier,
+            keep_damaged=True,
         )
-        return finish(end, self.watcher)
-
-    @property
-    def _data(self) -> tuple[Manifest, Selection]:
-        return self.job.manifest, self.job.selection
+        return publish(self.snapshot, change, self.watcher)
 
     def _record(self) -> dict[str, Any]:
         """What the index keeps of the run; where adopted rows were computed, nobody knows."""
@@ -372,7 +357,7 @@ class _Adoption:
         return {"source": name, "kind": one.foreign.kind, "rows": len(one.files)}
 
     def _outcomes(self, ready: Mapping[str, _Ready], published: Published) -> dict[str, Adopted]:
-        index = self.folder.index(maps=False)
+        index = self.snapshot.again().index
         entries = {} if index is None else index.record["teachers"]
         return {
             name: Adopted(

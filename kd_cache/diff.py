@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_cache.errors import MissingLogitsError, StaleError, shown
+from kd_cache.errors import MissingLogitsError, shown
 from kd_cache.loader import LogitCache
 from kd_cache.storage_cost import kl_divergence
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index, read_older_maps
 from kd_cache.store.pack import Origin
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
 
 MOST_CHANGED = 1000
@@ -123,18 +124,14 @@ class _Side:
     def __init__(self, path: str | Path) -> None:
         self.folder = CacheFolder(Path(path).expanduser())
         self.note: str | None = None
+        snapshot = Snapshot(self.folder)
         self.index: Index | None = None
-        self.teachers: list[str] = []
-        try:
-            self.index = self.folder.index(maps=False)
-        except StaleError as error:
-            self.note = f"{error.message}: its rows are compared as they are, nothing about them can be checked"
+        if snapshot.is_older:
+            self.note = f"{snapshot.trouble}: its rows are compared as they are, nothing about them can be checked"
             self.teachers = list(read_older_maps(self.folder.index_path))
-            return
-        if self.index is None:
-            LogitCache.open(path)  # says what is wrong: nothing there, or unfinished
-            raise MissingLogitsError(f"{shown(path)} was just being finished", hint="Run the same command again.")
-        self.teachers = list(self.index.origins)
+        else:
+            self.index = snapshot.finished()
+            self.teachers = list(self.index.origins)
 
     def origin(self, name: str) -> Origin | None:
         """What made a teacher's rows; ``None`` in a cache of an older script."""

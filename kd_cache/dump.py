@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from kd_cache.dataset.dataset import nothing_readable
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.finish import Ending, describe, finish, nothing_readable
-from kd_cache.pending import PendingRecord
 from kd_cache.pipeline.dump_job import DumpJob, DumpReport, TeacherReport
 from kd_cache.pipeline.found import find_rows
 from kd_cache.pipeline.unchanged import Unchanged
-from kd_cache.publish import Published
 from kd_cache.splits import refuse_leaking, tell_of_untold
 from kd_cache.storage_cost import StorageCost
-from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
+from kd_cache.store.pending import PendingRecord
+from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.watch import Watcher
 
 __all__ = ["DumpJob", "DumpReport", "dump_logits", "plan_dump"]
@@ -53,22 +52,19 @@ class _Dump:
         self.watcher = watcher
         self.folder = job.folder
         self.begun = time.time_ns()
-        refuse_leaking(job.teachers, job.manifest, job.selection)
+        selection = job.data.selection
+        refuse_leaking(job.teachers, job.data.manifest, selection)
         tell_of_untold(job.teachers, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
-        listed = job.selection.files
-        keys = keys_of(listed)
-        self.order = sorted_order(keys)
-        self.files = [listed[number] for number in self.order.tolist()]
-        self.keys = keys[self.order]
-        self.found = find_rows(job, self.keys, watcher)
+        self.files, self.keys = selection.by_key, selection.keys
+        self.found = find_rows(job, watcher)
         self.part = _part(job, len(self.files))
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(
             self.folder.path,
             len(self.files),
             len(self.part),
-            job.selection.per_device,
+            selection.per_device,
             {name: _empty_report(job, name) for name in job.origins},
         )
 
@@ -87,9 +83,9 @@ class _Dump:
             held = self.job.skip_existing and any(known.holds(number) for known in self.found.known.values())
             try:
                 if held:
-                    digests[number] = np.frombuffer(self.job.source.read(file).digest, np.uint8)
+                    digests[number] = np.frombuffer(self.job.data.features.read(file).digest, np.uint8)
                 else:
-                    self.job.source.shape(file)
+                    self.job.data.features.shape(file)
                 good[number] = True
             except FeatureError as error:
                 refuse_bad(self.job, self.report, file, error)
@@ -113,7 +109,7 @@ class _Dump:
 
         began = time.monotonic()
         # Packs are content-named: a row scored again may bring back a name that was here before.
-        before = [pack.path for origin in self.job.origins.values() for pack in self.found.packs.of(origin)]
+        before = [pack.path for origin in self.job.origins.values() for pack in self.found.snapshot.packs.of(origin)]
         busy = Busy()
         commits = Commits(self.job, self.pending, self._entries, self.watcher, busy)
         scoring = Scoring(
@@ -146,36 +142,29 @@ class _Dump:
 
     def _count_dropped(self) -> None:
         """Samples that the cache holds, of scored and other teachers, and that are no longer permitted."""
-        permitted = KeyFinder(self.keys)
         gone: dict[str, set[bytes]] = {}
-        for pack in self.found.packs.good:
-            surplus = pack.keys[permitted.find(pack.keys) < 0]
+        for pack in self.found.snapshot.packs.good:
+            surplus = pack.keys[self.job.data.selection.finder.find(pack.keys) < 0]
             gone.setdefault(pack.origin.teacher, set()).update(key.tobytes() for key in surplus)
         for name, keys in gone.items():
             if keys or name in self.report.teachers:
                 self.report.teachers.setdefault(name, TeacherReport()).dropped = len(keys)
 
     def _publish(self, inputs: np.ndarray, readable: np.ndarray, replaced: list[Path]) -> Published:
-        listed = np.empty_like(self.order)  # the manifest's order, in which the index lists them
-        listed[self.order] = np.arange(len(listed))
-        end = Ending(
-            self.folder,
+        change = Change(
             self._shown_path,
-            self.job.manifest,
-            self.job.selection,
-            inputs[listed],
-            readable[listed],
+            Wanted.of(self.job.data.selection, inputs, readable),
             self.job.origins,
             self._record(),
             self.job.files,
-            self.found.packs,
             others=self.found.others,
             entries=self._entries(),
             missing=self.report.missing,
-            earlier=self.found.earlier,
             replaced=replaced,
         )
-        return finish(end, self.watcher)
+        published = publish(self.found.snapshot, change, self.watcher)
+        self.report.snapshot = self.found.snapshot.again(maps=True)
+        return published
 
     @property
     def _shown_path(self) -> str:
@@ -185,14 +174,15 @@ class _Dump:
         """What index and pending record keep of this run, besides its results."""
         from kd_cache.pipeline.device import environment
 
-        described = describe(self.folder, self.job.manifest, self.job.selection, self.job.record)
+        plan = self.found.snapshot.again().saved_plan
         own = {
+            "plan": None if plan is None else plan.as_json(),
             "environment": environment(self.job.device),
             "files": self.job.files,
             "shown_path": self._shown_path,
         }
         part = {} if self.job.part is None else {"part": list(self.job.part)}
-        return {"begun": self.begun, **described, **own, **part}
+        return {"begun": self.begun, **self.job.record, **self.job.data.described, **own, **part}
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """What this run adds to its teachers' entries."""

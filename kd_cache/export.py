@@ -20,16 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.errors import MissingLogitsError, StaleError, StoreError, UsageError, listed, shown
+from kd_cache.errors import MissingLogitsError, StoreError, UsageError, listed, shown
 from kd_cache.foreign import FILE_COLUMN, LOGIT_COLUMN, files_list_of
 from kd_cache.loader import LogitCache
-from kd_cache.publish import make_view
 from kd_cache.store.atomic import make_directory, store_errors, sync_directory, temporary_beside, write_atomic
 from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.hdf5_file import Outlet
 from kd_cache.store.index import INDEX_NAME, Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
+from kd_cache.store.publish import publish_view
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import ROW_FILE_NAME, row_file_bytes, stored_names, view_name, view_names, write_view
 from kd_cache.watch import Watcher
 
@@ -112,11 +113,12 @@ def export_logits(job: ExportJob, watcher: Watcher | None = None) -> ExportRepor
     watcher = watcher or Watcher()
     if job.to not in KINDS:
         raise UsageError(f"cannot export to {shown(job.to)}, expected one of {', '.join(KINDS)}")
-    origins = _chosen(job, _index(job.folder))
+    snapshot = Snapshot(job.folder)
+    origins = _chosen(job, snapshot.finished())
     if job.output is None:
-        return _make_view(job, watcher)
+        return _make_view(job, snapshot, watcher)
     _check_output(job, job.output, origins)
-    _refuse_damage(job.folder, origins)
+    _refuse_damage(snapshot, origins)
     make_directory(job.output)
     report = ExportReport(job.folder.path, job.to)
     if job.to == "npy":
@@ -129,14 +131,14 @@ def export_logits(job: ExportJob, watcher: Watcher | None = None) -> ExportRepor
     return report
 
 
-def _make_view(job: ExportJob, watcher: Watcher) -> ExportReport:
+def _make_view(job: ExportJob, snapshot: Snapshot, watcher: Watcher) -> ExportReport:
     """The view in the cache itself, as its dump would have written it."""
     if job.to != "npy":
         raise UsageError(f"--to {job.to} needs --output, the folder to write into")
     if job.only:
         raise UsageError("a cache has a view of all its teachers or of none", hint="Pass --output, or no --only.")
-    done = make_view(job.folder, str(job.folder.path), watcher)
-    index = _index(job.folder)
+    done = publish_view(snapshot, str(job.folder.path), watcher)
+    index = snapshot.finished()
     report = ExportReport(job.folder.path, job.to, num_samples=done.num_samples)
     for name, origin in index.origins.items():
         size = len(row_file_bytes(np.zeros(origin.num_classes, origin.stored)))
@@ -155,25 +157,6 @@ def _export_one(job: ExportJob, output: Path, origin: Origin, report: ExportRepo
 
 
 # -- before anything is written ---------------------------------------------------------------------------------------
-
-
-def _index(folder: CacheFolder) -> Index:
-    try:
-        index = folder.index(maps=False)
-    except StaleError as error:
-        hint = "Bring its rows into a cache with kd-cache adopt, then export that."
-        raise StaleError(error.message, hint=hint) from error
-    if index is None:
-        begun = folder.packs_path.is_dir()
-        raise MissingLogitsError(
-            f"{shown(folder.path)} is unfinished: it has no {INDEX_NAME}"
-            if begun
-            else f"there is no cache at {shown(folder.path)}",
-            hint="Run the same kd-cache dump again; it continues where it stopped."
-            if begun
-            else "Make one with kd-cache dump.",
-        )
-    return index
 
 
 def _chosen(job: ExportJob, index: Index) -> dict[str, Origin]:
@@ -216,9 +199,9 @@ def _targets(to: str, output: Path, name: str) -> list[Path]:
     return [output / f"{name}.tsv"] if to == "tsv" else [output / name, output / ROWS_INDEX]
 
 
-def _refuse_damage(folder: CacheFolder, origins: dict[str, Origin]) -> None:
+def _refuse_damage(snapshot: Snapshot, origins: dict[str, Origin]) -> None:
     """Damage anywhere in what is asked for is found before the first file is written."""
-    for path, error in folder.packs(origins).damaged.items():
+    for path, error in snapshot.packs.damaged.items():
         if teacher_in_name(path) in origins:
             raise error
 

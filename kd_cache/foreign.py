@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, UsageError, listed, shown
+from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, UsageError, listed, shown
 from kd_cache.pickle_scan import PickleScan, unlisted
 from kd_cache.reader.rows import OlderRows
 from kd_cache.store.atomic import open_file, store_errors
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import INDEX_NAME, read_older_maps
 from kd_cache.store.pack import STORED, VALUE_KINDS
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.torch_zip import NotFromTorchError, pickle_in
 from kd_cache.watch import Watcher
 
@@ -430,12 +431,13 @@ def _stored(block: list[list[float]], dtype: str) -> np.ndarray:
 
 
 def _read_older(folder: CacheFolder, permitted: Collection[str], watcher: Watcher) -> list[Foreign]:
-    try:
-        index = folder.index(maps=False)
-    except StaleError:
+    snapshot = Snapshot(folder)
+    if snapshot.is_older:
         maps = read_older_maps(folder.index_path)
         return [_older(folder, name, paths, set(permitted), watcher) for name, paths in maps.items()]
-    if index is None:
+    if snapshot.trouble is not None:
+        raise snapshot.trouble
+    if snapshot.index is None:
         raise UsageError(f"the folder {shown(folder.path)} has no {INDEX_NAME}", hint="Name a cache, a .pt or a .tsv.")
     raise UsageError(
         f"{shown(folder.path)} is a cache of kd-cache already; there is nothing to adopt",

@@ -13,20 +13,20 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, shown
-from kd_cache.pending import protected, read_pending
 from kd_cache.store.atomic import TEMPORARY, store_errors
-from kd_cache.store.folder import CacheFolder, no_finished_cache
+from kd_cache.store.folder import CacheFolder, Named, no_finished_cache
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.pack import Pack
+from kd_cache.store.pending import protected
 from kd_cache.store.permitted import PERMITTED_NAME
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import ROW_FILE_NAME
-from kd_cache.watch import Watcher
 
 OLDER_THAN = 3600
 TEMPORARY_FILE, PACK, PERMITTED, ROW_FILE, FOLDER = "temporary", "pack", "permitted file", "row file", "folder"
@@ -71,17 +71,19 @@ def is_cache(folder: CacheFolder) -> bool:
     return folder.index_path.is_file() or folder.packs_path.is_dir()
 
 
-def caches_below(root: Path) -> list[CacheFolder]:
-    """The caches under a root, finished or not: its folders ``A2*`` with an index or packs. Links are passed over.
+def caches_below(root: Path, is_named: Named) -> list[CacheFolder]:
+    """The caches under a root, finished or not: its folders that are called as one, with an index or packs.
+
+    Links are passed over.
 
     Raises:
         MissingLogitsError: there is none.
         StoreError: the root cannot be listed.
     """
     paths = _folders(root) if root.is_dir() else []
-    caches = [CacheFolder(path) for path in paths if path.name.startswith("A2") and is_cache(CacheFolder(path))]
+    caches = [CacheFolder(path) for path in paths if is_named(path.name) and is_cache(CacheFolder(path))]
     if not caches:
-        raise no_finished_cache(root)
+        raise no_finished_cache(root, is_named)
     return caches
 
 
@@ -110,7 +112,7 @@ def remove_garbage(report: GcReport) -> None:
         StoreError: naming the path that could not be removed; what went before it stays gone.
     """
     folder = CacheFolder(Path(report.cache))
-    needed = _needed_now(folder) if any(item.kind == PACK for item in report.garbage) else set()
+    needed = _needed_now(Snapshot(folder)) if any(item.kind == PACK for item in report.garbage) else set()
     if needed is None:
         report.notes.append("the index or a pending record was damaged or removed meanwhile; all packs stay")
     by_folder: dict[Path, list[Garbage]] = {}
@@ -126,32 +128,16 @@ def remove_garbage(report: GcReport) -> None:
     ]
 
 
-def _needed_now(folder: CacheFolder) -> set[_Made] | None:
+def _needed_now(snapshot: Snapshot) -> set[_Made] | None:
     """Whose packs must stay, as the index and the pending records have it at this moment; ``None``: nobody can tell."""
-    try:
-        index = folder.index(maps=False)
-    except (CorruptError, StaleError):
+    if snapshot.index is None or snapshot.damaged_pending:
         return None
-    pending, complaints = _pending(folder)
-    return None if index is None or complaints else _needed(index, pending)
+    return _needed(snapshot)
 
 
-def _needed(index: Index, pending: Collection[Index]) -> set[_Made]:
-    return protected(pending) | {(name, origin.fingerprint.digest) for name, origin in index.origins.items()}
-
-
-class _Ear(Watcher):
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.heard.append(text)
-
-
-def _pending(folder: CacheFolder) -> tuple[list[Index], list[str]]:
-    """The pending records, and what is wrong with damaged ones: nobody knows what those protect."""
-    ear = _Ear()
-    return read_pending(folder, ear), ear.heard
+def _needed(snapshot: Snapshot) -> set[_Made]:
+    current = {(name, origin.fingerprint.digest) for name, origin in snapshot.origins.items()}
+    return current | protected(snapshot.pending)
 
 
 class _Search:
@@ -159,6 +145,7 @@ class _Search:
 
     def __init__(self, folder: CacheFolder, older_than: float, now: float) -> None:
         self.folder = folder
+        self.snapshot = Snapshot(folder, maps=True)
         self.older_than = older_than
         self.limit = now - older_than
         self.young = 0
@@ -170,11 +157,10 @@ class _Search:
         inside = _folders(self.folder.path, self.report.notes)
         views = [path for path in inside if is_teacher_name(path.name)]
         self._find_temporaries([self.folder.path, *[path for path in inside if path.name in ours], *views])
-        pending, complaints = _pending(self.folder)
-        index = self._index()
+        pending, index = self.snapshot.pending, self._index()
         if index is not None:
             if self.folder.packs_path in inside:
-                self._find_packs(index, pending, complaints)
+                self._find_packs(index)
             self._find_permitted([index, *pending])
             for directory in views:
                 self._find_row_files(directory, index)
@@ -183,18 +169,16 @@ class _Search:
         return self.report
 
     def _index(self) -> Index | None:
-        """The index; a note where there is none to tell what is superfluous."""
-        try:
-            index = self.folder.index()
-            why = f"{shown(self.folder.path)} is unfinished: it has no index"
-        except (CorruptError, StaleError) as error:
-            index, why = None, error.message
-        if index is None:
-            self.report.notes.append(f"{why}; only temporaries are removed")
+        """The index; a note where there is none to say what is superfluous."""
+        if self.snapshot.index is None:
+            refusal = self.snapshot.refusal
+            if refusal is not None and not isinstance(refusal, CorruptError | StaleError | MissingLogitsError):
+                raise refusal
+            self.report.notes.append(f"{refusal.message if refusal else ''}; only temporaries are removed")
             return None
         found = _look(self.folder.index_path)
         self.since = time.time() if found is None else found.st_mtime
-        return index
+        return self.snapshot.index
 
     def _add(self, kind: str, path: Path, reason: str, *, since: float = 0.0, made: _Made | None = None) -> None:
         """Garbage, if it is a plain file (or a folder where that is meant) and old enough, whatever became of it."""
@@ -222,13 +206,13 @@ class _Search:
                     self._add(TEMPORARY_FILE, directory / name, left, since=youngest)
                 self._add(FOLDER, directory, left)
 
-    def _find_packs(self, index: Index, pending: Collection[Index], complaints: list[str]) -> None:
-        packs = self.folder.packs()
+    def _find_packs(self, index: Index) -> None:
+        packs = self.snapshot.packs
         self.report.damaged = [error.message for error in packs.damaged.values()]
-        if complaints:
-            self.report.notes += [f"{text}; no packs are removed while it is there" for text in complaints]
+        if damaged := self.snapshot.damaged_pending:
+            self.report.notes += [f"{error.message}; no packs are removed while it is there" for error in damaged]
             return
-        needed = _needed(index, pending)
+        needed = _needed(self.snapshot)
         groups: dict[_Made, list[Pack]] = {}
         for pack in packs.good:
             made = (pack.origin.teacher, pack.origin.fingerprint.digest)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.fingerprint import Fingerprint
-from kd_cache.manifest import SOURCE
 from kd_cache.reader.attach import CachedDataset as CachedDataset
 from kd_cache.reader.attach import Gathered as Gathered
 from kd_cache.reader.gather import Gatherer
@@ -32,6 +32,7 @@ from kd_cache.reader.rows import TeacherRows
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.pack import CHECKS
+from kd_cache.store.snapshot import Snapshot
 
 _INT64 = np.dtype(np.int64)
 
@@ -81,8 +82,7 @@ class LogitCache:
         if preload is True and not in_worker:
             self.prepare()
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
-        head, separator, target = adaptation.partition("2")
-        self.target = target if separator and head == SOURCE else None
+        self.target = DCASE.target_in(adaptation)
 
     @classmethod
     def open(
@@ -124,15 +124,15 @@ class LogitCache:
         checked(preload)
         path = Path(path).expanduser()
         folder = CacheFolder(path.parent if path.is_file() else path)
-        try:
-            generation = look(folder, teachers, verify, preload)
-        except StaleError as error:
+        snapshot = Snapshot(folder)
+        if snapshot.is_older:
             warnings.warn(
-                f"{error.message}. Nothing can be checked: not the teachers' weights, the features, the split or "
+                f"{snapshot.trouble}. Nothing can be checked: not the teachers' weights, the features, the split or "
                 f"the bytes.",
                 stacklevel=2,
             )
             return cls(folder.path, older_rows(folder, teachers, expect), None, on_miss, verify, preload)
+        generation = look(snapshot, teachers, verify, preload)
         origins = generation.origins
         refuse_unexpected(generation.index, origins, expect or {})
         refuse_mixture(origins, value_kind)
@@ -318,13 +318,13 @@ def _reopen(
     signature: tuple[str, ...],
 ) -> LogitCache:
     """The same cache in another process: the packs' maps are shared with it, a large table is not made again."""
-    folder = CacheFolder(path)
+    snapshot = Snapshot(CacheFolder(path))
     index: Index | None
-    try:
-        generation = look(folder, teachers, verify, preload)
+    if snapshot.is_older:
+        index, tables = None, older_rows(snapshot.folder, teachers, None)
+    else:
+        generation = look(snapshot, teachers, verify, preload)
         index, tables = generation.index, generation.rows
-    except StaleError:
-        index, tables = None, older_rows(folder, teachers, None)
     cache = LogitCache(path, tables, index, on_miss, verify, preload, in_worker=True)
     if cache._signature() != signature:
         raise StaleError(

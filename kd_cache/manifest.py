@@ -22,24 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, listed, shown
-
-DEVICES = ("A", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
-"""Recording devices of DCASE task 1; a device's position is its integer ``domain``."""
-SOURCE = "A"
-TARGETS = DEVICES[1:6]
-UNSEEN = DEVICES[6:]
-DOMAIN_OF = {device: domain for domain, device in enumerate(DEVICES)}
-_DEVICE_OF_SPELLING = {device: device for device in DEVICES} | {"a": "A"}
-
-SCENES = (
-    "airport", "bus", "metro", "metro_station", "park", "public_square", "shopping_mall", "street_pedestrian",
-    "street_traffic", "tram",
-)  # fmt: skip
-CITIES = (
-    "amsterdam", "barcelona", "helsinki", "lisbon", "london", "lyon", "madrid", "milan", "paris", "prague",
-    "stockholm", "vienna",
-)  # fmt: skip
 
 LISTS = ("train", "val", "test")
 IGNORED = -100
@@ -73,6 +57,7 @@ class Manifest:
     samples: tuple[Sample, ...]
     digest: str
     path: Path | None = None
+    task: Task = DCASE
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,12 +80,13 @@ def spelling(file: str) -> str:
 
 
 def load_manifest(
-    path: str | Path, *, num_scenes: int = 10, num_cities: int = 12, max_bytes: int = MAX_BYTES
+    path: str | Path, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12, max_bytes: int = MAX_BYTES
 ) -> Manifest:
     """Read and check a dataset JSON.
 
     Args:
         path: the file.
+        task: which devices there are.
         num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``.
         max_bytes: a larger file is refused unread.
 
@@ -117,8 +103,8 @@ def load_manifest(
             f"cannot read the manifest {shown(path)}: {shown(reason)}",
             hint="Pass the dataset JSON with --json-path.",
         ) from error
-    samples = parse_manifest(raw, shown(path), num_scenes=num_scenes, num_cities=num_cities)
-    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path)
+    samples = parse_manifest(raw, shown(path), task=task, num_scenes=num_scenes, num_cities=num_cities)
+    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task)
 
 
 def _read_plain(path: Path, most: int) -> bytes:
@@ -137,13 +123,15 @@ def _read_plain(path: Path, most: int) -> bytes:
         return raw
 
 
-def parse_manifest(raw: bytes, name: str, *, num_scenes: int = 10, num_cities: int = 12) -> tuple[Sample, ...]:
+def parse_manifest(
+    raw: bytes, name: str, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12
+) -> tuple[Sample, ...]:
     """The samples in a manifest's bytes; ``name`` is used in messages. Raises as `load_manifest`."""
     with _without_collection():
         rows = list(_rows(parse_json(raw, name), name))
         if not rows:
             raise ManifestError(f"{name} is empty: it lists no samples")
-        read = _RowReader(name, num_scenes, num_cities)
+        read = _RowReader(name, task, num_scenes, num_cities)
         samples = []
         rows.reverse()
         while rows:  # each row goes when its sample is made: a million of both would take twice the memory
@@ -205,8 +193,9 @@ def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:
 class _RowReader:
     """Turns one JSON object into a `Sample`, or says which row is wrong and how."""
 
-    def __init__(self, name: str, num_scenes: int, num_cities: int) -> None:
+    def __init__(self, name: str, task: Task, num_scenes: int, num_cities: int) -> None:
         self.name = name
+        self.task = task
         self.num_scenes = num_scenes
         self.num_cities = num_cities
 
@@ -222,10 +211,10 @@ class _RowReader:
     def _read(self, row: Any, in_list: str | None) -> Sample:
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, found {_kind(row)}")
-        domain, device = _domain_and_device(row.get("domain"), row.get("device_id"))
+        domain, device = _domain_and_device(self.task, row.get("domain"), row.get("device_id"))
         scene = _scene_label(row, self.num_scenes)
-        if scene is None and domain == 0:
-            raise ValueError("scene_label is missing; samples of the source device A need one")
+        if scene is None and device == self.task.source:
+            raise ValueError(f"scene_label is missing; samples of the source device {device} need one")
         return Sample(
             _file(row.get("file")),
             scene,
@@ -272,20 +261,21 @@ def _label(field: str, value: Any, classes: int) -> int | None:
     return value
 
 
-def _domain_and_device(domain: Any, device: Any) -> tuple[int, str]:
-    if domain is not None and (type(domain) is not int or not 0 <= domain < len(DEVICES)):
-        raise ValueError(f"domain must be an integer from 0 to {len(DEVICES) - 1}, found {_kind(domain)}")
+def _domain_and_device(task: Task, domain: Any, device: Any) -> tuple[int, str]:
+    most = len(task.devices) - 1
+    if domain is not None and (type(domain) is not int or not 0 <= domain <= most):
+        raise ValueError(f"domain must be an integer from 0 to {most}, found {_kind(domain)}")
     if device is None:
         if domain is None:
             raise ValueError("it has neither device_id nor domain")
-        return int(domain), DEVICES[domain]
-    name = _DEVICE_OF_SPELLING.get(device) if isinstance(device, str) else None
+        return int(domain), task.devices[domain]
+    name = task.device(device) if isinstance(device, str) else None
     if name is None:
         found = f'"{shown(device)}"' if isinstance(device, str) else _kind(device)
-        raise ValueError(f"device_id is {found}, expected one of {', '.join(DEVICES)}")
-    if domain is not None and domain != DOMAIN_OF[name]:
-        raise ValueError(f"device_id {name} has domain {DOMAIN_OF[name]}, but domain is {domain}")
-    return DOMAIN_OF[name], name
+        raise ValueError(f"device_id is {found}, expected one of {', '.join(task.devices)}")
+    if domain is not None and domain != task.domain_of[name]:
+        raise ValueError(f"device_id {name} has domain {task.domain_of[name]}, but domain is {domain}")
+    return task.domain_of[name], name
 
 
 def _split(row: dict[str, Any], in_list: str | None) -> str:

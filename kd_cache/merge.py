@@ -9,34 +9,31 @@ the same command brings the rest: packs and records have the names of their cont
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from kd_cache.accuracy import refuse_wrong_joins
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, StoreError, UsageError, shown
-from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json
-from kd_cache.manifest import Manifest
-from kd_cache.pending import PendingRecord, begun, read_pending
-from kd_cache.plan import BatchPlan, load_plan
-from kd_cache.seal import SealJob, SealReport, current_in, seal_cache
-from kd_cache.splits import Selection
+from kd_cache.seal import SealJob, SealReport, seal_cache
 from kd_cache.store.atomic import make_directory, open_file, store_errors, sync_directory, temporary_beside
-from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
+from kd_cache.store.entry import carried
+from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index
-from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
 from kd_cache.store.pack import USER_BLOCK, Origin, Pack, write_pack
+from kd_cache.store.pending import PendingRecord, begun
+from kd_cache.store.plan import BatchPlan
+from kd_cache.store.snapshot import GO_ON, Snapshot
 from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
 
 _RESULTS = ("teachers", "digest", "format_version", "missing", "permitted")
-_KEPT = ("source", "storage_cost", "adopted")
 _CHUNK = 1 << 22
 _BLOCK = 65_536
 
@@ -46,31 +43,26 @@ class MergeJob:
     """What to merge into what.
 
     Attributes:
-        folder: the destination, ``<cache_root>/A2<target>``; it need not exist.
+        snapshot: the destination, which need not exist.
+        data: what it may hold. Its paths are what the index keeps: the sources' may be another machine's.
         sources: folders of caches.
         shown_path: the destination as the user wrote it; the index's paths start with it.
         only: just these teachers of the sources; all by default.
-        paths: what the index keeps as the paths of manifest and features: the sources' may be another machine's.
         files: whether the result is to have a view; ``None`` leaves that as the dumps said.
         workers: threads that read features.
     """
 
-    folder: CacheFolder
+    snapshot: Snapshot
+    data: Dataset
     sources: Sequence[Path]
-    manifest: Manifest
-    selection: Selection
-    source: FeatureSource
     shown_path: str
     only: Collection[str] = ()
-    paths: Mapping[str, Any] = field(default_factory=dict)
     files: bool | None = None
     workers: int = 2
 
-    @cached_property
-    def permitted(self) -> KeyFinder:
-        """The keys of the permitted samples."""
-        keys = keys_of(self.selection.files)
-        return KeyFinder(keys[sorted_order(keys)])
+    @property
+    def folder(self) -> CacheFolder:
+        return self.snapshot.folder
 
 
 @dataclass
@@ -111,51 +103,37 @@ def merge_caches(job: MergeJob, watcher: Watcher | None = None) -> MergeReport:
     watcher = watcher or Watcher()
     sources = [_Source(path, job) for path in _distinct(job)]
     _refuse_unknown(job, sources)
-    held = _Destination(job.folder, watcher)
+    held = _Destination(job.snapshot, watcher)
     _refuse_differing(held, sources)
     for source in sources:
         source.open_packs()
     make_directory(job.folder.packs_path)
-    _bring_plans(job.folder, sources, watcher)
+    _bring_plans(job.snapshot, sources, watcher)
     watcher.stage("merging", sum(source.size for source in sources))
     brought = [source.bring(held, watcher) for source in sources]
     try:
-        sealed = seal_cache(
-            SealJob(job.folder, job.manifest, job.selection, job.source, job.files, job.workers), watcher
-        )
+        sealed = seal_cache(SealJob(job.snapshot.again(), job.data, job.files, job.workers), watcher)
     except MissingLogitsError as error:
         hint = "What was merged is kept. Merge what holds the others too, or score them: kd-cache dump."
         raise MissingLogitsError(error.message, hint=hint) from error
     return MergeReport(brought, sealed)
 
 
-def told_in(folder: CacheFolder) -> list[Index]:
+def records_in(snapshot: Snapshot) -> list[Index]:
     """What a cache says of the making of its rows: its index, then what dumps say that have not finished.
 
     Raises:
         MissingLogitsError: nothing.
-        StaleError, CorruptError, StoreError: as `read_index`.
+        StaleError, CorruptError, StoreError: the index, or a pending record, is an older script's, damaged or newer.
     """
-    if not folder.path.is_dir():
-        raise MissingLogitsError(f"there is no cache at {shown(folder.path)}")
-    try:
-        index = folder.index(maps=False)
-    except StaleError as error:
-        raise StaleError(error.message, hint="Bring its rows in with kd-cache adopt.") from error
-    told = ([] if index is None else [index]) + read_pending(folder, _Strict())
-    if not told:
-        raise MissingLogitsError(
-            f"{shown(folder.path)} does not say what made its rows: it has neither an index nor pending records",
-            hint="Run kd-cache dump there again; it continues where it stopped.",
-        )
-    return told
-
-
-class _Strict(Watcher):
-    """A source that is damaged is not merged in part."""
-
-    def note(self, text: str) -> None:
-        raise CorruptError(text.partition(";")[0], hint="Run kd-cache dump there again.")
+    if snapshot.trouble is not None:
+        raise snapshot.refusal or snapshot.trouble
+    for error in snapshot.damaged_pending:
+        raise CorruptError(error.message, hint=GO_ON)
+    records = ([] if snapshot.index is None else [snapshot.index]) + snapshot.pending
+    if not records:
+        raise snapshot.refusal or AssertionError("there is an index, or a reason why not")
+    return records
 
 
 def _distinct(job: MergeJob) -> list[Path]:
@@ -173,15 +151,13 @@ def _distinct(job: MergeJob) -> list[Path]:
 class _Destination:
     """What the destination holds already."""
 
-    def __init__(self, folder: CacheFolder, watcher: Watcher) -> None:
-        self.folder = folder
-        self.packs = folder.packs() if folder.path.is_dir() else PackSet()
+    def __init__(self, snapshot: Snapshot, watcher: Watcher) -> None:
+        self.folder = snapshot.folder
+        self.snapshot = snapshot
         self.origins: dict[str, Origin] = {}
-        if self.packs.good or folder.index_path.exists() or folder.pending_path.exists():
-            try:
-                self.origins = current_in(folder, watcher).origins
-            except MissingLogitsError:  # a merge or dump that was interrupted before it had anything
-                self.origins = {}
+        if snapshot.packs.good or snapshot.state is not None or snapshot.folder.pending_path.exists():
+            with suppress(MissingLogitsError):  # a merge or dump that was interrupted before it had anything
+                self.origins = snapshot.current(watcher).origins
 
     def knows(self, origin: Origin) -> bool:
         known = self.origins.get(origin.teacher)
@@ -189,7 +165,7 @@ class _Destination:
 
     def holds(self, pack: Pack, rows: np.ndarray) -> bool:
         """Whether these rows are here already, byte for byte."""
-        union = self.packs.union(pack.origin)
+        union = self.snapshot.union(pack.origin)
         if union is None:
             return False
         positions = union.match(pack.keys[rows], pack.inputs[rows])
@@ -211,16 +187,16 @@ class _Source:
 
     def __init__(self, path: Path, job: MergeJob) -> None:
         self.folder = CacheFolder(path)
+        self.snapshot = Snapshot(self.folder)
         self.job = job
-        self.told = told_in(self.folder)
-        for index in self.told:
+        self.records = records_in(self.snapshot)
+        for index in self.records:
             self._refuse_other_adaptation(index)
         self.origins: dict[str, Origin] = {}
-        for index in self.told:  # a finished cache's index says what is current; a dump in progress does not change it
+        for index in self.records:  # a finished cache's index says what is current, whatever dumps are under way
             for name, origin in index.origins.items():
                 if not job.only or name in job.only:
                     self.origins.setdefault(name, origin)
-        self.packs = PackSet()
 
     def _refuse_other_adaptation(self, index: Index) -> None:
         found, expected = index.record.get("adaptation"), self.job.folder.path.name
@@ -236,16 +212,14 @@ class _Source:
 
     def _current_packs(self) -> Iterator[Pack]:
         for origin in self.origins.values():
-            yield from self.packs.of(origin)
+            yield from self.snapshot.packs.of(origin)
 
     def open_packs(self) -> None:
         """Open and check them; a damaged one of a wanted teacher is an error."""
-        self.packs = self.folder.packs(self.origins)
-        for path, error in self.packs.damaged.items():
+        for path, error in self.snapshot.packs.damaged.items():
             if teacher_in_name(path) in self.origins:
                 raise CorruptError(error.message, hint="Mend the source first: kd-cache repair, or kd-cache dump.")
-        index = self.told[0] if self.told[0].path == self.folder.index_path else None
-        refuse_wrong_joins(self.folder, self.packs, index, self.origins)
+        self.snapshot.refuse_wrong_joins(self.origins)
 
     def bring(self, held: _Destination, watcher: Watcher) -> Brought:
         """Write the records of what is new, and then the packs: a seal or `gc` in between knows whose they are."""
@@ -253,14 +227,14 @@ class _Source:
         wanted = []
         for pack in self._current_packs():
             name = pack.origin.teacher
-            rows = np.flatnonzero(self.job.permitted.find(pack.keys) >= 0)
+            rows = np.flatnonzero(self.job.data.selection.finder.find(pack.keys) >= 0)
             report.rows[name] = report.rows.get(name, 0) + len(pack)
             report.not_permitted[name] = report.not_permitted.get(name, 0) + len(pack) - len(rows)
             if len(rows) and not held.holds(pack, rows):
                 wanted.append((pack, rows))
         report.packs = len(wanted)
         if wanted or not all(held.knows(origin) for origin in self.origins.values()):
-            for index in self.told:
+            for index in self.records:
                 self._tell(held.folder, index)
         for pack, rows in wanted:
             _put(pack, rows, held.folder.packs_path)
@@ -272,13 +246,10 @@ class _Source:
         mine = {name: origin for name, origin in index.origins.items() if self._is_current(name, origin)}
         if not mine:
             return
-        settings = {**index.record.get("settings", {}), "paths": dict(self.job.paths)}
+        settings = {**index.record.get("settings", {}), "paths": dict(self.job.data.paths)}
         own = {"begun": begun(index.record), "shown_path": self.job.shown_path, "settings": settings}
         record = {key: value for key, value in index.record.items() if key not in _RESULTS} | own
-        entries = {
-            name: {key: index.record["teachers"][name][key] for key in _KEPT if key in index.record["teachers"][name]}
-            for name in mine
-        }
+        entries = {name: carried(index.record["teachers"][name]) for name in mine}
         pending = PendingRecord(folder, mine, record)
         # A name by content: merging again after an interruption must not tell the same thing twice.
         content = canonical_json([index.record["digest"], sorted(mine)])
@@ -311,11 +282,11 @@ def _refuse_differing(held: _Destination, sources: Sequence[_Source]) -> None:
                 )
 
 
-def _bring_plans(folder: CacheFolder, sources: Sequence[_Source], watcher: Watcher) -> None:
+def _bring_plans(held: Snapshot, sources: Sequence[_Source], watcher: Watcher) -> None:
     """The batch sizes that rows were scored in: a dump goes on with them, and `verify --recompute` needs them."""
-    before = plan = load_plan(folder.plan_path)
+    before = plan = held.saved_plan
     for source in sources:
-        found = load_plan(source.folder.plan_path)
+        found = source.snapshot.saved_plan
         if plan is None or found is None:
             plan = plan or found
         elif (found.batch_size, found.bins) == (plan.batch_size, plan.bins) and all(
@@ -327,7 +298,7 @@ def _bring_plans(folder: CacheFolder, sources: Sequence[_Source], watcher: Watch
                 f"{source.folder.path} was scored in batches of other sizes; the last bits of its rows may be others"
             )
     if plan is not None and plan != before:
-        plan.save(folder.plan_path)
+        plan.save(held.folder.plan_path)
 
 
 def _put(pack: Pack, rows: np.ndarray, directory: Path) -> None:

@@ -18,8 +18,8 @@ from kd_cache.features import FeatureSource
 from kd_cache.pipeline.batcher import Batcher
 from kd_cache.pipeline.device import numerics
 from kd_cache.pipeline.engine import Batch, Engine, Scored
-from kd_cache.plan import Place
 from kd_cache.store.keys import keys_of
+from kd_cache.store.plan import Place
 from kd_cache.store.union import Union
 from kd_cache.teacher import Teacher
 from kd_cache.watch import Watcher

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.errors import CorruptError, FeatureError, KDCacheError, MissingLogitsError, StoreError
+from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, StoreError
 from kd_cache.problems import (
     CORRUPT,
     INDEX,
@@ -30,13 +30,14 @@ from kd_cache.problems import (
     Problem,
     VerifyReport,
 )
-from kd_cache.seal import SealJob, current_in, seal_cache
+from kd_cache.seal import SealJob, seal_cache
+from kd_cache.store.atomic import remove_files
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin, Pack, write_pack
-from kd_cache.store.seal import remove_files
-from kd_cache.verify import VerifyJob, open_index, verify_cache
+from kd_cache.store.snapshot import Snapshot
+from kd_cache.verify import VerifyJob, state_problem, verify_cache
 from kd_cache.watch import Watcher
 
 _SCORED_AGAIN = (MISS, CORRUPT, STALE)
@@ -98,18 +99,23 @@ def repair_cache(job: RepairJob, watcher: Watcher | None = None) -> RepairReport
     audit = replace(job.audit, n=None)
     before = _audit(audit, watcher)
     report = RepairReport(before, before)
-    if _index_is_lost(audit.folder):
+    if _index_is_lost(audit.snapshot):
         _rebuild(job, report, watcher)
-        report.after = _audit(audit, watcher)
+        report.after = _audit(audit := _anew(audit), watcher)
     if report.after.problems:
-        _repair(job, report, watcher)
-    elif _is_unsealed(audit.folder):
+        _repair(replace(job, audit=audit), report, watcher)
+    elif _is_unsealed(audit.snapshot):
         _seal(job, watcher)
         report.rebuilt = True
     else:
         return report
-    report.after = _audit(replace(audit, recompute=False), watcher)
+    report.after = _audit(replace(_anew(audit), recompute=False), watcher)
     return report
+
+
+def _anew(audit: VerifyJob) -> VerifyJob:
+    """The same audit of the cache as it is now, with nothing remembered: what was mended is read from the disk."""
+    return replace(audit, snapshot=Snapshot(audit.snapshot.folder, maps=True))
 
 
 def _audit(job: VerifyJob, watcher: Watcher) -> VerifyReport:
@@ -125,34 +131,28 @@ def _refuse_unread(problems: Sequence[Problem]) -> None:
             raise StoreError(problem.reason)
 
 
-def _index_is_lost(folder: CacheFolder) -> bool:
+def _index_is_lost(snapshot: Snapshot) -> bool:
     """There is none, or a damaged one. One of an older script, of another target, of a newer kd-cache is no damage."""
-    try:
-        return folder.index() is None
-    except KDCacheError as error:
-        return error.exit_code == CorruptError.exit_code
+    return snapshot.is_damaged or (snapshot.index is None and snapshot.trouble is None)
 
 
-def _index_of(folder: CacheFolder) -> Index | None:
-    """The index, ``None`` where it is lost or another's. Raises `StoreError` where nobody can tell: it is not read."""
-    index, problems = open_index(folder)
-    _refuse_unread(problems)
-    return index
+def _index_of(snapshot: Snapshot) -> Index | None:
+    """The index, ``None`` where it is lost or another's."""
+    return snapshot.index if state_problem(snapshot) is None else None
 
 
-def _is_unsealed(folder: CacheFolder) -> bool:
+def _is_unsealed(snapshot: Snapshot) -> bool:
     """A pack that the index names is gone. Its rows may be there: a repair that was killed has taken it apart."""
-    index = _index_of(folder)
+    index = _index_of(snapshot)
     named = [] if index is None else [entry["pack"] for entry in index.record["teachers"].values()]
-    return not {name for name in named if name is not None} <= {path.name for path in folder.pack_paths()}
+    return not {name for name in named if name is not None} <= {path.name for path in snapshot.folder.pack_paths()}
 
 
 def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
     """A new index from the packs; where these lack rows as well, by scoring them."""
-    folder = job.audit.folder
-    current = current_in(folder, watcher)
+    current = job.audit.snapshot.current(watcher)
     for origin in current.origins.values():
-        drop_rows(folder, origin)
+        drop_rows(job.audit.snapshot.folder, origin)
     rows = _Rows(current.origins, current.record)
     due = rows.at_hand(job)
     try:
@@ -166,7 +166,7 @@ def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
 
 
 def _repair(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
-    index = _index_of(job.audit.folder)
+    index = _index_of(job.audit.snapshot)
     if index is None:
         return
     rows, found = _Rows(index.origins, index.record), report.after
@@ -191,9 +191,9 @@ def _take_out(job: RepairJob, report: RepairReport, rows: _Rows, due: Collection
         if replaced:
             report.confirmed[name] = (report.after.teachers[name].recomputed or 0) - len(wrong)
         if name in due and name in every:
-            drop_all(job.audit.folder, origin)
+            drop_all(job.audit.snapshot.folder, origin)
         elif wrong and not replaced:
-            drop_rows(job.audit.folder, origin, wrong)
+            drop_rows(job.audit.snapshot.folder, origin, wrong)
 
 
 def _refuse_to_keep(moved: Sequence[Problem], job: RepairJob) -> None:
@@ -268,9 +268,7 @@ def _dump_job(job: RepairJob, rows: _Rows, names: Sequence[str], dtype: str, pre
         raise ValueError("scoring again needs a device")
     return DumpJob(
         cache_root=job.cache_root,
-        manifest=job.audit.manifest,
-        selection=job.audit.selection,
-        source=job.audit.source,
+        data=job.audit.data,
         teachers={name: job.audit.teachers[name] for name in names},
         device=job.audit.device,
         dtype=dtype,
@@ -286,18 +284,10 @@ def _dump_job(job: RepairJob, rows: _Rows, names: Sequence[str], dtype: str, pre
 
 def _seal(job: RepairJob, watcher: Watcher) -> None:
     audit = job.audit
-    seal_cache(
-        SealJob(
-            audit.folder,
-            audit.manifest,
-            audit.selection,
-            audit.source,
-            workers=job.workers,
-            record=job.record,
-            shown_path=f"{job.cache_root}/{audit.folder.path.name}",
-        ),
-        watcher,
-    )
+    snapshot = Snapshot(audit.snapshot.folder)
+    shown_path = f"{job.cache_root}/{snapshot.folder.path.name}"
+    sealing = SealJob(snapshot, audit.data, workers=job.workers, record=job.record, shown_path=shown_path)
+    seal_cache(sealing, watcher)
 
 
 def drop_all(folder: CacheFolder, origin: Origin) -> None:

@@ -22,14 +22,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError, UsageError, listed, shown
-from kd_cache.manifest import CITIES, DEVICES, DOMAIN_OF, LISTS, SCENES, SOURCE, TARGETS
+from kd_cache.manifest import LISTS
 
 MELS = 64
 FRAMES = 48
 """Enough for the five poolings of CNN14, which needs 32; as float16 under 8 KiB, so a clip takes two disk blocks."""
 
-SAMPLE_CITIES = tuple(city for city in CITIES if city not in ("amsterdam", "madrid"))
+SAMPLE_CITIES = tuple(city for city in DCASE.cities if city not in ("amsterdam", "madrid"))
 """The ten cities of the TAU development sets; labels still count in the list of twelve."""
 TRAIN_MOMENTS: tuple[tuple[int, int], ...] = ((0, 0), (0, 1), (1, 0))  # of each city and scene: location, segment
 TEST_MOMENTS: tuple[tuple[int, int], ...] = ((2, 0),)
@@ -71,18 +72,18 @@ class Clip(NamedTuple):
 
 def sample_clips() -> tuple[Clip, ...]:
     """Every clip of the sample, in manifest order: train before test, device A first, then by device."""
-    places = [(scene, city) for scene in SCENES for city in SAMPLE_CITIES]
-    train = [clip for device in (SOURCE, *TARGETS) for clip in _train_clips(places, device)]
-    test = [clip for device in DEVICES for clip in _test_clips(places, device)]
+    places = [(scene, city) for scene in DCASE.scenes for city in SAMPLE_CITIES]
+    train = [clip for device in (DCASE.source, *DCASE.targets) for clip in _train_clips(places, device)]
+    test = [clip for device in DCASE.devices for clip in _test_clips(places, device)]
     return (*train, *test)
 
 
 def _train_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
     for number, (scene, city) in enumerate(places):
-        if device == SOURCE:
+        if device == DCASE.source:
             moments = TRAIN_MOMENTS
         elif _recorded(number, device, TRAIN_SHARE):
-            moments = (TRAIN_MOMENTS[(number + DOMAIN_OF[device]) % len(TRAIN_MOMENTS)],)
+            moments = (TRAIN_MOMENTS[(number + DCASE.domain_of[device]) % len(TRAIN_MOMENTS)],)
         else:
             continue
         for location, segment in moments:
@@ -91,7 +92,7 @@ def _train_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
 
 def _test_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
     for number, (scene, city) in enumerate(places):
-        if device == SOURCE or _recorded(number, device, TEST_SHARE):
+        if device == DCASE.source or _recorded(number, device, TEST_SHARE):
             for location, segment in TEST_MOMENTS:
                 yield Clip(scene, city, number * LOCATIONS + location, segment, device, "test")
 
@@ -99,7 +100,7 @@ def _test_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
 def _recorded(number: int, device: str, share: int) -> bool:
     """Whether a device other than A was carried to this city and scene; each sees all cities and all scenes."""
     scene, city = divmod(number, len(SAMPLE_CITIES))
-    tenth = (scene + city + 3 * DOMAIN_OF[device]) % 10
+    tenth = (scene + city + 3 * DCASE.domain_of[device]) % 10
     return 2 * tenth + scene % 2 < share
 
 
@@ -175,9 +176,9 @@ def manifest_bytes(clips: Iterable[Clip]) -> bytes:
 def _row(clip: Clip) -> dict[str, str | int]:
     return {
         "file": clip.file,
-        "scene_label": SCENES.index(clip.scene),
-        "city_label": CITIES.index(clip.city),
-        "domain": DOMAIN_OF[clip.device],
+        "scene_label": DCASE.scenes.index(clip.scene),
+        "city_label": DCASE.cities.index(clip.city),
+        "domain": DCASE.domain_of[clip.device],
         "device_id": clip.device,
         "split": clip.split,
         "identifier": f"{clip.city}-{clip.location}",
@@ -198,7 +199,7 @@ _BAND = np.arange(MELS, dtype=np.float64)[None, :]  # (1, F)
 
 def _soundscape(clip: Clip) -> Array:
     """The moment itself, before any device: (T, F)."""
-    scene, city = SCENES.index(clip.scene), SAMPLE_CITIES.index(clip.city)
+    scene, city = DCASE.scenes.index(clip.scene), SAMPLE_CITIES.index(clip.city)
     return (
         0.7 * _scene(scene, clip.moment)
         + _ripple(scene, city, clip.moment)
@@ -211,7 +212,7 @@ def _soundscape(clip: Clip) -> Array:
 
 def _scene(scene: int, moment: str) -> Array:
     """A scene has a spectral envelope, a rhythm in one band, and events that glide and die away."""
-    u = _draws(f"scene/{SCENES[scene]}", 12)
+    u = _draws(f"scene/{DCASE.scenes[scene]}", 12)
     v = _draws(f"scene-in/{moment}", 12)
     envelope = np.zeros((1, MELS))
     for nth, stride in enumerate((3, 7, 9)):
@@ -259,7 +260,7 @@ def _whistle(city: int, moment: str) -> Array:
 
 def _through_device(heard: Array, clip: Clip) -> Array:
     """Filter, compression of loud parts, noise floor, and the device's own noise."""
-    if clip.device == SOURCE:
+    if clip.device == DCASE.source:
         return heard + 0.2 * _noise(f"device/{clip.file}", FRAMES, MELS)
     u = _draws(f"device/{clip.device}", 4)
     filtered = heard + (2 + 1.5 * u[0]) * _smooth_curve(f"response/{clip.device}")

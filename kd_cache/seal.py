@@ -1,34 +1,29 @@
 """Sealing a cache that several processes filled: one pack per teacher, the view, and the index that makes them current.
 
-Which rows are current is what the dumps themselves wrote down (`pending`), or the index where there is nothing newer.
-No teacher is loaded. Every permitted feature is read, because a row of a feature that has changed is stale.
+Which rows are current is what the dumps themselves wrote down, or the index where there is nothing newer. No teacher is
+loaded. Every permitted feature is read, because a row of a feature that has changed is stale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kd_cache.accuracy import refuse_wrong_joins
-from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, StaleError, shown
+from kd_cache.dataset.dataset import Dataset, nothing_readable
+from kd_cache.errors import FeatureError
 from kd_cache.features import FeatureSource
-from kd_cache.finish import Ending, finish, nothing_readable
-from kd_cache.manifest import Manifest
-from kd_cache.pending import begun, begun_with, read_pending
 from kd_cache.pipeline.reading import read_ahead
-from kd_cache.publish import Published
-from kd_cache.splits import Selection
-from kd_cache.store.folder import CacheFolder, PackSet, refuse_renamed, teacher_in_name
-from kd_cache.store.index import Index, is_teacher_name
+from kd_cache.store.current import Current
+from kd_cache.store.index import Index
 from kd_cache.store.keys import keys_of
-from kd_cache.store.pack import Origin
-from kd_cache.store.view import stored_names
+from kd_cache.store.publish import Change, Published, Wanted, publish
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
 
 
@@ -37,7 +32,8 @@ class SealJob:
     """What to seal.
 
     Attributes:
-        folder: the cache.
+        snapshot: the cache.
+        data: what it is to hold.
         files: whether it is to have a view; ``None`` leaves that as the dump said.
         workers: threads that read features.
         record: what the index is to say of the run where no dump has left a record.
@@ -45,10 +41,8 @@ class SealJob:
             the dump said.
     """
 
-    folder: CacheFolder
-    manifest: Manifest
-    selection: Selection
-    source: FeatureSource
+    snapshot: Snapshot
+    data: Dataset
     files: bool | None = None
     workers: int = 2
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -73,16 +67,6 @@ class SealReport:
         }
 
 
-@dataclass(frozen=True)
-class Current:
-    """What dumps and index say is current: the newest word on each teacher counts."""
-
-    origins: dict[str, Origin]
-    entries: dict[str, dict[str, Any]]
-    missing: dict[str, str]
-    record: Mapping[str, Any]
-
-
 def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
     """Merge what dumps committed and make it current.
 
@@ -96,142 +80,40 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         StoreError: the cache cannot be written.
     """
     watcher = watcher or Watcher()
-    packs = job.folder.packs()
-    for error in packs.damaged.values():
+    snapshot, selection = job.snapshot, job.data.selection
+    for error in snapshot.packs.damaged.values():
         watcher.note(error.message)
-    earlier = _earlier(job.folder, watcher)
-    current = _current(job.folder, packs, earlier, watcher)
-    refuse_wrong_joins(job.folder, packs, earlier, current.origins)
-    inputs, known = read_digests(job.source, job.selection.files, current.missing, job.workers, watcher)
+    current = snapshot.current(watcher)
+    snapshot.refuse_wrong_joins(current.origins)
+    inputs, known = read_digests(job.data.features, selection.listed, current.missing, job.workers, watcher)
     if not known.any():
         raise nothing_readable(len(known))
-    missing = _still_missing(job.selection.files, inputs, known, packs, current)
-    shown_path = job.shown_path or str(current.record.get("shown_path", job.folder.path))
+    missing = _still_missing(selection.listed, inputs, known, snapshot, current)
+    shown_path = job.shown_path or str(current.record.get("shown_path", snapshot.folder.path))
     further = {key: value for key, value in job.record.items() if key not in current.record}
-    record = {**current.record, **further, "shown_path": shown_path}
-    end = Ending(
-        job.folder,
+    record = {**current.record, **further, "shown_path": shown_path, **job.data.described}
+    change = Change(
         shown_path,
-        job.manifest,
-        job.selection,
-        inputs,
-        known,
+        Wanted.of(selection, inputs[selection.order], known[selection.order]),
         current.origins,
-        _without_results(record),
+        record,
         bool(record.get("files", True)) if job.files is None else job.files,
-        packs,
         entries=current.entries,
         missing=missing,
-        earlier=earlier,
-        hint=_what_is_missing(read_pending(job.folder, Watcher())),
+        hint=_what_is_missing(snapshot.pending),
     )
-    return SealReport(job.folder.path, len(job.selection.files), missing, finish(end, watcher))
-
-
-def _earlier(folder: CacheFolder, watcher: Watcher) -> Index | None:
-    try:
-        index = folder.index(maps=False)
-        refuse_renamed(folder, index)
-        return index
-    except CorruptError as error:
-        watcher.note(f"{error.message}; it is written anew")
-        return None
-    except StaleError as error:
-        raise StaleError(error.message, hint=error.hint or "Bring its rows in with kd-cache adopt.") from error
-
-
-def current_in(folder: CacheFolder, watcher: Watcher | None = None) -> Current:
-    """The newest word on each teacher. Raises as `seal_cache`, of what is not there or cannot be read."""
-    watcher = watcher or Watcher()
-    return _current(folder, None, _earlier(folder, watcher), watcher)
-
-
-def _current(folder: CacheFolder, packs: PackSet | None, earlier: Index | None, watcher: Watcher) -> Current:
-    """From the index and what dumps wrote down; where both are lost, from the packs, if these leave no choice.
-
-    ``packs`` are those of the folder, ``None`` to open them if they are needed.
-    """
-    told = ([] if earlier is None else [earlier]) + read_pending(folder, watcher)
-    told.sort(key=lambda index: begun(index.record))
-    found = Current({}, {}, {}, told[-1].record if told else {})
-    for index in told:
-        refuse_renamed(folder, index)
-        found.missing.update(index.missing)
-    words = [(begun_with(index, name), name, index) for index in told for name in index.record["teachers"]]
-    for when, name, index in sorted(words, key=lambda word: word[0]):
-        if index is not earlier and _is_told(earlier, name, index):
-            continue
-        origin = index.origins[name]
-        same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
-        found.origins[name] = origin
-        kept = found.entries.get(name, {}) if same else {}
-        own = {} if when == begun(found.record) else {"begun": when}
-        found.entries[name] = _merged(kept, index.record["teachers"][name]) | own
-    if earlier is not None:  # in the order that readers are used to
-        ordered = dict.fromkeys([*earlier.origins, *found.origins])
-        found = replace(found, origins={name: found.origins[name] for name in ordered})
-    if earlier is None and (not told or folder.index_path.exists()):
-        packs = packs or folder.packs()
-        found.origins.update(packs.sole_origins(found.origins))
-        _refuse_forgotten(folder, packs, found)
-    if not found.origins:
-        raise MissingLogitsError(f"{shown(folder.path)} holds nothing to seal", hint="Run kd-cache dump.")
-    return found
-
-
-def _is_told(earlier: Index | None, name: str, record: Index) -> bool:
-    """Whether the index counts what this record says of a teacher: a crash just after the index leaves both."""
-    entry = None if earlier is None else earlier.record["teachers"].get(name)
-    if earlier is None or entry is None:
-        return False
-    same = entry["fingerprint"] == record.record["teachers"][name]["fingerprint"]
-    return bool(same and begun_with(record, name) <= begun_with(earlier, name))
-
-
-def _refuse_forgotten(folder: CacheFolder, packs: PackSet, current: Current) -> None:
-    """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would be told."""
-    traces = {teacher_in_name(path) for path in packs.damaged}
-    if folder.path.is_dir():
-        traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
-    forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
-    if forgotten and current.origins:
-        names = ", ".join(forgotten)
-        raise CorruptError(
-            f"{shown(folder.path)} has no index that can be read, and no pack of {names} that can be read",
-            hint=f"Run kd-cache dump with all teachers that the cache is to hold; what is left of {names} goes if they "
-            "are not among them.",
-        )
-
-
-def _merged(kept: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Two entries of one fingerprint: costs of storage were measured by each process over its own rows."""
-    merged = {key: value for key, value in kept.items() if key != "begun"}
-    merged |= {key: entry[key] for key in ("source", "adopted", "storage_cost") if key in entry}
-    if "storage_cost" in kept and "storage_cost" in entry:
-        merged["storage_cost"] = _added(kept["storage_cost"], entry["storage_cost"])
-    return merged
-
-
-def _added(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    rows = a["rows"] + b["rows"]
-    added: dict[str, Any] = {}
-    for key in a:
-        if key.endswith("_mean"):
-            added[key] = (a[key] * a["rows"] + b[key] * b["rows"]) / max(rows, 1)
-        else:
-            added[key] = max(a[key], b[key]) if key.endswith("_max") else a[key] + b[key]
-    return added
+    return SealReport(snapshot.folder.path, len(selection.listed), missing, publish(snapshot, change, watcher))
 
 
 def _still_missing(
-    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, packs: PackSet, current: Current
+    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, snapshot: Snapshot, current: Current
 ) -> dict[str, str]:
     """Of what any dump could not score, that which no other one did."""
     listed = [number for number, file in enumerate(files) if file in current.missing]
     absent = ~known[listed]
     keys = keys_of(files[number] for number in listed)
     for origin in current.origins.values():
-        union = packs.union(origin)
+        union = snapshot.union(origin)
         absent |= True if union is None else union.match(keys, inputs[listed]) < 0
     return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
 
@@ -247,12 +129,6 @@ def _what_is_missing(pending: Sequence[Index]) -> str:
             names = ", ".join(f"{number}/{count}" for number in sorted(numbers)[:20])
             return f"These parts have not run: {names}. Run kd-cache dump --shard for them, then seal again."
     return "Run kd-cache dump again (with the same --shard, if the work was split), then seal."
-
-
-def _without_results(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run without what this publication says itself."""
-    results = ("teachers", "digest", "format_version", "missing", "permitted", "part")
-    return {key: value for key, value in record.items() if key not in results}
 
 
 def read_digests(

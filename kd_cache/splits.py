@@ -9,38 +9,22 @@ unrelated names, nor a link to a single file.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import DataLeakageError, UsageError, listed, shown
-from kd_cache.manifest import (
-    CITIES,
-    SCENES,
-    SOURCE,
-    TARGETS,
-    UNSEEN,
-    Manifest,
-    Sample,
-    place_name,
-    sample_key,
-    spelling,
-)
+from kd_cache.manifest import Manifest, Sample, place_name, sample_key, spelling
 from kd_cache.provenance import Provenance
-from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
+from kd_cache.store.keys import NO_LABEL, KeyFinder, keys_of, sorted_order
 from kd_cache.watch import Watcher
 
-# TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later). People put
-# words and folders around them, and other suffixes behind.
-_TAU_NAME = re.compile(
-    rf"(?<![a-z])(?:{'|'.join(SCENES)})-({'|'.join(CITIES)})-([0-9]+)-[0-9]+(?:-[0-9]+)?-(?:a|b|c|s[1-6])(?![a-z0-9])",
-    re.IGNORECASE | re.ASCII,
-)
-# What people call the split that is held out. Only "train" is ever selected; these are what it must not meet.
-_HELD_OUT = ("test", "eval", "evaluate", "evaluation")
 _PATH_MAX = 4096
 
 
@@ -57,16 +41,59 @@ class Selection:
     located: int
     locatable: int
     shared_locations: tuple[str, ...] = ()
+    task: Task = DCASE
+
+    @cached_property
+    def listed(self) -> list[str]:
+        """The permitted files in the manifest's order."""
+        return [sample.file for sample in self.samples]
 
     @property
     def files(self) -> list[str]:
-        return [sample.file for sample in self.samples]
+        """A copy of ``listed``."""
+        return list(self.listed)
+
+    @cached_property
+    def listed_keys(self) -> np.ndarray:
+        """``[N, 16]`` u1: the keys of ``listed``."""
+        return keys_of(self.listed)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """``[N]``: ``keys[i]`` is that of ``samples[order[i]]``."""
+        return sorted_order(self.listed_keys)
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """``[N, 16]`` u1: the keys of the permitted files, ascending. What works on samples numbers them so."""
+        keys: np.ndarray = self.listed_keys[self.order]
+        return keys
+
+    @cached_property
+    def by_key(self) -> list[str]:
+        """The permitted files in the order of their keys."""
+        return [self.listed[number] for number in self.order.tolist()]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """``[N]`` int32 in the order of ``keys``: scenes of source samples; -1 for none, and for the target's."""
+        labels = [
+            sample.scene_label if sample.device_id == self.task.source and sample.scene_label is not None else NO_LABEL
+            for sample in self.samples
+        ]
+        found: np.ndarray = np.array(labels, np.int32)[self.order]
+        return found
+
+    @cached_property
+    def finder(self) -> KeyFinder:
+        """Finds keys among ``keys``."""
+        return KeyFinder(self.keys)
 
     @property
     def per_device(self) -> dict[str, int]:
         """Permitted samples by device, the source first."""
         counts = Counter(sample.device_id for sample in self.samples)
-        return {device: counts[device] for device in (SOURCE, self.target)}
+        return {device: counts[device] for device in (self.task.source, self.target)}
 
 
 def select(
@@ -84,8 +111,8 @@ def select(
         DataLeakageError: naming the first 20 offending samples and how many there are.
         UsageError: an unknown target, or a selection without samples of A or of the target.
     """
-    if target not in TARGETS:
-        raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(TARGETS)}")
+    if target not in manifest.task.targets:
+        raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(manifest.task.targets)}")
     return _guarded(manifest, target, allow_shared_locations, data_root)
 
 
@@ -93,25 +120,26 @@ def select_source(
     manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None
 ) -> Selection:
     """The train samples of A alone: what a scene teacher learns from. Arguments and errors as for `select`."""
-    return _guarded(manifest, SOURCE, allow_shared_locations, data_root)
+    return _guarded(manifest, manifest.task.source, allow_shared_locations, data_root)
 
 
 def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
+    task = manifest.task
     train = [sample for sample in manifest if sample.split == "train"]
-    test = [sample for sample in manifest if sample.split.strip().casefold() in _HELD_OUT]
+    test = [sample for sample in manifest if sample.split.strip().casefold() in task.held_out]
     _refuse_contradictions(manifest)
-    _refuse_unseen_devices(train)
+    _refuse_unseen_devices(train, task)
     _refuse_files_in_two_splits(manifest, data_root)
-    located, shared = _shared_locations(train, test)
+    located, shared = _shared_locations(train, test, task)
     if shared and not allow_shared_locations:
         raise DataLeakageError(
             f"{len(shared)} train samples were recorded at a location that also occurs in test\n{listed(shared)}",
             hint="Move them out of train, or pass --allow-shared-locations if that is intended.",
         )
-    chosen = tuple(sample for sample in train if sample.device_id in (SOURCE, target))
-    _refuse_empty(chosen, target)
+    chosen = tuple(sample for sample in train if sample.device_id in (task.source, target))
+    _refuse_empty(chosen, target, task)
     _refuse_collisions(chosen)
-    return Selection(target, chosen, located, len(train) + len(test), tuple(shared))
+    return Selection(target, chosen, located, len(train) + len(test), tuple(shared), task)
 
 
 def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
@@ -120,18 +148,19 @@ def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
     outside = [file for file in files if file not in permitted]
     if outside:
         raise DataLeakageError(
-            f"{len(outside)} files are not permitted train samples of A or {selection.target}\n{listed(outside)}"
+            f"{len(outside)} files are not permitted train samples of {selection.task.source} or {selection.target}"
+            f"\n{listed(outside)}"
         )
 
 
-def location(sample: Sample) -> str | None:
-    """``city-location`` from the row's own field, else from a TAU file name, else ``None``."""
-    return sample.location or location_in_name(sample.file)
+def location(sample: Sample, task: Task = DCASE) -> str | None:
+    """``city-location`` from the row's own field, else from a file name that tells it, else ``None``."""
+    return sample.location or location_in_name(sample.file, task)
 
 
-def location_in_name(file: str) -> str | None:
-    """``city-location`` of a file named as TAU names its clips, else ``None``."""
-    found = _TAU_NAME.findall(file)
+def location_in_name(file: str, task: Task = DCASE) -> str | None:
+    """``city-location`` of a file named as the task's clips are, else ``None``."""
+    found = task.place_in_name.findall(file)
     return place_name("-".join(found[-1])) if found else None
 
 
@@ -145,11 +174,11 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise DataLeakageError(f"{len(wrong)} samples contradict the list they stand in\n{listed(wrong)}")
 
 
-def _refuse_unseen_devices(train: list[Sample]) -> None:
-    wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in UNSEEN]
+def _refuse_unseen_devices(train: list[Sample], task: Task) -> None:
+    wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in task.unseen]
     if wrong:
         raise DataLeakageError(
-            f"{len(wrong)} train samples come from the unseen devices {', '.join(UNSEEN)}, "
+            f"{len(wrong)} train samples come from the unseen devices {', '.join(task.unseen)}, "
             f"which only the final evaluation may use\n{listed(wrong)}"
         )
 
@@ -199,16 +228,16 @@ class Places:
         return real
 
 
-def _shared_locations(train: list[Sample], test: list[Sample]) -> tuple[int, list[str]]:
+def _shared_locations(train: list[Sample], test: list[Sample], task: Task) -> tuple[int, list[str]]:
     """How many rows have a known location, and the train rows whose location occurs in test.
 
     A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
     """
-    held_out = {place for sample in test for place in places_of_sample(sample)}
-    located = sum(1 for sample in test if places_of_sample(sample))
+    held_out = {place for sample in test for place in places_of_sample(sample, task)}
+    located = sum(1 for sample in test if places_of_sample(sample, task))
     shared = []
     for sample in train:
-        places = places_of_sample(sample)
+        places = places_of_sample(sample, task)
         located += bool(places)
         common = places & held_out
         if common:
@@ -216,17 +245,17 @@ def _shared_locations(train: list[Sample], test: list[Sample]) -> tuple[int, lis
     return located, shared
 
 
-def places_of_sample(sample: Sample) -> set[str]:
+def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
     """Its recording location by its field and by its name: none, one, or two that contradict each other."""
-    return {place for place in (sample.location, location_in_name(sample.file)) if place is not None}
+    return {place for place in (sample.location, location_in_name(sample.file, task)) if place is not None}
 
 
-def _refuse_empty(chosen: tuple[Sample, ...], target: str) -> None:
-    for device in (SOURCE, target):
+def _refuse_empty(chosen: tuple[Sample, ...], target: str, task: Task) -> None:
+    for device in (task.source, target):
         if not any(sample.device_id == device for sample in chosen):
             raise UsageError(
                 f"the manifest has no train samples of device {device}, so there is nothing to adapt "
-                f"{'from' if device == SOURCE else 'to'}",
+                f"{'from' if device == task.source else 'to'}",
                 hint="Check --json-path and --target.",
             )
 
@@ -239,8 +268,7 @@ def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
 def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> list[str]:
     """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it."""
     keys = provenance.keys
-    permitted = keys_of(selection.files)
-    outside = keys[KeyFinder(permitted[sorted_order(permitted)]).find(keys) < 0]
+    outside = keys[selection.finder.find(keys) < 0]
     if not len(outside):
         return []
     rows = list(manifest)
@@ -275,7 +303,7 @@ def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: S
         if provenance is not None and (found := leaked(provenance, manifest, selection)):
             raise DataLeakageError(
                 f"teacher {shown(name)} was trained or validated on {len(found)} samples that are not permitted train "
-                f"samples of A or {selection.target}\n{listed(found)}",
+                f"samples of {selection.task.source} or {selection.target}\n{listed(found)}",
                 hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
                 "with.",
             )

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kd_cache.dataset.task import Task
 from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.features import MAX_BYTES, FeatureSource
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import IGNORED, SOURCE, Manifest, Sample, load_manifest
+from kd_cache.manifest import IGNORED, Manifest, Sample, load_manifest
 from kd_cache.packed_features import PackedFeatures
 from kd_cache.reader.attach import CachedDataset, Gathered
 from kd_cache.reader.parcel import sent_batch
@@ -144,7 +145,7 @@ def student_loader(
     """
     manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
-    target = _target(cache, target)
+    target = _target(cache, target, manifest.task)
     root = Path(data_root).expanduser()
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)
     samples: Sequence[Sample] = selection.samples
@@ -182,11 +183,10 @@ def _scored(cache: LogitCache, samples: Sequence[Sample]) -> tuple[np.ndarray, n
     return None if digests is None else (digests, present)
 
 
-def _target(cache: LogitCache, target: str | None) -> str:
+def _target(cache: LogitCache, target: str | None, task: Task) -> str:
     if target is None and cache.target is None:
         raise UsageError(f"the folder name of {shown(cache.path)} does not say its target; pass target=…")
     if target is not None and cache.target is not None and target != cache.target:
-        raise UsageError(
-            f"the cache {shown(cache.path)} is for {SOURCE} → {cache.target}, not for target {shown(target)}"
-        )
+        made_for = f"{task.source} → {cache.target}"
+        raise UsageError(f"the cache {shown(cache.path)} is for {made_for}, not for target {shown(target)}")
     return target or str(cache.target)

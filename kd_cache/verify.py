@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kd_cache.accuracy import alarm, changed_labels, labels_of, measure, stored_accuracy
 from kd_cache.audited import Features, Rows
-from kd_cache.errors import CorruptError, FeatureError, KDCacheError, shown
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import Manifest, sample_key
-from kd_cache.pending import read_pending
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.errors import CorruptError, FeatureError, shown
+from kd_cache.pipeline.places import places_of
 from kd_cache.pipeline.reading import read_ahead
-from kd_cache.plan import BatchPlan, load_plan, places_of, plan_of
 from kd_cache.problems import (
     ALL_ROWS,
     CORRUPT,
@@ -40,12 +37,15 @@ from kd_cache.problems import (
     TeacherResult,
     VerifyReport,
 )
-from kd_cache.splits import Selection, leaked, tell_of_untold
-from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
+from kd_cache.splits import leaked, tell_of_untold
+from kd_cache.store.accuracy import alarm, changed_labels, stored_accuracy
+from kd_cache.store.folder import teacher_in_name
 from kd_cache.store.index import Index
-from kd_cache.store.keys import KeyFinder, keys_of, sorted_order
+from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import Origin
 from kd_cache.store.permitted import NO_LABEL, Permitted
+from kd_cache.store.plan import BatchPlan
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
 from kd_cache.store.view import differing, stored_names, view_names
 from kd_cache.teacher import Teacher, teacher_fingerprint
@@ -62,6 +62,8 @@ class VerifyJob:
     """What to verify, against what.
 
     Attributes:
+        snapshot: the cache.
+        data: what it promises to hold.
         teachers: loaded teachers by name; their fingerprints must be those of the rows.
         unchecked: teachers whose fingerprint cannot be compared, with the reason; ``True`` makes that a problem.
         n: how many random samples; ``None`` takes every one and looks for surplus rows and files too.
@@ -70,10 +72,8 @@ class VerifyJob:
         only: audit just these teachers' rows; all by default.
     """
 
-    folder: CacheFolder
-    manifest: Manifest
-    selection: Selection
-    source: FeatureSource
+    snapshot: Snapshot
+    data: Dataset
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
     unchecked: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
     n: int | None = 100
@@ -90,69 +90,64 @@ def verify_cache(job: VerifyJob, watcher: Watcher | None = None) -> VerifyReport
     return _Audit(job, watcher or Watcher()).run()
 
 
-def open_index(folder: CacheFolder, *, maps: bool = True) -> tuple[Index | None, list[Problem]]:
-    """The index, with its maps or quickly without, or the problem that keeps everything else from being checked."""
-    try:
-        index = folder.index(maps=maps)
-    except KDCacheError as error:
-        kind = {4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)
-        return None, [Problem(kind, "", shown(folder.index_path), shown(error.message), INDEX)]
-    if index is not None:
-        adaptation = str(index.record.get("adaptation", folder.path.name))
-        if adaptation == folder.path.name:
-            return index, []
-        reason = f"this folder holds the cache of {adaptation}: it was copied or renamed"
-        return None, [Problem(STALE, "", shown(folder.index_path), shown(reason), INDEX)]
-    exists = folder.packs_path.is_dir()
-    reason = "the dump did not finish; run it again" if exists else "there is no cache here; run kd-cache dump"
-    return None, [Problem(MISS, "", shown(folder.index_path), reason, INDEX)]
+def state_problem(snapshot: Snapshot) -> Problem | None:
+    """What keeps everything else of a cache from being checked; ``None`` where it is finished and in its place."""
+    error = snapshot.refusal or (snapshot.renamed if snapshot.index is not None else None)
+    if error is None:
+        return None
+    kind = {3: MISS, 4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)
+    return Problem(kind, "", shown(snapshot.folder.index_path), shown(error.message), INDEX)
 
 
 class _Audit:
     def __init__(self, job: VerifyJob, watcher: Watcher) -> None:
         self.job = job
         self.watcher = watcher
-        self.all_files = job.selection.files
-        self.all_keys = keys_of(self.all_files)
-        self.permitted = KeyFinder(self.all_keys[sorted_order(self.all_keys)])
-        self.files, self.keys = self.all_files, self.all_keys
-        if job.n is not None and job.n < len(self.all_files):
-            drawn = sorted(random.Random(job.seed).sample(range(len(self.all_files)), job.n))  # noqa: S311 (no secret)
-            self.files, self.keys = [self.all_files[number] for number in drawn], self.all_keys[drawn]
+        self.snapshot = job.snapshot.again(maps=True)
+        selection = job.data.selection
+        self.files, self.keys = selection.listed, selection.listed_keys
+        if job.n is not None and job.n < len(self.files):
+            drawn = sorted(random.Random(job.seed).sample(range(len(self.files)), job.n))  # noqa: S311 (no secret)
+            self.files, self.keys = [self.files[number] for number in drawn], self.keys[drawn]
         self.changed: set[str] = set()
         self.report = VerifyReport(
-            str(job.folder.path), job.seed, len(self.files), len(self.all_files), everything=job.n is None
+            str(self.snapshot.folder.path),
+            job.seed,
+            len(self.files),
+            len(selection.listed),
+            everything=job.n is None,
         )
 
     def run(self) -> VerifyReport:
-        index, problem = open_index(self.job.folder)
-        if index is None:
-            self.report.problems += problem
+        index, problem = self.snapshot.index, state_problem(self.snapshot)
+        if index is None or problem is not None:
+            self.report.problems += [] if problem is None else [problem]
             return self.report
-        packs = self.job.folder.packs()
-        for path, error in packs.damaged.items():
+        for path, error in self.snapshot.packs.damaged.items():
             self._problem(CORRUPT, teacher_in_name(path), str(path), error.message, PACK)
         permitted = self._permitted_then(index)
         if permitted is not None:
-            self._compare_labels(index, packs, permitted)
-        if pending := read_pending(self.job.folder, self.watcher):
-            self.report.notes.append(f"dumps begun of which the index tells nothing: {len(pending)}; see kd-cache seal")
+            self._compare_labels(index, permitted)
+        for damaged in self.snapshot.damaged_pending:
+            self.watcher.note(f"{damaged.message}; it is passed over")
+        if pending := self.snapshot.pending:
+            self.report.notes.append(f"dumps begun that the index does not know yet: {len(pending)}; see kd-cache seal")
         present = self._features_now(index)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:
                 continue
-            self._audit_teacher(index, packs, name, origin, present)
+            self._audit_teacher(index, name, origin, present)
             if permitted is not None:
-                self._compare_accuracy(index, packs, permitted, name, origin)
+                self._compare_accuracy(index, permitted, name, origin)
             self._compare_provenance(name)
-        self._look_for_forbidden_rows(packs)
+        self._look_for_forbidden_rows()
         self._look_for_forbidden_entries(index)
         self._compare_manifest(index)
         if self.job.n is None:
             self._check_plan(index)
             self._look_the_other_way(index)
         if self.job.recompute:
-            self._recompute(index, packs)
+            self._recompute(index)
         return self.report
 
     def _problem(self, kind: str, teacher: str, file: str, reason: str, about: str = ROW) -> None:
@@ -167,18 +162,19 @@ class _Audit:
     def _permitted_then(self, index: Index) -> Permitted | None:
         """The permitted samples and labels of the dump."""
         try:
-            return self.job.folder.permitted(index)
+            return self.snapshot.permitted
         except FileNotFoundError:
-            path = self.job.folder.path / index.record["permitted"]["file"]
-            self._problem(CORRUPT, "", str(path), "the index names it, but it is not there; run kd-cache seal", INDEX)
+            reason = "the index names it, but it is not there; run kd-cache seal"
         except CorruptError as error:
-            path = self.job.folder.path / index.record["permitted"]["file"]
-            self._problem(CORRUPT, "", str(path), error.message, INDEX)
+            reason = error.message
+        path = self.snapshot.folder.path / index.record["permitted"]["file"]
+        self._problem(CORRUPT, "", str(path), reason, INDEX)
         return None
 
-    def _compare_labels(self, index: Index, packs: PackSet, then: Permitted) -> None:
+    def _compare_labels(self, index: Index, then: Permitted) -> None:
         """Labels are no part of a row, but an accuracy measured with others says nothing any more."""
-        now = Permitted.of(*labels_of(self.job.selection))
+        selection = self.job.data.selection
+        now = Permitted.of(selection.keys, selection.labels)
         changed = changed_labels(then, now)
         if not changed:
             return
@@ -186,15 +182,17 @@ class _Audit:
         for name, origin in index.origins.items():
             before = stored_accuracy(index.record["teachers"][name])
             if before is not None:
-                moved.append(f"{name} {before.share} → {measure(packs.union(origin), now).share}")
-        file_of = {key.tobytes(): file for key, file in zip(self.all_keys, self.all_files, strict=True)}
+                accuracy = self.snapshot.accuracy(self.snapshot.union(origin), now)
+                moved.append(f"{name} {before.share} → {accuracy.share}")
+        file_of = {key.tobytes(): file for key, file in zip(selection.keys, selection.by_key, strict=True)}
         for key, old, new in changed:
             was, is_now = ("none" if label == NO_LABEL else label for label in (old, new))
             reason = f"its scene label was {was} at the dump and is {is_now} now (accuracy: {', '.join(moved)})"
             self._problem(STALE, "", file_of[key], f"{reason}; run kd-cache repair", LABEL)
 
-    def _compare_accuracy(self, index: Index, packs: PackSet, then: Permitted, name: str, origin: Origin) -> None:
-        wrong = alarm(packs.union(origin), then, index.record["teachers"][name])
+    def _compare_accuracy(self, index: Index, then: Permitted, name: str, origin: Origin) -> None:
+        now = self.snapshot.accuracy(self.snapshot.union(origin), then)
+        wrong = alarm(now, index.record["teachers"][name])
         if wrong is not None:
             self._problem(CORRUPT, name, ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
 
@@ -204,7 +202,7 @@ class _Audit:
         if provenance is None:
             return
         tell_of_untold({name: self.job.teachers[name]}, self.watcher)
-        for told in leaked(provenance, self.job.manifest, self.job.selection):
+        for told in leaked(provenance, self.job.data.manifest, self.job.data.selection):
             self._problem(LEAK, name, ALL_ROWS, f"its teacher was made with {told}", TEACHER)
 
     # -- features -----------------------------------------------------------------------------------------------------
@@ -214,7 +212,8 @@ class _Audit:
         self.watcher.stage("checking", len(self.files))
         found = Features(np.zeros((len(self.files), 16), np.uint8), np.zeros(len(self.files), bool))
         known_missing = index.missing
-        for number, feature in enumerate(chain.from_iterable(read_ahead(self.job.source, self.files, workers=0))):
+        chunks = read_ahead(self.job.data.features, self.files, workers=0)
+        for number, feature in enumerate(chain.from_iterable(chunks)):
             if not isinstance(feature, FeatureError):
                 found.digests[number] = np.frombuffer(feature.digest, np.uint8)
                 found.readable[number] = True
@@ -225,7 +224,7 @@ class _Audit:
 
     # -- one teacher --------------------------------------------------------------------------------------------------
 
-    def _audit_teacher(self, index: Index, packs: PackSet, name: str, origin: Origin, present: Features) -> None:
+    def _audit_teacher(self, index: Index, name: str, origin: Origin, present: Features) -> None:
         result = self.report.teachers[name] = TeacherResult(checked=len(self.files))
         entry = index.record["teachers"][name]
         if "adopted" in entry:
@@ -237,7 +236,7 @@ class _Audit:
             is_current = False
         else:
             is_current = self._check_fingerprint(name, origin, result)
-        union = packs.union(origin)
+        union = self.snapshot.union(origin)
         rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.keys, present)
         self._tell_of_rows(name, rows, index.missing)
         result.rows = 0 if union is None else int((~union.repeats).sum())
@@ -302,7 +301,7 @@ class _Audit:
         for start in range(0, len(present), _BLOCK):
             part = present[start : start + _BLOCK]
             for position, is_missing in differing(
-                self.job.folder.view_path(name), self.keys[part], union.take(at[part])
+                self.snapshot.folder.view_path(name), self.keys[part], union.take(at[part])
             ):
                 number = int(part[position])
                 what = "is missing" if is_missing else "differs from the pack"
@@ -313,9 +312,10 @@ class _Audit:
 
     # -- what nothing promises ----------------------------------------------------------------------------------------
 
-    def _look_for_forbidden_rows(self, packs: PackSet) -> None:
-        for pack in packs.good:
-            for row in np.flatnonzero(self.permitted.find(pack.keys) < 0).tolist():
+    def _look_for_forbidden_rows(self) -> None:
+        permitted = self.job.data.selection.finder
+        for pack in self.snapshot.packs.good:
+            for row in np.flatnonzero(permitted.find(pack.keys) < 0).tolist():
                 file = pack.file_bytes(row).decode("utf-8", "replace")
                 reason = f"{pack.path.name} holds it, but the manifest does not permit it; run kd-cache dump"
                 self._problem(LEAK, pack.origin.teacher, file, reason, PACK)
@@ -323,12 +323,12 @@ class _Audit:
                     self.report.teachers[pack.origin.teacher].forbidden += 1
 
     def _compare_manifest(self, index: Index) -> None:
-        if index.record["manifest"]["sha256"] != self.job.manifest.digest:
+        if index.record["manifest"]["sha256"] != self.job.data.manifest.digest:
             self.report.notes.append("the manifest is not byte for byte the one that was dumped")
 
     def _look_for_forbidden_entries(self, index: Index) -> None:
         """Index → manifest: entries of samples that are not permitted."""
-        permitted = set(self.all_files)
+        permitted = set(self.job.data.selection.listed)
         for name in index.origins:
             for file in index.maps[name]:
                 if file not in permitted:
@@ -336,8 +336,8 @@ class _Audit:
 
     def _check_plan(self, index: Index) -> None:
         """The batch plan beside the index is the one that it tells of, or one that a later dump has begun to extend."""
-        told, path = BatchPlan.from_json(index.record.get("plan")), self.job.folder.plan_path
-        saved = load_plan(path)
+        told, path = BatchPlan.from_json(index.record.get("plan")), self.snapshot.folder.plan_path
+        saved = self.snapshot.saved_plan
         if told is not None and (saved is None or not saved.holds(told)):
             kind = CORRUPT if path.exists() else MISS
             self._problem(kind, "", str(path), "it is not the plan that the index tells of; run kd-cache repair", INDEX)
@@ -345,31 +345,30 @@ class _Audit:
     def _look_the_other_way(self, index: Index) -> None:
         """Disk → index: row files that nothing promises, in every folder that may hold some."""
         forbidden: set[str] | None = None
-        for directory in self.job.folder.view_folders():
+        for directory in self.snapshot.folder.view_folders():
             name = directory.name
             promised = {path.rpartition("/")[2] for path in index.maps.get(name, {}).values()}
             for surplus in sorted(stored_names(directory) - promised):
                 if forbidden is None:
-                    listed = {*view_names(keys_of(sample.file for sample in self.job.manifest))}
-                    forbidden = listed - {*view_names(self.all_keys)}
+                    listed = {*view_names(keys_of(sample.file for sample in self.job.data.manifest))}
+                    forbidden = listed - {*view_names(self.job.data.selection.keys)}
                 kind = LEAK if surplus in forbidden else STALE
                 reason = "nothing promises this file; run kd-cache dump, or remove it"
                 self._problem(kind, name, f"{name}/{surplus}", reason, VIEW)
 
     # -- scoring again ------------------------------------------------------------------------------------------------
 
-    def _recompute(self, index: Index, packs: PackSet) -> None:
+    def _recompute(self, index: Index) -> None:
         from kd_cache.recompute import Recheck
 
         if self.job.device is None:
             raise ValueError("recomputing needs a device")
-        plan = plan_of(self.job.folder.plan_path, index.record)
-        in_order = sorted(self.all_files, key=sample_key)
-        places = {} if plan is None else places_of(self.job.source, in_order, plan)
+        plan = self.snapshot.plan
+        places = {} if plan is None else places_of(self.job.data.features, self.job.data.selection.by_key, plan)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:
                 continue
-            union = packs.union(origin)
+            union = self.snapshot.union(origin)
             if name in self.changed or union is None:
                 why = "it changed since the dump" if name in self.changed else "it has no rows"
                 self.report.notes.append(f"{name}: not recomputed, because {why}")
@@ -380,7 +379,7 @@ class _Audit:
                     self._problem(UNCHECKED, name, ALL_ROWS, f"it cannot be recomputed: {why}", TEACHER)
                 continue
             recheck = Recheck(self.job.teachers[name], union, places, self.job.device)
-            checked = recheck.run(self.files, self.job.source, self.watcher)
+            checked = recheck.run(self.files, self.job.data.features, self.watcher)
             result = self.report.teachers[name]
             result.recomputed, result.bit_exact, result.deviation = checked.rows, checked.bit_exact, checked.deviation
             for file, reason in checked.wrong:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.dump_run import dump_and_report
-from kd_cache.cli.inputs import inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described
 from kd_cache.commands import Report, Run
@@ -25,20 +25,18 @@ def extract(
     run: Run, screen: Screen, target: str, checkpoint: list[str], output_dir: Path, device: str, workers: int
 ) -> Report:
     """Guard, load, embed, verify."""
-    inputs = inputs_of(target, run.values)
+    data = data_of(target, run.values)
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
         specs, sources = _sources(checkpoint)
     job = DumpJob(
         cache_root=output_dir / FOLDER,
-        manifest=inputs.manifest,
-        selection=inputs.selection,
-        source=inputs.source,
+        data=data,
         teachers=sources,
         device=resolve_device(device),
         files=False,
         workers=workers,
         notes={spec.name: {"source": described(spec, sources[spec.name])} for spec in specs},
-        record=run_record(run, inputs),
+        record=run_record(run, data),
     )
     code, content = dump_and_report(job, 10, screen)
     lines = ["", f"Embeddings: {', '.join(f'--embeddings {name}' for name in sources)}"]

@@ -9,9 +9,9 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import CheckpointError
 from kd_cache.fingerprint import weights_digest
-from kd_cache.manifest import CITIES, SCENES
 from kd_cache.provenance import Provenance
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, backbone_from
 from kd_cache.train.backbone import Backbone
@@ -101,7 +101,7 @@ class LoadedTeacher(nn.Module):
     def _class_names(self) -> tuple[str, ...] | None:
         names = self.record.get("class_names")
         if names is None:
-            return next((known for known in (SCENES, CITIES) if len(known) == self.num_classes), None)
+            return next((known for known in (DCASE.scenes, DCASE.cities) if len(known) == self.num_classes), None)
         if len(names) != self.num_classes:
             raise CheckpointError(
                 f"the record names {len(names)} classes, the weights have {self.num_classes} outputs",

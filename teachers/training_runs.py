@@ -12,13 +12,13 @@ import torch
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.dump_run import dump_and_report
-from kd_cache.cli.inputs import inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.commands import Report, Run
+from kd_cache.dataset.task import DCASE
 from kd_cache.dump import DumpJob
 from kd_cache.errors import UsageError, worst_exit_code
-from kd_cache.manifest import SOURCE, TARGETS
 from kd_cache.pipeline.device import resolve_device
 from kd_cache.teacher import TeacherSpec
 from kd_cache.train.checkpoint_file import checkpoint_limit
@@ -50,7 +50,7 @@ def train_scene(run: Run, screen: Screen, max_checkpoint_bytes: int) -> Report:
     """The scene teacher, which serves every target."""
     with checkpoint_limit(max_checkpoint_bytes):
         _check_settings(run, (SCENE,))
-        return _reported([_trained(run.section(SCENE), SCENE, SOURCE, screen)])
+        return _reported([_trained(run.section(SCENE), SCENE, DCASE.source, screen)])
 
 
 def train_city2scene(run: Run, screen: Screen, target: str, sweep: str | None, max_checkpoint_bytes: int) -> Report:
@@ -73,7 +73,7 @@ def train_all(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) 
     codes, dumps = [0], []
     with checkpoint_limit(max_checkpoint_bytes):
         _check_settings(run, (SCENE, CITY, CITY2SCENE))
-        scene = _trained(run.section(SCENE), SCENE, SOURCE, screen)
+        scene = _trained(run.section(SCENE), SCENE, DCASE.source, screen)
         reports = [scene]
         for each in _each(target):
             pair = _pair(run, each, screen)
@@ -92,7 +92,7 @@ def _reported(reports: Sequence[TrainReport]) -> Report:
 
 
 def _each(target: str) -> Sequence[str]:
-    return TARGETS if target == "all" else [target]
+    return DCASE.targets if target == "all" else [target]
 
 
 def _check_settings(run: Run, roles: Sequence[str], spoken_of: frozenset[str] | None = None) -> None:
@@ -151,22 +151,19 @@ def _trained(run: Run, role: str, target: str, screen: Screen, backbone: Path | 
 
 
 def job_for(run: Run, role: str, target: str, backbone: Path | None = None) -> TrainJob:
-    """The training of one role by that role's section of a run. Raises as `inputs_of`, and `UsageError`."""
+    """The training of one role by that role's section of a run. Raises as `data_of`, and `UsageError`."""
     values = run.values
-    inputs = inputs_of(target, values)
+    data = data_of(target, values)
     taken = ("output_dir", "resume", "workers", "pth", "half", "tensorboard")
     return TrainJob(
         settings=settings_of(role, run),
-        manifest=inputs.manifest,
-        selection=inputs.selection,
-        source=inputs.source,
+        data=data,
         device=resolve_device(values["device"]),
-        data_root=Path(inputs.paths["data_root"]),
         backbone=backbone,
         init=values.get("init"),
         embeddings=tuple(values.get("embeddings", ())),
         cached_features=values.get("cached_features", True),
-        record={"options": run.record(), "paths": inputs.paths},
+        record={"options": run.record(), "paths": dict(data.paths)},
         **{name: values[name] for name in taken},
     )
 
@@ -188,19 +185,17 @@ def settings_of(role: str, run: Run) -> Settings:
 
 def _dumped(run: Run, target: str, checkpoints: dict[str, Path], screen: Screen) -> tuple[int, dict[str, Any]]:
     values = run.values
-    inputs = inputs_of(target, values)
+    data = data_of(target, values)
     specs = [TeacherSpec(name, _factory(run, name), path) for name, path in checkpoints.items()]
     teachers = _loaded(run, specs)
     job = DumpJob(
         cache_root=values["cache_root"],
-        manifest=inputs.manifest,
-        selection=inputs.selection,
-        source=inputs.source,
+        data=data,
         teachers=teachers,
         device=resolve_device(values["device"]),
         workers=values["workers"],
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
-        record=run_record(run, inputs),
+        record=run_record(run, data),
     )
     return dump_and_report(job, 10, screen)
 

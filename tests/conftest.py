@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import typer.testing
 from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
 import kd_cache.seen
 from kd_cache.cli import app
-from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, sample_key
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
+from kd_cache.manifest import sample_key
+from kd_cache.store.index import read_index, write_index
 
 REPO = Path(__file__).parent.parent
 SAMPLE = REPO / "data" / "sample"
@@ -24,7 +34,27 @@ SAMPLE = REPO / "data" / "sample"
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
+# Making the sixteen commands takes longer than most of them take to run: each process makes them once.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # there are as many workers as cores: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 Run = Callable[..., Result]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process is left with it at the end: the README's commands."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: neither we nor the many processes forked from here need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
@@ -49,6 +79,10 @@ class World:
         self.json_path.write_text(json.dumps(lists))
         return self
 
+    def data(self, target: str = "b") -> Dataset:
+        """The guarded data set that a job is given."""
+        return Dataset.load(target, self.json_path)
+
     def permitted(self, target: str = "b") -> list[str]:
         return [r["file"] for r in self.rows if r["split"] == "train" and r["device_id"] in ("A", target)]
 
@@ -62,14 +96,14 @@ class World:
 
     def add(self, number: int, device: str, split: str, frames: int = 12, bins: int = 20) -> str:
         """One more row with a feature of its own; its location is its number, so that no two share one."""
-        scene, city = SCENES[number % 10], CITIES[number % 12]
+        scene, city = DCASE.scenes[number % 10], DCASE.cities[number % 12]
         file = f"x/{scene}-{city}-{number}-0-{device.lower()}.npy"
         self.rows.append(
             {
                 "file": file,
                 "scene_label": number % 10,
                 "city_label": number % 12,
-                "domain": DOMAIN_OF[device],
+                "domain": DCASE.domain_of[device],
                 "device_id": device,
                 "split": split,
             }
@@ -136,3 +170,34 @@ def dump(run: Run, world: World) -> Run:
         return run("dump", "--target", "b", "--json-path", world.json_path, *chosen, *args)
 
     return call
+
+
+_DUMPED: dict[tuple[str, str], tuple[Path, Path]] = {}
+"""By module and data: where a cache is kept for `cached`, and the root of the world that it was made in."""
+
+
+@pytest.fixture
+def cached(request: pytest.FixtureRequest, dump: Run, world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world and what ``dump()`` makes of it: dumped once for all tests of a module, and copied for the others."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in world.root.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(world.root)}\n".encode() + path.read_bytes())
+    key = (request.module.__name__, digest.hexdigest())
+    if key not in _DUMPED:
+        result = dump()
+        assert result.exit_code == 0, result.output
+        kept = tmp_path_factory.mktemp("dumped") / "cache"
+        shutil.copytree(world.cache.parent, kept)
+        _DUMPED[key] = kept, world.root
+        return world
+    kept, root = _DUMPED[key]
+    shutil.copytree(kept, world.cache.parent)
+    as_if_dumped_in(world.root, world.cache, root)
+    return world
+
+
+def as_if_dumped_in(root: Path, cache: Path, elsewhere: Path) -> None:
+    """Let the paths that a copied cache was dumped with lead to ``root`` in place of ``elsewhere``."""
+    index = read_index(cache / "cache_index.json")
+    record = json.loads(json.dumps(dict(index.record)).replace(str(elsewhere), str(root)))
+    write_index(index.path, index.num_samples, index.maps, record)

@@ -37,10 +37,24 @@ if TYPE_CHECKING:
     from kd_cache.loader import LogitCache
 
 HERE = Path(__file__).parent
-FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
+TIERS = ("one", "more", "full")
+TIER = os.environ.get("KD_CACHE_FAULTS", "one")
+"""How many faults are drawn: one of each kind in the gate, more with `make faults`, the full numbers take hours."""
+if TIER not in TIERS:
+    raise ValueError(f"KD_CACHE_FAULTS is {TIER!r}, expected one of {', '.join(TIERS)}")
+FULL = TIER == "full"
+
+
+def often(one: int, more: int, full: int) -> int:
+    """How many times, in each of the `TIERS`."""
+    return (one, more, full)[TIERS.index(TIER)]
+
+
+LIMIT = pytest.mark.timeout(often(600, 1800, 12 * 3600))
+"""Time for one test: it stops what hangs, on a machine with much else to do as well."""
 MARKS = [
     pytest.mark.faults,
-    pytest.mark.timeout(12 * 3600 if FULL else 600),
+    LIMIT,
     pytest.mark.skipif(sys.platform != "linux", reason="commands are followed with pidfd, which needs Linux"),
 ]
 """Every fault test carries these: ``pytestmark = MARKS``."""
@@ -51,11 +65,6 @@ _HOWS = ("nothing", "error", "short", "kill before", "kill after", "signal")
 
 Rows = dict[tuple[str, str, str], bytes]
 """The bytes of rows, by teacher, fingerprint and file."""
-
-
-def often(default: int, full: int) -> int:
-    """How many times: bounded in the default run, ``full`` with ``KD_CACHE_FAULTS=full``."""
-    return full if FULL else default
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class Command:
         """Wait so long at most; whether it has ended."""
         return bool(select.select([self._handle], [], [], seconds)[0])
 
-    def wait(self, seconds: float = 60.0) -> Outcome:
+    def wait(self, seconds: float = 240.0) -> Outcome:
         """Its outcome, however often one asks. A command that hangs is killed, and fails the test."""
         if self.outcome is None and not self.ended(seconds):
             self.send(signal.SIGKILL)
@@ -348,9 +357,12 @@ def _command() -> None:
 
 
 def _reader() -> None:
-    """A student's process: open the cache and read all of it, again and again, until the file ``stop`` is there."""
-    _, cache, right_rows, stop, pause = sys.argv
-    tally = read_until(Path(cache), load_rows(Path(right_rows)), Path(stop).exists, float(pause))
+    """A student's process: open the cache and read all of it, again and again, until the file ``stop`` is there.
+
+    Once it has read anything, the file ``ready`` is there.
+    """
+    _, cache, right_rows, stop, ready, pause = sys.argv
+    tally = read_until(Path(cache), load_rows(Path(right_rows)), Path(stop).exists, Path(ready).touch, float(pause))
     print(json.dumps(vars(tally)))
 
 
@@ -376,14 +388,18 @@ class Tally:
     errors: dict[str, int] = field(default_factory=dict)
 
 
-def read_until(cache: Path, right: Rows, done: Callable[[], bool], pause: float) -> Tally:
-    """Open a cache and read all of it until ``done``; a typed error is counted, anything else ends the reader."""
+def read_until(cache: Path, right: Rows, done: Callable[[], bool], ready: Callable[[], None], pause: float) -> Tally:
+    """Open a cache and read all of it until it is ``done``, and once more: what is there at the end is always read.
+
+    ``ready`` is called after each reading. A typed error is counted, anything else ends the reader.
+    """
     from kd_cache.errors import KDCacheError
     from kd_cache.loader import LogitCache
 
-    tally = Tally()
-    while not done():
+    tally, last = Tally(), False
+    while not last:
         time.sleep(pause)
+        last = done()
         finished = (cache / "cache_index.json").exists()
         try:
             opened = LogitCache.open(cache)
@@ -399,6 +415,7 @@ def read_until(cache: Path, right: Rows, done: Callable[[], bool], pause: float)
         tally.wrong += wrong
         if (served := [len(opened), opened.fingerprints]) not in tally.sets:
             tally.sets.append(served)
+        ready()
     return tally
 
 
@@ -419,15 +436,20 @@ def compare(opened: LogitCache, right: Rows) -> tuple[int, list[str]]:
 def readers(count: int, cache: Path, right: Rows, folder: Path) -> Iterator[list[Tally]]:
     """So many processes that read a cache meanwhile; what they saw is in the list at the end. Each read is right.
 
-    A cache that has an index must open, whatever happens to it.
+    A cache that has an index must open, whatever happens to it. Where it is there from the beginning, all of them have
+    read it once before anything else happens; and all read it once more at the end.
     """
     save_rows(folder / "right.json", right)
-    stop = folder / "stop"
-    stop.unlink(missing_ok=True)
-    asked = (cache, folder / "right.json", stop, 0.02 * count)  # they must leave the others some of the machine
-    running = [host().start(*asked, cwd=folder, call="reader") for _ in range(count)]
+    stop, ready = folder / "stop", [folder / f"ready-{number}" for number in range(count)]
+    for path in (stop, *ready):
+        path.unlink(missing_ok=True)
+    asked = (cache, folder / "right.json", stop)
+    pause = 0.02 * count  # they must leave the others some of the machine
+    running = [host().start(*asked, path, pause, cwd=folder, call="reader") for path in ready]
     tallies: list[Tally] = []
     with ended_at_last(running):
+        if (cache / "cache_index.json").exists():
+            _wait_for(ready, running)
         yield tallies
         stop.touch()
         for reader in running:
@@ -437,6 +459,14 @@ def readers(count: int, cache: Path, right: Rows, folder: Path) -> Iterator[list
     for tally in tallies:
         assert not tally.wrong, f"wrong rows were served: {tally.wrong[:5]}"
         assert not tally.errors, f"a finished cache did not open: {tally.errors}"
+
+
+def _wait_for(paths: list[Path], running: list[Command]) -> None:
+    """Until these files are there, or one of the commands that make them has ended."""
+    began = time.monotonic()
+    while not all(path.exists() for path in paths):
+        if time.monotonic() - began > 120 or any(command.ended(0.01) for command in running):
+            pytest.fail(f"readers do not read: {[command.stderr() for command in running]}")
 
 
 def save_rows(path: Path, rows: Rows) -> None:
@@ -481,16 +511,16 @@ def _in_place() -> None:
 
 
 def _remove_before_writing() -> None:
-    import kd_cache.store.seal
+    import kd_cache.store.union
 
-    write = kd_cache.store.seal.write_pack
+    write = kd_cache.store.union.write_pack
 
     def late(directory: Path, origin: Any, *rest: Any, **further: Any) -> Path:
         for pack in directory.glob(f"{origin.teacher}-*.h5"):
             pack.unlink()
         return write(directory, origin, *rest, **further)
 
-    kd_cache.store.seal.write_pack = late
+    kd_cache.store.union.write_pack = late
 
 
 def _replace_everywhere(name: str, replacement: Any) -> None:

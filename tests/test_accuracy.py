@@ -15,14 +15,16 @@ import torch
 from conftest import Run, World
 from store_fixtures import Rows, make_cache, md5, origin, snapshot
 
-from kd_cache.accuracy import Accuracy, alarm, changed_labels, labels_of, measure, stored_accuracy
 from kd_cache.errors import CorruptError
 from kd_cache.manifest import load_manifest
 from kd_cache.splits import select
+from kd_cache.store.accuracy import Accuracy, changed_labels, measure, stored_accuracy
+from kd_cache.store.accuracy import alarm as alarm_of
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import Pack, write_pack
 from kd_cache.store.permitted import Permitted
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
 
 CLEAR = ("--teacher", "clear=test_accuracy:clear", "--only", "clear")
@@ -188,8 +190,7 @@ def test_rows_of_the_target_do_not_count_with_a_label_or_without(dump: Run, veri
     assert verify("--all", "--recompute").exit_code == 4
 
 
-def test_the_targets_labels_are_nowhere_in_the_cache(dump: Run, world: World) -> None:
-    dump()
+def test_the_targets_labels_are_nowhere_in_the_cache(cached: World, world: World) -> None:
     stored = np.load(next(world.cache.glob("permitted-*.npy")))
     labels = {row[:16].tobytes(): int.from_bytes(row[16:].tobytes(), "little", signed=True) for row in stored}
     assert len(labels) == len(world.permitted())
@@ -209,7 +210,7 @@ def test_every_split_of_the_rows_into_blocks_gives_the_same_accuracy(
     right = int((rows.logits.argmax(axis=1) == labels).sum())
     union = CacheFolder(cache.path).packs().union(cache.origins["scene"])
     for block in (1, 3, 1000):
-        monkeypatch.setattr("kd_cache.accuracy._BLOCK", block)
+        monkeypatch.setattr("kd_cache.store.accuracy._BLOCK", block)
         assert measure(union, permitted) == Accuracy(right, int((labels >= 0).sum()))
 
 
@@ -248,26 +249,25 @@ def test_rows_under_each_others_keys_are_an_alarm_though_every_checksum_is_right
 
 
 def test_a_small_draw_raises_the_alarm_as_well_since_an_accuracy_needs_every_row(
-    dump: Run, verify: Run, world: World
+    cached: World, verify: Run, world: World
 ) -> None:
-    dump()
     exchange(world, 0, 1)
     assert {verify("--n", 1, "--seed", seed).exit_code for seed in range(4)} == {4}
 
 
 def test_rows_exchanged_within_a_scene_are_beyond_the_alarm_but_not_beyond_recompute(
-    dump: Run, verify: Run, world: World
+    cached: World, verify: Run, world: World
 ) -> None:
-    dump()
     exchange(world, 0, 10)  # both of scene 0, both right
     assert verify("--all").exit_code == 0
     assert verify("--all", "--recompute").exit_code == 4
 
 
 @pytest.mark.parametrize("command", ["dump", "part", "seal", "another teacher's dump"])
-def test_nothing_blesses_wrong_joins(run: Run, dump: Run, verify: Run, world: World, command: str) -> None:
+def test_nothing_blesses_wrong_joins(
+    run: Run, cached: World, dump: Run, verify: Run, world: World, command: str
+) -> None:
     """What would keep the rows and measure them anew stops with exit 4, and changes nothing."""
-    dump()
     exchange(world, 0, 1)
     before = snapshot(world.cache)
     result = {
@@ -283,8 +283,7 @@ def test_nothing_blesses_wrong_joins(run: Run, dump: Run, verify: Run, world: Wo
     assert verify("--all").exit_code == 4
 
 
-def test_not_even_with_a_new_sample_or_one_sample_less(dump: Run, verify: Run, world: World) -> None:
-    dump()
+def test_not_even_with_a_new_sample_or_one_sample_less(cached: World, dump: Run, verify: Run, world: World) -> None:
     exchange(world, 0, 1)
     say(world, world.add(30, "A", "train"), 0)
     world.write()
@@ -297,9 +296,8 @@ def test_not_even_with_a_new_sample_or_one_sample_less(dump: Run, verify: Run, w
 
 @pytest.mark.parametrize("healer", ["--no-skip-existing", "repair"])
 def test_scoring_everything_again_heals_it(
-    run: Run, dump: Run, verify: Run, world: World, tmp_path: Path, healer: str
+    run: Run, cached: World, dump: Run, verify: Run, world: World, tmp_path: Path, healer: str
 ) -> None:
-    dump()
     right, view = world.packs(), snapshot(world.cache / "clear")
     exchange(world, 0, 1)
     healed = dump(healer) if healer != "repair" else run("repair", "--target", "b", *CLEAR[:2])
@@ -334,9 +332,8 @@ def test_changed_labels_are_stale_with_the_files_and_both_accuracies(dump: Run, 
 
 @pytest.mark.parametrize("healer", ["dump", "repair", "seal"])
 def test_the_next_publication_measures_with_the_new_labels_and_scores_nothing(
-    run: Run, dump: Run, verify: Run, world: World, healer: str
+    run: Run, cached: World, dump: Run, verify: Run, world: World, healer: str
 ) -> None:
-    dump()
     packs = {path: path.stat().st_ino for path in (world.cache / "packs").iterdir()}
     relabel(world, 0, 9)
     if healer == "dump":
@@ -353,8 +350,7 @@ def test_the_next_publication_measures_with_the_new_labels_and_scores_nothing(
     assert entry(world)["accuracy"] == {"correct": 8, "rows": LABELLED}
 
 
-def test_labels_of_the_target_are_nobodys_business(dump: Run, verify: Run, world: World) -> None:
-    dump()
+def test_labels_of_the_target_are_nobodys_business(cached: World, verify: Run, world: World) -> None:
     for number in range(12, 20):
         relabel(world, number, 7)
     assert verify("--all").exit_code == 0
@@ -363,8 +359,7 @@ def test_labels_of_the_target_are_nobodys_business(dump: Run, verify: Run, world
     assert verify("--all").exit_code == 0
 
 
-def test_city_labels_are_no_part_of_it(dump: Run, verify: Run, world: World) -> None:
-    dump()
+def test_city_labels_are_no_part_of_it(cached: World, verify: Run, world: World) -> None:
     for row in world.rows:
         row["city_label"] = (row["city_label"] + 1) % 12
     world.write()
@@ -375,9 +370,8 @@ def test_city_labels_are_no_part_of_it(dump: Run, verify: Run, world: World) -> 
 
 
 def test_wrong_joins_and_changed_labels_are_told_apart_and_the_worse_one_counts(
-    run: Run, dump: Run, verify: Run, world: World
+    run: Run, cached: World, dump: Run, verify: Run, world: World
 ) -> None:
-    dump()
     relabel(world, 4, 9)
     assert verify("--all").exit_code == 5
     exchange(world, 0, 1)
@@ -397,8 +391,7 @@ def test_wrong_joins_and_changed_labels_are_told_apart_and_the_worse_one_counts(
     assert entry(world)["accuracy"] == {"correct": by_the_book(world)[0], "rows": LABELLED}
 
 
-def test_six_is_worse_than_four_than_five_than_three(dump: Run, verify: Run, world: World) -> None:
-    dump()
+def test_six_is_worse_than_four_than_five_than_three(cached: World, verify: Run, world: World) -> None:
     say(world, world.add(31, "A", "train"), 1)
     world.write()
     assert verify("--all").exit_code == 3
@@ -607,9 +600,8 @@ def test_what_is_not_a_wrong_join_is_never_called_one(
 
 
 def test_samples_that_become_the_targets_change_their_stored_label_not_the_alarm(
-    dump: Run, verify: Run, world: World
+    cached: World, dump: Run, verify: Run, world: World
 ) -> None:
-    dump()
     move_rows_to_the_target(world, dump)
     result = verify("--all", "--json")
     assert result.exit_code == 5
@@ -666,9 +658,8 @@ def as_by_the_first_version(world: World) -> None:
 
 
 def test_a_cache_of_the_first_version_has_nothing_to_compare_and_the_next_dump_adds_it(
-    dump: Run, verify: Run, world: World
+    cached: World, dump: Run, verify: Run, world: World
 ) -> None:
-    dump()
     as_by_the_first_version(world)
     assert verify("--all").exit_code == 0
     relabel(world, 0, 4)
@@ -680,8 +671,7 @@ def test_a_cache_of_the_first_version_has_nothing_to_compare_and_the_next_dump_a
 
 
 @pytest.mark.parametrize("kept", [{"correct": "many"}, [], "all", {"rows": 3}, 7])
-def test_an_accuracy_that_is_none_is_a_typed_error(dump: Run, verify: Run, world: World, kept: Any) -> None:
-    dump()
+def test_an_accuracy_that_is_none_is_a_typed_error(cached: World, verify: Run, world: World, kept: Any) -> None:
     path = world.cache / "cache_index.json"
     index = read_index(path)
     record = {key: value for key, value in index.record.items() if key not in ("digest", "format_version")}
@@ -692,12 +682,16 @@ def test_an_accuracy_that_is_none_is_a_typed_error(dump: Run, verify: Run, world
     assert "unexpected" not in result.stderr
 
 
+def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -> str | None:
+    return alarm_of(measure(union, permitted), entry)
+
+
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_those_of_the_source_in_key_order(world: World) -> None:
     selection = select(load_manifest(world.json_path), "b")
-    keys, labels = labels_of(selection)
+    keys, labels = selection.keys, selection.labels
     expected = {md5(row["file"]): row["scene_label"] if row["device_id"] == "A" else None for row in world.rows}
     assert [key.tobytes() for key in keys] == sorted(md5(file) for file in world.permitted())
     assert labels.tolist() == [-1 if expected[key.tobytes()] is None else expected[key.tobytes()] for key in keys]
@@ -707,7 +701,7 @@ def test_a_source_row_without_a_label_has_none(world: World) -> None:
     """A manifest file must label the source; a `Selection` made by hand need not."""
     selection = select(load_manifest(world.json_path), "b")
     samples = [sample._replace(scene_label=None) if sample.scene_label == 2 else sample for sample in selection.samples]
-    _, labels = labels_of(replace(selection, samples=tuple(samples)))
+    labels = replace(selection, samples=tuple(samples)).labels
     assert sorted(labels.tolist()) == [-1] * 9 + sorted(
         row["scene_label"] for row in world.rows[:12] if row["scene_label"] != 2
     )
@@ -772,8 +766,7 @@ def test_the_message_names_both_accuracies_as_a_person_reads_them(tmp_path: Path
     assert re.search(r"was 100\.00 % \(30 of 30\) .* is 0\.00 % \(0 of 30\) now", why)
 
 
-def test_a_lost_list_of_labels_leaves_nothing_to_refuse_by(dump: Run, verify: Run, world: World) -> None:
-    dump()
+def test_a_lost_list_of_labels_leaves_nothing_to_refuse_by(cached: World, dump: Run, verify: Run, world: World) -> None:
     next(world.cache.glob("permitted-*.npy")).unlink()
     result = verify("--all", "--json")
     assert result.exit_code == 4
@@ -787,9 +780,6 @@ def test_errors_of_a_refusal_can_be_caught_as_corrupt(world: World, dump: Run) -
 
     dump()
     exchange(world, 0, 1)
-    manifest = load_manifest(world.json_path)
-    from kd_cache.features import FeatureSource
-
-    job = SealJob(CacheFolder(world.cache), manifest, select(manifest, "b"), FeatureSource(world.root))
+    job = SealJob(Snapshot(CacheFolder(world.cache)), world.data())
     with pytest.raises(CorruptError, match="clear: its accuracy"):
         seal_cache(job)

@@ -27,6 +27,7 @@ from typer.testing import Result
 import kd_cache.adopt
 from kd_cache import CorruptError, FeatureError, LogitCache, Manifest, Sample, Selection, StoreError, UsageError
 from kd_cache.adopt import NOT_ADOPTED, AdoptJob, adopt_rows
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.export import ExportJob, export_logits
 from kd_cache.features import Feature, FeatureSource
 from kd_cache.store.folder import CacheFolder
@@ -229,7 +230,7 @@ class AnyFeatures:
 
 
 @given(st.data(), st.sampled_from(["fp32", "fp16"]), st.sampled_from(["pt", "tsv"]), st.integers(1, 5))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_export_and_adopt_give_back_every_bit_and_every_name(data: st.DataObject, dtype: str, to: str, c: int) -> None:
     files = data.draw(st.lists(NAMES, min_size=1, max_size=8, unique=True))
     rows = Rows.of(files, classes=c, dtype=dtype)
@@ -249,8 +250,9 @@ def test_export_and_adopt_give_back_every_bit_and_every_name(data: st.DataObject
         cache = make_cache(root / "A2b", {"scene": rows}, {"scene": named})
         export_logits(ExportJob(CacheFolder(cache.path), to, root / "out"))
         job = AdoptJob(
-            root / "out" / f"scene.{to}", root / "mine", Manifest(samples, "0" * 64),
-            Selection("b", samples, 0, 1), AnyFeatures(), value_kind=kind, dtype=dtype if to == "tsv" else None,
+            root / "out" / f"scene.{to}", root / "mine",
+            Dataset(Manifest(samples, "0" * 64), Selection("b", samples, 0, 1), AnyFeatures()),
+            value_kind=kind, dtype=dtype if to == "tsv" else None,
         )  # fmt: skip
         adopt_rows(job)
         again = opened(root / "mine" / "A2b", value_kind=kind)
@@ -365,8 +367,7 @@ def test_another_older_cache_is_never_overwritten(adopt: Adopt, world: World, tm
 # -- beside what is there ---------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_is_taken_is_refused(adopt: Adopt, dump: Run, world: World, tmp_path: Path) -> None:
-    dump()
+def test_a_name_that_is_taken_is_refused(adopt: Adopt, cached: World, world: World, tmp_path: Path) -> None:
     before = snapshot(world.cache)
     source = write_tsv(tmp_path / "tiny.tsv", table(world))
     for name in ("tiny", None):
@@ -436,14 +437,14 @@ def test_an_adoption_that_was_interrupted_is_made_again_to_the_same_bytes(
     source = write_tsv(tmp_path / "rows.tsv", table(world))
     adopt(source, root="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.adopt, "finish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
+        patch.setattr(kd_cache.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
         assert adopt(source).exit_code == 1
     assert not (tmp_path / "mine/A2b/cache_index.json").exists()
     # Mended meanwhile: what the first attempt left is in nobody's way.
     mended = table(world)
     mended[world.permitted()[0]] += 1
     with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.adopt, "finish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
+        patch.setattr(kd_cache.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
         assert adopt(write_tsv(tmp_path / "mended.tsv", mended)).exit_code == 1
     assert adopt(source).exit_code == 0
     assert snapshot(tmp_path / "mine/A2b/outside") == snapshot(tmp_path / "whole/A2b/outside")
@@ -611,8 +612,7 @@ def test_a_transposed_view_of_a_tensor_is_read_as_it_means(adopt: Adopt, world: 
     assert_rows(tmp_path / "mine/A2b", "outside", rows)
 
 
-def test_a_list_beside_another_tensor_is_corrupt(adopt: Adopt, run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_list_beside_another_tensor_is_corrupt(adopt: Adopt, run: Run, cached: World, world: World) -> None:
     run("export", "--to", "pt", "--output", "out")
     shutil.copy("out/other.files.json", "out/tiny.files.json")
     result = adopt("out/tiny.pt")
@@ -803,8 +803,7 @@ def test_a_table_with_a_byte_order_mark_and_carriage_returns_is_read(
 # -- what is said and asked -------------------------------------------------------------------------------------------
 
 
-def test_what_belongs_together_is_checked(adopt: Adopt, dump: Run, world: World, tmp_path: Path) -> None:
-    dump()
+def test_what_belongs_together_is_checked(adopt: Adopt, cached: World, world: World, tmp_path: Path) -> None:
     rows = table(world)
     source = write_tsv(tmp_path / "rows.tsv", rows)
     (tmp_path / "list.txt").write_text("\n".join(rows))

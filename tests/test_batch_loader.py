@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run, World
+from conftest import World
 from store_fixtures import MadeCache, names, two_teachers
 
 from kd_cache import BatchLoader, LogitCache, MissingLogitsError, UsageError
@@ -119,8 +119,7 @@ def test_what_does_not_fit_is_refused(cache: LogitCache) -> None:
         BatchLoader(cache, "x/clip-0-a.npy", batch_size=4)
 
 
-def test_what_a_student_does_to_a_batch_does_not_come_back(world: World, dump: Run) -> None:
-    dump()
+def test_what_a_student_does_to_a_batch_does_not_come_back(world: World, cached: World) -> None:
     cache = LogitCache.open(world.cache)
     labels = torch.arange(len(cache))
     loader = BatchLoader(cache, cache.files, labels, batch_size=4, dtype=None)

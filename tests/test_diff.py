@@ -322,8 +322,9 @@ def test_nothing_is_changed_on_disk(tmp_path: Path) -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_diff_exits_0_and_says_in_words_and_json_what_half_precision_cost(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_diff_exits_0_and_says_in_words_and_json_what_half_precision_cost(
+    run: Run, cached: World, dump: Run, world: World
+) -> None:
     dump("--dtype", "fp16", "--cache-root", "cache/half")
     result = run("diff", "cache/A2b", "cache/half/A2b")
     assert result.exit_code == 0
@@ -340,8 +341,7 @@ def test_diff_exits_0_and_says_in_words_and_json_what_half_precision_cost(run: R
     assert tiny["kl_max"] == pytest.approx(torch_kl(a, b).max(), rel=1e-6)
 
 
-def test_teachers_of_one_side_are_named_and_quiet_says_nothing(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_teachers_of_one_side_are_named_and_quiet_says_nothing(run: Run, cached: World, world: World) -> None:
     run("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny", "--cache-root", "one")
     result = run("diff", "cache/A2b", "one/A2b")
     assert (result.exit_code, "only in A: other" in result.stdout) == (0, True)

@@ -16,8 +16,9 @@ from conftest import SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, UsageError
-from kd_cache.manifest import CITIES, DEVICES, DOMAIN_OF, SCENES, Sample, load_manifest
+from kd_cache.manifest import Sample, load_manifest
 from kd_cache.splits import select
 from kd_cache.train.division import Division, divide, locations_of, subsample
 
@@ -25,7 +26,7 @@ from kd_cache.train.division import Division, divide, locations_of, subsample
 def sample(
     file: str, *, location: str | None = None, scene: int | None = 0, city: int | None = 11, device: str = "A"
 ) -> Sample:
-    return Sample(file, scene, city, DOMAIN_OF[device], device, "train", "train", location)
+    return Sample(file, scene, city, DCASE.domain_of[device], device, "train", "train", location)
 
 
 def tau(
@@ -34,7 +35,7 @@ def tau(
     """Rows named as TAU names its clips: every city has ``places`` locations of each scene, numbered as TAU does."""
     rows = []
     for scene, city, place in itertools.product(range(scenes), range(cities), range(places)):
-        name = f"features/{SCENES[scene]}-{CITIES[city]}-{(scene * cities + city) * places + place}"
+        name = f"features/{DCASE.scenes[scene]}-{DCASE.cities[city]}-{(scene * cities + city) * places + place}"
         rows += [
             sample(f"{name}-{segment}-{device.lower()}.npy", scene=scene, city=city, device=device)
             for segment in range(segments)
@@ -46,7 +47,7 @@ def tau(
 def place_in_name(file: str) -> str | None:
     """``city-number`` of a TAU name, found by cutting it at its hyphens."""
     words = file.rpartition("/")[2].removesuffix(".npy").split("-")
-    return f"{words[1]}-{int(words[2])}" if len(words) >= 5 and words[0] in SCENES else None
+    return f"{words[1]}-{int(words[2])}" if len(words) >= 5 and words[0] in DCASE.scenes else None
 
 
 def places(side: Iterable[Sample]) -> set[str]:
@@ -97,7 +98,7 @@ def check(samples: Sequence[Sample], made: Division, root: Path | None = None) -
     assert made.train_locations == sum(found == {False} for found in sides.values())
     by_city: dict[str, set[bool]] = defaultdict(set)
     for group, found in sides.items():
-        city = CITIES[min(labels[group])] if labels[group] else min(names[group]).rpartition("-")[0]
+        city = DCASE.cities[min(labels[group])] if labels[group] else min(names[group]).rpartition("-")[0]
         by_city[city] |= found
     assert all(found == {True, False} for found in by_city.values())
 
@@ -148,7 +149,7 @@ def test_every_scene_keeps_a_location_to_train_on(seed: int, fold: int) -> None:
         sample("rare2.npy", location="lyon-100", scene=7, city=5),
     ]
     others = [
-        sample(f"{city}-{n}.npy", location=f"{CITIES[city]}-{n}", scene=n % 2, city=city)
+        sample(f"{city}-{n}.npy", location=f"{DCASE.cities[city]}-{n}", scene=n % 2, city=city)
         for city in (5, 11)
         for n in range(4)
     ]
@@ -287,7 +288,7 @@ ADVERSARIAL = st.lists(
         st.none() | st.sampled_from([f"{city}-{n}" for city in ("vienna", "lyon") for n in range(6)]),
         st.none() | st.integers(0, 2),
         st.none() | st.none() | st.none() | st.sampled_from([11, 5]),
-        st.sampled_from(DEVICES),
+        st.sampled_from(DCASE.devices),
     ),
     max_size=14,
     unique=True,

@@ -6,20 +6,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, Run, World
+from fault_tools import ended_at_last, host
 from tiny_teachers import Linear
 
 from kd_cache.errors import worst_exit_code
 from kd_cache.manifest import sample_key
 from kd_cache.store.pack import open_pack
+from kd_cache.store.union import Union
 
 
 def report(result: object) -> dict:  # type: ignore[type-arg]
@@ -45,8 +44,7 @@ def test_every_permitted_sample_gets_its_own_logits(dump: Run, world: World) -> 
         np.testing.assert_allclose(np.load(path), expected(world, file, seed=2), rtol=1e-6, atol=1e-6)
 
 
-def test_a_second_dump_scores_nothing_and_says_so(dump: Run, world: World) -> None:
-    dump()
+def test_a_second_dump_scores_nothing_and_says_so(cached: World, dump: Run, world: World) -> None:
     before = world.packs()
     again = dump()
     assert "Nothing to score" in again.stdout
@@ -99,8 +97,7 @@ def test_the_last_batch_is_padded_to_the_planned_size(
     assert sorted((tmp_path / "batches").read_text().split()) == ["4x16", "4x24", "8x12", "8x12"]
 
 
-def test_a_changed_feature_alone_is_rescored(dump: Run, world: World) -> None:
-    dump()
+def test_a_changed_feature_alone_is_rescored(cached: World, dump: Run, world: World) -> None:
     changed = world.permitted()[3]
     world.write_feature(changed, np.ones((12, 20), np.float32))
     counts = report(dump("--json"))["teachers"]["tiny"]
@@ -134,14 +131,14 @@ def test_another_checkpoint_makes_only_that_teacher_stale_and_the_reason_is_name
 
 
 @pytest.mark.parametrize("option", [("--dtype", "fp16"), ("--precision", "bf16")])
-def test_another_dtype_or_precision_makes_rows_stale(dump: Run, world: World, option: tuple[str, str]) -> None:
-    dump()
+def test_another_dtype_or_precision_makes_rows_stale(
+    cached: World, dump: Run, world: World, option: tuple[str, str]
+) -> None:
     counts = report(dump("--json", *option))["teachers"]["tiny"]
     assert counts["rescored"] == {f"{option[0].removeprefix('--')} changed": 20}
 
 
-def test_no_skip_existing_rescores_everything(dump: Run, world: World) -> None:
-    dump()
+def test_no_skip_existing_rescores_everything(cached: World, dump: Run, world: World) -> None:
     before = world.packs()
     counts = report(dump("--no-skip-existing", "--json"))["teachers"]["tiny"]
     assert counts["rescored"] == {"asked for": 20}
@@ -169,8 +166,9 @@ def test_the_batch_size_of_a_begun_cache_stays(dump: Run, world: World) -> None:
     assert world.packs() == reference
 
 
-def test_a_sample_that_is_no_longer_permitted_leaves_packs_view_and_index(dump: Run, world: World) -> None:
-    dump()
+def test_a_sample_that_is_no_longer_permitted_leaves_packs_view_and_index(
+    cached: World, dump: Run, world: World
+) -> None:
     gone = world.permitted()[0]
     world.rows = [row for row in world.rows if row["file"] != gone]
     world.write()
@@ -182,8 +180,7 @@ def test_a_sample_that_is_no_longer_permitted_leaves_packs_view_and_index(dump: 
         assert gone not in open_pack(path).files
 
 
-def test_a_forbidden_sample_leaves_superseded_packs_too(dump: Run, world: World) -> None:
-    dump()
+def test_a_forbidden_sample_leaves_superseded_packs_too(cached: World, dump: Run, world: World) -> None:
     dump("--dtype", "fp16")
     gone = world.permitted()[0]
     world.rows = [row for row in world.rows if row["file"] != gone]
@@ -204,8 +201,7 @@ def test_no_files_leaves_the_view_out_and_files_brings_it_back(dump: Run, world:
     assert not list((world.cache / "tiny").glob("*.npy"))
 
 
-def test_a_damaged_view_file_and_a_missing_one_are_healed(dump: Run, world: World) -> None:
-    dump()
+def test_a_damaged_view_file_and_a_missing_one_are_healed(cached: World, dump: Run, world: World) -> None:
     first, second = world.permitted()[:2]
     good = world.view("tiny", first).read_bytes()
     world.view("tiny", first).write_bytes(good[:-1] + b"\xff")
@@ -215,8 +211,7 @@ def test_a_damaged_view_file_and_a_missing_one_are_healed(dump: Run, world: Worl
     assert world.view("tiny", first).read_bytes() == good
 
 
-def test_a_damaged_pack_is_scored_again_and_removed(dump: Run, world: World) -> None:
-    dump()
+def test_a_damaged_pack_is_scored_again_and_removed(cached: World, dump: Run, world: World) -> None:
     reference = world.packs()
     path = next((world.cache / "packs").glob("tiny-*.h5"))
     content = bytearray(path.read_bytes())
@@ -228,8 +223,7 @@ def test_a_damaged_pack_is_scored_again_and_removed(dump: Run, world: World) -> 
     assert world.packs() == reference
 
 
-def test_a_damaged_index_is_written_anew_from_the_packs(dump: Run, world: World) -> None:
-    dump()
+def test_a_damaged_index_is_written_anew_from_the_packs(cached: World, dump: Run, world: World) -> None:
     index = world.cache / "cache_index.json"
     index.write_text(index.read_text().replace("num_samples", "num_sample5"))
     result = dump("--json")
@@ -253,8 +247,7 @@ def test_a_cache_of_the_older_script_stops_the_dump_and_stays_as_it_was(dump: Ru
     np.testing.assert_allclose(np.load(world.view("tiny", file)), expected(world, file), rtol=1e-6, atol=1e-6)
 
 
-def test_only_keeps_the_other_teachers_rows(dump: Run, world: World) -> None:
-    dump()
+def test_only_keeps_the_other_teachers_rows(cached: World, dump: Run, world: World) -> None:
     result = dump("--only", "tiny", "--only", "other", "--json")
     assert result.exit_code == 0
     chosen = ("--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
@@ -269,8 +262,7 @@ def test_only_keeps_the_other_teachers_rows(dump: Run, world: World) -> None:
     assert index["num_samples"] == 20
 
 
-def test_a_changed_feature_drops_the_row_of_a_teacher_that_was_not_asked(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_changed_feature_drops_the_row_of_a_teacher_that_was_not_asked(run: Run, cached: World, world: World) -> None:
     changed = world.permitted()[0]
     world.write_feature(changed, np.ones((12, 20), np.float32))
     run("dump", "--target", "b", "--json-path", world.json_path, *TINY[:2], "--only", "tiny")
@@ -391,63 +383,26 @@ def test_skip_lists_samples_that_a_teacher_refuses(run: Run, world: World) -> No
     assert len(index["tiny"]) == 20
 
 
-def test_a_killed_dump_resumes_to_the_bytes_of_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b"),
-        *("--json-path", str(world.json_path), "--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
-        *("--batch-size", "2", "--shard-size", "2", "--num-verify", "0"),
-    ]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    whole = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert whole.returncode == 0, whole.stderr
-    reference = world.packs()
-    shutil.rmtree(world.cache)
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while len(world.packs()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (world.cache / "cache_index.json").exists()
-    kept = len(world.packs())
-    assert kept >= 2
-    resumed = subprocess.run([*command, "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert 0 < json.loads(resumed.stdout)["samples_scored"] < 20
-    assert world.packs() == reference
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_what_was_scored_and_a_rerun_goes_on(
     world: World, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     command = [
-        *(sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", "--target", "b", "--json"),
-        *("--json-path", str(world.json_path), "--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
+        *("dump", "--target", "b", "--json", "--json-path", world.json_path),
+        *("--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
         *("--batch-size", "2", "--shard-seconds", "0.5", "--shard-size", "1000"),
     ]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What runs behind a shell ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not world.packs() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in stderr
+    process = host().start(*command, cwd=tmp_path)
+    with ended_at_last([process]):
+        while not world.packs() and not process.ended(0.02):
+            pass
+        process.send(number)
+        outcome = process.wait()
+    assert outcome.code == code
+    assert "Traceback" not in outcome.stderr
     kept = sum(len(open_pack(path)) for path in (world.cache / "packs").glob("*.h5"))
     assert kept > 0
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    again = host().run(*command, cwd=tmp_path)
     assert json.loads(again.stdout)["samples_scored"] == 20 - kept
 
 
@@ -461,8 +416,9 @@ def test_the_worst_of_several_exit_codes_wins() -> None:
 # What attacks found; each of these once lost rows, served wrong ones or blocked a cache.
 
 
-def test_a_data_root_without_any_feature_leaves_the_cache_alone(dump: Run, world: World, tmp_path: Path) -> None:
-    dump()
+def test_a_data_root_without_any_feature_leaves_the_cache_alone(
+    cached: World, dump: Run, world: World, tmp_path: Path
+) -> None:
     before = {path: path.read_bytes() for path in world.cache.rglob("*") if path.is_file()}
     (tmp_path / "unmounted").mkdir()
     result = dump("--data-root", tmp_path / "unmounted", "--on-bad-sample", "skip")
@@ -474,18 +430,18 @@ def test_a_data_root_without_any_feature_leaves_the_cache_alone(dump: Run, world
 def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stays(
     dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kd_cache.publish
+    import kd_cache.store.publish
 
     dump()
     index = (world.cache / "cache_index.json").read_bytes()
     world.add(70, "b", "train")
     world.write()
-    seal = kd_cache.publish.seal
+    merge = kd_cache.store.publish.merge_packs
 
-    def damaged(directory: Path, packs: list, *wanted: np.ndarray) -> object:  # type: ignore[type-arg]
-        return seal(directory, [pack for pack in packs if len(pack) > 1], *wanted)
+    def damaged(directory: Path, union: Union, *wanted: np.ndarray) -> object:
+        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted)
 
-    monkeypatch.setattr(kd_cache.publish, "seal", damaged)
+    monkeypatch.setattr(kd_cache.store.publish, "merge_packs", damaged)
     result = dump("--num-verify", 0)
     assert result.exit_code == 3
     assert "park" in result.stderr or "1 permitted samples have no row" in result.stderr
@@ -516,8 +472,7 @@ def test_a_teacher_that_another_dump_finished_meanwhile_stays_in_the_index(
     assert index["num_samples"] == 20
 
 
-def test_a_damaged_index_does_not_forget_the_teachers_that_are_not_asked(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_damaged_index_does_not_forget_the_teachers_that_are_not_asked(run: Run, cached: World, world: World) -> None:
     index = world.cache / "cache_index.json"
     index.write_bytes(index.read_bytes()[:-40] + b"x" * 40)
     assert run(*only(world, "tiny")).exit_code == 0
@@ -526,8 +481,7 @@ def test_a_damaged_index_does_not_forget_the_teachers_that_are_not_asked(run: Ru
     assert len(content["other"]) == 20
 
 
-def test_row_files_of_teachers_that_no_index_names_are_found_and_pruned(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_row_files_of_teachers_that_no_index_names_are_found_and_pruned(run: Run, cached: World, world: World) -> None:
     (world.cache / "cache_index.json").unlink()
     gone = world.permitted()[-1]
     next(row for row in world.rows if row["file"] == gone)["split"] = "test"
@@ -538,8 +492,7 @@ def test_row_files_of_teachers_that_no_index_names_are_found_and_pruned(run: Run
     assert run("verify", *TINY, "--all").exit_code == 6
 
 
-def test_teachers_that_swap_their_weights_leave_no_forbidden_row_behind(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_teachers_that_swap_their_weights_leave_no_forbidden_row_behind(run: Run, cached: World, world: World) -> None:
     gone = world.permitted()[-1]
     next(row for row in world.rows if row["file"] == gone)["split"] = "test"
     world.write()
@@ -549,16 +502,14 @@ def test_teachers_that_swap_their_weights_leave_no_forbidden_row_behind(run: Run
     assert run("verify", *args, "--all").exit_code == 0
 
 
-def test_another_number_of_bins_is_a_new_plan_for_a_new_teacher(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_another_number_of_bins_is_a_new_plan_for_a_new_teacher(run: Run, cached: World, world: World) -> None:
     for file in world.permitted():
         world.write_feature(file, np.ones((12, 40), np.float32))
     wide = ("--teacher", "tiny=tiny_teachers:wide", "--only", "tiny")
     assert run("dump", "--target", "b", "--json-path", world.json_path, *wide).exit_code == 0
 
 
-def test_a_view_that_is_a_link_is_refused(dump: Run, world: World, tmp_path: Path) -> None:
-    dump()
+def test_a_view_that_is_a_link_is_refused(cached: World, dump: Run, world: World, tmp_path: Path) -> None:
     shutil.move(world.cache / "tiny", tmp_path / "elsewhere")
     (world.cache / "tiny").symlink_to(tmp_path / "elsewhere")
     result = dump()
@@ -567,8 +518,7 @@ def test_a_view_that_is_a_link_is_refused(dump: Run, world: World, tmp_path: Pat
     assert len(list((tmp_path / "elsewhere").iterdir())) == 20
 
 
-def test_a_plan_of_absurd_sizes_or_kind_is_made_anew(dump: Run, world: World) -> None:
-    dump()
+def test_a_plan_of_absurd_sizes_or_kind_is_made_anew(cached: World, dump: Run, world: World) -> None:
     plan = world.cache / "plan.json"
     world.add(80, "b", "train")
     world.write()
@@ -581,8 +531,7 @@ def test_a_plan_of_absurd_sizes_or_kind_is_made_anew(dump: Run, world: World) ->
     assert dump().exit_code == 0
 
 
-def test_a_cache_under_another_targets_name_is_refused(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_cache_under_another_targets_name_is_refused(run: Run, cached: World, world: World) -> None:
     shutil.copytree(world.cache, world.root / "cache" / "A2c")
     for command in (("dump", "--only", "tiny"), ("verify",)):
         result = run(*command, "--target", "c", "--json-path", world.json_path, *TINY)
@@ -602,7 +551,7 @@ def test_waiting_features_do_not_grow_with_the_data_set() -> None:
     from kd_cache.pipeline.batcher import Batcher
     from kd_cache.pipeline.device import numerics
     from kd_cache.pipeline.engine import Engine
-    from kd_cache.plan import Place
+    from kd_cache.store.plan import Place
 
     cpu = torch.device("cpu")
     with numerics(cpu, "fp32", 1):

@@ -16,7 +16,8 @@ from kd_cache.features import FeatureSource
 from kd_cache.pipeline.batcher import Batcher
 from kd_cache.pipeline.device import numerics, resolve_device
 from kd_cache.pipeline.engine import Engine
-from kd_cache.plan import BatchPlan, Place, Places, count_shapes, load_plan, places_of
+from kd_cache.pipeline.places import Places, count_shapes, places_of
+from kd_cache.store.plan import BatchPlan, Place, load_plan
 
 CPU = torch.device("cpu")
 ONLY = frozenset({"tiny"})

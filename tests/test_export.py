@@ -29,7 +29,7 @@ from store_fixtures import (
 )
 
 import kd_cache.export
-import kd_cache.publish
+import kd_cache.store.publish
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StoreError, UsageError, load_cached_logits_batch
 from kd_cache.export import FORMATS, ExportJob, ExportReport, export_logits
 from kd_cache.store.folder import CacheFolder
@@ -185,9 +185,8 @@ def test_every_single_precision_number_is_read_again_as_it_was(patterns: list[in
 
 
 def test_files_elsewhere_are_those_of_the_view_and_work_by_their_index(
-    run: Run, dump: Run, world: World, tmp_path: Path
+    run: Run, cached: World, world: World, tmp_path: Path
 ) -> None:
-    dump()
     assert run("export", "--to", "npy", "--output", "out").exit_code == 0
     for name in ("tiny", "other"):
         assert snapshot(tmp_path / "out" / name) == snapshot(world.cache / name)
@@ -209,8 +208,9 @@ def test_an_export_over_an_earlier_one_leaves_no_row_that_is_not_served(tmp_path
     assert held == {f"{md5(file).hex()}.npy" for file in names(30)} | {"notes.txt"}
 
 
-def test_the_view_of_a_cache_without_files_is_made_from_its_packs(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_the_view_of_a_cache_without_files_is_made_from_its_packs(
+    run: Run, cached: World, dump: Run, world: World
+) -> None:
     with_files = {name: snapshot(world.cache / name) for name in ("tiny", "other")}
     expected = json.loads((world.cache / "cache_index.json").read_text())
     dump("--no-files")
@@ -239,23 +239,22 @@ def test_an_index_that_changes_while_the_view_is_made_is_never_overwritten(
     dump("--no-files")
     index = world.cache / "cache_index.json"
     content = index.read_bytes()
-    bring = kd_cache.publish._bring_view_in_line
+    bring = kd_cache.store.publish._View.bring_in_line
 
-    def meanwhile(*args: object) -> object:
-        maps = bring(*args)  # type: ignore[arg-type]
+    def meanwhile(*args: object, **wanted: object) -> object:
+        maps = bring(*args, **wanted)  # type: ignore[arg-type]
         index.unlink()
         index.write_bytes(content)
         return maps
 
-    monkeypatch.setattr(kd_cache.publish, "_bring_view_in_line", meanwhile)
+    monkeypatch.setattr(kd_cache.store.publish._View, "bring_in_line", meanwhile)
     result = run("export", "--to", "npy")
     assert result.exit_code == 1
     assert "changed while" in result.stderr
     assert index.read_bytes() == content
 
 
-def test_a_view_is_of_all_teachers_and_only_npy_goes_into_the_cache(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_view_is_of_all_teachers_and_only_npy_goes_into_the_cache(run: Run, cached: World, world: World) -> None:
     before = snapshot(world.cache)
     for arguments, reason in (
         (("--to", "pt"), "--output"),
@@ -276,8 +275,7 @@ def test_a_view_is_of_all_teachers_and_only_npy_goes_into_the_cache(run: Run, du
 # -- which rows -------------------------------------------------------------------------------------------------------
 
 
-def test_only_rows_that_a_student_would_be_served_are_exported(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_only_rows_that_a_student_would_be_served_are_exported(cached: World, run: Run, world: World) -> None:
     made_by = read_index(world.cache / "cache_index.json").origins["tiny"]
     packs = world.cache / "packs"
     files = world.permitted()
@@ -398,8 +396,7 @@ def test_an_export_that_fails_half_way_leaves_no_tensor_beside_the_list_of_anoth
         assert not list((tmp_path / "out").glob(".tmp-*"))
 
 
-def test_a_cache_of_the_older_script_is_to_be_adopted_first(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_a_cache_of_the_older_script_is_to_be_adopted_first(run: Run, cached: World, world: World) -> None:
     index = world.cache / "cache_index.json"
     content = json.loads(index.read_text())
     del content["kd_cache"]
@@ -422,8 +419,7 @@ def test_without_a_finished_cache_it_is_a_miss(run: Run, dump: Run, world: World
         assert "kd-cache dump" in result.stderr
 
 
-def test_which_cache_is_meant_must_be_said_where_there_are_several(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_which_cache_is_meant_must_be_said_where_there_are_several(run: Run, cached: World, world: World) -> None:
     assert run("export", "--to", "tsv", "--output", "one").exit_code == 0
     run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
     result = run("export", "--to", "tsv", "--output", "two")
@@ -479,8 +475,7 @@ def test_what_opening_warns_of_is_noted(tmp_path: Path) -> None:
     assert "adopted" in notes.all[0]
 
 
-def test_the_outcome_is_a_table_or_pure_json(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_the_outcome_is_a_table_or_pure_json(run: Run, cached: World, world: World) -> None:
     shown = run("export", "--to", "tsv", "--output", "out").stdout
     for fact in ("tiny", "other", "20", "out/tiny.tsv", "KB"):
         assert fact in shown
@@ -494,8 +489,7 @@ def test_the_outcome_is_a_table_or_pure_json(run: Run, dump: Run, world: World) 
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
-def test_an_export_reads_neither_manifest_nor_features(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_an_export_reads_neither_manifest_nor_features(run: Run, cached: World, world: World) -> None:
     for path in (world.root / "x").iterdir():
         path.unlink()
     world.json_path.unlink()

@@ -2,8 +2,8 @@
 
 Each damage is done in place to a small finished cache, then `LogitCache` reads every row and the audit looks at
 everything, in a forked child: a crash or a hang is counted, it does not end the suite. ``KD_CACHE_FAULTS=full`` tries
-every bit and every length; the default run tries all of them where a byte has a meaning of its own (a pack's first 64
-bytes, the header of a ``.npy``, the index's last 64 bytes) and an even spread of the rest.
+every bit and every length; `make faults` tries all of them where a byte has a meaning of its own (a pack's first 64
+bytes, the header of a ``.npy``, the index's last 64 bytes) and an even spread of the rest; the gate a few of each.
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ import numpy as np
 import pytest
 import tiny_teachers
 from conftest import TINY, World
+from fault_tools import FULL, LIMIT, often
 from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, seal_bytes, two_teachers
 from typer.testing import CliRunner
 
 from kd_cache.cli import app
 from kd_cache.errors import CorruptError, KDCacheError
-from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import load_manifest
-from kd_cache.splits import select
 from kd_cache.store import pack as pack_module
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.verify import VerifyJob, verify_cache
 
-FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if FULL else 300), forks]
+pytestmark = [pytest.mark.faults, LIMIT, forks]
 
 ONE = ("--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
-HANG_SECONDS = 30
+HANG_SECONDS = 120
 RIGHT, REFUSED, WRONG = "right", "refused", "served wrong"
 REPORTED, UNREPORTED = "reported", "not reported"
 UNTYPED, CRASHED, HUNG = "untyped error", "crashed", "hung"
@@ -75,11 +73,15 @@ def flip(content: bytes, bit: int) -> Damage:
 
 
 def spread(count: int, most: int, critical: Sequence[int] = ()) -> list[int]:
-    """Numbers below ``count``: all of them in full, else the critical ones and about ``most``, evenly spaced."""
+    """Numbers below ``count``: all of them in full, else the critical ones and about ``most``, evenly spaced.
+
+    In the gate a twelfth of these.
+    """
     if FULL:
         return list(range(count))
     step = max(1, count // most) | 1  # odd, so that every bit of a byte has its turn
-    return sorted({*range(0, count, step), *(number for number in critical if 0 <= number < count)})
+    chosen = sorted({*range(0, count, step), *(number for number in critical if 0 <= number < count)})
+    return chosen[:: often(13, 1, 1)]
 
 
 def single_faults(content: bytes, critical: Sequence[int], most: int = 500) -> list[Damage]:
@@ -87,7 +89,7 @@ def single_faults(content: bytes, critical: Sequence[int], most: int = 500) -> l
     size = len(content)
     bits = spread(8 * size, most, [8 * byte + bit for byte in critical for bit in range(8)])
     lengths = spread(size, most // 4, [0, 1, size - 1, *critical])
-    surplus = range(256) if FULL else b"\0\n }1\xff"
+    surplus = range(256) if FULL else b"\0\n }1\xff"[: often(2, 5, 5)]
     return [
         *(flip(content, bit) for bit in bits),
         *(Damage(f"cut to {length} bytes", size=length) for length in lengths),
@@ -310,11 +312,8 @@ def reader(cache: Finished, verify: str = "full") -> Check:
 
 def audit_job(cache: Finished) -> VerifyJob:
     """The job of ``kd-cache verify --all``, teachers loaded."""
-    manifest = load_manifest(cache.world.json_path, num_scenes=10, num_cities=12)
-    selection = select(manifest, "b")
-    source = FeatureSource(cache.world.root)
     teachers = {"tiny": tiny_teachers.linear(None), "other": tiny_teachers.other(None)}
-    return VerifyJob(CacheFolder(cache.world.cache), manifest, selection, source, teachers=teachers, n=None)
+    return VerifyJob(Snapshot(CacheFolder(cache.world.cache)), cache.world.data(), teachers=teachers, n=None)
 
 
 def auditor(cache: Finished, path: Path) -> Check:
@@ -386,7 +385,7 @@ def test_damage_to_the_view_does_not_reach_a_reader_and_the_audit_names_the_file
     tally = trial(path, damages, {"audit": auditor(finished, path)}, tmp_path)
     told(capsys, "tiny/*.npy", tally)
     assert tally.of("audit") == {REPORTED: len(damages)}, tally.notes
-    some = damages if FULL else damages[::11]
+    some = damages[:: often(11, 11, 1)]
     tally = trial(path, some, {"full": reader(finished)}, tmp_path)
     told(capsys, "tiny/*.npy", tally)
     assert tally.of("full") == {RIGHT: len(some)}, tally.notes
@@ -546,8 +545,8 @@ def test_damage_to_a_mapped_pack_is_refused(
     some = rows.files[::97]
     expected = rows.logits[::97].tobytes()
     content = path.read_bytes()
-    bits = range(0, 8 * len(content), 8 * len(content) // (4_000 if FULL else 90) | 1)
-    sizes = range(0, len(content), len(content) // (500 if FULL else 20) | 1)
+    bits = range(0, 8 * len(content), 8 * len(content) // often(12, 90, 4_000) | 1)
+    sizes = range(0, len(content), len(content) // often(4, 20, 500) | 1)
     damages = [
         *(flip(content, bit) for bit in bits),
         *(Damage(f"cut to {size} bytes", size=size) for size in sizes),
@@ -614,9 +613,9 @@ def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path, capsys
 
     checks = {"full": reading("full"), "lazy": reading("lazy")}
     assert [check() for check in checks.values()] == [RIGHT, RIGHT]
-    for path in sorted((made.path / "packs").iterdir())[:: 1 if FULL else 4]:
+    for path in sorted((made.path / "packs").iterdir())[:: often(4, 4, 1)]:
         content = path.read_bytes()
-        bits = range(0, 8 * len(content), 8 * len(content) // (500 if FULL else 40) | 1)
+        bits = range(0, 8 * len(content), 8 * len(content) // often(12, 40, 500) | 1)
         damages = [flip(content, bit) for bit in bits]
         tally = trial(path, damages, checks, tmp_path)
         told(capsys, "one of seven packs", tally)
@@ -628,7 +627,7 @@ def sector_faults_of_a_large_file(content: bytes, sector: int = 512) -> list[Dam
     """Random sectors zeroed, and random pairs swapped."""
     random = np.random.default_rng(6)
     damages = []
-    for _ in range(300 if FULL else 10):
+    for _ in range(often(3, 10, 300)):
         a, b = (int(at) * sector for at in random.choice(len(content) // sector, 2, replace=False))
         one, other = content[a : a + sector], content[b : b + sector]
         damages += [

@@ -53,7 +53,7 @@ def at_once(
 
 
 def test_eight_dumps_of_overlapping_parts_and_a_seal_equal_one_process(place: Place, finished: Tree) -> None:
-    times = often(1, 20)
+    times = often(1, 2, 20)
     for _ in range(times):
         put_tree(place.disk, {})
         outcomes = at_once(place, *OVERLAPPING)
@@ -67,7 +67,7 @@ def test_two_seals_at_once_beside_a_dump_lose_nothing(place: Place, finished: Tr
     draw = random.Random(SEED)  # noqa: S311 (moments, not a secret)
     put_tree(place.disk, {})
     parts = place.finish(dumping("--shard", "0/2"), dumping("--shard", "1/2"))
-    rounds, rows, refused = often(3, 50), 0, 0
+    rounds, rows, refused = often(2, 6, 50), 0, 0
     for number in range(rounds):
         put_tree(place.disk, parts)
         acknowledged = stored_rows(place.cache)
@@ -89,7 +89,7 @@ def test_seals_beside_a_part_that_is_still_scored_refuse_or_are_complete(place: 
     draw = random.Random(SEED)  # noqa: S311 (as above)
     put_tree(place.disk, {})
     half = place.finish(dumping("--shard", "0/2"))
-    for _ in range(often(2, 50)):
+    for _ in range(often(1, 4, 50)):
         put_tree(place.disk, half)
         acknowledged = stored_rows(place.cache)
         outcomes = at_once(place, dumping("--shard", "1/2"), SEALING, SEALING, draw=draw)
@@ -104,7 +104,7 @@ def test_readers_see_one_generation_while_others_are_sealed(place: Place, finish
     """Weights change back and forth; a reader must never see rows of the one beside rows of the other."""
     put_tree(place.disk, finished)
     generations = {rescoring: _fingerprints(place, rescoring) for rescoring in (False, True)}
-    seals = often(4, 50)
+    seals = often(4, 6, 50)  # an even number: the last weights are not the first
     with readers(8, place.cache, place.right, place.root) as read:
         for number in range(seals):
             weights = "weights.txt" if number % 2 else ""
@@ -115,9 +115,8 @@ def test_readers_see_one_generation_while_others_are_sealed(place: Place, finish
                 place.finish(dumping("--shard", "0/2", weights=weights), dumping("--shard", "1/2", weights=weights))
             place.finish(SEALING)
     for tally in read:
-        assert tally.rounds > 0
+        assert len(tally.sets) > 1, "a reader did not see the weights change"
         assert all(size == place.samples and made_by in generations.values() for size, made_by in tally.sets)
-    assert any(len(tally.sets) > 1 for tally in read), "no reader saw the weights change"
     reads, rows = sum(tally.rounds for tally in read), sum(tally.rows for tally in read)
     print(f"\n8 readers beside {seals} seals: {reads} reads of {rows} rows, 0 wrong")
 

@@ -100,11 +100,11 @@ def mounted(kind: str, image: Path, folder: Path) -> Iterator[Volume]:
 def test_a_power_cut_at_a_random_moment_costs_nothing_acknowledged(kind: str, tmp_path: Path) -> None:
     draw = random.Random(f"{SEED} {kind}")  # noqa: S311 (moments, not a secret)
     place = make_place(tmp_path, source=20, target=12)
-    names = ("dump", "seal", "rescoring", "part")[: often(2, 4)]
+    names = ("dump", "seal", "rescoring", "part")[: often(1, 2, 4)]
     with mounted(kind, tmp_path / "image", place.disk) as volume:
         scenarios = [make_scenario(place, name) for name in names]
         seconds = [_seconds(scenario) for scenario in scenarios]
-        cuts, early, number, said, kept = often(2, 100), 0, 0, 0, 0
+        cuts, early, number, said, kept = often(1, 4, 100), 0, 0, 0, 0
         while early < cuts:
             which = number % len(scenarios)
             found, complete, ended = cut_once(volume, scenarios[which], draw.uniform(0, seconds[which]))
@@ -164,7 +164,7 @@ def _sync(folder: Path) -> None:
 def test_a_disk_that_is_really_full_is_named_and_the_dump_goes_on_when_there_is_room(tmp_path: Path) -> None:
     scenario = make_scenario(make_place(tmp_path, source=8, target=4), "dump")
     place = scenario.place
-    for kilobytes in range(8, 124, often(40, 4)):
+    for kilobytes in range(8, 124, often(60, 20, 4)):
         with memory_disk(place.disk, kilobytes):
             outcome = place.run(*scenario.arguments)
             assert outcome.code == 1, outcome

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPO, Run, World
+from conftest import Run, World
+from fault_tools import ended_at_last, host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_fixtures import MadeCache, Rows, make_cache, md5, names, origin, seal_bytes, snapshot, two_teachers
@@ -251,7 +250,7 @@ def older_index(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(no_index, "is unfinished: it has no index"), (damaged_index, "damaged"), (older_index, "older script")],
+    [(no_index, "it has no cache_index.json"), (damaged_index, "damaged"), (older_index, "older script")],
 )
 def test_without_a_sound_index_only_temporaries_go(cache: MadeCache, change: Callable[[Path], None], told: str) -> None:
     Rows.of(names(5)).write(cache.path / "packs", origin(weights="earlier"))
@@ -612,17 +611,14 @@ def test_a_dump_that_runs_meanwhile_loses_nothing(run: Run, world: World) -> Non
     tiny(run, world, "tiny_teachers:linear", "--batch-size", 1, "--cache-root", "apart")
     age(world.cache)
     options = ["--target", "b", "--json-path", "dataset.json", "--only", "tiny", "--shard-size", "1"]
-    program = [sys.executable, "-c", "from kd_cache.cli import main; main()", "dump", *options]
-    paths = os.pathsep.join([str(REPO / "tests"), str(REPO)])
-    dump = subprocess.Popen(
-        [*program, "--teacher", "tiny=tiny_teachers:slow"], cwd=world.root, env={**os.environ, "PYTHONPATH": paths}
-    )
+    dump = host().start("dump", *options, "--teacher", "tiny=tiny_teachers:slow", cwd=world.root)
     rounds = 0
-    while dump.poll() is None:
-        assert run("gc").exit_code == 0
-        rounds += 1
-    assert dump.returncode == 0
-    assert rounds > 3
+    with ended_at_last([dump]):
+        while not dump.ended(0.1):
+            assert run("gc").exit_code == 0
+            rounds += 1
+        assert dump.wait().code == 0
+    assert rounds > 0
     expected = {path.name: path.read_bytes() for path in (world.root / "apart" / "A2b" / "packs").iterdir()}
     assert world.packs().items() >= expected.items()
     assert run("verify", "--all", "--teacher", "tiny=tiny_teachers:slow").exit_code == 0
@@ -670,7 +666,7 @@ def test_dry_run_removes_nothing_and_lists_what_the_real_run_removes(run: Run, r
 def test_every_cache_under_the_root_is_cleaned_and_links_and_other_folders_are_not(run: Run, root: Path) -> None:
     result = run("gc", "--json")
     assert [cache["cache"] for cache in json.loads(result.stdout)["caches"]] == ["cache/A2b", "cache/A2c"]
-    assert "cache/A2c is unfinished: it has no index; only temporaries are removed" in result.stderr
+    assert "it has no cache_index.json; only temporaries are removed" in result.stderr
     assert (root / "cache" / "A2notes" / ".tmp-1-a").exists()
     assert (root / "elsewhere" / "A2s1" / ".tmp-1-a").exists()
     assert json.loads(run("gc", "cache/A2s1", "--json").stdout)["bytes"] > 0  # named, it is meant

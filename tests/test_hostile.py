@@ -9,7 +9,9 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from conftest import World
 from hostile_checkpoints import CANARY, CHECKPOINTS, EVIL, good, not_finite, saved
 from hostile_data import FEATURES, GOOD, MANIFESTS, NFC, NFD, PATHS
-from hostile_fence import MEMORY, Outcome, all_fenced, command, fenced, picture, python
+from hostile_fence import MEMORY, Outcome, Work, all_fenced, command, each_fenced, fenced, picture, python
 from hostile_stores import INDEXES, OLDER, OTHERS, PACKS, PLANS, ROW_FILES, Store, settings
 from store_fixtures import forks
 from typer.testing import CliRunner
@@ -60,20 +62,30 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made
 
 
+Copies = Callable[[], World]
 MEMORY_DISK = Path("/dev/shm")  # noqa: S108 (a folder of its own is made there)
 
 
 @pytest.fixture
-def world(template: World) -> Iterator[World]:
-    """A copy of the template, for one test to spoil, and beside it a folder that is none of its business."""
+def copies(template: World) -> Iterator[Copies]:
+    """Makes copies of the template for tests to spoil, each beside a folder that is none of its business."""
     # A disk takes more time to make and remove these than everything else here.
     fast = MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=fast) as folder:
-        root = Path(folder) / "w"
-        shutil.copytree(template.root, root, symlinks=True)
-        (root.parent / "outside").mkdir()
-        np.save(root.parent / "outside" / "secret.npy", GOOD)
-        yield World(root, [dict(row) for row in template.rows])
+
+        def copy() -> World:
+            root = Path(tempfile.mkdtemp(dir=folder)) / "w"
+            shutil.copytree(template.root, root, symlinks=True)
+            (root.parent / "outside").mkdir()
+            np.save(root.parent / "outside" / "secret.npy", GOOD)
+            return World(root, [dict(row) for row in template.rows])
+
+        yield copy
+
+
+@pytest.fixture
+def world(copies: Copies) -> World:
+    return copies()
 
 
 def refused(outcome: Outcome, code: int, kind: str | None, *words: str) -> None:
@@ -103,6 +115,43 @@ def all_at_the_fence(world: World, *commands: Sequence[object]) -> list[Outcome]
     return outcomes
 
 
+@dataclass(frozen=True)
+class Met:
+    """A case that was at the fence: its outcomes, and everything around its cache and in it, before and after."""
+
+    case: str
+    world: World
+    outcomes: list[Outcome]
+    before: dict[str, tuple[Any, ...]]
+    after: dict[str, tuple[Any, ...]]
+
+
+def by_twenty(cases: Iterable[str]) -> list[list[str]]:
+    """So many share a child: a fork of this large process takes longer than most cases do."""
+    names = list(cases)
+    return [names[at : at + 20] for at in range(0, len(names), 20)]
+
+
+def first_of(cases: list[str]) -> str:
+    return f"{cases[0]} …"
+
+
+def each_at_the_fence(
+    copies: Copies, cases: Sequence[str], arrange: Callable[[str, World], Sequence[Work]]
+) -> list[Met]:
+    """Spoil a copy for each case, then do what ``arrange`` gives in each, all in one child."""
+    worlds = [copies() for _ in cases]
+    works = [arrange(case, world) for case, world in zip(cases, worlds, strict=True)]
+    before = [picture(world.root.parent) for world in worlds]
+    outcomes = each_fenced([(work, world.root) for work, world in zip(works, worlds, strict=True)])
+    after = [picture(world.root.parent) for world in worlds]
+    return [Met(*one) for one in zip(cases, worlds, outcomes, before, after, strict=True)]
+
+
+def without_cache(found: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    return {name: what for name, what in found.items() if name != "w/cache/A2b" and not name.startswith("w/cache/A2b/")}
+
+
 # -- the fence itself --------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +166,27 @@ def test_the_fence_stops_a_child_that_hangs(tmp_path: Path) -> None:
         while True:
             pass
 
-    assert fenced(hang, tmp_path, seconds=0.2).killed == "SIGALRM"
+    assert fenced(hang, tmp_path, seconds=0.2).killed == "SIGPROF"
+    assert fenced(lambda: time.sleep(100) or {}, tmp_path, waiting=0.2).killed == "SIGALRM"
+
+
+def test_the_fence_goes_on_behind_a_case_that_ends_the_child(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("one", "two", "three")]
+    for place in places:
+        place.mkdir()
+
+    def die() -> dict[str, Any]:
+        os.write(2, b"no more")
+        os._exit(0)
+
+    where = python(lambda: str(Path.cwd()))
+    one, two, three = each_fenced([([where, where], places[0]), ([where, die], places[1]), ([where], places[2])])
+    assert [outcome.value for outcome in (*one, *two, *three)] == [
+        *map(str, (places[0],) * 2 + (places[1],)),
+        None,
+        str(places[2]),
+    ]
+    assert two[1].killed == "ended by itself"
 
 
 def too_much() -> None:
@@ -163,12 +232,17 @@ def test_a_good_checkpoint_in_the_same_place_is_loaded(world: World) -> None:
     assert at_the_fence(world, *WITH_EVIL, "--dry-run").code == 0
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
-def test_a_hostile_checkpoint_is_refused(world: World, case: str) -> None:
-    CHECKPOINTS[case].make(world.root)
-    before = picture(world.root)
-    refused(at_the_fence(world, *WITH_EVIL), 1, "CheckpointError", EVIL, *CHECKPOINTS[case].says)
-    assert picture(world.root) == before, "a refused dump changes nothing"
+@pytest.mark.parametrize("cases", by_twenty(CHECKPOINTS), ids=first_of)
+def test_hostile_checkpoints_are_refused(copies: Copies, cases: list[str], subtests: pytest.Subtests) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        CHECKPOINTS[case].make(world.root)
+        return [command(*WITH_EVIL)]
+
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            (outcome,) = met.outcomes
+            refused(outcome, 1, "CheckpointError", EVIL, *CHECKPOINTS[met.case].says)
+            assert met.after == met.before, "a refused dump changes nothing"
 
 
 @pytest.mark.parametrize("how", ["written over", "replaced by another", "replaced by a pickle"])
@@ -222,31 +296,39 @@ ADOPTED = [
 ]
 
 
-@pytest.mark.parametrize("case", ADOPTED)
-def test_a_hostile_tensor_is_not_adopted(world: World, case: str) -> None:
-    CHECKPOINTS[case].make(world.root)
-    before = picture(world.root)
-    outcome = at_the_fence(world, "adopt", EVIL, "--target", "b", *DATA)
-    code, kind = (1, "StoreError") if case in ("a FIFO", "a device") else (2, "UsageError")
-    refused(outcome, code, kind, EVIL)
-    assert picture(world.root) == before
+@pytest.mark.parametrize("cases", by_twenty(ADOPTED), ids=first_of)
+def test_hostile_tensors_are_not_adopted(copies: Copies, cases: list[str], subtests: pytest.Subtests) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        CHECKPOINTS[case].make(world.root)
+        return [command("adopt", EVIL, "--target", "b", *DATA)]
+
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            (outcome,) = met.outcomes
+            code, kind = (1, "StoreError") if met.case in ("a FIFO", "a device") else (2, "UsageError")
+            refused(outcome, code, kind, EVIL)
+            assert met.after == met.before
 
 
 # -- features ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", FEATURES)
-def test_a_hostile_feature_is_refused(world: World, case: str) -> None:
-    victim = world.permitted()[0]
-    FEATURES[case].make(world.feature(victim))
-    before = picture(world.root)
-    scored, audit = all_at_the_fence(world, [*DUMP, *OWN], VERIFY)
-    refused(scored, 1, "FeatureError", victim, FEATURES[case].says)
-    if case == "another F":  # a feature like any other, but not the one that was scored
-        refused(audit, 5, None, f"{victim}: its feature file is not the one that was scored")
-    else:
-        refused(audit, 1, None, f"{victim}: its freshness cannot be checked", FEATURES[case].says)
-    assert picture(world.root) == before
+@pytest.mark.parametrize("cases", by_twenty(FEATURES), ids=first_of)
+def test_hostile_features_are_refused(copies: Copies, cases: list[str], subtests: pytest.Subtests) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        FEATURES[case].make(world.feature(world.permitted()[0]))
+        return [command(*DUMP, *OWN), command(*VERIFY)]
+
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            scored, audit = met.outcomes
+            victim, says = met.world.permitted()[0], FEATURES[met.case].says
+            refused(scored, 1, "FeatureError", victim, says)
+            if met.case == "another F":  # a feature like any other, but not the one that was scored
+                refused(audit, 5, None, f"{victim}: its feature file is not the one that was scored")
+            else:
+                refused(audit, 1, None, f"{victim}: its freshness cannot be checked", says)
+            assert met.after == met.before
 
 
 def test_a_feature_in_fortran_order_is_the_same_feature(world: World) -> None:
@@ -268,18 +350,23 @@ def test_a_hostile_feature_can_be_skipped_and_its_row_goes(world: World) -> None
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", PATHS)
-def test_a_hostile_path_is_refused(world: World, case: str) -> None:
-    name = PATHS[case].make(world)
-    world.rows[0]["file"] = name
-    world.write()
-    before = picture(world.root)
-    scored, *audits = all_at_the_fence(world, [*DUMP, *OWN], VERIFY, [*VERIFY, "--json"])
-    refused(scored, PATHS[case].code, PATHS[case].kind, PATHS[case].says)
-    for audit in audits:
-        assert audit.code in (1, 2, 3, 6)
-        refused(audit, audit.code, audit.kind)
-    assert picture(world.root) == before
+@pytest.mark.parametrize("cases", by_twenty(PATHS), ids=first_of)
+def test_hostile_paths_are_refused(copies: Copies, cases: list[str], subtests: pytest.Subtests) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        world.rows[0]["file"] = PATHS[case].make(world)
+        world.write()
+        return [command(*DUMP, *OWN), command(*VERIFY), command(*VERIFY, "--json")]
+
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            scored, *audits = met.outcomes
+            case = PATHS[met.case]
+            refused(scored, case.code, case.kind, case.says)
+            assert len(audits) == 2
+            for audit in audits:
+                assert audit.code in (1, 2, 3, 6)
+                refused(audit, audit.code, audit.kind)
+            assert met.after == met.before
 
 
 def test_escapes_in_the_name_of_a_sample_are_printed_as_text_and_kept_in_json(world: World) -> None:
@@ -324,29 +411,36 @@ def test_a_path_is_a_sample_exactly_as_it_is_written(world: World) -> None:
     assert world.view("tiny", name).exists()
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "packs", "\x1b[2J", "x\0", "é", "n" * 65, ""])
-def test_a_teacher_cannot_be_named_after_a_place(world: World, name: str) -> None:
-    before = picture(world.root)
-    outcome = at_the_fence(world, *DUMP, "--teacher", f"{name}=tiny_teachers:linear")
-    refused(outcome, 2, "UsageError", "cannot be a teacher's name")
-    assert picture(world.root) == before
+def test_a_teacher_cannot_be_named_after_a_place(copies: Copies, subtests: pytest.Subtests) -> None:
+    def arrange(name: str, world: World) -> list[Work]:
+        return [command(*DUMP, "--teacher", f"{name}=tiny_teachers:linear")]
+
+    names = ["../x", "/x", "a/b", "..", "packs", "\x1b[2J", "x\0", "é", "n" * 65, ""]
+    for met in each_at_the_fence(copies, names, arrange):
+        with subtests.test(case=met.case):
+            (outcome,) = met.outcomes
+            refused(outcome, 2, "UsageError", "cannot be a teacher's name")
+            assert met.after == met.before
 
 
 # -- manifests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", MANIFESTS)
-def test_a_hostile_manifest_is_refused(world: World, case: str) -> None:
-    world.json_path.write_bytes(MANIFESTS[case].change(world.json_path.read_bytes()))
-    before = picture(world.root)
-    for outcome in all_at_the_fence(world, [*DUMP, *OWN], VERIFY):
-        refused(outcome, 2, "ManifestError", "dataset.json", MANIFESTS[case].says)
-    assert picture(world.root) == before
+@pytest.mark.parametrize("cases", by_twenty(MANIFESTS), ids=first_of)
+def test_hostile_manifests_are_refused(copies: Copies, cases: list[str], subtests: pytest.Subtests) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        world.json_path.write_bytes(MANIFESTS[case].change(world.json_path.read_bytes()))
+        return [command(*DUMP, *OWN), command(*VERIFY)]
+
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            assert len(met.outcomes) == 2
+            for outcome in met.outcomes:
+                refused(outcome, 2, "ManifestError", "dataset.json", MANIFESTS[met.case].says)
+            assert met.after == met.before
 
 
-@pytest.mark.parametrize("what", ["FIFO", "folder", "device", "loop", "4 GB that take no room"])
-def test_what_is_no_manifest_is_refused_unread(world: World, what: str) -> None:
-    path = world.json_path
+def put_in_place_of_a_manifest(what: str, path: Path) -> None:
     path.unlink()
     if what == "FIFO":
         os.mkfifo(path)
@@ -357,9 +451,20 @@ def test_what_is_no_manifest_is_refused_unread(world: World, what: str) -> None:
     else:
         path.touch()
         os.truncate(path, 4 << 30)
+
+
+def test_what_is_no_manifest_is_refused_unread(copies: Copies, subtests: pytest.Subtests) -> None:
+    def arrange(what: str, world: World) -> list[Work]:
+        put_in_place_of_a_manifest(what, world.json_path)
+        return [command(*DUMP, *OWN), command(*VERIFY)]
+
     says = {"loop": "symbolic links", "folder": "a directory", "4 GB that take no room": "--max-manifest-bytes"}
-    for outcome in all_at_the_fence(world, [*DUMP, *OWN], VERIFY):
-        refused(outcome, 2, "ManifestError", says.get(what, "not a regular file"))
+    for met in each_at_the_fence(copies, ["FIFO", "folder", "device", "loop", "4 GB that take no room"], arrange):
+        with subtests.test(case=met.case):
+            assert len(met.outcomes) == 2
+            for outcome in met.outcomes:
+                refused(outcome, 2, "ManifestError", says.get(met.case, "not a regular file"))
+            assert met.after == met.before
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -376,16 +481,19 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
-def test_a_hostile_settings_file_in_the_current_folder_is_refused(world: World, case: str) -> None:
-    content, says = SETTINGS[case]
-    path = world.root / "kd-cache.yaml"
-    path.write_text(content or "")
-    if content is None:
-        os.truncate(path, 1 << 36)
-    before = picture(world.root)
-    refused(at_the_fence(world, *DUMP, *OWN), 2, None, "kd-cache.yaml", says)
-    assert picture(world.root) == before
+def test_hostile_settings_files_in_the_current_folder_are_refused(copies: Copies, subtests: pytest.Subtests) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        content, path = SETTINGS[case][0], world.root / "kd-cache.yaml"
+        path.write_text(content or "")
+        if content is None:
+            os.truncate(path, 1 << 36)
+        return [command(*DUMP, *OWN)]
+
+    for met in each_at_the_fence(copies, list(SETTINGS), arrange):
+        with subtests.test(case=met.case):
+            (outcome,) = met.outcomes
+            refused(outcome, 2, None, "kd-cache.yaml", SETTINGS[met.case][1])
+            assert met.after == met.before
 
 
 # -- what a cache is made of -------------------------------------------------------------------------------------------
@@ -415,18 +523,20 @@ def look(template: World) -> Look:
 WHOLE = {"rows": 6, "wrong": 0}
 
 
-def read_and_heal(world: World, look: Look, case: Store) -> None:
+def read_and_heal(look: Look, make: Callable[[World], object], world: World) -> list[Work]:
     """Read it in three ways, which changes nothing; dump into it; where that succeeded, it is whole."""
-    case.make(world)
+    make(world)
     around = world.root.parent
-    before, outside = picture(around), picture(around, "w/cache/A2b")
+    before = picture(around)
     unchanged = python(lambda: picture(around) == before)
     reading = [python(look), command(*VERIFY), command("info", "cache/A2b"), unchanged]
-    healing = [command(*DUMP, *OWN), python(look), command(*VERIFY)]
-    outcomes = all_fenced([*reading, *healing], world.root)
-    assert len(outcomes) == 7, outcomes[-1]
-    *read, same, healed, again, audit = outcomes
-    assert picture(around, "w/cache/A2b") == outside
+    return [*reading, command(*DUMP, *OWN), python(look), command(*VERIFY)]
+
+
+def check_read_and_healed(met: Met, case: Store) -> None:
+    assert len(met.outcomes) == 7, met.outcomes[-1]
+    *read, same, healed, again, audit = met.outcomes
+    assert without_cache(met.after) == without_cache(met.before)
     for outcome, code in zip(read, case.read, strict=True):
         refused(outcome, code, outcome.kind, *(["A2b"] if code else []))
     assert case.read[0] or read[0].value == WHOLE
@@ -438,57 +548,68 @@ def read_and_heal(world: World, look: Look, case: Store) -> None:
         assert again.value == WHOLE
         refused(audit, 0, None)
     else:
-        assert picture(around)["w/cache/A2b/cache_index.json"] == before["w/cache/A2b/cache_index.json"]
+        assert met.after["w/cache/A2b/cache_index.json"] == met.before["w/cache/A2b/cache_index.json"]
 
 
-@pytest.mark.parametrize("case", INDEXES)
-def test_a_hostile_index_is_refused_and_written_anew(world: World, look: Look, case: str) -> None:
-    read_and_heal(world, look, INDEXES[case])
+STORES = {
+    "index": INDEXES,
+    "pack": PACKS,
+    "other": OTHERS,
+    "row file": {name: Store(make, "differs from the pack", (0, 4, 0)) for name, make in ROW_FILES.items()},
+}
 
 
-@pytest.mark.parametrize("case", PACKS)
-def test_a_hostile_pack_is_refused_and_its_rows_are_scored_again(world: World, look: Look, case: str) -> None:
-    read_and_heal(world, look, PACKS[case])
+@pytest.mark.parametrize(
+    ("what", "cases"),
+    [(what, cases) for what, stores in STORES.items() for cases in by_twenty(stores)],
+    ids=lambda value: value if isinstance(value, str) else first_of(value),
+)
+def test_what_is_hostile_in_a_cache_is_refused_and_made_anew(
+    copies: Copies, look: Look, what: str, cases: list[str], subtests: pytest.Subtests
+) -> None:
+    stores = STORES[what]
+    for met in each_at_the_fence(copies, cases, lambda case, world: read_and_heal(look, stores[case].make, world)):
+        with subtests.test(case=met.case):
+            check_read_and_healed(met, stores[met.case])
 
 
-@pytest.mark.parametrize("case", OTHERS)
-def test_what_else_is_in_a_cache_does_no_harm(world: World, look: Look, case: str) -> None:
-    read_and_heal(world, look, OTHERS[case])
+@pytest.mark.parametrize("cases", by_twenty(PLANS), ids=first_of)
+def test_hostile_plans_are_made_anew(copies: Copies, cases: list[str], subtests: pytest.Subtests) -> None:
+    """Also where one is needed: a sample is new."""
+
+    def arrange(case: str, world: World) -> list[Work]:
+        (world.cache / "plan.json").write_bytes(PLANS[case])
+        world.add(7, "b", "train")
+        world.write()
+        return [command(*DUMP, *OWN), command(*VERIFY, "--recompute")]
+
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            scored, audit = met.outcomes
+            refused(scored, 0, None)
+            refused(audit, 0, None)
+            assert without_cache(met.after) == without_cache(met.before)
 
 
-@pytest.mark.parametrize("case", ROW_FILES)
-def test_a_hostile_row_file_is_noticed_and_written_anew(world: World, look: Look, case: str) -> None:
-    read_and_heal(world, look, Store(ROW_FILES[case], "differs from the pack", (0, 4, 0)))
+@pytest.mark.parametrize("cases", by_twenty(OLDER), ids=first_of)
+def test_hostile_caches_of_an_older_script_are_refused(
+    copies: Copies, cases: list[str], subtests: pytest.Subtests
+) -> None:
+    def arrange(case: str, world: World) -> list[Work]:
+        OLDER[case][0](world)
+        opening = python(lambda: len(LogitCache.open("cache/A2b")))
+        return [opening, command(*VERIFY), command("info"), command(*DUMP, *OWN)]
 
-
-@pytest.mark.parametrize("case", PLANS)
-def test_a_hostile_plan_is_made_anew(world: World, look: Look, case: str) -> None:
-    """Also where it is needed: the packs are gone, or one sample is new."""
-    (world.cache / "plan.json").write_bytes(PLANS[case])
-    world.add(7, "b", "train")
-    world.write()
-    scored, audit = all_at_the_fence(world, [*DUMP, *OWN], [*VERIFY, "--recompute"])
-    refused(scored, 0, None)
-    refused(audit, 0, None)
-    assert "Traceback" not in audit.said
-
-
-@pytest.mark.parametrize("case", OLDER)
-def test_a_hostile_cache_of_an_older_script_is_refused(world: World, case: str) -> None:
-    make, says = OLDER[case]
-    make(world)
-    around = world.root.parent
-    before = picture(around)
-    opening, audit, told, scored = all_fenced(
-        [python(lambda: len(LogitCache.open("cache/A2b"))), command(*VERIFY), command("info"), command(*DUMP, *OWN)],
-        world.root,
-    )
-    assert opening.killed is None
-    assert (opening.code, opening.kind) == (4, "CorruptError"), opening.said
-    assert says in opening.stderr
-    for outcome in (audit, told, scored):
-        refused(outcome, 5, outcome.kind, "older script")
-    assert picture(around) == before
+    for met in each_at_the_fence(copies, cases, arrange):
+        with subtests.test(case=met.case):
+            opening, *others = met.outcomes
+            assert opening.killed is None
+            assert (opening.code, opening.kind) == (4, "CorruptError"), opening.said
+            assert OLDER[met.case][1] in opening.stderr
+            assert len(others) == 3
+            for outcome in others:
+                refused(outcome, 5, outcome.kind, "older script")
+            assert met.after == met.before
 
 
 # -- caps --------------------------------------------------------------------------------------------------------------

@@ -25,15 +25,13 @@ def test_info_tells_what_a_cache_holds_made_from_what_and_by_which_settings(run:
     assert content["teachers"]["tiny"]["storage_cost"]["rows"] == 20
 
 
-def test_what_a_user_runs_is_never_written_into_a_cache(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_what_a_user_runs_is_never_written_into_a_cache(run: Run, cached: World, world: World) -> None:
     assert "tiny_teachers" not in (world.cache / "cache_index.json").read_text()
     for pack in world.packs().values():
         assert b"tiny_teachers" not in pack
 
 
-def test_info_lists_every_cache_under_a_root(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_info_lists_every_cache_under_a_root(run: Run, cached: World, world: World) -> None:
     run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
     assert [cache["path"] for cache in json.loads(run("info", "--json").stdout)["caches"]] == ["cache/A2b", "cache/A2c"]
 
@@ -104,8 +102,9 @@ def test_bytes_are_shown_for_a_person() -> None:
     ]
 
 
-def test_info_tells_how_good_the_rows_are_and_what_is_not_sealed(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_info_tells_how_good_the_rows_are_and_what_is_not_sealed(
+    cached: World, dump: Run, run: Run, world: World
+) -> None:
     record = json.loads(run("info", world.cache, "--json").stdout)["caches"][0]
     kept = record["teachers"]["tiny"]["accuracy"]
     labels = {

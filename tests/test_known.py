@@ -10,6 +10,7 @@ from store_fixtures import Rows, names, origin
 
 from kd_cache.pipeline.known import FEATURE_CHANGED, FRESH, NEW, Known
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.snapshot import Snapshot
 
 NOW, EARLIER, OLDER = origin(), origin(weights="earlier"), origin(weights="older", architecture="tiny/0")
 
@@ -21,7 +22,7 @@ def wanted() -> Rows:
 
 def known(path: Path, wanted: Rows) -> Known:
     (path / "packs").mkdir(exist_ok=True)
-    return Known(NOW, CacheFolder(path).packs(), wanted.keys)
+    return Known(NOW, Snapshot(CacheFolder(path)), wanted.keys)
 
 
 def test_without_packs_all_is_new(tmp_path: Path, wanted: Rows) -> None:

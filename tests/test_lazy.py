@@ -284,7 +284,7 @@ def test_what_lies_around_the_rows_is_checked_at_open_or_harmless(tmp_path: Path
 # -- in workers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
 @forks
 def test_workers_check_what_they_read(made: MadeCache, start: str) -> None:
     """Those that inherit an opened cache, and those that open it anew: right rows, and damage found by either."""
@@ -476,9 +476,10 @@ def test_new_weights_show_when_the_index_says_so_and_for_all_samples_at_once(
     assert torch.equal(between, old) or torch.equal(between, new)
 
 
-def test_rows_that_a_reader_resolved_are_no_others_after_a_seal(dump: Run, run: Run, world: World) -> None:
+def test_rows_that_a_reader_resolved_are_no_others_after_a_seal(
+    cached: World, dump: Run, run: Run, world: World
+) -> None:
     """An opened cache keeps what it opened; a worker that must open it anew refuses."""
-    dump()
     cache = LogitCache.open(world.cache, verify="lazy")
     files = world.permitted()
     rows, before = cache.rows(files), LogitCache.open(world.cache).tensor(files=files)

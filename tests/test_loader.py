@@ -718,17 +718,6 @@ def test_two_forked_workers_give_the_same(cache: MadeCache, mode: str, base: str
     check_joined(cache, DataLoader(whole, collate_fn=data.collate, **options))
 
 
-@pytest.mark.parametrize("start", ["spawn", "forkserver"])
-def test_two_workers_that_open_the_cache_themselves_give_the_same(cache: MadeCache, start: str) -> None:
-    data = attached(cache, "concat")
-    whole = AROUND["concat"](data)
-    loader = DataLoader(
-        whole, 7, shuffle=True, collate_fn=data.collate, num_workers=2, multiprocessing_context=start,
-        persistent_workers=True,
-    )  # fmt: skip
-    assert [check_joined(cache, loader) for _ in range(2)] == [43, 43]
-
-
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
 def test_pinned_batches_are_the_same(cache: MadeCache) -> None:
     data = attached(cache, "plain")

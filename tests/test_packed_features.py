@@ -160,18 +160,6 @@ def test_a_user_block_moves_nothing(tmp_path: Path) -> None:
     assert "user block" in file_refusal(tmp_path / "c.h5")
 
 
-def test_many_are_read_in_order_with_errors_in_their_places(tmp_path: Path) -> None:
-    values = arrays()
-    values[1, 2, 3] = np.nan
-    source = PackedFeatures(as_rows(tmp_path / "f.h5", values))
-    found = source.read_many(["d.npy", "none.npy", FILES[1], "d.npy", "\ud800"])
-    assert [isinstance(one, FeatureError) for one in found] == [False, True, True, False, True]
-    assert isinstance(found[2], FeatureError)
-    assert "x/deep/b.npy" in found[2].message
-    assert "frame 2, bin 3 is nan" in found[2].message
-    assert source.read_many([]) == []
-
-
 def test_a_sample_that_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:
     source = PackedFeatures(as_rows(tmp_path / "f.h5", arrays()))
     assert "feature x/none.npy" in refusal(source, "x/none.npy")
@@ -333,7 +321,6 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize(("make", "reason"), BAD_FILES.values(), ids=BAD_FILES)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_each_way_to_be_no_file_of_features_is_refused(
@@ -363,7 +350,6 @@ def test_a_crash_of_libhdf5_is_an_error_here(tmp_path: Path, monkeypatch: pytest
     assert "the file is damaged" in file_refusal(path)
 
 
-@pytest.mark.timeout(300)
 def test_flipped_bits_are_an_error_or_some_values_and_never_a_crash(tmp_path: Path) -> None:
     # Names of any length are what libhdf5 crashed and hung on: 21 of some 3,000 flips.
     good = as_rows(tmp_path / "f.h5", arrays()).read_bytes()

@@ -38,9 +38,8 @@ def some(count: int = 5) -> Permitted:
 # -- on disk ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_layout_is_all_a_reader_needs(dump: Run, world: World) -> None:
+def test_the_documented_layout_is_all_a_reader_needs(cached: World, world: World) -> None:
     """Key and label of each permitted sample, by plain Python; the target's labels are nobody's business."""
-    dump()
     path = listed(world.cache)
     content = path.read_bytes()
     assert path.name == f"permitted-{xxhash.xxh3_128_hexdigest(content)}.npy"
@@ -189,10 +188,9 @@ def foreign_rows(pack: Pack, files: list[str]) -> Path:
 
 @pytest.mark.parametrize("verify", ["full", "lazy", "off"])
 def test_rows_of_samples_that_are_not_permitted_are_never_served(
-    dump: Run, run: Run, world: World, verify: str
+    cached: World, run: Run, world: World, verify: str
 ) -> None:
     """Rows of the test split and of another device, in packs of their own and merged into the teacher's."""
-    dump()
     files = world.permitted()
     expected = LogitCache.open(world.cache).tensor(files=files)
     forbidden = [row["file"] for row in world.rows if row["file"] not in files]
@@ -211,9 +209,8 @@ def test_rows_of_samples_that_are_not_permitted_are_never_served(
     assert run("verify", "--target", "b", *TINY).exit_code == 6
 
 
-def test_a_merged_pack_with_surplus_rows_serves_the_permitted_ones(dump: Run, run: Run, world: World) -> None:
+def test_a_merged_pack_with_surplus_rows_serves_the_permitted_ones(cached: World, run: Run, world: World) -> None:
     """One pack that holds more than the index permits: positions are not rows then."""
-    dump()
     files = world.permitted()
     expected = LogitCache.open(world.cache).tensor(files=files)
     for path in list((world.cache / "packs").iterdir()):
@@ -256,8 +253,7 @@ def test_a_cache_with_missing_samples_serves_the_others(dump: Run, world: World)
             cache.rows(bad)
 
 
-def test_rows_that_were_permitted_and_are_gone_are_not_taken_for_forbidden_ones(dump: Run, world: World) -> None:
-    dump()
+def test_rows_that_were_permitted_and_are_gone_are_not_taken_for_forbidden_ones(cached: World, world: World) -> None:
     files = world.permitted()
     for path in list((world.cache / "packs").iterdir()):
         pack = open_pack(path)
@@ -275,8 +271,9 @@ def test_rows_that_were_permitted_and_are_gone_are_not_taken_for_forbidden_ones(
 # -- without it -------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_list_is_an_error_that_names_seal_and_seal_writes_it_again(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_a_missing_list_is_an_error_that_names_seal_and_seal_writes_it_again(
+    cached: World, run: Run, world: World
+) -> None:
     path = listed(world.cache)
     content = path.read_bytes()
     path.unlink()
@@ -290,8 +287,9 @@ def test_a_missing_list_is_an_error_that_names_seal_and_seal_writes_it_again(dum
     assert len(LogitCache.open(world.cache)) == 20
 
 
-def test_a_damaged_list_is_an_error_that_names_seal_and_seal_writes_it_again(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_a_damaged_list_is_an_error_that_names_seal_and_seal_writes_it_again(
+    cached: World, run: Run, world: World
+) -> None:
     path = listed(world.cache)
     content = path.read_bytes()
     for damaged in (content[:-1], content[:-1] + b"\7", b"", content + b"\0"):
@@ -303,8 +301,7 @@ def test_a_damaged_list_is_an_error_that_names_seal_and_seal_writes_it_again(dum
         assert path.read_bytes() == content
 
 
-def test_a_dump_writes_a_missing_list_again(dump: Run, world: World) -> None:
-    dump()
+def test_a_dump_writes_a_missing_list_again(cached: World, dump: Run, world: World) -> None:
     path = listed(world.cache)
     content = path.read_bytes()
     path.unlink()
@@ -313,8 +310,7 @@ def test_a_dump_writes_a_missing_list_again(dump: Run, world: World) -> None:
 
 
 @pytest.mark.parametrize("stands_in", ["folder", "link", "fifo"])
-def test_what_stands_in_its_place_is_an_error_and_nothing_hangs(dump: Run, world: World, stands_in: str) -> None:
-    dump()
+def test_what_stands_in_its_place_is_an_error_and_nothing_hangs(cached: World, world: World, stands_in: str) -> None:
     path = listed(world.cache)
     path.unlink()
     {"folder": path.mkdir, "link": lambda: path.symlink_to("/dev/zero"), "fifo": lambda: os.mkfifo(path)}[stands_in]()
@@ -334,8 +330,7 @@ def index_of(made: MadeCache) -> Any:
     return CacheFolder(made.path).index(maps=False)
 
 
-def test_the_next_dump_or_seal_gives_such_a_cache_its_list(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_the_next_dump_or_seal_gives_such_a_cache_its_list(cached: World, dump: Run, run: Run, world: World) -> None:
     path = listed(world.cache)
     for command in (lambda: run("seal", "--target", "b"), dump):
         _as_first_version(world)
@@ -357,8 +352,7 @@ def _as_first_version(world: World) -> None:
     write_index(world.cache / "cache_index.json", index["num_samples"], maps, record)
 
 
-def test_an_opened_cache_outlives_its_list(dump: Run, world: World) -> None:
-    dump()
+def test_an_opened_cache_outlives_its_list(cached: World, world: World) -> None:
     cache = LogitCache.open(world.cache)
     listed(world.cache).unlink()
     assert cache.batch(world.permitted()).shape == (20, 2, 10)

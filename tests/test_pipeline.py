@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
+from fault_tools import TIER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_teachers import Linear
 
 import kd_cache.pipeline.batch_size
 import kd_cache.pipeline.shard
-from kd_cache import FeatureSource, LogitCache, StoreError, TeacherError, load_manifest, select
+from kd_cache import FeatureSource, LogitCache, StoreError, TeacherError
 from kd_cache.dump import DumpJob, dump_logits
 from kd_cache.errors import FeatureError
 from kd_cache.features import Feature
@@ -28,11 +30,12 @@ from kd_cache.pipeline.batch_size import best_batch_size
 from kd_cache.pipeline.batcher import Batcher
 from kd_cache.pipeline.device import full_precision, numerics
 from kd_cache.pipeline.engine import Batch, Engine
+from kd_cache.pipeline.places import Places
 from kd_cache.pipeline.planning import Ranks
 from kd_cache.pipeline.reading import CHUNK, read_ahead
 from kd_cache.pipeline.stages import READING, SCORING, Busy
-from kd_cache.plan import Place, Places, Shape
 from kd_cache.storage_cost import StorageCost, kl_divergence
+from kd_cache.store.plan import Place, Shape
 from kd_cache.watch import Watcher
 
 CPU = torch.device("cpu")
@@ -267,11 +270,15 @@ def test_a_dump_below_fp32_reports_its_cost_and_one_in_fp32_none(dump: Run, worl
     assert "bf16 against fp32" in dump("--precision", "bf16").stdout
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler uses what torch deprecates
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
-def test_compiled_teachers_score_the_same_and_the_index_says_that_they_were(dump: Run, world: World) -> None:
-    assert dump().exit_code == 0
+def test_compiled_teachers_score_the_same_and_the_index_says_that_they_were(
+    cached: World, dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the gate by torch's compiler alone, which takes a second; `make faults` has the C++ compiler make it fast."""
+    if TIER == "one":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain = LogitCache.open(world.cache).tensor()
     shutil.rmtree(world.cache)
     result = dump("--compile")
@@ -292,12 +299,13 @@ def test_progress_says_how_busy_each_stage_is(dump: Run) -> None:
 
 
 def test_busy_shares_are_parts_of_the_time_over_all_workers() -> None:
-    busy = Busy()
+    now = [100.0]
+    busy = Busy(clock=lambda: now[0])
     for _ in range(2):
         with busy.doing(SCORING, workers=2):
-            time.sleep(0.05)
-    time.sleep(0.05)
-    assert 0.1 < busy.shares[SCORING] < 0.6
+            now[0] += 4
+    now[0] += 8
+    assert busy.shares == {SCORING: 0.25}
 
 
 # -- the size of batches ----------------------------------------------------------------------------------------------
@@ -380,12 +388,9 @@ class Listening(Watcher):
 
 
 def _job(world: World, teacher: Linear, **options: object) -> DumpJob:
-    manifest = load_manifest(world.json_path)
     return DumpJob(
         cache_root=world.root / "cache",
-        manifest=manifest,
-        selection=select(manifest, "b"),
-        source=FeatureSource(world.root),
+        data=world.data(),
         teachers={"tiny": teacher},
         device=CPU,
         **options,  # type: ignore[arg-type]
@@ -433,7 +438,7 @@ def test_commits_do_not_hold_up_scoring(world: World, monkeypatch: pytest.Monkey
 
     def slow(*rest: object, **named: object) -> Path:
         during.set()
-        scored_meanwhile.wait(10)
+        scored_meanwhile.wait(120)
         during.clear()
         return write(*rest, **named)  # type: ignore[arg-type]
 
@@ -474,10 +479,7 @@ def test_a_gpu_gives_the_same_bits_each_time_and_the_cpus_numbers(world: World) 
 
 
 def _job_on(world: World, device: str) -> DumpJob:
-    manifest = load_manifest(world.json_path)
-    source = FeatureSource(world.root)
-    target = torch.device(device)
-    return DumpJob(world.root / "cache", manifest, select(manifest, "b"), source, {"tiny": Linear(1)}, target)
+    return DumpJob(world.root / "cache", world.data(), {"tiny": Linear(1)}, torch.device(device))
 
 
 def test_kl_is_that_of_torch() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,22 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, World
+from fault_tools import LIMIT, often
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import MadeCache, Rows, make_cache, origin
 from typer.testing import CliRunner
 
 from kd_cache.cli import app
+from kd_cache.dataset.task import DCASE
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import DEVICES, DOMAIN_OF, load_manifest, sample_key, spelling
+from kd_cache.manifest import load_manifest, sample_key, spelling
 from kd_cache.store.keys import keys_of
 
-FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if FULL else 240)]
+pytestmark = [pytest.mark.faults, LIMIT]
 
 
-def examples(default: int, full: int) -> settings:
-    return settings(max_examples=full if FULL else default)
+def examples(one: int, more: int, full: int) -> settings:
+    return settings(max_examples=often(one, more, full))
 
 
 @contextmanager
@@ -57,7 +57,7 @@ SAMPLES = st.lists(
             "file": FILES,
             "scene_label": st.integers(0, 9),
             "city_label": st.none() | st.integers(0, 11),
-            "device_id": st.sampled_from(DEVICES),
+            "device_id": st.sampled_from(DCASE.devices),
             "split": st.sampled_from(["train", "val", "test"]),
         }
     ),
@@ -72,7 +72,7 @@ def test_a_manifest_is_read_as_it_was_written(rows: list[dict[str, Any]], lists:
     """In lists or flat, escaped or not, with device, domain or both; and each key is the MD5 of its file."""
     written = []
     for row in rows:
-        kept = dict(row) | {"domain": DOMAIN_OF[row["device_id"]]}
+        kept = dict(row) | {"domain": DCASE.domain_of[row["device_id"]]}
         if said < 2:
             del kept[("domain", "device_id")[said]]
         written.append(kept)
@@ -89,7 +89,7 @@ def test_a_manifest_is_read_as_it_was_written(rows: list[dict[str, Any]], lists:
     assert [[getattr(one, name) for name in fields] for one in manifest] == [
         [row[key] for key in fields] for row in rows
     ]
-    assert [one.domain for one in manifest] == [DOMAIN_OF[row["device_id"]] for row in rows]
+    assert [one.domain for one in manifest] == [DCASE.domain_of[row["device_id"]] for row in rows]
     by_hand = [hashlib.md5(row["file"].encode(), usedforsecurity=False) for row in rows]
     assert [sample_key(one.file) for one in manifest] == [digest.hexdigest() for digest in by_hand]
     assert keys_of(one.file for one in manifest).tobytes() == b"".join(digest.digest() for digest in by_hand)
@@ -127,7 +127,7 @@ def truth(world: World) -> dict[str, bytes]:
 
 
 @given(st.data())
-@examples(5, 150)
+@examples(3, 20, 150)
 def test_a_dump_in_any_parts_in_any_order_is_sealed_to_the_bytes_of_one(data: st.DataObject) -> None:
     """Parts of different counts overlap; some run twice, some of them commit after every sample."""
     count = data.draw(st.integers(2, 14), "samples")
@@ -190,7 +190,7 @@ def older(made: MadeCache) -> Path:
 
 
 @given(st.data(), st.sampled_from(["pt", "tsv", "older"]))
-@examples(12, 300)
+@examples(9, 50, 300)
 def test_what_was_exported_is_adopted_bit_for_bit(data: st.DataObject, kind: str) -> None:
     with folder() as place:
         rows = data.draw(rows_of_any_kind())

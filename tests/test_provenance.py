@@ -20,11 +20,11 @@ from tiny_teachers import Linear
 from kd_cache import Provenance
 from kd_cache.dump import DumpJob, dump_logits, plan_dump
 from kd_cache.errors import CheckpointError, DataLeakageError, TeacherError
-from kd_cache.features import FeatureSource
 from kd_cache.manifest import load_manifest
 from kd_cache.problems import LEAK
 from kd_cache.repair import RepairJob, repair_cache
 from kd_cache.splits import leaked, refuse_leaking, select, select_source
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.teacher import TeacherSpec, check_teacher
 from kd_cache.train.layers import kaiming
 from kd_cache.verify import VerifyJob, verify_cache
@@ -362,9 +362,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 
 def job(world: World, **teachers: Any) -> DumpJob:
-    manifest = load_manifest(world.json_path)
-    source = FeatureSource(world.root)
-    return DumpJob(world.root / "cache", manifest, select(manifest, "b"), source, teachers, CPU, workers=0)
+    return DumpJob(world.root / "cache", world.data(), teachers, CPU, workers=0)
 
 
 @pytest.fixture
@@ -462,7 +460,7 @@ def audit(world: World, **teachers: Any) -> Any:
 
 def audit_job(world: World, **teachers: Any) -> VerifyJob:
     planned = job(world, **teachers)
-    return VerifyJob(planned.folder, planned.manifest, planned.selection, planned.source, teachers, n=None, device=CPU)
+    return VerifyJob(Snapshot(planned.folder), planned.data, teachers, n=None, device=CPU)
 
 
 def test_a_sample_that_moved_to_test_after_the_dump_makes_the_teacher_a_leak(

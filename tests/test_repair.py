@@ -530,9 +530,8 @@ def test_another_checkpoint_is_scored_anew_with_only_that_teacher(
 
 
 def test_many_kinds_at_once_are_mended_in_one_run(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    cached: World, dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     everything_at_once(world)
     assert verify().exit_code == 6
     done = repair()
@@ -551,9 +550,13 @@ def views_of(world: World) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("harmless", [no_damage, damaged_pending, leftovers])
 def test_on_a_cache_that_verifies_it_changes_no_byte(
-    run: Run, dump: Run, verify: Run, repair: Callable[..., Repaired], world: World, harmless: Callable[[World], None]
+    run: Run,
+    cached: World,
+    verify: Run,
+    repair: Callable[..., Repaired],
+    world: World,
+    harmless: Callable[[World], None],
 ) -> None:
-    dump()
     harmless(world)
     assert verify().exit_code == 0
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in world.cache.rglob("*")}
@@ -595,10 +598,14 @@ def index_and_packs_gone(world: World) -> None:
 
 @pytest.mark.parametrize("damage", [index_and_pack, no_index_and_no_pack, index_and_all_packs, index_and_packs_gone])
 def test_a_teacher_that_only_the_user_still_knows_of_is_not_left_out_silently(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World, damage: Callable[[World], None]
+    cached: World,
+    dump: Run,
+    verify: Run,
+    repair: Callable[..., Repaired],
+    world: World,
+    damage: Callable[[World], None],
 ) -> None:
     """Index and pack gone: that a second teacher was there is in the user's head, and in traces."""
-    dump()
     damage(world)
     content = snapshot(world.cache)
     done = repair()
@@ -614,9 +621,8 @@ def test_a_teacher_that_only_the_user_still_knows_of_is_not_left_out_silently(
 
 
 def test_the_refusal_names_the_teacher_that_would_have_gone(
-    dump: Run, repair: Callable[..., Repaired], world: World
+    cached: World, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     index_and_pack(world)
     done = repair()
     assert done.code == 4
@@ -624,9 +630,8 @@ def test_the_refusal_names_the_teacher_that_would_have_gone(
 
 
 def test_without_an_index_packs_of_two_fingerprints_leave_a_choice_that_repair_does_not_make(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    cached: World, dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     (world.root / "seed").write_text("7")
     teachers = ("--teacher", f"one=test_repair:one,ckpt={world.root / 'seed'}", *TWO)
     dump(teachers=(*teachers, "--only", "one", "--only", "two"))
@@ -642,10 +647,14 @@ def test_without_an_index_packs_of_two_fingerprints_leave_a_choice_that_repair_d
 
 @pytest.mark.parametrize("damage", [flipped_index, lost_index])
 def test_where_the_index_is_lost_the_data_must_be_named_and_is_never_guessed(
-    run: Run, dump: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[World], None]
+    run: Run,
+    cached: World,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[World], None],
 ) -> None:
     """The sample is the default of commands that begin something; here it would overwrite the user's rows."""
-    dump()
     damage(world)
     sample = tmp_path / "data" / "sample"
     shutil.copytree(world.root / "x", sample / "x")
@@ -667,14 +676,13 @@ def test_no_cache_at_all_is_a_miss_that_says_dump(run: Run, repair: Callable[...
 @pytest.mark.parametrize("said", [(), ("--on-bad-sample", "skip")])
 @pytest.mark.parametrize("also", [no_damage, lost_pack, missing_view, flipped_index])
 def test_a_feature_that_cannot_be_read_stops_the_repair_unless_it_may_be_left_out(
-    dump: Run,
+    cached: World,
     verify: Run,
     repair: Callable[..., Repaired],
     world: World,
     also: Callable[[World], None],
     said: tuple[str, ...],
 ) -> None:
-    dump()
     bad = some_file(world)
     whole = world.feature(bad).read_bytes()
     world.feature(bad).write_bytes(b"no feature")
@@ -707,9 +715,8 @@ def read_of(world: World, *teachers: str) -> dict[str, np.ndarray]:
 
 
 def test_rows_of_the_others_are_repaired_and_the_option_for_the_rest_is_named(
-    run: Run, dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    run: Run, cached: World, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     new_sample(world)
     done = repair(teachers=TWO)
     assert done.code == 3
@@ -723,9 +730,8 @@ def test_rows_of_the_others_are_repaired_and_the_option_for_the_rest_is_named(
 
 @pytest.mark.parametrize("lost", [lost_pack, flipped_pack])
 def test_view_and_index_are_rebuilt_though_another_teachers_rows_stay_missing(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World, lost: Callable[[World], None]
+    cached: World, verify: Run, repair: Callable[..., Repaired], world: World, lost: Callable[[World], None]
 ) -> None:
-    dump()
     lost(world)
     view = world.view("two", some_file(world))
     content = view.read_bytes()
@@ -742,9 +748,8 @@ def test_view_and_index_are_rebuilt_though_another_teachers_rows_stay_missing(
 
 
 def test_with_no_teacher_at_hand_the_error_says_which_one_to_pass(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    cached: World, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     lost_pack(world)
     world.view("two", some_file(world)).unlink()
     content = snapshot(world.cache)
@@ -757,9 +762,8 @@ def test_with_no_teacher_at_hand_the_error_says_which_one_to_pass(
 
 
 def test_a_wrong_row_is_not_served_on_because_its_teacher_is_not_at_hand(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    cached: World, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     forged_row(world)
     done = repair(teachers=TWO)
     assert done.code == 3
@@ -775,10 +779,9 @@ def test_a_wrong_row_is_not_served_on_because_its_teacher_is_not_at_hand(
 
 @pytest.mark.parametrize("also", [new_sample, missing_view, sample_less])
 def test_wrong_joins_of_a_teacher_that_is_not_at_hand_are_never_blessed(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World, also: Callable[[World], None]
+    cached: World, verify: Run, repair: Callable[..., Repaired], world: World, also: Callable[[World], None]
 ) -> None:
     """Any publication would measure the accuracy anew, and nobody would ever hear of it again."""
-    dump()
     wrong_joins(world)
     content = snapshot(world.cache)
     done = repair(teachers=TWO)
@@ -835,9 +838,8 @@ def test_wrong_joins_are_mended_whatever_the_other_teachers_store(
 
 
 def test_recompute_finds_rows_that_were_wrong_when_they_were_scored(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    cached: World, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     expected = world.packs()
     pack = pack_of(world, "two")
     rows = pack.logits.copy()
@@ -972,9 +974,8 @@ def test_the_mark_of_adopted_rows_survives_a_lost_index(
 
 @pytest.mark.parametrize("command", ["dump", "seal", "another's dump"])
 def test_rewriting_a_pack_does_not_give_a_wrong_row_a_right_checksum(
-    run: Run, dump: Run, verify: Run, repair: Callable[..., Repaired], world: World, command: str
+    run: Run, cached: World, dump: Run, verify: Run, repair: Callable[..., Repaired], world: World, command: str
 ) -> None:
-    dump()
     wrong = some_file(world)
     forged_row(world)
     del world.rows[0]  # so that the pack has to be written anew
@@ -996,9 +997,8 @@ def test_rewriting_a_pack_does_not_give_a_wrong_row_a_right_checksum(
 
 
 def test_a_wrong_row_survives_no_lost_index_either(
-    dump: Run, verify: Run, repair: Callable[..., Repaired], world: World
+    cached: World, verify: Run, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     wrong = some_file(world)
     forged_row(world)
     lost_index(world)
@@ -1060,6 +1060,7 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
     ],
 )
 def test_a_repair_that_was_killed_has_made_nothing_wrong_and_is_completed_by_the_next(
+    cached: World,
     dump: Run,
     verify: Run,
     repair: Callable[..., Repaired],
@@ -1068,7 +1069,6 @@ def test_a_repair_that_was_killed_has_made_nothing_wrong_and_is_completed_by_the
     call: str,
     after: int,
 ) -> None:
-    dump()
     damage(world)
     before = read_of(world, "one")
     with pytest.MonkeyPatch.context() as patch:
@@ -1094,13 +1094,12 @@ def without_leftovers(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("damage", [forged_row, wrong_joins])
 def test_from_the_moment_wrong_rows_left_they_are_missed_not_served(
-    dump: Run,
+    cached: World,
     repair: Callable[..., Repaired],
     world: World,
     damage: Callable[[World], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dump()
     damage(world)
 
     def stopped(*_: Any) -> Any:
@@ -1118,13 +1117,12 @@ def test_from_the_moment_wrong_rows_left_they_are_missed_not_served(
 
 @pytest.mark.parametrize("damage", [missing_view, forged_row, flipped_pack, lost_permitted, flipped_index, new_sample])
 def test_a_read_only_cache_is_an_error_that_names_path_and_cause(
-    dump: Run,
+    cached: World,
     repair: Callable[..., Repaired],
     world: World,
     damage: Callable[[World], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dump()
     damage(world)
     content = snapshot(world.cache)
     opening, opening_below = Path.open, os.open
@@ -1155,9 +1153,8 @@ def test_a_read_only_cache_is_an_error_that_names_path_and_cause(
 
 
 def test_json_tells_what_was_found_done_and_left(
-    run: Run, dump: Run, repair: Callable[..., Repaired], world: World
+    run: Run, cached: World, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     changed_feature(world)
     result = run("repair", *OWN, "--json")
     content = json.loads(result.stdout)
@@ -1172,8 +1169,7 @@ def test_json_tells_what_was_found_done_and_left(
         assert field_of_verify in cache["after"]
 
 
-def test_words_tell_the_same(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_words_tell_the_same(run: Run, cached: World, world: World) -> None:
     changed_feature(world)
     result = run("repair", *OWN)
     assert result.exit_code == 0
@@ -1185,8 +1181,7 @@ def test_words_tell_the_same(run: Run, dump: Run, world: World) -> None:
     assert run("repair", *OWN, "--quiet").stdout == ""
 
 
-def test_without_a_target_every_cache_is_repaired(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_without_a_target_every_cache_is_repaired(run: Run, cached: World, world: World) -> None:
     run("dump", "--target", "c", "--json-path", world.json_path, *DUMPED)
     for target in ("b", "c"):
         (world.root / "cache" / f"A2{target}" / "one" / f"{md5(world.permitted(target)[0]).hex()}.npy").unlink()
@@ -1197,9 +1192,8 @@ def test_without_a_target_every_cache_is_repaired(run: Run, dump: Run, world: Wo
 
 
 def test_a_leaking_manifest_stops_it_before_anything_is_touched(
-    repair: Callable[..., Repaired], dump: Run, world: World
+    repair: Callable[..., Repaired], cached: World, world: World
 ) -> None:
-    dump()
     missing_view(world)
     world.add(60, "s5", "train")
     world.write()
@@ -1209,9 +1203,8 @@ def test_a_leaking_manifest_stops_it_before_anything_is_touched(
 
 
 def test_a_file_of_the_users_own_in_the_view_is_told_of_and_left_alone(
-    dump: Run, repair: Callable[..., Repaired], world: World
+    cached: World, repair: Callable[..., Repaired], world: World
 ) -> None:
-    dump()
     mine = world.cache / "one" / "notes.txt"
     mine.write_text("mine")
     done = repair()

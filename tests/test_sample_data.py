@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd_cache import sample_data
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError, UsageError
-from kd_cache.manifest import CITIES, SCENES, SOURCE, TARGETS, UNSEEN, Sample, load_manifest
+from kd_cache.manifest import Sample, load_manifest
 from kd_cache.sample_data import FRAMES, MELS, Clip, features, sample_clips, write_sample
 from teachers import CNN14, load_teacher
 from teachers.cnn14 import LEAST
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
-CHECKPOINTS = [f"teacher_city2scene/A2{target}" for target in TARGETS] + ["teacher_scene/global"]
+CHECKPOINTS = [f"teacher_city2scene/A2{target}" for target in DCASE.targets] + ["teacher_scene/global"]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,8 @@ def test_a_location_number_names_one_place() -> None:
 
 
 def test_every_other_device_has_its_twin_on_device_a_in_the_same_split() -> None:
-    source = {(clip.moment, clip.split) for clip in sample_clips() if clip.device == SOURCE}
-    others = [clip for clip in sample_clips() if clip.device != SOURCE]
+    source = {(clip.moment, clip.split) for clip in sample_clips() if clip.device == DCASE.source}
+    others = [clip for clip in sample_clips() if clip.device != DCASE.source]
     assert others
     assert all((clip.moment, clip.split) in source for clip in others)
 
@@ -94,31 +95,31 @@ def test_twins_sound_alike_but_not_the_same() -> None:
 
 
 def test_unseen_devices_are_only_in_test(samples: tuple[Sample, ...]) -> None:
-    unseen = [sample for sample in samples if sample.device_id in UNSEEN]
-    assert {sample.device_id for sample in unseen} == set(UNSEEN)
+    unseen = [sample for sample in samples if sample.device_id in DCASE.unseen]
+    assert {sample.device_id for sample in unseen} == set(DCASE.unseen)
     assert {sample.split for sample in unseen} == {"test"}
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_device_covers_all_scenes_and_the_ten_development_cities(samples: tuple[Sample, ...], split: str) -> None:
-    development = set(range(len(CITIES))) - {CITIES.index("amsterdam"), CITIES.index("madrid")}
-    for device in (SOURCE, *TARGETS):
+    development = set(range(len(DCASE.cities))) - {DCASE.cities.index("amsterdam"), DCASE.cities.index("madrid")}
+    for device in (DCASE.source, *DCASE.targets):
         held = [s for s in samples if s.split == split and s.device_id == device]
-        assert {s.scene_label for s in held} == set(range(len(SCENES)))
+        assert {s.scene_label for s in held} == set(range(len(DCASE.scenes)))
         assert {s.city_label for s in held} == development
 
 
 def test_counts_are_those_of_the_readme(samples: tuple[Sample, ...]) -> None:
     counts = Counter((s.device_id, s.split) for s in samples)
     readme = (SAMPLE / "README.md").read_text(encoding="utf-8")
-    for device in (SOURCE, *TARGETS, *UNSEEN):
+    for device in (DCASE.source, *DCASE.targets, *DCASE.unseen):
         assert f"| {device} | {counts[device, 'train']} | {counts[device, 'test']} |" in readme
 
 
 def test_labels_are_those_of_the_file_name(samples: tuple[Sample, ...]) -> None:
     for sample in samples:
         scene, city, number, _, device = Path(sample.file).stem.split("-")
-        assert (SCENES.index(scene), CITIES.index(city)) == (sample.scene_label, sample.city_label)
+        assert (DCASE.scenes.index(scene), DCASE.cities.index(city)) == (sample.scene_label, sample.city_label)
         assert sample.location == f"{city}-{number}"
         assert device == sample.device_id.lower()
 
@@ -129,14 +130,14 @@ def test_the_committed_teacher_knows_more_than_half_the_scenes_of_unseen_locatio
 ) -> None:
     role = "scene" if "scene/global" in checkpoint else "city2scene"
     teacher = load_teacher(SAMPLE / "teachers" / checkpoint / "best.safetensors", role=role)
-    test = [s for s in samples if s.split == "test" and s.device_id == SOURCE]
+    test = [s for s in samples if s.split == "test" and s.device_id == DCASE.source]
     assert _accuracy(teacher, test, [s.scene_label for s in test]) > 0.5
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DCASE.targets)
 def test_the_city_model_in_it_knows_more_than_half_the_cities(samples: tuple[Sample, ...], target: str) -> None:
     teacher = load_teacher(SAMPLE / "teachers" / "teacher_city2scene" / f"A2{target}" / "best.safetensors")
-    test = [s for s in samples if s.split == "test" and s.device_id == SOURCE]
+    test = [s for s in samples if s.split == "test" and s.device_id == DCASE.source]
     assert _accuracy(teacher.backbone, test, [s.city_label for s in test]) >= 0.6
 
 
@@ -153,7 +154,7 @@ def test_the_committed_teacher_was_trained_on_the_committed_manifest(checkpoint:
     record = json.loads(header["__metadata__"]["kd_cache"])
     digest = hashlib.sha256((SAMPLE / "dataset.json").read_bytes()).hexdigest()
     assert record["training"]["manifest_sha256"] == digest
-    assert record["class_names"] == list(SCENES)
+    assert record["class_names"] == list(DCASE.scenes)
 
 
 def _on_disk(path: Path) -> int:

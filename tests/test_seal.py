@@ -19,17 +19,17 @@ from conftest import TINY, Run, World
 from store_fixtures import snapshot
 
 import kd_cache.pipeline.shard
-import kd_cache.publish
 import kd_cache.store.index
-from kd_cache import FeatureSource, LogitCache, load_manifest, select
-from kd_cache.pending import PendingRecord, begun, read_pending
-from kd_cache.publish import Published
+import kd_cache.store.publish
+from kd_cache import LogitCache, load_manifest
 from kd_cache.seal import SealJob, seal_cache
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.keys import keys_of
 from kd_cache.store.pack import open_pack
-from kd_cache.watch import Watcher
+from kd_cache.store.pending import PendingRecord, begun, read_pending
+from kd_cache.store.publish import Published
+from kd_cache.store.snapshot import Snapshot
 
 SEAL = ("seal", "--target", "b")
 
@@ -235,8 +235,7 @@ def test_a_part_that_has_not_run_is_named_with_its_files_and_nothing_changes(dum
     assert run(*SEAL).exit_code == 0
 
 
-def test_a_part_that_has_not_run_leaves_the_index_of_before(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_a_part_that_has_not_run_leaves_the_index_of_before(cached: World, dump: Run, run: Run, world: World) -> None:
     before, rows = index_bytes(world), served(world.cache)
     for number in range(40, 44):
         world.add(number, "A", "train")
@@ -260,9 +259,8 @@ def test_rows_of_one_teacher_alone_are_not_enough(dump: Run, run: Run, world: Wo
     assert not (world.cache / "cache_index.json").exists()
 
 
-def test_a_feature_that_changed_after_its_part_is_missed(dump: Run, run: Run, world: World) -> None:
+def test_a_feature_that_changed_after_its_part_is_missed(cached: World, dump: Run, run: Run, world: World) -> None:
     """Its row is stale: it must not be sealed as if it were that feature's."""
-    dump()
     before, rows = index_bytes(world), served(world.cache)
     file = world.permitted()[3]
     world.write_feature(file, np.ones((12, 20), np.float32))
@@ -390,8 +388,7 @@ def test_a_damaged_record_is_passed_over_with_one_note(dump: Run, run: Run, worl
     assert len(served(world.cache)) == 20
 
 
-def test_with_every_record_lost_the_packs_say_what_there_is(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_with_every_record_lost_the_packs_say_what_there_is(cached: World, dump: Run, run: Run, world: World) -> None:
     rows = served(world.cache)
     shutil.rmtree(world.cache)
     halves(dump)
@@ -406,8 +403,7 @@ def test_with_every_record_lost_the_packs_say_what_there_is(dump: Run, run: Run,
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "emptied"])
-def test_a_damaged_index_is_written_anew_from_the_packs(dump: Run, run: Run, world: World, how: str) -> None:
-    dump()
+def test_a_damaged_index_is_written_anew_from_the_packs(cached: World, run: Run, world: World, how: str) -> None:
     before, rows = snapshot(world.cache), served(world.cache)
     content = before["cache_index.json"]
     flipped = content[:-300] + bytes([content[-300] ^ 1]) + content[-299:]
@@ -473,8 +469,7 @@ def test_a_damaged_pack_is_named_and_its_rows_are_missed_and_scored_again(dump: 
     assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
 
 
-def test_the_cache_of_an_older_script_is_left_alone(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_the_cache_of_an_older_script_is_left_alone(cached: World, run: Run, world: World) -> None:
     index = index_of(world)
     del index["kd_cache"]
     (world.cache / "cache_index.json").write_text(json.dumps(index))
@@ -486,8 +481,7 @@ def test_the_cache_of_an_older_script_is_left_alone(dump: Run, run: Run, world: 
     assert snapshot(world.cache) == before
 
 
-def test_a_renamed_cache_is_left_alone(dump: Run, run: Run, world: World) -> None:
-    dump()
+def test_a_renamed_cache_is_left_alone(cached: World, run: Run, world: World) -> None:
     world.cache.rename(world.cache.with_name("A2c"))
     before = snapshot(world.cache.parent)
     result = run("seal", "--target", "c", "--json-path", world.json_path)
@@ -508,8 +502,7 @@ def test_the_parts_of_a_renamed_cache_are_left_alone(dump: Run, run: Run, world:
 
 
 @pytest.mark.parametrize("what", ["index", "record", "pack"])
-def test_a_newer_format_is_refused_and_left_alone(dump: Run, run: Run, world: World, what: str) -> None:
-    dump()
+def test_a_newer_format_is_refused_and_left_alone(cached: World, dump: Run, run: Run, world: World, what: str) -> None:
     halves(dump)
     if what == "pack":
         path = next(iter((world.cache / "packs").iterdir()))
@@ -623,14 +616,13 @@ def test_at_every_moment_of_a_seal_the_index_on_disk_finds_its_rows(
 
 
 def pending_teachers(world: World) -> list[str]:
-    return [name for index in read_pending(CacheFolder(world.cache), Watcher()) for name in index.origins]
+    return [name for index in read_pending(CacheFolder(world.cache))[0] for name in index.origins]
 
 
 def test_what_is_published_is_durable_in_order(
-    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+    cached: World, dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packs, view, permitted keys, index; and only then anything of before goes."""
-    dump()
     world.add(40, "A", "train")
     world.write()
     halves(dump)
@@ -660,9 +652,8 @@ def _kind(step: str) -> str:
 
 
 def test_an_index_that_cannot_be_written_leaves_everything_of_before(
-    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+    cached: World, dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dump()
     before = snapshot(world.cache)
     world.add(40, "A", "train")
     world.write()
@@ -684,9 +675,7 @@ def test_an_index_that_cannot_be_written_leaves_everything_of_before(
 
 
 def _job(world: World) -> SealJob:
-    manifest = load_manifest(world.json_path)
-    selection = select(manifest, "b", data_root=world.root)
-    return SealJob(CacheFolder(world.cache), manifest, selection, FeatureSource(world.root))
+    return SealJob(Snapshot(CacheFolder(world.cache)), world.data())
 
 
 def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
@@ -698,7 +687,7 @@ def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
         raise Dead
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.publish, "remove_files", dead)
+        patched.setattr(kd_cache.store.publish, "remove_files", dead)
         with pytest.raises(Dead):
             run(*SEAL)
     assert len(world.packs()) > 2
@@ -718,16 +707,16 @@ def test_what_a_crash_left_after_the_index_goes_with_the_next_seal(
 @contextmanager
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any], times: int = 1) -> Iterator[list[bool]]:
     """Have ``act`` happen just before an index is put in place, the first times that one is."""
-    write, done = kd_cache.publish.write_index, list[bool]()
+    write, done = kd_cache.store.publish.write_index, list[bool]()
 
-    def writing(*args: Any, **kwargs: Any) -> None:
+    def writing(*args: Any, **kwargs: Any) -> Any:
         if len(done) < times:
             done.append(True)
             act()
-        write(*args, **kwargs)
+        return write(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.publish, "write_index", writing)
+        patched.setattr(kd_cache.store.publish, "write_index", writing)
         yield done
 
 
@@ -785,17 +774,18 @@ def test_an_index_that_another_process_replaces_in_the_same_moment_is_written_ag
     """Both looked before either renamed. Who came first looks again before it is done."""
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     assert run(*base, "--only", "tiny").exit_code == 0
-    late, write, done = index_bytes(world), kd_cache.publish.write_index, []
+    late, write, done = index_bytes(world), kd_cache.store.publish.write_index, []
 
-    def overtaken(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
+    def overtaken(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
         if not done:
             done.append(True)
             (world.cache / ".tmp-1-1").write_bytes(late)
             (world.cache / ".tmp-1-1").replace(world.cache / "cache_index.json")
+        return written
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.publish, "write_index", overtaken)
+        patched.setattr(kd_cache.store.publish, "write_index", overtaken)
         assert run(*base, "--only", "other").exit_code == 0
     assert done
     assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
@@ -808,7 +798,7 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     write, done = kd_cache.store.index.write_atomic, []
 
-    def late(path: Path, content: Any, before: Callable[[], None] | None = None) -> None:
+    def late(path: Path, content: Any, before: Callable[[], None] | None = None) -> Any:
         def looked() -> None:
             if before is not None:
                 before()
@@ -816,7 +806,7 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
                 done.append(True)
                 assert run(*base, "--only", "other").exit_code == 0
 
-        write(path, content, looked)
+        return write(path, content, looked)
 
     with monkeypatch.context() as patched:
         patched.setattr(kd_cache.store.index, "write_atomic", late)
@@ -840,7 +830,7 @@ def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
     write, seen = kd_cache.pipeline.shard.write_pack, []
 
     def looking(directory: Path, origin: Any, *rest: Any) -> Path:
-        (index,) = read_pending(CacheFolder(world.cache), Watcher())
+        (index,) = read_pending(CacheFolder(world.cache))[0]
         seen.append(index.origins[origin.teacher] == origin)
         return write(directory, origin, *rest)
 
@@ -853,7 +843,7 @@ def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
 
 def test_a_record_says_all_that_a_seal_needs(dump: Run, world: World) -> None:
     dump("--shard", "1/2", "--dtype", "fp16", "--no-files")
-    (index,) = read_pending(CacheFolder(world.cache), Watcher())
+    (index,) = read_pending(CacheFolder(world.cache))[0]
     record = index.record
     assert record["adaptation"] == "A2b"
     assert record["manifest"]["sha256"] == load_manifest(world.json_path).digest
@@ -909,9 +899,10 @@ def test_the_newest_weights_are_sealed_in_whatever_order_the_parts_ran(run: Run,
     assert served(world.cache) == sealed
 
 
-def test_a_dump_of_another_teacher_does_not_overtake_parts_with_new_weights(dump: Run, run: Run, world: World) -> None:
+def test_a_dump_of_another_teacher_does_not_overtake_parts_with_new_weights(
+    cached: World, run: Run, world: World
+) -> None:
     """The index is newer than the parts, but what it says of their teacher is older: it only carried that over."""
-    dump()
     for part in ("0/2", "1/2"):
         assert run(*weighing(world, 7, "other"), "--shard", part).exit_code == 0
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny")
@@ -993,9 +984,10 @@ def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
     assert served(world.cache) != first
 
 
-def test_a_dump_of_another_teacher_does_not_forget_which_weights_came_last(dump: Run, run: Run, world: World) -> None:
+def test_a_dump_of_another_teacher_does_not_forget_which_weights_came_last(
+    cached: World, run: Run, world: World
+) -> None:
     """Old weights, new ones, and the old ones again: the index says the same as the last, but is older."""
-    dump()
     current = LogitCache.open(world.cache).fingerprints
     base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     for part in ("0/2", "1/2"):
@@ -1036,12 +1028,12 @@ def test_a_record_of_two_teachers_stays_until_both_are_told_of(dump: Run, run: R
 
 def test_records_are_read_oldest_first_and_temporaries_and_strangers_are_left(world: World) -> None:
     folder = CacheFolder(world.cache)
-    assert read_pending(folder, Watcher()) == []
+    assert read_pending(folder) == ([], [])
     for number in (3, 1, 2):
         PendingRecord(folder, {}, {"begun": number}).write({}, {})
     (folder.pending_path / ".tmp-1-2.json").write_text("{")
     (folder.pending_path / "notes.txt").write_text("mine")
-    assert [begun(index.record) for index in read_pending(folder, Watcher())] == [1, 2, 3]
+    assert [begun(index.record) for index in read_pending(folder)[0]] == [1, 2, 3]
     for value in (None, "x", 1.5, True):
         assert begun({"begun": value}) == 0
     assert begun({}) == 0
@@ -1053,7 +1045,7 @@ def test_a_record_written_again_replaces_itself(world: World) -> None:
     record.write({}, {})
     record.write({}, {"x.npy": "bad"})
     assert record.is_written
-    (index,) = read_pending(CacheFolder(world.cache), Watcher())
+    (index,) = read_pending(CacheFolder(world.cache))[0]
     assert index.missing == {"x.npy": "bad"}
     assert begun(index.record) == record.begun
 

@@ -12,8 +12,9 @@ from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, ManifestError, UsageError
-from kd_cache.manifest import CITIES, DEVICES, DOMAIN_OF, SCENES, TARGETS, UNSEEN, Manifest, load_manifest, spelling
+from kd_cache.manifest import Manifest, load_manifest, spelling
 from kd_cache.manifest import parse_manifest as parse_bytes
 from kd_cache.splits import Selection, location_in_name, refuse_outside, select
 
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 
 
 def row(file: str, device: str = "A", split: str = "train", **changes: Any) -> Row:
-    labels = {"scene_label": 1, "city_label": 2, "device_id": device, "domain": DOMAIN_OF[device]}
+    labels = {"scene_label": 1, "city_label": 2, "device_id": device, "domain": DCASE.domain_of[device]}
     whole = {"file": file, **labels, "split": split} | changes
     return {field: value for field, value in whole.items() if value is not ...}
 
@@ -47,7 +48,7 @@ def leak(*rows: Row, data_root: Path | None = None, allow: bool = False, **lists
 # -- what is selected --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DCASE.targets)
 def test_train_rows_of_the_source_and_the_target_are_selected_in_order(target: str) -> None:
     rows = [row(f"{device}/{n}.npy", device) for n in range(2) for device in ("A", "b", "c", "s1", "s2", "s3")]
     selection = select(manifest(*rows), target)
@@ -73,7 +74,7 @@ def test_lists_of_val_and_test_are_never_selected() -> None:
 
 
 def test_unseen_devices_may_stand_in_test() -> None:
-    held_out = [row(f"{device}.npy", device, "test") for device in UNSEEN]
+    held_out = [row(f"{device}.npy", device, "test") for device in DCASE.unseen]
     assert len(select(manifest(*PAIR, *held_out), "b").files) == 2
 
 
@@ -145,7 +146,7 @@ def test_a_split_that_agrees_with_its_list_is_fine() -> None:
 # -- unseen devices ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", UNSEEN)
+@pytest.mark.parametrize("device", DCASE.unseen)
 def test_an_unseen_device_in_train_is_leakage_whatever_the_target(device: str) -> None:
     message = leak(row("hidden/one.npy", device))
     assert f"hidden/one.npy: device {device}" in message
@@ -445,8 +446,8 @@ FILES = st.one_of(
     st.builds(
         "{}/{}-{}-{}-{}-{}.npy".format,
         st.sampled_from(["p", "q"]),
-        st.sampled_from(SCENES[:2]),
-        st.sampled_from(CITIES[:2]),
+        st.sampled_from(DCASE.scenes[:2]),
+        st.sampled_from(DCASE.cities[:2]),
         st.integers(0, 2),
         st.integers(0, 9),
         st.sampled_from(["a", "b", "s1"]),
@@ -457,7 +458,7 @@ RANDOM_ROWS = st.lists(
     st.builds(
         lambda file, device, split, place: row(file, device, split, **({} if place is None else {"location": place})),
         FILES,
-        st.sampled_from(DEVICES),
+        st.sampled_from(DCASE.devices),
         SPLITS,
         st.none() | st.sampled_from(["k-1", "K-01", 7]),
     ),
@@ -478,7 +479,7 @@ def random_manifest(flat: bool, rows: list[Row]) -> Manifest | None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.booleans(), RANDOM_ROWS, st.sampled_from(TARGETS), st.booleans(), st.booleans())
+@given(st.booleans(), RANDOM_ROWS, st.sampled_from(DCASE.targets), st.booleans(), st.booleans())
 def test_no_manifest_gets_a_forbidden_row_selected(
     flat: bool, rows: list[Row], target: str, allow: bool, rooted: bool
 ) -> None:
@@ -499,7 +500,7 @@ def check_selection(made: Manifest, selection: Selection, allow: bool) -> None:
         assert sample.split == "train"
         assert sample.listed_in in (None, "train")
         assert sample.device_id in wanted
-        assert sample.device_id not in UNSEEN
+        assert sample.device_id not in DCASE.unseen
     everything = [s for s in made if s.split == "train" and s.device_id in wanted]
     assert list(selection.samples) == everything
     held_out = [s for s in made if s.split != "train"]

@@ -2,7 +2,7 @@
 
 The model is plain Python: every feature a file ever had, every version a teacher ever was, what was permitted when the
 index was last written. Whole numbers throughout, so that the right row is one number and no other.
-``KD_CACHE_FAULTS=full`` tries more.
+`make faults` tries more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from fault_tools import LIMIT, often
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,22 +33,21 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
 from kd_cache.dump import DumpJob, dump_logits
 from kd_cache.errors import CorruptError, KDCacheError
-from kd_cache.features import FeatureSource
 from kd_cache.gc import find_garbage, remove_garbage
 from kd_cache.loader import LogitCache
-from kd_cache.manifest import DOMAIN_OF, load_manifest
 from kd_cache.repair import RepairJob, repair_cache
 from kd_cache.seal import SealJob, seal_cache
-from kd_cache.splits import select
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.teacher import teacher_fingerprint
 from kd_cache.verify import VerifyJob, VerifyReport, verify_cache
 from kd_cache.watch import Watcher
 
-FULL = os.environ.get("KD_CACHE_FAULTS") == "full"
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(7200 if FULL else 300)]
+pytestmark = [pytest.mark.faults, LIMIT]
 
 BINS, CLASSES, MOST = 4, 3, 10
 NAMES = ("first", "second")
@@ -180,7 +180,7 @@ class Machine(RuleBasedStateMachine):
             "file": file,
             "scene_label": self.number % CLASSES,
             "device_id": device,
-            "domain": DOMAIN_OF[device],
+            "domain": DCASE.domain_of[device],
             "split": "train",
         }
         self.number += 1
@@ -213,14 +213,13 @@ class Machine(RuleBasedStateMachine):
     def folder(self) -> CacheFolder:
         return CacheFolder(self.root / "cache" / "A2b")
 
-    def _data(self) -> dict[str, Any]:
-        manifest = load_manifest(self.root / "dataset.json")
-        return {"manifest": manifest, "selection": select(manifest, "b"), "source": FeatureSource(self.root)}
+    def _data(self) -> Dataset:
+        return Dataset.load("b", self.root / "dataset.json")
 
     def _dump_job(self, names: Sequence[str], part: tuple[int, int] | None = None, *, again: bool = False) -> DumpJob:
         return DumpJob(
             cache_root=self.root / "cache",
-            **self._data(),
+            data=self._data(),
             teachers=self._teachers(names),
             device=CPU,
             skip_existing=not again,
@@ -232,7 +231,7 @@ class Machine(RuleBasedStateMachine):
         )
 
     def _audit(self, teachers: Mapping[str, Exact], n: int | None = None) -> VerifyJob:
-        return VerifyJob(self.folder, **self._data(), teachers=teachers, n=n, device=CPU)
+        return VerifyJob(Snapshot(self.folder), self._data(), teachers=teachers, n=n, device=CPU)
 
     def _stored_rows(self) -> set[tuple[str, str, str, bytes]]:
         """Teacher, fingerprint, file and feature of every row in a good pack."""
@@ -303,7 +302,7 @@ class Machine(RuleBasedStateMachine):
     @rule(fate=FATES)
     def seal(self, fate: Fate | None) -> None:
         self._may_become(NAMES)
-        job = SealJob(self.folder, **self._data(), workers=1, record={"environment": {"torch": "not known"}})
+        job = SealJob(Snapshot(self.folder), self._data(), workers=1, record={"environment": {"torch": "not known"}})
         report, _ = self._try(fate, lambda: seal_cache(job))
         if report is not None:
             self.permitted = [set(self.rows)]
@@ -536,5 +535,5 @@ class Machine(RuleBasedStateMachine):
 
 def test_nothing_wrong_is_ever_served_whatever_happens_in_whatever_order() -> None:
     run_state_machine_as_test(
-        Machine, settings=settings(max_examples=100 if FULL else 25, stateful_step_count=30 if FULL else 15)
+        Machine, settings=settings(max_examples=often(10, 50, 100), stateful_step_count=often(12, 20, 30))
     )

@@ -25,10 +25,8 @@ from kd_cache.errors import (
     StaleError,
     UsageError,
 )
-from kd_cache.features import FeatureSource
 from kd_cache.loader import LogitCache
 from kd_cache.manifest import load_manifest, sample_key
-from kd_cache.splits import select
 from kd_cache.student import IGNORED, student_loader
 
 KEYS = {
@@ -53,12 +51,9 @@ def dumped(root: Path, dtype: str = "fp32") -> World:
     ):
         made.add(number, device, split)
     made.write()
-    manifest = load_manifest(made.json_path)
     job = DumpJob(
         root / "cache",
-        manifest,
-        select(manifest, "b"),
-        FeatureSource(root),
+        made.data(),
         {"tiny": Linear(1), "other": Linear(2)},
         torch.device("cpu"),
         dtype=dtype,
@@ -321,12 +316,8 @@ def test_a_sample_that_a_dump_skipped_is_missed_with_the_reason(own: World) -> N
     gone = own.permitted()[3]
     shutil.rmtree(own.cache)
     own.write_feature(gone, np.full((12, 20), np.nan, np.float32))
-    manifest = load_manifest(own.json_path)
-    teachers = {"tiny": Linear(1)}
-    job = DumpJob(
-        own.root / "cache", manifest, select(manifest, "b"), FeatureSource(own.root), teachers, torch.device("cpu"),
-        on_bad_sample="skip", workers=0,
-    )  # fmt: skip
+    cpu = torch.device("cpu")
+    job = DumpJob(own.root / "cache", own.data(), {"tiny": Linear(1)}, cpu, on_bad_sample="skip", workers=0)
     dump_logits(job)
     assert sample_key(gone) not in index.read_text()
     with pytest.raises(MissingLogitsError, match=rf"{gone}: could not be scored \(.*nan"):

@@ -18,8 +18,8 @@ from conftest import REPO
 from torch import Tensor, nn
 
 import teachers
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import CheckpointError, TeacherError
-from kd_cache.manifest import CITIES, SCENES
 from kd_cache.train.cp_resnet import CPResNet
 from kd_cache.train.layers import kaiming
 from teachers.cnn14 import CNN14, CNN14Features
@@ -328,11 +328,11 @@ def test_class_names_are_the_fields_own_when_their_number_is() -> None:
     def names(outputs: int) -> tuple[str, ...] | None:
         return LoadedTeacher(CNN14(outputs, NARROW, 8, (4, 4)), source="").class_names
 
-    assert names(10) == SCENES
-    assert names(12) == CITIES
+    assert names(10) == DCASE.scenes
+    assert names(12) == DCASE.cities
     assert names(3) is None
-    assert list(SCENES) == sorted(SCENES)
-    assert list(CITIES) == sorted(CITIES)
+    assert list(DCASE.scenes) == sorted(DCASE.scenes)
+    assert list(DCASE.cities) == sorted(DCASE.cities)
 
 
 def test_city2scene_trains_its_head_alone() -> None:

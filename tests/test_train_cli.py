@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from train_fixtures import add_clip, town
 
 from kd_cache import LogitCache, UsageError
-from kd_cache.manifest import DOMAIN_OF
+from kd_cache.dataset.task import DCASE
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
 from kd_cache.train.checkpoint import read_weights
@@ -980,7 +980,7 @@ def test_a_teacher_of_another_target_dumps_nothing(trained: World, run: Run) -> 
     for row in list(trained.rows):
         if row["device_id"] == "b" and row["split"] == "train":
             file = row["file"].replace("-b.npy", "-c.npy")
-            twin = {**row, "file": file, "device_id": "c", "domain": DOMAIN_OF["c"]}
+            twin = {**row, "file": file, "device_id": "c", "domain": DCASE.domain_of["c"]}
             shutil.copy(trained.feature(row["file"]), trained.feature(twin["file"]))
             trained.rows.append(twin)
     trained.write()

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError
 from kd_cache.store import atomic
 from kd_cache.store import folder as folder_module
+from kd_cache.store.atomic import remove_files
 from kd_cache.store.folder import CacheFolder, find_caches
 from kd_cache.store.keys import KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.store.pack import Origin, Pack, open_pack
-from kd_cache.store.seal import Sealed, remove_files, seal
-from kd_cache.store.union import Union
+from kd_cache.store.union import Merged, Union, merge_packs
 
 SCENE = origin()
 NO_ROWS = Rows.of([])
@@ -34,13 +35,13 @@ def packs(tmp_path: Path) -> Path:
     return tmp_path / "packs"
 
 
-def seal_all(directory: Path, rows: Rows, paths: list[Path]) -> Sealed:
+def seal_all(directory: Path, rows: Rows, paths: list[Path]) -> Merged:
     """Seal, and remove what the result stands for."""
     return seal_and_remove(directory, [open_pack(path) for path in paths], rows)
 
 
-def seal_and_remove(directory: Path, opened: list[Pack], rows: Rows) -> Sealed:
-    sealed = seal(directory, opened, rows.keys, rows.inputs)
+def seal_and_remove(directory: Path, opened: list[Pack], rows: Rows) -> Merged:
+    sealed = merge_packs(directory, Union(opened), rows.keys, rows.inputs)
     remove_files(directory, sealed.merged)
     return sealed
 
@@ -216,7 +217,7 @@ def test_a_seal_that_keeps_nothing_leaves_nothing(packs: Path) -> None:
     sealed = seal_all(packs, Rows.of(["other.npy"]), [path])
     assert (sealed.path, sealed.left_out, sealed.absent.tolist()) == (None, 3, [True])
     assert os.listdir(packs) == []
-    sealed = seal(packs, [], NO_ROWS.keys, NO_ROWS.inputs)
+    sealed = merge_packs(packs, None, NO_ROWS.keys, NO_ROWS.inputs)
     assert (sealed.path, len(sealed.absent), sealed.left_out) == (None, 0, 0)
 
 
@@ -230,7 +231,7 @@ def test_a_sealed_pack_is_not_written_again(packs: Path, monkeypatch: pytest.Mon
     before = path.stat()
     seal_all(packs, rows, [path])
     assert path.stat().st_ino == before.st_ino
-    monkeypatch.setattr("kd_cache.store.seal.write_pack", never)
+    monkeypatch.setattr("kd_cache.store.union.write_pack", never)
     assert seal_all(packs, rows, [path]).path == path
 
 
@@ -443,7 +444,7 @@ def test_caches_are_the_a2_folders_with_an_index(tmp_path: Path) -> None:
     for name in ("A2b", "A2s1", "other"):
         (tmp_path / name / "cache_index.json").touch()
     (tmp_path / "A2file").touch()
-    assert [folder.path.name for folder in find_caches(tmp_path)] == ["A2b", "A2s1"]
-    assert find_caches(tmp_path / "nothing") == []
+    assert [folder.path.name for folder in find_caches(tmp_path, DCASE.is_adaptation)] == ["A2b", "A2s1"]
+    assert find_caches(tmp_path / "nothing", DCASE.is_adaptation) == []
     with pytest.raises(StoreError):
-        find_caches(tmp_path / "A2file")
+        find_caches(tmp_path / "A2file", DCASE.is_adaptation)

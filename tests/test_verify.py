@@ -184,16 +184,14 @@ def test_a_row_that_was_never_scored_is_missing_with_the_reason(run: Run, dump: 
     assert "finite" in result.stdout
 
 
-def test_another_teacher_behind_the_name_is_stale_and_the_part_is_named(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_another_teacher_behind_the_name_is_stale_and_the_part_is_named(run: Run, cached: World, world: World) -> None:
     result = run("verify", "--teacher", "tiny=tiny_teachers:other", *TINY[2:])
     assert result.exit_code == 5
     assert "weights" in result.stdout
     assert "architecture" not in result.stdout
 
 
-def test_an_own_teacher_that_is_not_given_is_said_to_be_unchecked(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_an_own_teacher_that_is_not_given_is_said_to_be_unchecked(run: Run, cached: World, world: World) -> None:
     result = run("verify")
     assert result.exit_code == 0
     assert "tiny: its fingerprint was not checked" in result.stderr
@@ -242,8 +240,7 @@ def test_recompute_finds_a_row_that_is_not_what_the_teacher_says(run: Run, dump:
     assert {file for _, _, file in problems(result)} == {pack.files[0], pack.files[1]}
 
 
-def test_without_a_target_every_cache_is_verified(run: Run, dump: Run, world: World) -> None:
-    dump()
+def test_without_a_target_every_cache_is_verified(run: Run, cached: World, world: World) -> None:
     run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
     caches = json.loads(run("verify", *TINY, "--json").stdout)["caches"]
     assert [Path(cache["cache"]).name for cache in caches] == ["A2b", "A2c"]
@@ -255,9 +252,8 @@ def test_no_cache_at_all_is_a_miss(run: Run, world: World) -> None:
 
 
 def test_a_moved_cache_and_moved_data_verify_with_their_new_paths(
-    run: Run, dump: Run, world: World, tmp_path: Path
+    run: Run, cached: World, world: World, tmp_path: Path
 ) -> None:
-    dump()
     shutil.copytree(world.root / "cache", tmp_path / "elsewhere" / "cache")
     shutil.copytree(world.root / "x", tmp_path / "data" / "x")
     shutil.copy(world.json_path, tmp_path / "data" / "manifest.json")

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import World
 
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import CITIES, DOMAIN_OF, SCENES, load_manifest
-from kd_cache.splits import select, select_source
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
 from kd_cache.train.job import TrainJob
 from kd_cache.train.settings import Settings
 from kd_cache.watch import Watcher
@@ -28,7 +27,7 @@ SCENES_HERE, CITIES_HERE, PLACES = 3, 3, 4
 def add_clip(world: World, scene: int, city: int, place: int, device: str, split: str) -> str:
     """One clip: a bump in frequency for the scene, one in time for the city, and noise of its own."""
     number = 100 * scene + 10 * city + place
-    file = f"x/{SCENES[scene]}-{CITIES[city]}-{number}-{len(world.rows)}-{device.lower()}.npy"
+    file = f"x/{DCASE.scenes[scene]}-{DCASE.cities[city]}-{number}-{len(world.rows)}-{device.lower()}.npy"
     random = np.random.default_rng(len(world.rows))
     clip = 0.3 * random.normal(size=(FRAMES, BINS))
     clip[:, 6 * scene : 6 * scene + 4] += 2
@@ -39,7 +38,7 @@ def add_clip(world: World, scene: int, city: int, place: int, device: str, split
             "file": file,
             "scene_label": scene,
             "city_label": city,
-            "domain": DOMAIN_OF[device],
+            "domain": DCASE.domain_of[device],
             "device_id": device,
             "split": split,
         }
@@ -96,17 +95,13 @@ def settings(role: str, **changed: Any) -> Settings:
 def job(world: World, role: str, target: str = "b", **changed: Any) -> TrainJob:
     """A training in ``world``; settings and the job's own fields by their names."""
     own = {name: changed.pop(name) for name in list(changed) if name in TrainJob.__dataclass_fields__}
-    manifest = load_manifest(world.json_path, num_scenes=3, num_cities=3)
-    selection = select_source(manifest) if role == "scene" else select(manifest, target)
+    target = DCASE.source if role == "scene" else target
     return TrainJob(
         **{
             "settings": settings(role, **changed),
-            "manifest": manifest,
-            "selection": selection,
-            "source": FeatureSource(world.root),
+            "data": Dataset.load(target, world.json_path, num_scenes=3, num_cities=3),
             "output_dir": world.root / "outputs",
             "device": torch.device("cpu"),
-            "data_root": world.root,
             "workers": 0,
             **own,
         }

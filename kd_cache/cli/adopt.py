@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.report import missing_lines
 from kd_cache.cli.saved import run_record
 from kd_cache.commands import Report, Run, Table
@@ -17,7 +17,7 @@ from kd_cache.options import BadSample, DType, Target, ValueKind
 
 @dataclass(frozen=True)
 class AdoptOptions:
-    """What an adoption is told, by the names of its options; data options go to `inputs_of`."""
+    """What an adoption is told, by the names of its options; data options go to `data_of`."""
 
     source: Path
     target: Target
@@ -36,13 +36,11 @@ def adopt(run: Run, screen: Screen) -> Report:
     """Guard, read, join by file name, keep."""
     options = run.to(AdoptOptions)
     # The guard comes first: nothing is read of the source for a manifest that leaks.
-    inputs = inputs_of(options.target, run.values)
+    data = data_of(options.target, run.values)
     job = AdoptJob(
         options.source,
         options.cache_root,
-        inputs.manifest,
-        inputs.selection,
-        inputs.source,
+        data,
         name=options.name,
         files_list=options.files_list,
         value_kind=options.value_kind,
@@ -51,7 +49,7 @@ def adopt(run: Run, screen: Screen) -> Report:
         on_bad_sample=options.on_bad_sample,
         workers=options.workers,
         max_bytes=options.max_source_bytes,
-        record=run_record(run, inputs),
+        record=run_record(run, data),
     )
     report = adopt_rows(job, screen)
     return Report(report.as_json(), _lines(report), 3 if report.missing else 0)

@@ -9,21 +9,23 @@ from pathlib import Path
 from secrets import randbits
 from typing import Any, Literal
 
-from kd_cache.accuracy import Accuracy
 from kd_cache.cli.console import Screen, size
-from kd_cache.cli.inputs import Inputs, inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.report import missing_lines, problem_lines, verify_table
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
 from kd_cache.errors import shown, worst_exit_code
 from kd_cache.options import BadSample, DType, Precision, Target
 from kd_cache.pipeline.device import resolve_device
 from kd_cache.problems import VerifyReport
 from kd_cache.storage_cost import StorageCost
+from kd_cache.store.accuracy import Accuracy
 from kd_cache.store.folder import refuse_file_as_root
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.verify import VerifyJob, verify_cache
 
 Part = tuple[int, int] | None
@@ -31,7 +33,7 @@ Part = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class DumpOptions:
-    """What a dump is told, by the names of its options; data options go to `inputs_of`."""
+    """What a dump is told, by the names of its options; data options go to `data_of`."""
 
     target: Target
     on_bad_sample: BadSample
@@ -63,12 +65,12 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     """Guard, load, score, verify."""
     options = run.to(DumpOptions)
     part, said = part_of(options.shard)
-    inputs = inputs_of(options.target, run.values)
-    _announce(screen, inputs)
+    data = data_of(options.target, run.values)
+    _announce(screen, data)
     if part is not None:
         screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
     refuse_file_as_root(options.cache_root)
-    job = _job(run, options, inputs, part)
+    job = _job(run, options, data, part)
     if dry_run:
         report = plan_dump(job)
         content, code = {"dry_run": True, **_as_json(report)}, 3 if report.missing else 0
@@ -81,7 +83,7 @@ def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int,
     """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
     report = dump_logits(job, screen)
     # A part has no index yet; what it wrote was read back before it was put in place.
-    verified = None if job.part is not None else _verify(job, num_verify, screen)
+    verified = None if job.part is not None else _verify(job, report, num_verify, screen)
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
         screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
@@ -90,7 +92,7 @@ def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int,
     return worst_exit_code(codes), content
 
 
-def _job(run: Run, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
+def _job(run: Run, options: DumpOptions, data: Dataset, part: Part) -> DumpJob:
     specs = teacher_specs(
         options.target,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
@@ -102,9 +104,7 @@ def _job(run: Run, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
     teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
     return DumpJob(
         cache_root=options.cache_root,
-        manifest=inputs.manifest,
-        selection=inputs.selection,
-        source=inputs.source,
+        data=data,
         teachers=teachers,
         device=device,
         dtype=options.dtype,
@@ -121,14 +121,16 @@ def _job(run: Run, options: DumpOptions, inputs: Inputs, part: Part) -> DumpJob:
         shard_seconds=options.shard_seconds,
         part=part,
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
-        record=run_record(run, inputs),
+        record=run_record(run, data),
     )
 
 
-def _announce(screen: Screen, inputs: Inputs) -> None:
-    selection = inputs.selection
+def _announce(screen: Screen, data: Dataset) -> None:
+    selection = data.selection
     counts = ", ".join(f"{count:,} of {device}" for device, count in selection.per_device.items())
-    screen.remark(f"A → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})")
+    screen.remark(
+        f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
+    )
     if selection.located < selection.locatable:
         unknown = selection.locatable - selection.located
         screen.note(
@@ -139,15 +141,13 @@ def _announce(screen: Screen, inputs: Inputs) -> None:
         screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
 
 
-def _verify(job: DumpJob, count: int, screen: Screen) -> VerifyReport | None:
+def _verify(job: DumpJob, report: DumpReport, count: int, screen: Screen) -> VerifyReport | None:
     if count == 0:
         return None
     return verify_cache(
         VerifyJob(
-            job.folder,
-            job.manifest,
-            job.selection,
-            job.source,
+            report.snapshot or Snapshot(job.folder, maps=True),
+            job.data,
             teachers=job.teachers,
             only=list(job.teachers),
             n=count,
@@ -208,7 +208,7 @@ def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
 
 def _seal_command(job: DumpJob) -> str:
     root = "" if str(job.cache_root) == "cache" else f" --cache-root {shlex.quote(str(job.cache_root))}"
-    return f"kd-cache seal --target {job.selection.target}{root}"
+    return f"kd-cache seal --target {job.data.target}{root}"
 
 
 def _plan_table(report: DumpReport) -> Table:

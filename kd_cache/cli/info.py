@@ -7,17 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd_cache.accuracy import stored_accuracy
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
 from kd_cache.commands import Report, Table
-from kd_cache.errors import MissingLogitsError, UsageError, shown
-from kd_cache.pending import read_pending
+from kd_cache.dataset.task import DCASE
+from kd_cache.errors import UsageError, shown
 from kd_cache.reader.placement import PLACES, check_of, choose
+from kd_cache.store.accuracy import stored_accuracy
 from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache, teacher_in_name
 from kd_cache.store.index import Index
-from kd_cache.watch import Watcher
+from kd_cache.store.snapshot import Snapshot
 
 WHEN_CHECKED = {"full": "when opened", "lazy": "when first read"}
 SOURCES = {"commandline": "command line", "default_map": "file"}
@@ -30,34 +30,28 @@ def info(screen: Screen, path: Path) -> Report:
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path)
+    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path, DCASE.is_adaptation)
     if CacheFolder(path).index_path.is_file():
         folders = [CacheFolder(path)]
     if not folders and not trained and not pretrained:
-        raise no_finished_cache(path)
+        raise no_finished_cache(path, DCASE.is_adaptation)
     described = []
     for folder in folders:
-        index = folder.index()
-        if index is None:
-            raise MissingLogitsError(
-                f"{shown(folder.path)} is unfinished: it has {len(folder.pack_paths())} packs and no index",
-                hint="Run the same kd-cache dump again; it continues where it stopped.",
-            )
-        described.append(_described(folder, index))
-        screen.result(_teacher_table(folder, index), *_lines(folder, index), "")
+        snapshot = Snapshot(folder, maps=True)
+        index, disk = snapshot.finished(), _pack_sizes(folder)
+        described.append(_described(folder, index, disk))
+        screen.result(_teacher_table(folder, index), *_lines(snapshot, index, disk), "")
     lines = [teachers_table(trained), ""] if trained else []
     lines += [line for entry in pretrained for line in entry_lines(entry)]
     return Report({"caches": described, "trained": trained, "pretrained": pretrained}, lines)
 
 
-def _described(folder: CacheFolder, index: Index) -> dict[str, Any]:
-    disk = _pack_sizes(folder)
-    reading = _reading(index, disk)
+def _described(folder: CacheFolder, index: Index, disk: dict[str, int]) -> dict[str, Any]:
     return {
         "path": str(folder.path),
         "num_samples": index.num_samples,
         "packs": disk,
-        "reading": reading,
+        "reading": _reading(index, disk),
         **index.record,
     }
 
@@ -116,10 +110,9 @@ def _checkpoint(entry: dict[str, Any]) -> str:
     return str(entry.get("source", {}).get("checkpoint", "none: own code"))
 
 
-def _lines(folder: CacheFolder, index: Index) -> list[str]:
+def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[str]:
     record = index.record
     per_device = ", ".join(f"{count:,} of {device}" for device, count in record["per_device"].items())
-    on_disk = _pack_sizes(folder)
     environment = record["environment"]
     settings = record["settings"]
     changed = [
@@ -139,7 +132,7 @@ def _lines(folder: CacheFolder, index: Index) -> list[str]:
             f"read      {names}: {PLACES[chosen['preload']]} ({size(chosen['table_bytes'])} of logits), "
             f"bytes checked {WHEN_CHECKED[chosen['verify']]}"
         )
-    if pending := read_pending(folder, Watcher()):
+    if pending := snapshot.pending:
         lines.append(f"pending   dumps begun and not sealed: {len(pending)}")
     if record["missing"]:
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_cache.cli.console import Screen
-from kd_cache.cli.saved import Saved, saved_in, saved_inputs
+from kd_cache.cli.saved import Saved, saved_data, saved_in
 from kd_cache.cli.seal import sealed_lines
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
-from kd_cache.manifest import SOURCE
-from kd_cache.merge import MergeJob, MergeReport, merge_caches, told_in
+from kd_cache.merge import MergeJob, MergeReport, merge_caches, records_in
 from kd_cache.options import Target
 from kd_cache.store.folder import CacheFolder, refuse_file_as_root
+from kd_cache.store.snapshot import Snapshot
 
 
 def merge(
@@ -27,18 +28,13 @@ def merge(
 ) -> Report:
     """Bring the rows of other caches into the target's, and seal it."""
     refuse_file_as_root(cache_root)
-    folder = CacheFolder(cache_root / f"{SOURCE}2{target}")
-    saved = _saved(folder, sources[0])
-    inputs = saved_inputs(run, saved, target)
+    snapshot = Snapshot(CacheFolder(cache_root / DCASE.adaptation(target)))
     job = MergeJob(
-        folder,
+        snapshot,
+        saved_data(run, _saved(snapshot, sources[0]), target),
         sources,
-        inputs.manifest,
-        inputs.selection,
-        inputs.source,
-        f"{cache_root}/{folder.path.name}",
+        f"{cache_root}/{snapshot.folder.path.name}",
         only=only,
-        paths=inputs.paths,
         files=files,
         workers=workers,
     )
@@ -48,12 +44,12 @@ def merge(
     )
 
 
-def _saved(folder: CacheFolder, source: Path) -> Saved:
+def _saved(snapshot: Snapshot, source: Path) -> Saved:
     """What the destination says of its data, or where there is none the first source."""
     try:
-        return saved_in(told_in(folder)[-1])
+        return saved_in(records_in(snapshot)[-1])
     except (MissingLogitsError, CorruptError):  # the merge itself says what it is
-        return saved_in(told_in(CacheFolder(source))[-1])
+        return saved_in(records_in(Snapshot(CacheFolder(source)))[-1])
 
 
 def _table(report: MergeReport) -> Table:

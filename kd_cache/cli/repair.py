@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.report import problem_lines, verify_table
-from kd_cache.cli.saved import Saved, run_record, saved_inputs, saved_teachers, saved_with
+from kd_cache.cli.saved import Saved, run_record, saved_data, saved_teachers, saved_with
 from kd_cache.cli.verify_run import chosen_caches
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import UsageError, shown, worst_exit_code
-from kd_cache.manifest import SOURCE
 from kd_cache.pipeline.device import environment, resolve_device
 from kd_cache.repair import RepairJob, RepairReport, repair_cache
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.verify import VerifyJob
 
 
@@ -27,17 +28,16 @@ def repair(run: Run, screen: Screen) -> Report:
 
 def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
     options = run.values
-    target = folder.path.name.removeprefix(f"{SOURCE}2")
-    saved = saved_with(folder, screen)
+    target = DCASE.target_in(folder.path.name) or folder.path.name
+    snapshot = Snapshot(folder, maps=True)
+    saved = saved_with(snapshot, screen)
     _refuse_to_guess(run, folder, saved)
-    inputs = saved_inputs(run, saved, target)
+    data = saved_data(run, saved, target)
     loaded = saved_teachers(run, saved, target)
     device = resolve_device(options["device"])
     audit = VerifyJob(
-        folder,
-        inputs.manifest,
-        inputs.selection,
-        inputs.source,
+        snapshot,
+        data,
         teachers=loaded.teachers,
         unchecked=loaded.unchecked,
         n=None,
@@ -50,7 +50,7 @@ def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
         on_bad_sample=run.recall(saved.values, saved.paths)["on_bad_sample"] or "stop",
         workers=options["workers"],
         notes=loaded.notes,
-        record={**run_record(run, inputs), "environment": environment(device)},
+        record={**run_record(run, data), "environment": environment(device)},
     )
     return repair_cache(job, screen)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import kd_cache
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import Inputs, inputs_of
+from kd_cache.cli.inputs import data_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
 from kd_cache.commands import Run
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import CheckpointError
-from kd_cache.seal import current_in
-from kd_cache.store.folder import CacheFolder
 from kd_cache.store.index import Index
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 
 
@@ -43,13 +43,13 @@ def saved_in(index: Index | None) -> Saved:
     return NOTHING if index is None else _saved(index.record, index.record["teachers"])
 
 
-def saved_with(folder: CacheFolder, screen: Screen) -> Saved:
-    """What the newest dump says, whether an index tells of it yet or not.
+def saved_with(snapshot: Snapshot, screen: Screen) -> Saved:
+    """What the newest dump says, whether the index knows it yet or not.
 
     Raises:
         MissingLogitsError: no dump was begun there.
     """
-    current = current_in(folder, screen)
+    current = snapshot.current(screen)
     return _saved(current.record, {name: current.entries.get(name, {}) for name in current.origins})
 
 
@@ -62,8 +62,8 @@ def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]])
     return Saved(settings.get("values", {}), settings.get("paths", {}), list(teachers), checkpoints, built_in, known)
 
 
-def saved_inputs(run: Run, saved: Saved, target: str) -> Inputs:
-    """Manifest, guard and features. Raises as `inputs_of`."""
+def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
+    """Manifest, guard and features. Raises as `data_of`."""
     # A data root that is given now, and not in the file that serves every command, means the files below it.
     without = {"features"} if run.said("data_root") else set()
     recalled = run.recall(saved.values, {name: path for name, path in saved.paths.items() if name not in without})
@@ -71,7 +71,7 @@ def saved_inputs(run: Run, saved: Saved, target: str) -> Inputs:
         recalled[name] = None if recalled[name] is None else Path(recalled[name])
     recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
     # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
-    return inputs_of(target, {**run.values, **recalled})
+    return data_of(target, {**run.values, **recalled})
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ def _is_the_sample(run: Run, saved: Saved) -> bool:
     return path is None or Path(path).absolute() == (SAMPLE / "dataset.json").absolute()
 
 
-def run_record(run: Run, inputs: Inputs) -> dict[str, Any]:
+def run_record(run: Run, data: Dataset) -> dict[str, Any]:
     """What the index keeps of a run: which tool, when, by which settings. Later commands take their paths from it."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "tool": f"kd-cache {kd_cache.__version__}",
         "created": created,
-        "settings": {**run.record(), "paths": inputs.paths},
+        "settings": {**run.record(), "paths": dict(data.paths)},
     }

@@ -7,13 +7,14 @@ from typing import Any
 
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.report import missing_lines
-from kd_cache.cli.saved import run_record, saved_inputs, saved_with
+from kd_cache.cli.saved import run_record, saved_data, saved_with
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import shown
-from kd_cache.manifest import SOURCE
 from kd_cache.options import Target
 from kd_cache.seal import SealJob, seal_cache
 from kd_cache.store.folder import CacheFolder
+from kd_cache.store.snapshot import Snapshot
 
 # Where no dump has left a word: a seal computes nothing itself.
 UNKNOWN_ENVIRONMENT = {"device": "not known", "torch": "not known"}
@@ -21,17 +22,15 @@ UNKNOWN_ENVIRONMENT = {"device": "not known", "torch": "not known"}
 
 def seal(run: Run, screen: Screen, target: Target, cache_root: Path, files: bool | None, workers: int) -> Report:
     """Merge packs, write view and index."""
-    folder = CacheFolder(cache_root / f"{SOURCE}2{target}")
-    inputs = saved_inputs(run, saved_with(folder, screen), target)
+    snapshot = Snapshot(CacheFolder(cache_root / DCASE.adaptation(target)))
+    data = saved_data(run, saved_with(snapshot, screen), target)
     job = SealJob(
-        folder,
-        inputs.manifest,
-        inputs.selection,
-        inputs.source,
+        snapshot,
+        data,
         files=files,
         workers=workers,
-        record={**run_record(run, inputs), "environment": UNKNOWN_ENVIRONMENT},
-        shown_path=f"{cache_root}/{folder.path.name}",
+        record={**run_record(run, data), "environment": UNKNOWN_ENVIRONMENT},
+        shown_path=f"{cache_root}/{snapshot.folder.path.name}",
     )
     report = seal_cache(job, screen)
     return Report(report.as_json(), sealed_lines(report), 3 if report.missing else 0)

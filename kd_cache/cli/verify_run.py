@@ -6,14 +6,15 @@ from secrets import randbits
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.report import problem_lines, verify_table
-from kd_cache.cli.saved import saved_in, saved_inputs, saved_teachers
+from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import worst_exit_code
-from kd_cache.manifest import SOURCE, TARGETS
 from kd_cache.pipeline.device import resolve_device
 from kd_cache.problems import VerifyReport
 from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
-from kd_cache.verify import VerifyJob, open_index, verify_cache
+from kd_cache.store.snapshot import Snapshot
+from kd_cache.verify import VerifyJob, state_problem, verify_cache
 
 
 def verify(run: Run, screen: Screen, verify_seed: int | None) -> Report:
@@ -34,33 +35,32 @@ def chosen_caches(run: Run, screen: Screen) -> list[CacheFolder]:
     """The cache of ``--target``, or every finished one under the root."""
     root, target = run.values["cache_root"], run.values["target"]
     if target is not None:
-        return [CacheFolder(root / f"{SOURCE}2{target}")]
-    found = find_caches(root)
-    folders = [folder for folder in found if folder.path.name.removeprefix(f"{SOURCE}2") in TARGETS]
+        return [CacheFolder(root / DCASE.adaptation(target))]
+    found = find_caches(root, DCASE.is_adaptation)
+    folders = [folder for folder in found if DCASE.target_in(folder.path.name)]
     for folder in found:
         if folder not in folders:
-            screen.note(f"{folder.path} is not named after a target ({', '.join(TARGETS)}) and is passed over")
+            screen.note(f"{folder.path} is not named after a target ({', '.join(DCASE.targets)}) and is passed over")
     if not folders:
-        raise no_finished_cache(root)
+        raise no_finished_cache(root, DCASE.is_adaptation)
     return folders
 
 
 def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
     options = run.values
-    target = folder.path.name.removeprefix(f"{SOURCE}2")
-    index, problem = open_index(folder, maps=False)
-    if index is None and not run.given("json_path"):
-        return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=problem)
-    saved = saved_in(index)
-    inputs = saved_inputs(run, saved, target)
+    target = DCASE.target_in(folder.path.name) or folder.path.name
+    snapshot = Snapshot(folder, maps=True)
+    problem = state_problem(snapshot)
+    if problem is not None and not run.given("json_path"):
+        return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=[problem])
+    saved = saved_in(None if problem else snapshot.index)
+    data = saved_data(run, saved, target)
     device = resolve_device(options["device"]) if options["recompute"] else None
     loaded = saved_teachers(run, saved, target)
     return verify_cache(
         VerifyJob(
-            folder,
-            inputs.manifest,
-            inputs.selection,
-            inputs.source,
+            snapshot,
+            data,
             teachers=loaded.teachers,
             unchecked=loaded.unchecked,
             n=None if options["everything"] else options["n"],

@@ -7,7 +7,7 @@ import time
 import torch
 
 from kd_cache.pipeline.engine import Engine, is_out_of_memory
-from kd_cache.plan import Shape
+from kd_cache.store.plan import Shape
 
 SMALLEST = 8
 LARGEST = 1024

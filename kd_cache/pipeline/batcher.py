@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kd_cache.pipeline.engine import Batch, Engine, Scored
-from kd_cache.plan import Place, Shape
+from kd_cache.store.plan import Place, Shape
 
 
 class Batcher:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.pending import PendingRecord
 from kd_cache.pipeline.dump_job import DumpJob
 from kd_cache.pipeline.shard import Shard
 from kd_cache.pipeline.stages import COMMITTING, Busy
+from kd_cache.store.pending import PendingRecord
 from kd_cache.watch import Watcher
 
 Entries = Callable[[], Mapping[str, Mapping[str, Any]]]

@@ -9,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import SOURCE, Manifest
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.pipeline.known import NEW
-from kd_cache.publish import Published
-from kd_cache.splits import Selection
 from kd_cache.storage_cost import StorageCost
 from kd_cache.store.folder import CacheFolder
 from kd_cache.store.pack import Origin
+from kd_cache.store.publish import Published
+from kd_cache.store.snapshot import Snapshot
 from kd_cache.teacher import Teacher, teacher_origin
 
 if TYPE_CHECKING:
@@ -30,7 +29,8 @@ class DumpJob:
     """Everything a dump needs to know.
 
     Attributes:
-        cache_root: as the user wrote it; the cache is ``<cache_root>/A2<target>``.
+        cache_root: as the user wrote it; the cache is the folder in it that is called as the adaptation.
+        data: what is scored.
         teachers: by name, in the order of the index.
         notes: further content of a teacher's index entry (its checkpoint, for example).
         batch_size: the most samples scored at once; ``None`` chooses by device, ``auto`` by measuring.
@@ -44,9 +44,7 @@ class DumpJob:
     """
 
     cache_root: Path
-    manifest: Manifest
-    selection: Selection
-    source: FeatureSource
+    data: Dataset
     teachers: Mapping[str, Teacher]
     device: torch.device
     dtype: str = "fp32"
@@ -67,7 +65,7 @@ class DumpJob:
 
     @property
     def folder(self) -> CacheFolder:
-        return CacheFolder(self.cache_root / f"{SOURCE}2{self.selection.target}")
+        return CacheFolder(self.cache_root / self.data.adaptation)
 
     @cached_property
     def origins(self) -> dict[str, Origin]:
@@ -116,7 +114,7 @@ class DumpReport:
 
     ``part_size`` is the number of samples in this process's part, all of them where the work was not split. ``busy``
     maps each stage to the part of the time that it worked. ``halved_to`` is the number of rows scored at once after
-    memory ran out, ``None`` where it did not.
+    memory ran out, ``None`` where it did not. ``snapshot`` is the cache as the dump left it, for who reads on.
     """
 
     cache: Path
@@ -131,6 +129,7 @@ class DumpReport:
     published: Published | None = None
     busy: dict[str, float] = field(default_factory=dict)
     halved_to: int | None = None
+    snapshot: Snapshot | None = None
 
     @property
     def rate(self) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kd_cache.store.folder import PackSet
 from kd_cache.store.pack import Origin
-from kd_cache.store.union import Union
+from kd_cache.store.snapshot import Snapshot
 
 FRESH = "fresh"
 NEW = "new"
@@ -17,18 +16,18 @@ ASKED = "asked for"
 class Known:
     """What the cache already holds of one teacher; samples are numbered as in ``keys`` ``[N, 16]``."""
 
-    def __init__(self, origin: Origin, packs: PackSet, keys: np.ndarray) -> None:
-        self.union = packs.union(origin)
+    def __init__(self, origin: Origin, snapshot: Snapshot, keys: np.ndarray) -> None:
+        self.union = snapshot.union(origin)
         self.first = np.full(len(keys), -1, np.int64) if self.union is None else self.union.find(keys)
         self.reasons = [NEW]
         self._superseded = np.zeros(len(keys), np.int16)  # of each sample, the position in reasons
-        for pack in packs.good:
+        for pack in snapshot.packs.good:
             other = pack.origin
             if other.teacher == origin.teacher and other.fingerprint.digest != origin.fingerprint.digest:
                 reason = ", ".join(other.fingerprint.differing_parts(origin.fingerprint)) + " changed"
                 if reason not in self.reasons:
                     self.reasons.append(reason)
-                self._superseded[Union([pack]).find(keys) >= 0] = self.reasons.index(reason)
+                self._superseded[snapshot.union_of(pack).find(keys) >= 0] = self.reasons.index(reason)
 
     def holds(self, number: int) -> bool:
         """A row of the present fingerprint exists, fresh or not."""

@@ -13,8 +13,9 @@ from kd_cache.pipeline.batch_size import best_batch_size
 from kd_cache.pipeline.dump_job import DEFAULT_BATCH, DumpJob
 from kd_cache.pipeline.engine import Engine
 from kd_cache.pipeline.found import Found
-from kd_cache.plan import BatchPlan, Places, Shape, count_shapes, plan_of
+from kd_cache.pipeline.places import Places, count_shapes
 from kd_cache.store.atomic import make_directory
+from kd_cache.store.plan import BatchPlan, Shape
 from kd_cache.watch import Watcher
 
 
@@ -41,21 +42,20 @@ class Planner:
     def _saved(self, bins: int) -> BatchPlan | None:
         """The plan of the rows that are kept, or that other processes are making; none where there are no such rows."""
         job, found = self._job, self._found
-        begun = found.packs.good or job.folder.pending_path.exists()
-        told = None if found.earlier is None else found.earlier.record
-        saved = plan_of(job.folder.plan_path, told) if begun and job.skip_existing else None
+        begun = found.snapshot.packs.good or job.folder.pending_path.exists()
+        saved = found.snapshot.again().plan if begun and job.skip_existing else None
         asked = any(known.union is not None for known in found.known.values())
         if saved is None or (saved.bins != bins and not asked):
             return None
         if job.batch_size in (None, "auto", saved.batch_size):
             return saved
-        if asked or any(found.packs.of(origin) for origin in found.others.values()):
+        if asked or any(found.snapshot.packs.of(origin) for origin in found.others.values()):
             self._watcher.note(f"the batch size stays {saved.batch_size}, with which this cache was begun")
             return saved
         return None
 
     def _make(self, earlier: BatchPlan | None) -> BatchPlan:
-        counts = count_shapes(self._job.source, self._files, skip_bad=self._job.on_bad_sample == "skip")
+        counts = count_shapes(self._job.data.features, self._files, skip_bad=self._job.on_bad_sample == "skip")
         size = self._job.batch_size or DEFAULT_BATCH[self._job.device.type]
         if size == "auto":
             size = earlier.batch_size if earlier else self._measured(counts)

@@ -58,7 +58,7 @@ class Scoring:
         self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
         self._unchanged = Unchanged(job, found, files, keys, part)
         self._report, self._commits, self._watcher, self._busy = report, commits, watcher, busy
-        self._ranks = Ranks(job.source, files)
+        self._ranks = Ranks(job.data.features, files)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
         self._done = 0
         self.inputs = np.zeros((len(files), 16), np.uint8)
@@ -100,7 +100,7 @@ class Scoring:
         self._pass_over_unchanged()
         at = 0
         # Closed here whatever happens: threads that read on would outlive an interrupted dump.
-        reading = read_ahead(job.source, [self._files[n] for n in unread.tolist()], job.workers, self._busy)
+        reading = read_ahead(job.data.features, [self._files[n] for n in unread.tolist()], job.workers, self._busy)
         with closing(reading) as chunks:
             for features in chunks:
                 self._take_chunk(unread[at : at + len(features)], features, planner, batcher)

@@ -37,7 +37,7 @@ class Unchanged:
         self._seen = Seen.load(self._path)
         for start in range(part.start, part.stop, _AT_ONCE):
             block = slice(start, min(start + _AT_ONCE, part.stop))
-            self._stats[block] = job.source.stat_many(files[block])
+            self._stats[block] = job.data.features.stat_many(files[block])
         if job.reread or not job.skip_existing or not len(self._seen):
             return
         believed, digests, shapes = self._seen.lookup(keys[self._part], self._stats[self._part])

@@ -15,6 +15,7 @@ from kd_cache.store.atomic import store_errors
 from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, read_older_maps
 from kd_cache.store.pack import Origin
+from kd_cache.store.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -26,36 +27,26 @@ class Generation:
     rows: list[TeacherRows]
 
 
-def look(folder: CacheFolder, teachers: Sequence[str] | None, verify: str, preload: bool | str) -> Generation:
+def look(snapshot: Snapshot, teachers: Sequence[str] | None, verify: str, preload: bool | str) -> Generation:
     """One generation of the cache: looks again if the index was written anew before all its rows were opened."""
     for _ in range(100):
-        state = folder.index_state()
-        index = folder.index(maps=False)
-        if index is None:
-            raise _unfinished(folder)
-        origins = _chosen(index.origins, teachers, folder)
+        index = snapshot.finished()
+        origins = _chosen(index.origins, teachers, snapshot.folder)
         rows: list[TeacherRows] = []
         problem: KDCacheError | None = None
         try:
-            rows = _pack_rows(folder, index, origins, verify, preload)
+            rows = _pack_rows(snapshot, origins, verify, preload)
         except (CorruptError, MissingLogitsError) as error:
             problem = error
         told = index.record["teachers"]
         whole = problem is None and all(len(part.keys) >= told[part.name]["rows"] for part in rows)
-        if whole or folder.index_state() == state:
+        now = snapshot.again()
+        if whole or now.state == snapshot.state:
             if problem is not None:
                 raise problem
             return Generation(index, origins, rows)
-    raise StoreError(f"{shown(folder.path)} keeps changing; try again when the dumps are done")
-
-
-def _unfinished(folder: CacheFolder) -> MissingLogitsError:
-    if folder.packs_path.is_dir():
-        return MissingLogitsError(
-            f"{shown(folder.path)} has no {folder.index_path.name}: its dump did not finish",
-            hint="Run the same kd-cache dump again; it continues where it stopped.",
-        )
-    return MissingLogitsError(f"there is no cache at {shown(folder.path)}", hint="Make one with kd-cache dump.")
+        snapshot = now
+    raise StoreError(f"{shown(snapshot.folder.path)} keeps changing; try again when the dumps are done")
 
 
 def _chosen(origins: Mapping[str, Origin], teachers: Sequence[str] | None, folder: CacheFolder) -> dict[str, Origin]:
@@ -117,10 +108,11 @@ def refuse_mixture(origins: Mapping[str, Origin], value_kind: str) -> None:
 
 
 def _pack_rows(
-    folder: CacheFolder, index: Index, origins: Mapping[str, Origin], verify: str, preload: bool | str
+    snapshot: Snapshot, origins: Mapping[str, Origin], verify: str, preload: bool | str
 ) -> list[TeacherRows]:
+    folder = snapshot.folder
     try:
-        permitted = folder.permitted(index)
+        permitted = snapshot.permitted
     except FileNotFoundError as error:
         raise CorruptError(
             f"{shown(folder.path)}: the list of permitted samples that its index names is not there",

@@ -7,7 +7,7 @@ import io
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,10 +41,13 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: bytes | Iterable[bytes], before: Callable[[], None] | None = None) -> None:
+def write_atomic(
+    path: Path, content: bytes | Iterable[bytes], before: Callable[[], None] | None = None
+) -> os.stat_result:
     """Write ``content``, whole or in pieces, durably: after this returns, ``path`` holds it even if the power fails.
 
-    ``before`` is called when all is written, just before it is put in place; what it raises keeps the old file.
+    ``before`` is called when all is written, just before it is put in place; what it raises keeps the old file. Returns
+    the status of the new file, which tells it from whatever another process puts in its place.
     """
     pieces = (content,) if isinstance(content, bytes) else content
     with store_errors(path, "write"), temporary_beside(path) as temporary:
@@ -52,10 +55,12 @@ def write_atomic(path: Path, content: bytes | Iterable[bytes], before: Callable[
             file.writelines(pieces)  # buffered, so that it writes everything or raises
             file.flush()
             os.fsync(file.fileno())
+            status = os.fstat(file.fileno())
         if before is not None:
             before()
         temporary.replace(path)
         sync_directory(path.parent)
+        return status
 
 
 def write_all(file: io.RawIOBase, content: bytes | bytearray) -> None:
@@ -72,6 +77,16 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_files(directory: Path, paths: Collection[Path]) -> None:
+    """Remove files of one folder, durably; some may be gone already."""
+    for path in paths:
+        with store_errors(path, "remove"):
+            path.unlink(missing_ok=True)
+    if paths:
+        with store_errors(directory, "sync"):
+            sync_directory(directory)
 
 
 def make_directory(directory: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, StoreError, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.store.atomic import TEMPORARY, store_errors
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
 from kd_cache.store.pack import Origin, Pack, open_pack
@@ -106,21 +107,26 @@ class CacheFolder:
         except FileNotFoundError:
             return None
 
-    def packs(self, teachers: Collection[str] | None = None, check: str = "full") -> PackSet:
-        """Open every pack (of these teachers); ``check`` is that of `open_pack`.
+    def packs(
+        self,
+        teachers: Collection[str] | None = None,
+        check: str = "full",
+        opened: Mapping[Path, Pack] = MappingProxyType({}),
+    ) -> PackSet:
+        """Every pack (of these teachers); ``check`` is that of `open_pack`. Those ``opened`` before are not again.
 
         Packs may be added and sealed away meanwhile. The look is only over when the folder lists, at its end, what was
         opened: a row that a seal carries from one pack to another is seen in one of them.
         """
-        opened: dict[Path, Pack | CorruptError] = {}
+        seen: dict[Path, Pack | CorruptError] = {}
         for _ in range(100):
             paths = [path for path in self.pack_paths() if teachers is None or teacher_in_name(path) in teachers]
-            if opened.keys() == set(paths):
-                good = [pack for path in paths if isinstance(pack := opened[path], Pack)]
-                damaged = {path: error for path in paths if isinstance(error := opened[path], CorruptError)}
+            if seen.keys() == set(paths):
+                good = [pack for path in paths if isinstance(pack := seen[path], Pack)]
+                damaged = {path: error for path in paths if isinstance(error := seen[path], CorruptError)}
                 return PackSet(good, damaged)
-            found = {path: opened[path] if path in opened else _opened(path, check) for path in paths}
-            opened = {path: pack for path, pack in found.items() if pack is not None}
+            found = {path: seen.get(path) or opened.get(path) or _opened(path, check) for path in paths}
+            seen = {path: pack for path, pack in found.items() if pack is not None}
         raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")
 
     def index_state(self) -> State:
@@ -166,27 +172,21 @@ def teacher_in_name(path: Path) -> str:
     return path.name.rpartition("-")[0]
 
 
-def refuse_renamed(folder: CacheFolder, index: Index | None) -> None:
-    """Raise `StaleError` if this is the cache of another adaptation under a new name."""
-    adaptation = folder.path.name if index is None else index.record.get("adaptation", folder.path.name)
-    if adaptation != folder.path.name:
-        raise StaleError(
-            f"{shown(folder.path)} holds the cache of {shown(adaptation)}",
-            hint="It was copied or renamed; give the folder its own name back, or dump into another --cache-root.",
-        )
-
-
 def refuse_file_as_root(root: Path) -> None:
     """Raise `StoreError` if a file stands where the folder of caches is to be."""
     if root.exists() and not root.is_dir():
         raise StoreError(f"the cache root {shown(root)} is a file, expected a folder", hint="Pass --cache-root.")
 
 
-def no_finished_cache(root: Path) -> MissingLogitsError:
+Named = Callable[[str], bool]
+"""Whether a folder is called as a cache is."""
+
+
+def no_finished_cache(root: Path, is_named: Named) -> MissingLogitsError:
     """There is none under this root; whether one was begun makes the difference."""
     with store_errors(root, "list"):
         names = sorted(entry.name for entry in os.scandir(root)) if root.is_dir() else []
-    begun = [name for name in names if name.startswith("A2") and CacheFolder(root / name).packs_path.is_dir()]
+    begun = [name for name in names if is_named(name) and CacheFolder(root / name).packs_path.is_dir()]
     if begun:
         return MissingLogitsError(
             f"no cache under {shown(root)} is finished; begun: {', '.join(map(shown, begun))}",
@@ -195,12 +195,12 @@ def no_finished_cache(root: Path) -> MissingLogitsError:
     return MissingLogitsError(f"there is no cache under {shown(root)}", hint="Make one with kd-cache dump --target b.")
 
 
-def find_caches(root: Path) -> list[CacheFolder]:
-    """The caches under a root: its folders ``A2*`` that hold an index, by name."""
+def find_caches(root: Path, is_named: Named) -> list[CacheFolder]:
+    """The caches under a root: its folders that are called as one and hold an index, by name."""
     with store_errors(root, "list"):
         try:
             names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         except FileNotFoundError:
             return []
-    folders = [CacheFolder(root / name) for name in names if name.startswith("A2")]
+    folders = [CacheFolder(root / name) for name in names if is_named(name)]
     return [folder for folder in folders if folder.index_path.is_file()]

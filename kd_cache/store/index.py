@@ -145,10 +145,13 @@ State = tuple[int, int, int] | None
 def index_state(path: Path) -> State:
     """What tells one version of an index from another: every write makes a new file. ``None`` if there is none."""
     try:
-        found = path.stat()
+        return _version(path.stat())
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def write_index(
@@ -158,8 +161,9 @@ def write_index(
     record: Mapping[str, Any],
     *,
     state: State | EllipsisType = ...,
-) -> None:
-    """Write the index durably; its digest covers every byte of the file.
+) -> tuple[Index, State]:
+    """Write the index durably; its digest covers every byte of the file. Returns it as `read_index` would, and what
+    `index_state` gives as long as it stands.
 
     Raises:
         IndexChangedError: ``state`` was given (from `index_state`), and the index is another by now.
@@ -170,12 +174,17 @@ def write_index(
         if state is not ... and index_state(path) != state:
             raise IndexChangedError
 
-    pieces = _pieces(num_samples, maps, {"format_version": FORMAT_VERSION, **record, "digest": _UNSET})
-    write_atomic(path, pieces, unchanged)
+    # As JSON has it: what is handed on must not depend on whether it was read or written here.
+    plain = json.loads(json.dumps({"format_version": FORMAT_VERSION, **record, "digest": _UNSET}))
+    status = write_atomic(path, _pieces(num_samples, maps, plain), unchanged)
+    return Index(path, num_samples, maps, plain), _version(status)
 
 
-def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: Mapping[str, Any]) -> Iterator[bytes]:
-    """The text of ``json.dumps(…, indent=1)``, a block of lines at a time: a million paths would take a gigabyte."""
+def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: dict[str, Any]) -> Iterator[bytes]:
+    """The text of ``json.dumps(…, indent=1)``, a block of lines at a time: a million paths would take a gigabyte.
+
+    The digest is known at the end: it is put into the last piece, and into ``kd_cache``.
+    """
     digest = xxhash.xxh3_128()
     quoted = json.encoder.encode_basestring_ascii
     text = "{"
@@ -195,7 +204,8 @@ def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: M
     if not text.endswith(unset):
         raise AssertionError("the digest must be the last entry of the index")
     digest.update(text.encode("ascii"))
-    yield (text.removesuffix(unset) + _TAIL.format(digest.hexdigest())).encode("ascii")
+    kd_cache["digest"] = digest.hexdigest()
+    yield (text.removesuffix(unset) + _TAIL.format(kd_cache["digest"])).encode("ascii")
 
 
 def read_index(path: Path, *, maps: bool = True) -> Index:

@@ -13,6 +13,9 @@ try:  # the interpreter's own: for short texts, OpenSSL spends more on its conte
 except ImportError:
     _md5 = hashlib.md5
 
+NO_LABEL = -1
+"""Stands beside a key where its sample has no label, or must not show it."""
+
 
 def keys_of(files: Iterable[str]) -> np.ndarray:
     """``[N, 16]`` u1: the MD5 keys of manifest paths."""

@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ import xxhash
 
 from kd_cache.errors import CorruptError, StoreError, shown
 from kd_cache.store.atomic import open_file, write_atomic
+from kd_cache.store.keys import NO_LABEL as NO_LABEL
 from kd_cache.store.keys import are_ascending
 
 PERMITTED_NAME = re.compile(r"permitted-([0-9a-f]{32})\.npy\Z")
-NO_LABEL = -1
 _ROW = 20
 _BLOCK = 65_536
 _MAPPED = 1 << 20
@@ -61,12 +62,19 @@ class Permitted:
             for at in blocks
         )
 
+    @property
+    def _content(self) -> bytes:
+        return _header(len(self)) + self.rows.tobytes()
+
+    @cached_property
+    def name(self) -> str:
+        """The name of its file. Equal content has one name."""
+        return f"permitted-{xxhash.xxh3_128_hexdigest(self._content)}.npy"
+
     def write(self, directory: Path) -> str:
-        """Write it durably; returns the file's name. Equal content has one name."""
-        content = _header(len(self)) + self.rows.tobytes()
-        name = f"permitted-{xxhash.xxh3_128_hexdigest(content)}.npy"
-        write_atomic(directory / name, content)
-        return name
+        """Write it durably; returns the file's name."""
+        write_atomic(directory / self.name, self._content)
+        return self.name
 
 
 def read_permitted(path: Path) -> Permitted:

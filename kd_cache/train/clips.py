@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import FeatureError, StaleError, shown
 from kd_cache.features import FeatureSource
 from kd_cache.fingerprint import canonical_json
-from kd_cache.manifest import CITIES, IGNORED, SCENES, Sample
+from kd_cache.manifest import IGNORED, Sample
 from kd_cache.pipeline.reading import read_ahead
 from kd_cache.reader.placement import fits
 from kd_cache.watch import Watcher
@@ -216,5 +217,5 @@ def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 def class_names(what: str, count: int) -> list[str]:
     """Names of ``count`` scenes or cities: the field's where they are as many, else their numbers."""
-    known = CITIES if what == "city" else SCENES
+    known = DCASE.cities if what == "city" else DCASE.scenes
     return list(known) if len(known) == count else [str(number) for number in range(count)]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, UsageError, listed
-from kd_cache.manifest import CITIES, SOURCE, Sample
+from kd_cache.manifest import Sample
 from kd_cache.splits import Places, places_of_sample
 
 
@@ -181,9 +182,9 @@ def _location(name: str, numbers: list[int], samples: Sequence[Sample]) -> Locat
             hint="One of location and city_label is wrong; mend the manifest.",
         )
     label = next(iter(labels), None)
-    city = name.rpartition("-")[0] if label is None else CITIES[label] if label < len(CITIES) else f"city {label}"
+    city = name.rpartition("-")[0] if label is None else DCASE.city(label)
     # The least of its scenes on A: order and number of samples do not matter, and a target's labels are not looked at.
-    scenes = {samples[number].scene_label for number in numbers if samples[number].device_id == SOURCE}
+    scenes = {samples[number].scene_label for number in numbers if samples[number].device_id == DCASE.source}
     scene = min((each for each in scenes if each is not None), default=None)
     return Location(name, city, scene, tuple(numbers))
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.features import FeatureSource
-from kd_cache.manifest import CITIES, SOURCE, UNSEEN, Manifest, Sample
+from kd_cache.manifest import Manifest, Sample
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.inference import score
 from kd_cache.train.metrics import measure, measure_groups
@@ -43,16 +44,16 @@ def evaluated(net: nn.Module, clips: Clips, settings: Settings, target: str, dev
 
 def group_of(sample: Sample, target: str) -> str:
     """One of `GROUPS`."""
-    if sample.device_id == SOURCE:
+    if sample.device_id == DCASE.source:
         return "source"
     if sample.device_id == target:
         return "target"
-    return "unseen" if sample.device_id in UNSEEN else "other"
+    return "unseen" if sample.device_id in DCASE.unseen else "other"
 
 
 def _city(sample: Sample) -> str:
     label = sample.city_label
-    return "not known" if label is None else CITIES[label] if label < len(CITIES) else f"city {label}"
+    return "not known" if label is None else DCASE.city(label)
 
 
 def test_clips(manifest: Manifest, source: FeatureSource, workers: int, watcher: Watcher) -> Clips:

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import SOURCE, Manifest
-from kd_cache.splits import Selection
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.train.clips import Clips
 from kd_cache.train.division import Division, divide, subsample
 from kd_cache.train.settings import Settings
@@ -27,7 +25,7 @@ class TrainJob:
 
     Attributes:
         settings: see `Settings`.
-        selection: the permitted train samples: of A and the target, or of A alone for a scene teacher.
+        data: the permitted train samples: of the source and the target, or of the source alone for a scene teacher.
         output_dir: the checkpoint is ``<output_dir>/teacher_<role>/A2<target>/best.safetensors`` (scene: ``global``).
         backbone: the city teacher's checkpoint, for City2Scene; a whole City2Scene teacher's if it is ``init`` too.
         init: a checkpoint to start from.
@@ -43,12 +41,9 @@ class TrainJob:
     """
 
     settings: Settings
-    manifest: Manifest
-    selection: Selection
-    source: FeatureSource
+    data: Dataset
     output_dir: Path
     device: torch.device
-    data_root: Path | None = None
     backbone: Path | None = None
     init: Path | None = None
     resume: str = AUTO
@@ -66,7 +61,7 @@ class TrainJob:
     @property
     def place(self) -> str:
         """``A2b``, …, or ``global``."""
-        return GLOBAL if self.selection.target == SOURCE else f"{SOURCE}2{self.selection.target}"
+        return GLOBAL if self.data.target == self.data.task.source else self.data.adaptation
 
     @property
     def home(self) -> Path:
@@ -76,12 +71,12 @@ class TrainJob:
     def division(self) -> Division:
         """Who trains and who validates. Raises as `divide`."""
         settings = self.settings
-        samples = self.selection.samples
+        samples, root = self.data.selection.samples, self.data.root
         if settings.quick_experiment < 1:
-            samples = subsample(samples, settings.quick_experiment, data_root=self.data_root)
-        division = divide(samples, ratio=settings.val_ratio, fold=settings.fold, data_root=self.data_root)
+            samples = subsample(samples, settings.quick_experiment, data_root=root)
+        division = divide(samples, ratio=settings.val_ratio, fold=settings.fold, data_root=root)
         # Nothing learns the target's scene labels. A city teacher and the head on it hold out the same locations.
-        return division.only([SOURCE]) if settings.label == "scene" else division
+        return division.only([self.data.task.source]) if settings.label == "scene" else division
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def key_parts(
     parts = {
         **job.settings.key_parts(),
         "data": {"train": train.digest(label), "validation": validation.digest(label)},
-        "selection": {"target": job.selection.target},
+        "selection": {"target": job.data.target},
         "stages": [asdict(stage) for stage in stages],
         "net": own_code,
         "cached_features": job.cached_features,
@@ -64,7 +64,7 @@ def run_config(job: TrainJob, stages: Sequence[Stage]) -> dict[str, Any]:
         "settings": settings,
         "stages": [asdict(stage) for stage in stages],
         "place": job.place,
-        "manifest_sha256": job.manifest.digest,
+        "manifest_sha256": job.data.manifest.digest,
     }
 
 
@@ -90,7 +90,7 @@ def checkpoint_record(
         "training": {
             "key": key,
             "place": job.place,
-            "manifest_sha256": job.manifest.digest,
+            "manifest_sha256": job.data.manifest.digest,
             "seed": settings.seed,
             "stages": [asdict(stage) for stage in stages],
             "code": code,

@@ -121,7 +121,7 @@ class Training:
 
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         """Metrics of ``best`` on ``clips``, which are called ``which``."""
-        return evaluated(best, clips, self.settings, self.job.selection.target, self.job.device)
+        return evaluated(best, clips, self.settings, self.job.data.target, self.job.device)
 
     # -- for recipes --------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Training:
             # By key, as a dump has them: the manifest's order changes no weights.
             sides = (job.division.train, job.division.validation)
             ordered = [sample for side in sides for sample in sorted(side, key=_by_key)]
-            job.shared["features"] = Clips.read(job.source, ordered, job.workers, self.watcher)
+            job.shared["features"] = Clips.read(job.data.features, ordered, job.workers, self.watcher)
         clips, count = job.shared["features"], len(job.division.train)
         return clips.part(range(count)), clips.part(range(count, len(clips)))
 
@@ -357,7 +357,7 @@ class Training:
         job = self.job
         try:
             if "test" not in job.shared:
-                job.shared["test"] = test_clips(job.manifest, job.source, job.workers, self.watcher)
+                job.shared["test"] = test_clips(job.data.manifest, job.data.features, job.workers, self.watcher)
             if not len(job.shared["test"]):
                 return None
             return self.measured(best, job.shared["test"], "test")

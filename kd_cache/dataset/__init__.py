@@ -1,0 +1,1 @@
+"""Who may be used, and what a net is given."""

@@ -1,0 +1,120 @@
+"""A data set that passed the guard: its manifest, the permitted samples, and where their features are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd_cache.dataset.task import DCASE, Task
+from kd_cache.errors import FeatureError
+from kd_cache.features import MAX_BYTES as MAX_FEATURE_BYTES
+from kd_cache.features import FeatureSource
+from kd_cache.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
+from kd_cache.manifest import Manifest, load_manifest
+from kd_cache.packed_features import PackedFeatures
+from kd_cache.splits import Selection, select, select_source
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What every job is given.
+
+    Attributes:
+        manifest: all samples.
+        selection: the permitted ones, for one target.
+        features: reads what the teachers are given.
+        paths: where all of it lies, by the names of the options, absolute: later commands find it there.
+    """
+
+    manifest: Manifest
+    selection: Selection
+    features: FeatureSource
+    paths: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        target: str,
+        json_path: Path,
+        data_root: Path | None = None,
+        features: Path | None = None,
+        *,
+        task: Task = DCASE,
+        num_scenes: int = 10,
+        num_cities: int = 12,
+        allow_shared_locations: bool = False,
+        allow_outside: Sequence[Path] = (),
+        max_manifest_bytes: int = MAX_MANIFEST_BYTES,
+        max_feature_bytes: int = MAX_FEATURE_BYTES,
+    ) -> Dataset:
+        """Read a manifest and pass it through the guard, before anything else is touched.
+
+        Args:
+            target: the target device; the task's source selects its samples alone.
+            json_path: the manifest.
+            data_root: the folder its files are relative to; by default the manifest's own.
+            features: one HDF5 file that holds all features; the data root then only says how the manifest's paths are
+                meant.
+
+        Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
+        """
+        root = json_path.parent if data_root is None else data_root
+        manifest = load_manifest(
+            json_path, task=task, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes
+        )
+        allowed: dict[str, Any] = {"allow_shared_locations": allow_shared_locations, "data_root": root}
+        alone = target == task.source
+        selection = select_source(manifest, **allowed) if alone else select(manifest, target, **allowed)
+        paths: dict[str, Any] = {
+            "json_path": str(json_path.absolute()),
+            "data_root": str(root.absolute()),
+            "allow_outside": [str(path.absolute()) for path in allow_outside],
+        }
+        if features is None:
+            return cls(manifest, selection, FeatureSource(root, allow_outside, max_feature_bytes), paths)
+        paths["features"] = str(features.absolute())
+        return cls(manifest, selection, PackedFeatures(features, max_feature_bytes), paths)
+
+    @property
+    def task(self) -> Task:
+        return self.manifest.task
+
+    @property
+    def target(self) -> str:
+        return self.selection.target
+
+    @property
+    def root(self) -> Path | None:
+        """The folder that the manifest's files are relative to; ``None`` where it was not loaded from one."""
+        return Path(self.paths["data_root"]) if "data_root" in self.paths else None
+
+    @property
+    def adaptation(self) -> str:
+        """What the cache of this selection is called."""
+        return self.task.adaptation(self.target)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What an index says of the data it was made from."""
+        selection = self.selection
+        return {
+            "adaptation": self.adaptation,
+            "num_permitted": len(selection.samples),
+            "per_device": selection.per_device,
+            "manifest": {"path": str(self.manifest.path), "sha256": self.manifest.digest},
+            "split_policy": {
+                "selected": [self.task.source, selection.target],
+                "split": "train",
+                "locations_known": [selection.located, selection.locatable],
+                "shared_locations": len(selection.shared_locations),
+            },
+        }
+
+
+def nothing_readable(count: int) -> FeatureError:
+    """Every feature bad at once: they are somewhere else, and the rows that the cache holds must not go for that."""
+    return FeatureError(
+        f"none of the {count} features can be read; the cache stays as it is", hint="Check --data-root."
+    )

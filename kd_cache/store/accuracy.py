@@ -1,0 +1,91 @@
+"""The semantic alarm: how often a teacher's cached row names the sample's own scene.
+
+Checksums say that a row is what was written under its key; they cannot say that it belongs there. The share of labelled
+source rows whose largest value is their scene label can: it was measured when the rows became current, over labels that
+travel with the cache, and logits joined to wrong rows move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kd_cache.store.keys import KeyFinder
+from kd_cache.store.permitted import Permitted
+from kd_cache.store.union import Union
+
+_BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """``correct`` of ``rows`` labelled source rows have their scene as largest class.
+
+    ``measured`` tells these rows from others: the digest of their keys and of the features that were scored.
+    """
+
+    correct: int
+    rows: int
+    measured: str = field(default="", compare=False)
+
+    @property
+    def share(self) -> str:
+        return f"{100 * self.correct / self.rows:.2f} %" if self.rows else "unknown"
+
+    def __str__(self) -> str:
+        return f"{self.share} ({self.correct:,} of {self.rows:,})"
+
+    def as_json(self) -> dict[str, int]:
+        return {"correct": self.correct, "rows": self.rows}
+
+
+def changed_labels(then: Permitted, now: Permitted) -> list[tuple[bytes, int, int]]:
+    """Key, label then and label now of each sample permitted both times whose label is another."""
+    at = KeyFinder(now.keys).find(then.keys)
+    both = np.flatnonzero(at >= 0)
+    old, new = then.labels[both], now.labels[at[both]]
+    return [
+        (then.keys[both[number]].tobytes(), int(old[number]), int(new[number]))
+        for number in np.flatnonzero(old != new).tolist()
+    ]
+
+
+def stored_accuracy(entry: Mapping[str, Any]) -> Accuracy | None:
+    """What a teacher's index entry says; ``None`` where it says nothing."""
+    kept = entry.get("accuracy")
+    return None if kept is None else Accuracy(int(kept["correct"]), int(kept["rows"]), str(entry.get("measured", "")))
+
+
+def measure(union: Union | None, permitted: Permitted) -> Accuracy:
+    """Accuracy of the rows of a union over the permitted samples that have a label and a row."""
+    labelled = np.flatnonzero(permitted.labels >= 0)
+    if union is None or not len(labelled) or union.origin.value_kind == "embedding":
+        return Accuracy(0, 0)
+    labels = permitted.labels[labelled]
+    positions = union.find(permitted.keys[labelled])
+    labels, positions = labels[positions >= 0], positions[positions >= 0]
+    correct, digest = 0, xxhash.xxh3_128()
+    for at in range(0, len(labels), _BLOCK):
+        block = positions[at : at + _BLOCK]
+        correct += int((union.take(block).argmax(axis=1) == labels[at : at + _BLOCK]).sum())
+        digest.update(np.concatenate([union.keys[block], union.inputs[block]], axis=1).tobytes())
+    return Accuracy(correct, len(labels), digest.hexdigest())
+
+
+def alarm(now: Accuracy, entry: Mapping[str, Any]) -> str | None:
+    """Why a teacher's rows cannot be those that were dumped; ``None`` where nothing speaks against them.
+
+    Compares only while the same rows are there: lost rows, and rows scored again from another feature, are reported
+    elsewhere.
+    """
+    before = stored_accuracy(entry)
+    if before is None or now.measured != before.measured or now.correct == before.correct:
+        return None
+    return (
+        f"its accuracy on labelled source rows was {before} when it was dumped and is {now} now, with the same labels: "
+        "logits are joined to wrong rows"
+    )

@@ -1,0 +1,86 @@
+"""Which rows of a cache are current: the newest word on each teacher, of the index and of dumps it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kd_cache.errors import CorruptError, MissingLogitsError, shown
+from kd_cache.store.entry import joined
+from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
+from kd_cache.store.index import Index, is_teacher_name
+from kd_cache.store.pack import Origin
+from kd_cache.store.pending import begun, begun_with
+from kd_cache.store.view import stored_names
+
+
+@dataclass(frozen=True)
+class Current:
+    """The current teachers, what is kept of each, files that could not be scored, and the newest run's record."""
+
+    origins: dict[str, Origin]
+    entries: dict[str, dict[str, Any]]
+    missing: dict[str, str]
+    record: Mapping[str, Any]
+
+
+def current_of(
+    folder: CacheFolder, index: Index | None, pending: Sequence[Index], packs: Callable[[], PackSet]
+) -> Current:
+    """What is current; where index and pending records are lost, what the packs say, if these leave no choice.
+
+    Raises:
+        MissingLogitsError: nothing was begun here.
+        CorruptError: without an index, packs leave open which rows are current, or a teacher's are all damaged.
+    """
+    records = sorted([*([] if index is None else [index]), *pending], key=lambda each: begun(each.record))
+    found = Current({}, {}, {}, records[-1].record if records else {})
+    for record in records:
+        found.missing.update(record.missing)
+    words = [(begun_with(record, name), name, record) for record in records for name in record.record["teachers"]]
+    for when, name, record in sorted(words, key=lambda word: word[0]):
+        if record is index or not _is_known(index, name, record):
+            _take(found, when, name, record)
+    if index is not None:  # in the order that readers are used to
+        ordered = dict.fromkeys([*index.origins, *found.origins])
+        found = replace(found, origins={name: found.origins[name] for name in ordered})
+    elif not records or folder.index_path.exists():
+        found.origins.update(packs().sole_origins(found.origins))
+        _refuse_forgotten(folder, packs(), found)
+    if not found.origins:
+        raise MissingLogitsError(f"{shown(folder.path)} holds nothing to seal", hint="Run kd-cache dump.")
+    return found
+
+
+def _take(found: Current, when: int, name: str, record: Index) -> None:
+    """One record's word on a teacher, in place of an older one or joined to one of the same fingerprint."""
+    origin = record.origins[name]
+    same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
+    found.origins[name] = origin
+    own = {} if when == begun(found.record) else {"begun": when}
+    found.entries[name] = joined(found.entries[name] if same else {}, record.record["teachers"][name]) | own
+
+
+def _is_known(index: Index | None, name: str, record: Index) -> bool:
+    """Whether the index counts what this record says of a teacher: a crash just after the index leaves both."""
+    entry = None if index is None else index.record["teachers"].get(name)
+    if index is None or entry is None:
+        return False
+    same = entry["fingerprint"] == record.record["teachers"][name]["fingerprint"]
+    return bool(same and begun_with(record, name) <= begun_with(index, name))
+
+
+def _refuse_forgotten(folder: CacheFolder, packs: PackSet, current: Current) -> None:
+    """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would notice."""
+    traces = {teacher_in_name(path) for path in packs.damaged}
+    if folder.path.is_dir():
+        traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
+    forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
+    if forgotten and current.origins:
+        names = ", ".join(forgotten)
+        raise CorruptError(
+            f"{shown(folder.path)} has no index that can be read, and no pack of {names} that can be read",
+            hint=f"Run kd-cache dump with all teachers that the cache is to hold; what is left of {names} goes if they "
+            "are not among them.",
+        )

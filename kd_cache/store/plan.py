@@ -1,0 +1,133 @@
+"""The batch plan: one fixed batch size per feature shape, kept with the cache, and a fixed slot for every sample.
+
+The last bits of a logit depend on the shape of the batch it was computed in and, for some matrix products, on the row's
+position in it; never on what stands in the other rows. So the size per shape is taken from all permitted samples and
+remembered, and a sample's slot is its rank, by key, among the permitted samples of its shape, modulo that size. Then a
+row has the same bytes whatever the order, the shard or the point of resumption. Where few samples share a shape the
+size is small, so that padding wastes little.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kd_cache.errors import FeatureError, UsageError
+from kd_cache.fingerprint import canonical_json
+from kd_cache.store.atomic import open_file, store_errors, write_atomic
+from kd_cache.store.strict_json import strict_json
+
+Shape = tuple[int, int]
+
+_ENTRIES = {"batch_size", "bins", "batches", "digest"}
+
+_MOST_BYTES = 1 << 21
+_MOST_SAMPLES = 1 << 16
+"""No batch is larger: a damaged plan must not ask for all the memory there is."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A batch size and a position in such a batch."""
+
+    size: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """``batches`` maps ``(T, F)`` to a batch size, at most ``batch_size``; ``bins`` is the F of every feature."""
+
+    batch_size: int
+    bins: int
+    batches: Mapping[Shape, int]
+
+    @staticmethod
+    def from_counts(counts: Mapping[Shape, int], batch_size: int, earlier: BatchPlan | None = None) -> BatchPlan:
+        """A plan for so many samples per shape; sizes that ``earlier`` fixed stay as they are."""
+        if not counts:
+            raise FeatureError("no feature could be read, so there is nothing to plan", hint="Check --data-root.")
+        if batch_size > _MOST_SAMPLES:
+            raise UsageError(f"batch_size is {batch_size}, expected at most {_MOST_SAMPLES}")
+        per_bins: Counter[int] = Counter()
+        for (_, bins), count in counts.items():
+            per_bins[bins] += count
+        bins = earlier.bins if earlier else per_bins.most_common(1)[0][0]
+        size = earlier.batch_size if earlier else batch_size
+        fresh = {shape: min(size, 1 << (count - 1).bit_length()) for shape, count in sorted(counts.items())}
+        return BatchPlan(size, bins, fresh | (dict(earlier.batches) if earlier else {}))
+
+    def place(self, shape: Shape, rank: int) -> Place:
+        """Where the sample of this rank among those of its shape is computed; alone, if the shape is not planned."""
+        size = self.batches.get(shape, 1)
+        return Place(size, rank % size)
+
+    def holds(self, other: BatchPlan) -> bool:
+        """Whether this is ``other``, or ``other`` with further shapes."""
+        same = (self.batch_size, self.bins) == (other.batch_size, other.bins)
+        return same and other.batches.items() <= self.batches.items()
+
+    def as_json(self) -> dict[str, Any]:
+        sizes = {f"{frames}x{bins}": size for (frames, bins), size in sorted(self.batches.items())}
+        return {"batch_size": self.batch_size, "bins": self.bins, "batches": sizes}
+
+    @classmethod
+    def from_json(cls, content: Any) -> BatchPlan | None:
+        """What `as_json` gave; ``None`` where it makes no sense."""
+        try:
+            most = _positive(content["batch_size"], _MOST_SAMPLES)
+            sizes = {}
+            for text, size in content["batches"].items():
+                frames, _, bins = text.partition("x")
+                sizes[int(frames), int(bins)] = _positive(size, most)
+            return cls(most, _positive(content["bins"]), sizes)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+    def save(self, path: Path) -> None:
+        """Write it durably, with its digest: a plan with a flipped bit would silently make other last bits."""
+        content = self.as_json()
+        write_atomic(path, (json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n").encode())
+
+
+def load_plan(path: Path) -> BatchPlan | None:
+    """The saved plan; ``None`` when there is none or it makes no sense (a plan can always be made again).
+
+    Raises:
+        StoreError: it is there, but cannot be read: rows made by another plan would have other last bits.
+    """
+    with store_errors(path, "read the batch plan"):
+        try:
+            with open_file(path) as file:
+                raw = file.read(_MOST_BYTES)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # not a plain file: no plan of ours
+                return None
+            raise
+    try:
+        content = strict_json(raw, KeyError)
+        if not isinstance(content, dict) or content.keys() - _ENTRIES:
+            return None
+        digest = content.pop("digest", None)  # the first version wrote none
+        return BatchPlan.from_json(content) if digest in (None, _digest(content)) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(canonical_json(content))
+
+
+def _positive(value: Any, most: int = 1 << 30) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"expected an integer from 1 to {most}")
+    return value

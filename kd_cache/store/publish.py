@@ -1,0 +1,426 @@
+"""Making rows current: merge each teacher's packs, bring the view in line, write the permitted list and the index.
+
+The only writer of what a finished cache consists of. What the new index makes superfluous goes only once it stands:
+whenever a machine stops, the index on disk finds its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
+from kd_cache.store.atomic import make_directory, remove_files, store_errors
+from kd_cache.store.entry import carried
+from kd_cache.store.folder import CacheFolder, teacher_in_name
+from kd_cache.store.index import Index, IndexChangedError, origin_entry, write_index
+from kd_cache.store.keys import KeyFinder
+from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.pending import begun, begun_with, forget
+from kd_cache.store.permitted import Permitted
+from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.union import Merged, merge_packs
+from kd_cache.store.view import ROW_FILE_NAME, stored_names, view_names, write_view
+from kd_cache.watch import Watcher
+
+_BLOCK = 8192
+_EARLIER = 20
+_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "part")
+ANOTHER_MANIFEST = "Did another dump run here with another manifest? Run the same command again."
+
+
+class Keyed(Protocol):
+    """Permitted samples, in the order of their keys; ``listed`` are their files in the manifest's order."""
+
+    @property
+    def listed(self) -> Sequence[str]: ...
+    @property
+    def by_key(self) -> Sequence[str]: ...
+    @property
+    def keys(self) -> np.ndarray: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The rows a cache is to hold: all permitted samples, in the order of their keys.
+
+    Attributes:
+        files: their manifest paths; ``listed`` are the same in the manifest's order, in which the index lists them.
+        keys, inputs: ``[N, 16]`` u1: their keys, ascending, and the digests of their features as they are now.
+        known: ``[N]`` bool: where it is False the feature could not be read, and the sample keeps no row.
+        permitted: their keys and labels.
+    """
+
+    files: Sequence[str]
+    listed: Sequence[str]
+    keys: np.ndarray
+    inputs: np.ndarray
+    known: np.ndarray
+    permitted: Permitted
+
+    @classmethod
+    def of(cls, samples: Keyed, inputs: np.ndarray, known: np.ndarray) -> Wanted:
+        """All of these samples; ``inputs`` and ``known`` in the order of their keys."""
+        permitted = Permitted.of(samples.keys, samples.labels)
+        return cls(samples.by_key, samples.listed, samples.keys, inputs, known, permitted)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to become current.
+
+    Attributes:
+        shown_path: the cache's path as the user wrote it; the index's paths start with it.
+        wanted: the rows to keep; every other row goes.
+        origins: the teachers whose every row must be there, but for the ``missing`` files.
+        record: what the index is to say of the run and its data; what is a result of publishing is left out of it.
+        files: whether the cache has a view.
+        others: further teachers that the cache held, where no index says so.
+        entries: further content of the teachers' entries; ``begun`` where the record's is not a teacher's own.
+        missing: files that could not be scored, with the reason.
+        replaced: packs whose rows must not be used although they look fresh (they were scored again).
+        keep_damaged: leave damaged packs where they are.
+        hint: what to do where rows are missing.
+    """
+
+    shown_path: str
+    wanted: Wanted
+    origins: Mapping[str, Origin]
+    record: Mapping[str, Any]
+    files: bool
+    others: Mapping[str, Origin] = field(default_factory=dict)
+    entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    replaced: Sequence[Path] = ()
+    keep_damaged: bool = False
+    hint: str = ANOTHER_MANIFEST
+
+
+@dataclass
+class Published:
+    """What publishing did; ``rows``, ``left_out``, ``packs`` and ``accuracy`` by teacher."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    num_samples: int = 0
+    pack_bytes: int = 0
+    view_written: int = 0
+    view_removed: int = 0
+    packs: dict[str, str] = field(default_factory=dict)
+    accuracy: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
+    """Make a change current, again where another process wrote the index meanwhile: its teachers stay in it.
+
+    Raises:
+        MissingLogitsError: rows of the teachers asked for are not there; the index stays as it was.
+        StoreError: the cache cannot be written, or its index keeps changing.
+    """
+    before = snapshot.index
+    make_directory(snapshot.folder.path)
+    for _ in range(100):
+        publication = _Publication(snapshot := snapshot.again(), change, before, watcher)
+        try:
+            published = publication.run()
+        except IndexChangedError:
+            continue
+        if publication.stands():
+            publication.clean_up()
+            return published
+    raise _restless(snapshot.folder)
+
+
+def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Published:
+    """Write the view of a finished cache from the packs that its index names, and name it in the index.
+
+    What the index says besides stays as it is. A view that is there already is brought in line.
+
+    Raises:
+        MissingLogitsError, StaleError: this is no finished cache, or a pack that the index names is gone.
+        CorruptError: a damaged index or pack; nothing is written then.
+        StoreError: the cache cannot be written, or another process wrote the index meanwhile.
+    """
+    folder, index = snapshot.folder, snapshot.finished()
+    packs = {name: _named_pack(folder, entry) for name, entry in index.record["teachers"].items()}
+    done = Published(num_samples=index.num_samples)
+    done.rows = {name: 0 if pack is None else len(pack) for name, pack in packs.items()}
+    keys = dict(pair for pack in packs.values() if pack for pair in zip(pack.files, view_names(pack.keys), strict=True))
+    ordered = sorted(keys, key=keys.__getitem__)  # nothing here knows the manifest's order
+    maps = _View(folder, shown_path, done, watcher).bring_in_line(packs, ordered, wanted=True)
+    kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
+    try:
+        write_index(folder.index_path, index.num_samples, maps, {**kept, "files": True}, state=snapshot.state)
+    except IndexChangedError as error:
+        raise StoreError(
+            f"the index {shown(folder.index_path)} changed while the view was written",
+            hint="Run the same command again.",
+        ) from error
+    return done
+
+
+def _restless(folder: CacheFolder) -> StoreError:
+    return StoreError(f"the index {shown(folder.index_path)} keeps changing; try again when the other dumps are done")
+
+
+def _named_pack(folder: CacheFolder, entry: Mapping[str, Any]) -> Pack | None:
+    """The pack that an index entry names, checked."""
+    if entry["pack"] is None:
+        return None
+    try:
+        return open_pack(folder.packs_path / entry["pack"])
+    except FileNotFoundError as error:
+        raise MissingLogitsError(
+            f"{shown(folder.path)} lacks the pack {shown(entry['pack'])} that its index names",
+            hint="Restore it, or run kd-cache dump again.",
+        ) from error
+
+
+class _Publication:
+    """One attempt, on the cache as ``snapshot`` found it.
+
+    Args:
+        before: the index as the command found it, for where it was lost since.
+    """
+
+    def __init__(self, snapshot: Snapshot, change: Change, before: Index | None, watcher: Watcher) -> None:
+        self.snapshot, self.change, self.watcher = snapshot, change, watcher
+        self.folder = snapshot.folder
+        if snapshot.trouble is not None and not (snapshot.is_older or snapshot.is_damaged):
+            raise snapshot.trouble
+        self.earlier = snapshot.index or before
+        found = {} if self.earlier is None else self.earlier.origins
+        self.others = {name: each for name, each in {**change.others, **found}.items() if name not in change.origins}
+        self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
+        self.done = Published()
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """All teachers: in the order asked for where that names all, else in the order readers are used to."""
+        merged = {**self.change.origins, **self.others}
+        before = list(self.earlier.origins) if self.earlier and self.others else []
+        return {name: merged[name] for name in dict.fromkeys([*before, *merged]) if name in merged}
+
+    def run(self) -> Published:
+        """Raises `IndexChangedError` where the index is another by now."""
+        self._keep_plan()
+        change, done, origins = self.change, self.done, self.origins
+        packs: dict[str, Pack | None] = {}
+        superfluous = set(change.replaced)
+        for name, origin in origins.items():
+            packs[name], merged = self._merge(origin)
+            superfluous.update(merged)
+        done.num_samples = _held_by_all(packs.values())
+        view = _View(self.folder, change.shown_path, done, self.watcher)
+        maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
+        permitted = change.wanted.permitted
+        record = {
+            **{key: value for key, value in change.record.items() if key not in _RESULTS},
+            "plan": None if (plan := self.snapshot.again().saved_plan) is None else plan.as_json(),
+            "missing": dict(change.missing),
+            "files": change.files,
+            "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
+            "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
+        }
+        done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
+        written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
+        self.snapshot.wrote(*written, permitted)
+        current = set(done.packs.values())
+        remove_files(self.folder.packs_path, sorted(path for path in superfluous if path.name not in current))
+        return done
+
+    def stands(self) -> bool:
+        """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""
+        now = self.snapshot.again()
+        index = now.index or self.earlier
+        return index is not None and self.change.origins.keys() <= index.record["teachers"].keys()
+
+    def clean_up(self) -> None:
+        """Remove what became useless: overtaken pending records, damaged packs, rows that are no longer permitted."""
+        words = {name: self._begun(name) for name in {**self.change.origins, **self.others}}
+        forget(self.folder, self.pending, words)
+        for name in self.others:
+            if left_out := self.done.left_out[name]:
+                what = f"{left_out} rows went, no longer permitted or no longer fresh; it was not asked"
+                self.watcher.note(f"{name}: {what}")
+        self._remove_damaged()
+        if gone := self._remove_forbidden():
+            self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
+
+    # -- one teacher --------------------------------------------------------------------------------------------------
+
+    def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
+        """One teacher's rows as one pack, and the packs that it stands for; anew where another dump does the same."""
+        name, wanted = origin.teacher, self.change.wanted
+        known = np.flatnonzero(wanted.known)
+        keys, inputs = wanted.keys[known], wanted.inputs[known]
+        asked = name in self.change.origins
+        missing = self.change.missing if asked else {}
+        required = np.array([asked and wanted.files[number] not in missing for number in known.tolist()], bool)
+        now = self.snapshot
+        for _ in range(100):
+            union = now.union(origin, without=self.change.replaced)
+            result = merge_packs(self.folder.packs_path, union, keys, inputs, required)
+            lost = known[result.absent & required]
+            if len(lost):
+                raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
+            now = now.again()
+            pack = next((pack for pack in now.packs.good if pack.path == result.path), None)
+            if pack is not None or result.path is None:
+                self._count(name, pack, result)
+                return pack, result.merged
+        raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
+
+    def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:
+        errors = [error for path, error in snapshot.packs.damaged.items() if teacher_in_name(path) == name]
+        damaged = "".join(f"\n{error.message}" for error in errors)
+        message = f"{name}: {len(files)} permitted samples have no row{damaged}\n{listed(files)}"
+        return MissingLogitsError(message, hint=self.change.hint)
+
+    def _count(self, name: str, pack: Pack | None, result: Merged) -> None:
+        if result.disagreements:
+            self.watcher.note(
+                f"{name}: {len(result.disagreements)} samples were scored twice with different bits (other hardware or "
+                f"batch shape?); the first pack by name is kept, first such sample: {result.disagreements[0]}"
+            )
+        self.done.left_out[name] = result.left_out
+        self.done.rows[name] = 0 if pack is None else len(pack)
+        if pack is not None:
+            self.done.packs[name] = pack.path.name
+            with store_errors(pack.path, "look at"):
+                self.done.pack_bytes += pack.path.stat().st_size
+
+    def _entry(self, origin: Origin, pack: Pack | None) -> dict[str, Any]:
+        """A teacher's entry in the index; where this change adds nothing, what the earlier one said stays."""
+        name = origin.teacher
+        before = self.earlier.record["teachers"].get(name, {}) if self.earlier else {}
+        same = before.get("fingerprint") == origin.fingerprint.digest
+        # Adopted rows say so themselves: the mark outlives an index that was damaged.
+        mark = {"adopted": {"source": "unknown"}} if "adopted" in origin.fingerprint.parts else {}
+        when = self._begun(name)
+        union = None if pack is None else self.snapshot.union_of(pack)
+        accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
+        return {
+            **origin_entry(origin),
+            **mark,
+            **(carried(before) if same else {}),
+            **(self.change.entries.get(name, {}) if name in self.change.origins else {}),
+            **({} if when == begun(self.change.record) else {"begun": when}),
+            "rows": 0 if pack is None else len(pack),
+            "pack": None if pack is None else pack.path.name,
+            "accuracy": accuracy.as_json(),
+            "measured": accuracy.measured,
+            "earlier": _earlier_parts(before, origin),
+        }
+
+    def _begun(self, name: str) -> int:
+        """When what the index is to say of a teacher was begun: by this run, or, for a seal, by the dump it goes by.
+
+        What is said of a teacher that is carried over is as old as it was.
+        """
+        if name in self.change.origins:
+            return int(self.change.entries.get(name, {}).get("begun", begun(self.change.record)))
+        earlier = self.earlier
+        return 0 if earlier is None or name not in earlier.record["teachers"] else begun_with(earlier, name)
+
+    # -- around it ----------------------------------------------------------------------------------------------------
+
+    def _keep_plan(self) -> None:
+        """Restore a lost or damaged batch plan from the index's copy: another one would make other last bits."""
+        if self.snapshot.saved_plan is None and self.snapshot.plan is not None:
+            self.snapshot.plan.save(self.folder.plan_path)
+
+    def _remove_damaged(self) -> None:
+        """Remove damaged packs, but those of teachers that were not asked: somebody may mend them."""
+        if self.change.keep_damaged:
+            return
+        current = self.done.packs.values()
+        for path in self.snapshot.packs.damaged:
+            # Scoring the same rows again gives the same name: then the damaged file has been replaced already.
+            if teacher_in_name(path) not in self.others and path.name not in current and not path.is_dir():
+                with store_errors(path, "remove"):
+                    path.unlink(missing_ok=True)
+
+    def _remove_forbidden(self) -> int:
+        """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
+        permitted = KeyFinder(self.change.wanted.keys)
+        origins = self.origins
+        gone = 0
+        for pack in self.snapshot.packs.good:
+            current = origins.get(pack.origin.teacher)
+            if current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest:
+                continue
+            if (permitted.find(pack.keys) < 0).any():
+                gone += len(pack)
+                with store_errors(pack.path, "remove"):
+                    pack.path.unlink(missing_ok=True)
+        return gone
+
+
+def _held_by_all(packs: Iterable[Pack | None]) -> int:
+    """How many samples have a row in every one of these packs."""
+    keys: np.ndarray | None = None
+    for pack in packs:
+        if pack is None:
+            return 0
+        keys = pack.keys if keys is None else keys[KeyFinder(pack.keys).find(keys) >= 0]
+    return 0 if keys is None else len(keys)
+
+
+def _earlier_parts(before: Mapping[str, Any], origin: Origin) -> list[Mapping[str, str]]:
+    """Parts of the fingerprints this teacher had before, newest first."""
+    known = [before["parts"], *before["earlier"]] if before else []
+    return [parts for parts in known if parts != dict(origin.fingerprint.parts)][:_EARLIER]
+
+
+@dataclass(frozen=True)
+class _View:
+    """The view of a cache: one folder of row files per teacher."""
+
+    folder: CacheFolder
+    shown_path: str
+    done: Published
+    watcher: Watcher
+
+    def bring_in_line(
+        self, packs: Mapping[str, Pack | None], files: Sequence[str], *, wanted: bool
+    ) -> dict[str, dict[str, str]]:
+        """Write what the view lacks, remove what it must not have; returns the index's maps, ordered as ``files``."""
+        for directory in self.folder.view_folders():
+            if directory.is_symlink():
+                raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
+            if directory.name not in packs:
+                self._prune(directory, set())  # of a teacher that no index names
+        if wanted:
+            self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
+        maps: dict[str, dict[str, str]] = {}
+        for name, pack in packs.items():
+            directory = self.folder.view_path(name)
+            named: dict[str, str] = {}
+            if wanted and pack is not None:
+                self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)
+                held = dict(zip(pack.files, view_names(pack.keys), strict=True))
+                named = {file: held[file] for file in files if file in held}
+            self._prune(directory, set(named.values()))
+            maps[name] = {file: f"{self.shown_path}/{name}/{row_file}" for file, row_file in named.items()}
+        return maps
+
+    def _prune(self, directory: Path, named: set[str]) -> None:
+        """Remove row files that the index will not name. Files that do not look like ours are left alone."""
+        surplus = [name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)]
+        for name in surplus:
+            with store_errors(directory / name, "remove"):
+                (directory / name).unlink(missing_ok=True)
+        self.done.view_removed += len(surplus)
+
+
+def _blocks(pack: Pack) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(pack), _BLOCK):
+        yield pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]

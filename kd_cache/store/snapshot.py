@@ -1,0 +1,256 @@
+"""One look at a cache: index, pending records, packs, permitted list and plan, each read once and remembered.
+
+A command takes one `Snapshot` and hands it down. Every refusal about a cache's state is worded here. `Snapshot.again`
+looks anew, and reads only what has changed: packs and permitted lists never change under their names, and an index or a
+pending record that was written anew is another file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, shown
+from kd_cache.store.accuracy import Accuracy, alarm, measure
+from kd_cache.store.atomic import store_errors
+from kd_cache.store.current import Current, current_of
+from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.index import INDEX_NAME, Index, State, index_state
+from kd_cache.store.pack import Origin, Pack
+from kd_cache.store.pending import read_pending
+from kd_cache.store.permitted import Permitted
+from kd_cache.store.plan import BatchPlan, load_plan
+from kd_cache.store.union import Union
+from kd_cache.watch import Watcher
+
+GO_ON = "Run the same kd-cache dump again; it continues where it stopped."
+
+
+@dataclass
+class _Memory:
+    """What was read so far, under what tells it from a later version of itself."""
+
+    index: tuple[State, bool, Index | KDCacheError | None] | None = None
+    pending: dict[Path, tuple[State, Index | KDCacheError]] = field(default_factory=dict)
+    packs: dict[Path, Pack] = field(default_factory=dict)
+    plan: tuple[State, BatchPlan | None] | None = None
+    permitted: dict[str, Permitted] = field(default_factory=dict)
+    unions: dict[tuple[int, ...], Union] = field(default_factory=dict)
+    accuracies: dict[tuple[tuple[Path, ...], str], Accuracy] = field(default_factory=dict)
+
+
+class Snapshot:
+    """A cache at one moment. Nothing is read before it is asked for, but the index, and nothing twice.
+
+    Attributes:
+        folder: the cache's paths.
+        state: which version of the index was read, so that nobody else's is overwritten.
+        index: the checked index; ``None`` where there is none, or none that can be read.
+        trouble: why an index that is there cannot be used: `StaleError` for an older script's, `CorruptError` for a
+            damaged one, `StoreError` for a newer format or a file that cannot be read.
+    """
+
+    def __init__(self, folder: CacheFolder, *, maps: bool = False, memory: _Memory | None = None) -> None:
+        self.folder = folder
+        self._maps = maps
+        self._memory = memory or _Memory()
+        self.state = folder.index_state()
+        content = self._read_index()
+        self.index = content if isinstance(content, Index) else None
+        self.trouble = content if isinstance(content, KDCacheError) else None
+
+    def again(self, *, maps: bool | None = None) -> Snapshot:
+        """The cache as it is now; what has not changed is not read again. ``maps`` asks for the index's maps."""
+        return Snapshot(self.folder, maps=self._maps if maps is None else maps, memory=self._memory)
+
+    def _read_index(self) -> Index | KDCacheError | None:
+        kept = self._memory.index
+        if kept is not None and self.state is not None and kept[0] == self.state and (kept[1] or not self._maps):
+            return kept[2]
+        content: Index | KDCacheError | None
+        try:
+            content = self.folder.index(maps=self._maps)
+        except (StaleError, CorruptError, StoreError) as error:
+            content = error
+        self._memory.index = (self.state, self._maps, content)
+        return content
+
+    def wrote(self, index: Index, state: State, permitted: Permitted) -> None:
+        """Remember an index, with its maps, and a permitted list that this process just put in place."""
+        self._memory.index = (state, True, index)
+        self._memory.permitted[permitted.name] = permitted
+
+    # -- what state it is in ------------------------------------------------------------------------------------------
+
+    @property
+    def is_older(self) -> bool:
+        """Whether an older script wrote it: no ``kd_cache`` in its index, nothing that could be checked."""
+        return isinstance(self.trouble, StaleError)
+
+    @property
+    def is_damaged(self) -> bool:
+        return isinstance(self.trouble, CorruptError)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there are packs, or a place for them: then a dump was here."""
+        return self.folder.packs_path.is_dir()
+
+    @property
+    def renamed(self) -> StaleError | None:
+        """Set where this is the cache of another adaptation under a new name."""
+        for record in ([] if self.index is None else [self.index]) + self.pending:
+            adaptation = record.record.get("adaptation", self.folder.path.name)
+            if adaptation != self.folder.path.name:
+                return StaleError(
+                    f"{shown(self.folder.path)} holds the cache of {shown(adaptation)}",
+                    hint="It was copied or renamed; give the folder its own name back, or use another --cache-root.",
+                )
+        return None
+
+    @property
+    def refusal(self) -> KDCacheError | None:
+        """Why this is no finished cache that could be read; ``None`` where it is one. Its name may be another."""
+        if isinstance(self.trouble, StaleError):
+            return StaleError(self.trouble.message, hint="Bring its rows in with kd-cache adopt.")
+        if self.trouble is not None or self.index is not None:
+            return self.trouble
+        if self.is_begun:
+            what = f"{shown(self.folder.path)} is unfinished: its dump did not finish, it has no {INDEX_NAME}"
+            return MissingLogitsError(what, hint=f"{GO_ON} If it was split into parts: kd-cache seal.")
+        return MissingLogitsError(f"there is no cache at {shown(self.folder.path)}", hint="Make one: kd-cache dump.")
+
+    def finished(self) -> Index:
+        """The index of a finished cache. Raises the `refusal` of any other."""
+        if self.index is None:
+            raise self.refusal or AssertionError("a snapshot has an index or a reason why not")
+        return self.index
+
+    def known(self, watcher: Watcher) -> Index | None:
+        """The index, for a command that will write it anew: ``None`` where there is none, or a damaged one (noted).
+
+        Raises:
+            StaleError: an older script's cache, or another adaptation's.
+            StoreError: a newer format, or an index that cannot be read.
+        """
+        if isinstance(self.trouble, CorruptError):
+            watcher.note(f"{self.trouble.message}; it is written anew from the packs")
+        elif self.trouble is not None:
+            raise self.refusal or self.trouble
+        if (renamed := self.renamed) is not None:
+            raise renamed
+        return self.index
+
+    # -- what it holds ------------------------------------------------------------------------------------------------
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """The teachers that the index names; none without an index."""
+        return {} if self.index is None else self.index.origins
+
+    @cached_property
+    def _pending(self) -> tuple[list[Index], list[KDCacheError]]:
+        return read_pending(self.folder, self._memory.pending)
+
+    @property
+    def pending(self) -> list[Index]:
+        """What dumps are making that the index does not tell of, the oldest first."""
+        return list(self._pending[0])
+
+    @property
+    def damaged_pending(self) -> list[KDCacheError]:
+        """What is wrong with pending records that cannot be read."""
+        return self._pending[1]
+
+    @cached_property
+    def packs(self) -> PackSet:
+        """All packs, checked to their last byte."""
+        found = self.folder.packs(opened=self._memory.packs)
+        self._memory.packs = {pack.path: pack for pack in found.good}
+        return found
+
+    @cached_property
+    def plan(self) -> BatchPlan | None:
+        """The batch plan; where its file is lost or damaged, the copy in the index. Raises `StoreError`."""
+        return self.saved_plan or BatchPlan.from_json(({} if self.index is None else self.index.record).get("plan"))
+
+    @cached_property
+    def saved_plan(self) -> BatchPlan | None:
+        """The batch plan in its file. Raises `StoreError` if that is there and cannot be read."""
+        with store_errors(self.folder.plan_path, "look at"):
+            state = index_state(self.folder.plan_path) if self.folder.path.is_dir() else None
+        if self._memory.plan is None or state is None or self._memory.plan[0] != state:
+            self._memory.plan = (state, load_plan(self.folder.plan_path))
+        return self._memory.plan[1]
+
+    @cached_property
+    def permitted(self) -> Permitted | None:
+        """The permitted samples that the index names; ``None`` where it names none (kd-cache 0.1 wrote none).
+
+        Raises:
+            FileNotFoundError: it is gone.
+            CorruptError, StoreError: it is not as it was written, or cannot be read.
+        """
+        entry = None if self.index is None else self.index.record.get("permitted")
+        if self.index is None or entry is None:
+            return None
+        if entry["file"] not in self._memory.permitted:
+            found = self.folder.permitted(self.index)
+            if found is not None:
+                self._memory.permitted[entry["file"]] = found
+        return self._memory.permitted.get(entry["file"])
+
+    def union(self, origin: Origin, without: Collection[Path] = ()) -> Union | None:
+        """All rows of one origin, but those of some packs; ``None`` if there are none."""
+        packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
+        return self.union_of(*packs) if packs else None
+
+    def union_of(self, *packs: Pack) -> Union:
+        """All rows of packs that share one origin."""
+        key = tuple(map(id, packs))  # a union keeps its packs, so that no other object gets their ids
+        if key not in self._memory.unions:
+            self._memory.unions[key] = Union(packs)
+        return self._memory.unions[key]
+
+    def accuracy(self, union: Union | None, permitted: Permitted) -> Accuracy:
+        """How often rows of a union name their sample's scene. Measured once for the same packs and labels."""
+        if union is None:
+            return measure(None, permitted)
+        key = (tuple(pack.path for pack in union.packs), permitted.name)
+        if key not in self._memory.accuracies:
+            self._memory.accuracies[key] = measure(union, permitted)
+        return self._memory.accuracies[key]
+
+    def current(self, watcher: Watcher) -> Current:
+        """What is current for whoever makes it so: index, pending records, or what is left of them.
+
+        Raises as `known` and `current_of`.
+        """
+        index = self.known(watcher)
+        for error in self.damaged_pending:
+            watcher.note(f"{error.message}; it is passed over")
+        return current_of(self.folder, index, self.pending, lambda: self.packs)
+
+    def refuse_wrong_joins(self, kept: Mapping[str, Origin]) -> None:
+        """Look before rows are kept for good: one that is fresh under a wrong key would never be scored again.
+
+        Args:
+            kept: the teachers whose fresh rows are to be kept.
+
+        Raises:
+            CorruptError: a teacher's rows are not those that the index was written with.
+        """
+        permitted = None
+        with suppress(FileNotFoundError, CorruptError):  # nothing to compare with; it is about to be written anew
+            permitted = self.permitted
+        if self.index is None or permitted is None:
+            return
+        for name, origin in self.origins.items():
+            if name in kept and kept[name].fingerprint.digest == origin.fingerprint.digest:
+                now = self.accuracy(self.union(origin), permitted)
+                wrong = alarm(now, self.index.record["teachers"][name])
+                if wrong is not None:
+                    raise CorruptError(f"{name}: {wrong}", hint="kd-cache repair scores them again.")

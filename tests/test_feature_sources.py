@@ -1,0 +1,141 @@
+"""One contract for every container of features: files in a folder, and the two layouts of one HDF5 file."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from kd_cache.errors import FeatureError
+from kd_cache.features import Feature, FeatureSource
+from kd_cache.fingerprint import input_digest
+from kd_cache.packed_features import PackedFeatures
+
+FILES = ["x/a.npy", "x/deep/b.npy", "ü.npy", "x/c", "d.npy"]
+Make = Callable[..., FeatureSource]
+
+
+def as_files(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+    for name, value in zip(files, values, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with (root / name).open("wb") as file:
+            np.save(file, value)
+    return FeatureSource(root, **options)
+
+
+def as_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+    with h5py.File(root / "f.h5", "w") as file:
+        for name, value in zip(files, values, strict=True):
+            file[name] = value
+    return PackedFeatures(root / "f.h5", **options)
+
+
+def as_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+    with h5py.File(root / "f.h5", "w") as file:
+        file.create_dataset("features", data=values, compression="gzip")
+        file["files"] = files
+    return PackedFeatures(root / "f.h5", **options)
+
+
+@pytest.fixture(params=[as_files, as_datasets, as_rows], ids=["files", "datasets", "rows"])
+def make(request: pytest.FixtureRequest) -> Make:
+    made: Make = request.param
+    return made
+
+
+def arrays(dtype: str = "<f4") -> np.ndarray:
+    """[5, T, F]"""
+    return np.random.default_rng(7).normal(size=(len(FILES), 9, 5)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+def test_a_feature_is_its_array_read_only_with_its_shape_and_digest(tmp_path: Path, make: Make, dtype: str) -> None:
+    values = arrays(dtype)
+    source = make(tmp_path, values)
+    for name, value in zip(FILES, values, strict=True):
+        found = source.read(name)
+        np.testing.assert_array_equal(found.array, value)
+        assert found.array.dtype == np.dtype(dtype)
+        assert found.array.flags.c_contiguous
+        assert not found.array.flags.writeable
+        assert found.digest == input_digest(value)
+        assert source.shape(name) == (9, 5)
+
+
+def test_many_are_read_in_order_with_errors_in_their_places(tmp_path: Path, make: Make) -> None:
+    values = arrays()
+    values[1, 2, 3] = np.nan
+    source = make(tmp_path, values)
+    asked = ["d.npy", "none.npy", FILES[1], "d.npy", "\ud800"]
+    found = source.read_many(asked)
+    assert [isinstance(one, FeatureError) for one in found] == [False, True, True, False, True]
+    for file, one in zip(asked, found, strict=True):
+        alone = source.try_read(file)
+        if isinstance(one, Feature):
+            assert isinstance(alone, Feature)
+            assert one.array.tobytes() == alone.array.tobytes() == values[FILES.index(file)].tobytes()
+            assert one.digest == alone.digest
+        else:
+            assert isinstance(alone, FeatureError)
+            assert one.message == alone.message
+    assert "none.npy" in str(found[1])
+    assert "does not exist" in str(found[1])
+    assert "x/deep/b.npy" in str(found[2])
+    assert "frame 2, bin 3 is nan" in str(found[2])
+    assert source.read_many([]) == []
+
+
+def test_a_larger_feature_than_is_allowed_is_refused_by_the_options_name(tmp_path: Path, make: Make) -> None:
+    with pytest.raises(FeatureError, match="--max-feature-bytes"):
+        make(tmp_path, arrays(), max_bytes=100).read(FILES[0])
+
+
+def test_five_numbers_tell_the_versions_of_a_feature_apart(tmp_path: Path, make: Make) -> None:
+    source = make(tmp_path, arrays())
+    before = source.stat_many(["none.npy", *FILES])
+    assert (before.shape, before.dtype) == ((6, 5), np.int64)
+    assert (before[0] == -1).all()
+    assert (before[1:] > 0).all()
+    other = tmp_path / "other"
+    other.mkdir()
+    make(other, arrays() + 1)
+    (place,) = [path for path in (tmp_path / "f.h5", tmp_path / FILES[0]) if path.exists()]
+    (other / place.relative_to(tmp_path)).replace(place)
+    after = source.stat_many([FILES[0]])
+    assert (after[0] != before[1]).any()
+    assert source.stat_many([]).shape == (0, 5)
+
+
+def test_threads_forks_and_pickles_share_a_source(tmp_path: Path, make: Make) -> None:
+    files = [f"d{number % 7}/{number}.npy" for number in range(40)]
+    values = np.stack([np.full((3, 2), number, np.float32) for number in range(40)])
+    source = make(tmp_path, values, files)
+    sources, wrong = (source, pickle.loads(pickle.dumps(source))), []  # noqa: S301 (what DataLoader does)
+
+    def work(of: FeatureSource) -> None:
+        wrong.extend(file for file, value in zip(files, values, strict=True) if (of.read(file).array != value).any())
+
+    threads = [threading.Thread(target=work, args=(sources[number % 2],)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path, make: Make) -> None:
+    source = make(tmp_path, arrays())
+    gc.collect()  # what earlier tests left, so that it does not go in between
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        source.read_many([*FILES, "none.npy"])
+        source.shape(FILES[0])
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

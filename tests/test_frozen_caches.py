@@ -1,0 +1,198 @@
+"""Caches that kd-cache 0.1 wrote, kept for ever: each opens, verifies, resumes and seals to the bytes it came to then.
+
+``data/cache-0.1/README.md`` says what they are. A change that breaks one of these tests breaks every user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO, Run
+
+from kd_cache import LogitCache, teacher_fingerprint
+from kd_cache.errors import KDCacheError
+from kd_cache.fingerprint import canonical_json
+from teachers import load_teacher
+from teachers.builtin import LoadedTeacher
+from teachers.cnn14 import CNN14
+
+FROZEN = REPO / "tests" / "data" / "cache-0.1"
+CACHES = ("finished", "unfinished", "parts", "half", "packed", "older")
+TEACHERS = ("first", "second")
+EXPECTED: dict[str, Any] = json.loads((FROZEN / "expected.json").read_text())
+
+DATA = ("--json-path", "dataset.json", "--data-root", ".")
+NAMED = tuple(word for name in TEACHERS for word in ("--teacher", f"{name}=frozen_teachers:{name}"))
+DUMP = ("dump", "--target", "b", "--json-path", "dataset.json", *NAMED, "--only", "first", "--only", "second")
+VERIFY = ("verify", "--target", "b", "--all", "--recompute", *DATA, *NAMED)
+SEAL = ("seal", "--target", "b", *DATA)
+OWN = {"half": ("--dtype", "fp16"), "packed": ("--features", "features.h5")}
+"""Options that a dump of this cache was given."""
+FURTHER = {"packed": ("--features", "features.h5")}
+"""What verify and seal need to find the features: those of the dump lie in a folder that is nowhere."""
+
+
+@pytest.fixture
+def copy(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The frozen folder, for one test to work on; it is the current folder."""
+    shutil.copytree(FROZEN, tmp_path, dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(str(FROZEN))
+    return tmp_path
+
+
+# -- what is left of a cache, in a few digests -------------------------------------------------------------------------
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def listing(folder: Path) -> str:
+    """One digest over the names and the bytes of a folder's files."""
+    return sha256("".join(f"{path.name} {sha256(path.read_bytes())}\n" for path in sorted(folder.iterdir())).encode())
+
+
+def index_words(path: Path) -> dict[str, Any]:
+    """What an index says, but for its moment, its settings and its machine."""
+    index = json.loads(path.read_text())
+    maps = {name: index[name] for name in TEACHERS if name in index}
+    found: dict[str, Any] = {"maps": sha256(canonical_json(maps)), "num_samples": index["num_samples"]}
+    record = index.get("kd_cache")
+    if record is None:
+        return found
+    words = ("format_version", "adaptation", "files", "missing", "num_permitted", "per_device", "plan", "permitted")
+    kept = ("fingerprint", "value_kind", "num_classes", "dtype", "rows", "pack", "accuracy", "measured", "earlier")
+    found |= {word: record.get(word) for word in words}
+    found["manifest"] = record["manifest"]["sha256"]
+    found["teachers"] = {
+        name: {word: entry.get(word) for word in kept} | {"class_names": sha256(canonical_json(entry["class_names"]))}
+        for name, entry in record["teachers"].items()
+    }
+    return found
+
+
+def state(cache: Path) -> dict[str, Any]:
+    """Digests of a cache's packs, plan, list of permitted samples and view, and the words of its index."""
+    files = [*cache.glob("packs/*.h5"), *cache.glob("plan.json"), *cache.glob("permitted-*.npy")]
+    found: dict[str, Any] = {str(path.relative_to(cache)): sha256(path.read_bytes()) for path in sorted(files)}
+    found |= {f"view of {name}": listing(cache / name) for name in TEACHERS if (cache / name).is_dir()}
+    found["pending records"] = len(list(cache.glob("pending/*.json")))
+    if (cache / "cache_index.json").exists():
+        found["index"] = index_words(cache / "cache_index.json")
+    return found
+
+
+def served(cache: Path) -> dict[str, Any]:
+    """What a reader gets of each teacher: a digest over all files and rows, or the refusal and its first words."""
+    found: dict[str, Any] = {}
+    for name in TEACHERS:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                opened = LogitCache.open(cache, [name])
+            except KDCacheError as error:
+                found[name] = type(error).__name__
+                continue
+        files = sorted(opened.files)
+        rows = opened.batch(opened.rows(files)).numpy()
+        content = canonical_json(files) + str((rows.shape, rows.dtype.str)).encode() + rows.tobytes()
+        found[name] = {"rows": len(files), "sha256": sha256(content), "warnings": len(said)}
+    return found
+
+
+def done(run: Run, name: str, *arguments: object) -> dict[str, Any]:
+    """Run a command on the cache: its exit code, what is there afterwards if that changed, and what is served."""
+    cache = Path(name, "A2b")
+    before = state(cache)
+    code = run(*arguments, "--cache-root", name).exit_code
+    after = state(cache)
+    return {"exit": code, "changed": None if after == before else after, "served": served(cache)}
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_frozen_files_are_as_they_were_written() -> None:
+    lines = [line.split("  ", 1) for line in (FROZEN / "SHA256SUMS").read_text().splitlines()]
+    listed = {name: digest for digest, name in lines}
+    found = {
+        str(path.relative_to(FROZEN)): sha256(path.read_bytes())
+        for path in FROZEN.rglob("*")
+        if path.is_file() and path.name != "SHA256SUMS" and "__pycache__" not in path.parts
+    }
+    assert found == listed
+    assert sum((FROZEN / name).stat().st_size for name in listed) < 300_000
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_frozen_cache_opens_to_its_rows_or_its_refusal(copy: Path, name: str) -> None:
+    assert served(Path(name, "A2b")) == EXPECTED[name]["opens to"]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_frozen_cache_verifies(copy: Path, run: Run, name: str) -> None:
+    """Before anything else has touched it, and by scoring it again; an unfinished one is told of."""
+    assert done(run, name, *VERIFY, *FURTHER.get(name, ())) == EXPECTED[name]["verify"]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_frozen_cache_resumes_to_its_digests_and_then_verifies(copy: Path, run: Run, name: str) -> None:
+    """What is there is not scored again: all that a finished one says is 14 skipped of each teacher."""
+    found = done(run, name, *DUMP, *OWN.get(name, ()), "--batch-size", "4")
+    assert found == EXPECTED[name]["resume"]
+    if found["exit"] == 0:
+        assert run(*VERIFY, "--cache-root", name, *FURTHER.get(name, ())).exit_code == 0
+
+
+@pytest.mark.parametrize(("name", "skipped"), [("finished", 14), ("half", 14), ("packed", 14), ("unfinished", 8)])
+def test_no_frozen_row_is_scored_again(copy: Path, run: Run, name: str, skipped: int) -> None:
+    plan = run(*DUMP, *OWN.get(name, ()), "--cache-root", name, "--dry-run", "--json")
+    counts = json.loads(plan.stdout)
+    assert {count["skipped"] for count in counts["teachers"].values()} == {skipped}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_frozen_cache_seals_to_its_digests(copy: Path, run: Run, name: str) -> None:
+    assert done(run, name, *SEAL, *FURTHER.get(name, ())) == EXPECTED[name]["seal"]
+
+
+def test_the_older_scripts_cache_is_adopted_to_its_digests(copy: Path, run: Run) -> None:
+    assert done(run, "adopted", "adopt", "older/A2b", "--target", "b", *DATA) == EXPECTED["older"]["adopt"]
+
+
+# -- fingerprints of built-in teachers ---------------------------------------------------------------------------------
+
+SAMPLE_TEACHERS = {
+    "teacher_scene/global": "08b3b831307a024d266b7db7ce6a5ed3846f95614e30814ed937683c416cfbe7",
+    "teacher_city2scene/A2b": "086724a9abfbf58faba764e32f9c3f9d19e345954027eef7fd6e9f0ee58c35ad",
+    "teacher_city2scene/A2c": "0aa0d0328950a7d7c85e9de12a66943de8c8952732975963659f2cf63d2d6f2f",
+    "teacher_city2scene/A2s1": "41e2ed5b0fcceb8ca673a16f700be3c1fc7d8ab5486ff946a3c6e8b35d833c12",
+    "teacher_city2scene/A2s2": "8fd4f4eb14c533374b2197cecc8f38c7f94dc354c21e4c1ca131f3a15b53e768",
+    "teacher_city2scene/A2s3": "cc89d37f8fe1744f7004b67fceb7ba2d9b86766314f2021c22a2139c2eb084eb",
+}
+
+
+@pytest.mark.parametrize("place", SAMPLE_TEACHERS)
+def test_the_fingerprints_of_the_samples_teachers_stay_the_same(place: str) -> None:
+    """Another one would turn every row of every user's cache stale."""
+    teacher = load_teacher(REPO / "data" / "sample" / "teachers" / place / "best.safetensors")
+    assert teacher_fingerprint(teacher).digest == SAMPLE_TEACHERS[place]
+
+
+def test_the_fingerprint_of_a_cnn14_stays_the_same() -> None:
+    """Its numbers are counted, not drawn: torch's random numbers may change from one version to the next."""
+    net = CNN14(10, (2, 4, 8, 8, 16, 24), 8, (4, 4))
+    with torch.no_grad():
+        for number, tensor in enumerate(net.state_dict().values()):
+            tensor.copy_((torch.arange(tensor.numel()) % 13 + number).reshape(tensor.shape))
+    assert (
+        teacher_fingerprint(LoadedTeacher(net, source="")).digest
+        == "7be01024bc26faece4a961dd18369d5d207fd902da26acd228a8dafb10cd2971"
+    )

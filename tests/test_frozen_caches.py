@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPO, Run
+from teachers.builtin import LoadedTeacher
 
 from kd_cache import LogitCache, teacher_fingerprint
 from kd_cache.errors import KDCacheError
 from kd_cache.fingerprint import canonical_json
 from teachers import load_teacher
-from teachers.builtin import LoadedTeacher
 from teachers.cnn14 import CNN14
 
 FROZEN = REPO / "tests" / "data" / "cache-0.1"

@@ -96,18 +96,6 @@ def test_commands_md_is_what_the_table_says() -> None:
     assert reference() == REFERENCE, "python -m kd_cache.cli.reference > docs/commands.md"
 
 
-TRAIN = [name for name in LEAVES if name.startswith("train ")]
-
-
-@pytest.mark.parametrize("name", TRAIN)
-def test_every_option_of_train_is_documented_and_has_a_variable(name: str) -> None:
-    for parameter in LEAVES[name].params:
-        if parameter.name != "help":
-            assert all(option in REFERENCE for option in parameter.opts if option != "--target-name")
-        if parameter.name not in ("help", "as_json"):
-            assert parameter.envvar == f"KD_CACHE_{parameter.name.upper()}", parameter.name
-
-
 @pytest.mark.parametrize("name", sorted(LEAVES))
 def test_every_command_and_option_has_help(name: str) -> None:
     command = LEAVES[name]

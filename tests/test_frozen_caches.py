@@ -22,6 +22,7 @@ from kd_cache.errors import KDCacheError
 from kd_cache.fingerprint import canonical_json
 from teachers import load_teacher
 from teachers.cnn14 import CNN14
+from teachers.loading import LoadedTeacher
 
 FROZEN = REPO / "tests" / "data" / "cache-0.1"
 CACHES = ("finished", "unfinished", "parts", "half", "packed", "older")

@@ -12,12 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import ManifestError
 from kd_cache.manifest import (
-    CITIES,
-    DEVICES,
-    DOMAIN_OF,
-    SCENES,
     Manifest,
     Sample,
     load_manifest,
@@ -98,16 +95,16 @@ def test_contradicting_labels_are_refused() -> None:
     assert "scene_label is 3 but label is 4" in refusal([row(label=4)])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DCASE.devices)
 def test_device_and_domain_follow_from_one_another(device: str) -> None:
-    domain = DOMAIN_OF[device]
+    domain = DCASE.domain_of[device]
     for given_fields in ({"device_id": ...}, {"domain": ...}, {"device_id": None}, {"domain": None}, {}):
         sample = parse([row(**({"domain": domain, "device_id": device} | given_fields))])[0]
         assert (sample.domain, sample.device_id) == (domain, device)
 
 
 def test_domains_are_those_of_the_task() -> None:
-    assert DOMAIN_OF == {"A": 0, "b": 1, "c": 2, "s1": 3, "s2": 4, "s3": 5, "s4": 6, "s5": 7, "s6": 8}
+    assert DCASE.domain_of == {"A": 0, "b": 1, "c": 2, "s1": 3, "s2": 4, "s3": 5, "s4": 6, "s5": 7, "s6": 8}
 
 
 def test_both_spellings_of_the_source_device_mean_it() -> None:
@@ -115,9 +112,9 @@ def test_both_spellings_of_the_source_device_mean_it() -> None:
 
 
 def test_class_names_are_in_alphabetical_order_which_is_the_class_order() -> None:
-    assert list(SCENES) == sorted(SCENES)
-    assert list(CITIES) == sorted(CITIES)
-    assert (len(SCENES), len(CITIES)) == (10, 12)
+    assert list(DCASE.scenes) == sorted(DCASE.scenes)
+    assert list(DCASE.cities) == sorted(DCASE.cities)
+    assert (len(DCASE.scenes), len(DCASE.cities)) == (10, 12)
 
 
 def test_city_label_and_a_targets_scene_label_may_be_absent() -> None:
@@ -444,7 +441,7 @@ def test_keys_are_the_md5_of_the_path_exactly_as_written(file: str, key: str) ->
 def test_140_000_rows_load() -> None:
     rows = [
         {
-            "file": f"audio/{SCENES[n % 10]}-{CITIES[n % 12]}-{n // 300}-{n}-a.wav",
+            "file": f"audio/{DCASE.scenes[n % 10]}-{DCASE.cities[n % 12]}-{n // 300}-{n}-a.wav",
             "scene_label": n % 10,
             "city_label": n % 12,
             "domain": 0,
@@ -467,13 +464,13 @@ ROWS = st.builds(
         "scene_label": scene,
         "city_label": city,
         "device_id": device,
-        "domain": DOMAIN_OF[device],
+        "domain": DCASE.domain_of[device],
         "split": split,
     },
     FILES,
     st.integers(0, 9),
     st.none() | st.integers(0, 11),
-    st.sampled_from(DEVICES),
+    st.sampled_from(DCASE.devices),
     st.sampled_from(["train", "val", "test", "unused"]),
 )
 
@@ -535,4 +532,4 @@ def test_any_json_is_read_or_refused(content: Any) -> None:
     except ManifestError as error:
         assert all(c.isprintable() or c == "\n" for c in error.message)  # noqa: PT017
     else:
-        assert all(s.split and s.file and s.device_id in DEVICES for s in samples)
+        assert all(s.split and s.file and s.device_id in DCASE.devices for s in samples)

@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 import kd_cache
-from kd_cache.cli.parser import SETTINGS, TableGroup
+from kd_cache.cli.parser import PROGRAM, SETTINGS, TableGroup
 
 app = typer.Typer(
-    name="kd-cache",
+    name=PROGRAM,
     cls=TableGroup,
     help="Run teachers once over a training set, keep their logits, and serve them to students: "
     "never a wrong, stale, corrupt or leaked row.",

@@ -317,6 +317,9 @@ def all_commands() -> tuple[dict[str, Command], dict[str, Group]]:
                 raise UsageError(f"the plug-in {point.name} ({point.value}) brings a second command {command.name}")
             found[command.name] = command
         groups |= {group.name: group for group in plugin.groups}
+    for name in found:
+        if " " in name and name.rpartition(" ")[0] not in groups:
+            raise UsageError(f"no plug-in says what the group of kd-cache {name} is")
     return found, groups
 
 

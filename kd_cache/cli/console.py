@@ -204,9 +204,6 @@ def _drawn(table: Table) -> Group:
     return Group(Text(table.title, style="table.title"), made)  # not the table's own, which it would fold at its width
 
 
-table = Table
-
-
 def percent(share: float | None) -> str:
     """A share of 1 for a person; a dash where it is not known."""
     return "–" if share is None else f"{100 * share:.1f} %"

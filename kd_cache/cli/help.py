@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from kd_cache.commands import EXIT_CODES, Command
@@ -27,12 +26,10 @@ def said(option: Option) -> str:
     """What it does, its bounds, and its default."""
     bounds = [f"from {option.low:,g}"] if option.low is not None else []
     bounds += [f"to {option.high:,g}"] if option.high is not None and option.high < _NO_BOUND else []
-    default = (
-        "required" if option.default is ... else f"default: {option.shown_default}" if option.shown_default else ""
-    )
-    means = [f"{flag}: {value}" for flag, value in option.stands_for]
-    notes = "; ".join([*means, *([" ".join(bounds)] if bounds else []), *([default] if default else [])])
-    return f"{option.help} ({notes})" if notes else option.help
+    notes = [f"{flag}: {value}" for flag, value in option.stands_for] + ([" ".join(bounds)] if bounds else [])
+    notes += ["required"] if option.default is ... else []
+    notes += [f"default: {option.shown_default}"] if option.shown_default else []
+    return f"{option.help} ({'; '.join(notes)})" if notes else option.help
 
 
 def print_command_help(command: Command) -> None:
@@ -65,7 +62,9 @@ def print_group_help(
 def _usage(console: Console, line: str, paragraphs: list[str]) -> None:
     console.print(Text.assemble(("Usage: ", "bold"), line))
     for paragraph in filter(None, paragraphs):
-        console.print("", Padding(Text(paragraph), (0, 0, 0, _INDENT)), sep="\n")
+        console.print()
+        for part in _wrapped(paragraph, console.width - _INDENT):
+            console.print(Text(" " * _INDENT).append_text(part), soft_wrap=True)
 
 
 def _panel(console: Console, title: str, rows: Mapping[str, str]) -> None:
@@ -78,9 +77,7 @@ def _lines(rows: Mapping[str, str], width: int) -> Iterator[Text]:
     """Each row's name, and what it says in the column beside it, or below where the name is long."""
     column = min(_COLUMN, max(map(len, rows)) + _INDENT + 2)
     for name, text in rows.items():
-        told = Text(text).wrap(Console(width=width), max(width - column, 20))
-        for line in told:
-            line.rstrip()
+        told = _wrapped(text, width - column)
         head = Text(" " * _INDENT).append(name, style="cyan")
         if len(head) + 2 > column:
             yield head
@@ -88,3 +85,10 @@ def _lines(rows: Mapping[str, str], width: int) -> Iterator[Text]:
             yield head.append(" " * (column - len(head))).append_text(told.pop(0))
         for rest in told:
             yield Text(" " * column).append_text(rest)
+
+
+def _wrapped(text: str, width: int) -> list[Text]:
+    lines = Text(text).wrap(Console(width=width), max(width, 20))
+    for line in lines:
+        line.rstrip()
+    return list(lines)

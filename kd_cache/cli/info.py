@@ -41,7 +41,7 @@ def info(screen: Screen, path: Path) -> Report:
         index, disk = snapshot.finished(), _pack_sizes(folder)
         described.append(_described(folder, index, disk))
         screen.result(_teacher_table(folder, index), *_lines(snapshot, index, disk), "")
-    lines = [teachers_table(trained), ""] if trained else []
+    lines: list[str | Table] = [teachers_table(trained), ""] if trained else []
     lines += [line for entry in pretrained for line in entry_lines(entry)]
     return Report({"caches": described, "trained": trained, "pretrained": pretrained}, lines)
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd_cache.cli.console import percent, table
+from kd_cache.cli.console import percent
+from kd_cache.commands import Table
 from kd_cache.errors import CheckpointError
 from kd_cache.store.atomic import open_file
 
@@ -52,7 +53,7 @@ def _teacher(path: Path) -> dict[str, Any]:
     return told
 
 
-def teachers_table(teachers: list[dict[str, Any]]) -> Any:
+def teachers_table(teachers: list[dict[str, Any]]) -> Table:
     rows = []
     for teacher in teachers:
         if teacher["damage"]:
@@ -67,7 +68,7 @@ def teachers_table(teachers: list[dict[str, Any]]) -> Any:
                 *(percent(accuracy.get(where)) for where in ("validation", "test, source", "test, target")),
             ]
         )
-    return table("Trained teachers", ["File", "Teacher", "Trained on", "Validation", "Test, A", "Test, target"], rows)
+    return Table("Trained teachers", ["File", "Teacher", "Trained on", "Validation", "Test, A", "Test, target"], rows)
 
 
 def pretrained_entries(outputs: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -15,10 +15,11 @@ from kd_cache.cli.commands import all_commands
 from kd_cache.cli.help import print_command_help, print_group_help
 from kd_cache.cli.running import run_command
 from kd_cache.cli.settings_file import check_environment, read_file
-from kd_cache.commands import Command
+from kd_cache.commands import Command, Group
 from kd_cache.errors import UsageError
 from kd_cache.options import PREFIX, Option
 
+PROGRAM = "kd-cache"
 SETTINGS = {
     # Those who come from the older script write --cache_root; it means --cache-root.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -100,35 +101,23 @@ def built(name: str) -> Any:
     return made
 
 
-class _Lazy(MutableMapping[str, Any]):
-    """Commands by name, below the words of ``prefix``; each is made when it is looked up."""
+class _Lazy(Mapping[str, Any]):
+    """Commands by the word after ``prefix``; each is made when it is looked up."""
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = f"{prefix} " if prefix else ""
-        self.further: dict[str, Any] = {}
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
 
     def __getitem__(self, word: str) -> Any:
         commands, groups = all_commands()
-        if word in self.further:
-            return self.further[word]
-        if self.prefix + word in commands:
-            return built(self.prefix + word)
-        if not self.prefix and word in groups:
-            return _group(word)
-        raise KeyError(word)
+        name = self.prefix + word
+        return _group(groups[name]) if name in groups else built(commands[name].name)
 
     def __iter__(self) -> Iterator[str]:
         words = [name.removeprefix(self.prefix) for name in all_commands()[0] if name.startswith(self.prefix)]
-        return iter(dict.fromkeys([*(word.partition(" ")[0] for word in words), *self.further]))
+        return iter(dict.fromkeys(word.partition(" ")[0] for word in words))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
-
-    def __setitem__(self, word: str, command: Any) -> None:
-        self.further[word] = command
-
-    def __delitem__(self, word: str) -> None:
-        del self.further[word]
 
 
 class TableGroup(TyperGroup):
@@ -136,8 +125,8 @@ class TableGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        further, self.commands = self.commands, _Lazy("" if self.name in (None, "", "kd-cache") else str(self.name))
-        self.commands.update(further)
+        self.prefix = "" if self.name == PROGRAM else f"{self.name} "
+        self.commands = _Lazy(self.prefix)  # type: ignore[assignment]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -153,18 +142,14 @@ class TableGroup(TyperGroup):
     def lines(self) -> dict[str, str]:
         """What each of its commands is for, in one line."""
         commands, groups = all_commands()
-        found = {}
-        for word in self.commands:
-            name = (self.commands.prefix if isinstance(self.commands, _Lazy) else "") + word
-            entry = commands.get(name) or groups.get(name)
-            found[word] = entry.help if entry else self.commands[word].get_short_help_str(200)
-        return found
+        names = {word: self.prefix + word for word in self.commands}
+        return {word: (groups[name] if name in groups else commands[name]).help for word, name in names.items()}
 
 
 @functools.cache
-def _group(name: str) -> Any:
+def _group(group: Group) -> Any:
     app = typer.Typer(
-        name=name, cls=TableGroup, help=all_commands()[1][name].help, add_completion=False, no_args_is_help=True,
+        name=group.name, cls=TableGroup, help=group.help, add_completion=False, no_args_is_help=True,
         pretty_exceptions_enable=False, context_settings=SETTINGS,
     )  # fmt: skip
     app.callback()(lambda: None)

@@ -38,22 +38,28 @@ Exit codes: {" · ".join(f"{code} {what}" for code, what in EXIT_CODES.items())}
 
 def reference() -> str:
     """The whole document."""
-    return "\n".join([HEAD, *(section(command) for command in all_commands()[0].values())])
+    home: dict[str, str] = {}
+    return "\n".join([HEAD, *(section(command, home) for command in all_commands()[0].values())])
 
 
-def section(command: Command) -> str:
-    """One command: what it does, examples, options, exit codes."""
+def section(command: Command, home: dict[str, str]) -> str:
+    """One command: what it does, examples, options, exit codes. ``home`` has the command where a row was said first."""
     parts = [f"## kd-cache {command.name}", " ".join(filter(None, [command.help, command.details]))]
     if command.examples:
         parts.append("```console\n" + "".join(f"$ {example}\n" for example in command.examples) + "```")
     parts += [command.notes] if command.notes else []
-    parts.append("| option | meaning |\n|---|---|\n" + "\n".join(map(_row, _in_order(command))))
+    rows = {
+        _row(option): (option.flags or (spelled(option),))[0]
+        for options in command.panels.values()
+        for option in options
+    }
+    own = [row for row in rows if home.setdefault(row, command.name) == command.name]
+    parts += ["| option | meaning |\n|---|---|\n" + "\n".join(own)] if own else []
+    for other in dict.fromkeys(home[row] for row in rows if row not in own):
+        shared = ", ".join(f"`{name}`" for row, name in rows.items() if home[row] == other)
+        parts.append(f"As for `kd-cache {other}`: {shared}.")
     parts.append("Exit codes: " + " · ".join(f"{code} {EXIT_CODES[code]}" for code in command.exit_codes))
     return "\n\n".join(parts) + "\n"
-
-
-def _in_order(command: Command) -> list[Option]:
-    return [option for options in command.panels.values() for option in options]
 
 
 def _row(option: Option) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPO, Run
-from teachers.builtin import LoadedTeacher
 
 from kd_cache import LogitCache, teacher_fingerprint
 from kd_cache.errors import KDCacheError

@@ -59,7 +59,7 @@ def load_file(path: Path) -> types.ModuleType:
             hint="Name one that is there: path/to/file.py:factory.",
         )
     package = PRIVATE + hashlib.sha256(str(path.parent).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    name = f"{package}.{path.stem.replace('.', '_')}"
+    name = f"{package}.{path.stem.replace('.', '%2e')}"
     if name in sys.modules:
         return sys.modules[name]
     if package not in sys.modules:
@@ -114,5 +114,7 @@ def _callable(name: str, load: Callable[[], Any]) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         raise UsageError(f"cannot import {shown(name)}: {type(error).__name__}: {shown(error)}") from error
     if not callable(factory):
-        raise UsageError(f"{shown(name)} is not callable; expected factory(ckpt) -> Teacher")
+        raise UsageError(
+            f"{shown(name)} is not callable; expected factory(ckpt) for a teacher, factory(num_classes) for a net"
+        )
     return factory  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Checkpoints: every layout that occurs loads whole, and every way a file can be wrong is one clear error."""
+"""Checkpoints: every layout that occurs loads whole. Hostile files, each with its error: hostile_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import struct
-import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_cache.errors import CheckpointError
 from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
-from kd_cache.train.checkpoint_file import MOST_BYTES
 from kd_cache.train.layers import kaiming
 from teachers import CNN14, CPResNet, load_teacher, save_checkpoint
 
@@ -390,15 +387,6 @@ def test_hostile_names_are_refused(saved: Callable[[Any], Path], name: str) -> N
 # Values
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(saved: Callable[[Any], Path], value: float) -> None:
-    tensors = cnn14()
-    tensors["classifier.3.weight"][2, 1] = value
-    message = refusal(saved(tensors))
-    assert "NaN or Inf in 1 tensors" in message
-    assert "classifier.3.weight" in message
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -433,14 +421,6 @@ def test_a_file_without_a_state_dict_is_refused(saved: Callable[[Any], Path], co
     assert expected in refusal(saved(content))
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_tensors_expanded_beyond_the_file_are_refused(tmp_path: Path, legacy: bool) -> None:
-    tensors = {**cnn14(), "feature_extractor.fc1.weight": torch.zeros(1).expand(10**6, 10**6)}
-    torch.save(tensors, tmp_path / "t.pth", _use_new_zipfile_serialization=not legacy)
-    assert (tmp_path / "t.pth").stat().st_size < 200_000
-    assert "claim 40000" in refusal(tmp_path / "t.pth")
-
-
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
@@ -468,37 +448,15 @@ def test_a_record_that_cannot_be_trusted_is_refused(
 # Files
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "absent.pth")
-    assert "found a directory" in refusal(tmp_path)
-    os.mkfifo(tmp_path / "fifo")
-    assert "pipe or device" in refusal(tmp_path / "fifo")
-    assert "pipe or device" in refusal(Path("/dev/zero"))
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "cannot open" in refusal(tmp_path / "loop")
     with pytest.raises(CheckpointError, match="cannot open"):
         load_teacher(str(tmp_path / "a\0b"))
-
-
-def test_a_file_too_large_for_a_teacher_is_refused_unread(tmp_path: Path) -> None:
-    with open(tmp_path / "t.pth", "wb") as file:
-        file.write(b"PK\x03\x04")
-        file.truncate(MOST_BYTES + 1)  # sparse: it takes no room
-    assert "bytes; teachers of up to" in refusal(tmp_path / "t.pth")
-
-
-def tar_file() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:") as tar:
-        tar.addfile(tarfile.TarInfo("storages"))
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html>404</html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         (b"epoch,loss\n1,0.5\n", "starts with epoch,loss"),
         (b"\x1b[2J\x00\xff", "starts with \\x1b[2J"),
@@ -507,11 +465,8 @@ def tar_file() -> bytes:
         (b"\x80", "damaged"),
         (pickle.dumps({"a": 1}), "damaged"),
         (b"cposix\nsystem\n(S'id'\ntR.", "starts with cposix"),
-        (tar_file(), "a tar archive"),
-        (struct.pack("<Q", 200_000_000) + b"{", "header claims 200000000 bytes"),
         (struct.pack("<Q", 50) + b"{}", "header claims 50 bytes"),
         (struct.pack("<Q", 2) + b"{}" + b"surplus", "damaged"),
-        (struct.pack("<Q", 100_000) + b'{"a":' * 20_000, "damaged"),
         (struct.pack("<Q", 22) + b'{"__metadata__": null}', "nothing"),
     ],
 )
@@ -519,12 +474,6 @@ def test_a_file_of_another_kind_is_named_for_what_it_is(
     written: Callable[[bytes], Path], content: bytes, expected: str
 ) -> None:
     assert expected in refusal(written(content))
-
-
-def test_overlapping_safetensors_are_refused(written: Callable[[bytes], Path]) -> None:
-    both = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in ("a", "b")}
-    header = json.dumps(both).encode()
-    assert "damaged" in refusal(written(struct.pack("<Q", len(header)) + header + bytes(8)))
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
@@ -584,31 +533,10 @@ def test_tensors_that_changed_places_are_refused(tmp_path: Path) -> None:
     assert "not those that were written" in refusal(path)
 
 
-def test_compressed_zip_members_are_refused_as_a_bomb(written: Callable[[bytes], Path]) -> None:
-    buffer, packed = io.BytesIO(), io.BytesIO()
-    torch.save(cnn14(), buffer)
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    assert "compressed or overlap" in refusal(written(packed.getvalue()))
-
-
-def test_other_archives_are_refused(written: Callable[[bytes], Path]) -> None:
-    arrays, script = io.BytesIO(), io.BytesIO()
+def test_another_zip_file_is_refused_as_one(written: Callable[[bytes], Path]) -> None:
+    arrays = io.BytesIO()
     np.savez(arrays, a=np.zeros(3))
     assert "another zip file" in refusal(written(arrays.getvalue()))
-    with zipfile.ZipFile(script, "w") as archive:
-        archive.writestr("t/data.pkl", b"")
-        archive.writestr("t/constants.pkl", b"")
-    assert "a TorchScript archive" in refusal(written(script.getvalue()))
-
-
-def test_a_pickle_made_to_keep_the_reader_busy_is_refused(written: Callable[[bytes], Path]) -> None:
-    assert "structure is larger" in refusal(written(b"\x80\x02" + b"]" * (5 << 20)))
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("t/data.pkl", b"\x80\x02" + b"]" * (5 << 20))
-    assert "structure is larger" in refusal(written(buffer.getvalue()))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
@@ -626,38 +554,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 
 
 # Code in a pickle
-
-
-class Marker:
-    """Unpickled, it would write a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("kind", ["zip", "zip with protocol 4", "legacy", "plain", "plain protocol 2"])
-def test_a_pickle_that_would_run_code_is_refused_and_nothing_ran(tmp_path: Path, kind: str) -> None:
-    path, mark = tmp_path / "t.pth", tmp_path / "ran"
-    content = {"model_state_dict": cnn14() if "plain" not in kind else {}, "extra": Marker(mark)}
-    if "plain" in kind:
-        path.write_bytes(pickle.dumps(content, protocol=2 if kind.endswith("2") else 4))
-    else:
-        protocol = 4 if kind.endswith("4") else 2
-        zipped = kind != "legacy"
-        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    message = refusal(path)
-    assert f"{os.system.__module__}.system" in message
-    assert "nothing ran" in message
-    assert not mark.exists()
-
-
-def test_a_pickled_module_is_refused_by_the_names_it_needs(saved: Callable[[Any], Path]) -> None:
-    message = refusal(saved(nn.Linear(2, 2)))
-    assert "torch.nn.modules.linear.Linear" in message
-    assert "OrderedDict" not in message
 
 
 def test_names_a_user_trusts_may_be_allowed_explicitly(saved: Callable[[Any], Path]) -> None:

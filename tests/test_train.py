@@ -21,7 +21,7 @@ import yaml
 from conftest import REPO, Run, World
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_fixtures import Listening, add_clip, job, settings, town
+from train_fixtures import Listening, add_clip, city, job, scene, settings, town
 
 from kd_cache import (
     CheckpointError,
@@ -32,12 +32,14 @@ from kd_cache import (
     TrainingError,
     UsageError,
 )
+from kd_cache.pipeline.device import training_numerics
 from kd_cache.provenance import Provenance
 from kd_cache.store.keys import keys_of
 from kd_cache.teacher import teacher_fingerprint
 from kd_cache.train import pretraining
 from kd_cache.train.augment import Mixed
 from kd_cache.train.checkpoint import read_weights, save_checkpoint
+from kd_cache.train.failures import foreseen
 from kd_cache.train.freezing import Frozen
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Loop
@@ -51,7 +53,7 @@ from teachers.own_net import own_teacher
 from teachers.recipes import RECIPES, train_teacher
 from teachers.two_parts import City2Scene
 
-__all__ = ["town"]
+__all__ = ["city", "scene", "town"]
 
 
 def trained(world: World, role: str = "city", **changed: Any) -> tuple[TrainReport, Listening]:
@@ -90,8 +92,8 @@ def test_a_city_teacher_learns_from_a_and_the_target_by_city(town: World) -> Non
 
 
 @pytest.mark.parametrize("role", ["scene", "city2scene"])
-def test_scene_labels_are_learnt_from_a_alone(town: World, role: str) -> None:
-    backbone = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+def test_scene_labels_are_learnt_from_a_alone(town: World, city: Path, role: str) -> None:
+    backbone = {"backbone": city} if role == "city2scene" else {}
     division = job(town, role, **backbone).division
     assert {sample.device_id for sample in (*division.train, *division.validation)} == {"A"}
 
@@ -226,8 +228,8 @@ def test_a_scene_teacher_is_global(town: World) -> None:
 
 
 @pytest.mark.parametrize("role", ["scene", "city2scene"])
-def test_a_pth_has_the_field_s_names_and_the_same_fingerprint(town: World, role: str) -> None:
-    given = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+def test_a_pth_has_the_field_s_names_and_the_same_fingerprint(town: World, city: Path, role: str) -> None:
+    given = {"backbone": city} if role == "city2scene" else {}
     report, _ = trained(town, role, pth=True, **given)
     pth = report.checkpoint.with_name("best.pth")
     entries = torch.load(pth, weights_only=True)
@@ -472,10 +474,9 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("role", ["scene", "city2scene"])
-@pytest.mark.parametrize("name", ["last", "best"])
-def test_one_flipped_bit_in_a_stopped_run_trains_anew(town: World, role: str, name: str) -> None:
-    given = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+@pytest.mark.parametrize(("role", "name"), [("scene", "last"), ("city2scene", "best"), ("city2scene", "last")])
+def test_one_flipped_bit_in_a_stopped_run_trains_anew(town: World, city: Path, role: str, name: str) -> None:
+    given = {"backbone": city} if role == "city2scene" else {}
     whole, _ = trained(town, role, **given, output_dir=town.root / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(town, role, **given, watcher=Listening(2))
@@ -529,11 +530,23 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_run(town: Wo
     assert not list(run.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("role", ["scene", "city2scene"])
-def test_a_stopped_run_goes_on_to_the_same_weights(town: World, role: str, plan: str, stop_after: int) -> None:
-    given: dict[str, Any] = {"backbone": trained(town)[0].checkpoint} if role == "city2scene" else {}
+@pytest.mark.parametrize(
+    ("role", "plan", "stop_after"),
+    [
+        ("scene", "scratch", 1),
+        ("city2scene", "scratch", 2),
+        ("city2scene", "sgd, averaged", 1),
+        ("scene", "sgd, averaged", 2),
+        ("scene", "stages", 1),
+        ("city2scene", "stages", 2),
+        ("scene", "mixed", 2),
+        ("city2scene", "mixed", 1),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    town: World, city: Path, role: str, plan: str, stop_after: int
+) -> None:
+    given: dict[str, Any] = {"backbone": city} if role == "city2scene" else {}
     given |= PLANS[plan]
     whole, _ = trained(town, role, **given, output_dir=town.root / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -632,10 +645,9 @@ def test_the_order_of_the_manifest_changes_no_weights(town: World) -> None:
     assert key(town) == one.results["key"]
 
 
-def test_averaged_weights_are_kept_with_their_own_backbone(town: World) -> None:
-    city, _ = trained(town)
+def test_averaged_weights_are_kept_with_their_own_backbone(town: World, city: Path) -> None:
     stages = (Stage(1, 4, 0.05), Stage(0, 3, 0.05))
-    report, watcher = trained(town, "city2scene", backbone=city.checkpoint, stages=stages, ema=0.8)
+    report, watcher = trained(town, "city2scene", backbone=city, stages=stages, ema=0.8)
     best = watcher.epochs[report.results["best_epoch"] - 1]
     assert report.results["validation"]["log_loss"] == pytest.approx(best["val_log_loss"], abs=1e-4)
 
@@ -646,13 +658,12 @@ def test_a_stale_pth_does_not_stay_beside_other_weights(town: World) -> None:
     assert not report.checkpoint.with_name("best.pth").exists()
 
 
-def test_what_trained_the_parts_is_joined_even_where_one_part_says_nothing(town: World) -> None:
-    city, _ = trained(town)
-    head, _ = trained(town, "city2scene", backbone=city.checkpoint)
+def test_what_trained_the_parts_is_joined_even_where_one_part_says_nothing(town: World, city: Path) -> None:
+    head, _ = trained(town, "city2scene", backbone=city)
     silent = load_file(head.checkpoint)
     save_checkpoint(town.root / "silent.safetensors", silent, {})
     report, watcher = trained(
-        town, "city2scene", backbone=city.checkpoint, init=town.root / "silent.safetensors", stages=(Stage(2, 1, 1e-3),)
+        town, "city2scene", backbone=city, init=town.root / "silent.safetensors", stages=(Stage(2, 1, 1e-3),)
     )
     assert watcher.told("says nothing of it")
     found = load_teacher(report.checkpoint).provenance
@@ -661,13 +672,12 @@ def test_what_trained_the_parts_is_joined_even_where_one_part_says_nothing(town:
     assert not found.complete
 
 
-def test_a_teacher_on_weights_that_say_nothing_does_not_claim_to_know_what_made_it(town: World) -> None:
-    city, _ = trained(town)
-    assert (told := load_teacher(city.checkpoint).provenance) is not None
+def test_a_teacher_on_weights_that_say_nothing_does_not_claim_to_know_what_made_it(town: World, city: Path) -> None:
+    assert (told := load_teacher(city).provenance) is not None
     assert told.complete
-    save_checkpoint(town.root / "silent.safetensors", load_file(city.checkpoint), {})
+    save_checkpoint(town.root / "silent.safetensors", load_file(city), {})
     head, _ = trained(town, "city2scene", backbone=town.root / "silent.safetensors")
-    again, _ = trained(town, "city2scene", backbone=city.checkpoint, init=head.checkpoint, output_dir=town.root / "o")
+    again, _ = trained(town, "city2scene", backbone=city, init=head.checkpoint, output_dir=town.root / "o")
     for report in (head, again):
         found = load_teacher(report.checkpoint).provenance
         assert found is not None
@@ -724,22 +734,24 @@ def validate_as(monkeypatch: pytest.MonkeyPatch, *measured: tuple[float, float])
 
 
 @pytest.mark.parametrize("factory", ["small", "partly"])
-def test_changed_code_that_a_net_of_one_s_own_imports_is_another_key(
+def test_changed_code_of_a_net_of_one_s_own_is_another_key(
     town: World, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
     net = "import functools\nfrom mine_blocks import Small, small\npartly = functools.partial(small)\n"
-    keys = set()
-    for number, text in enumerate((OWN, OWN.replace("x.flatten(1)", "x.flatten(1).tanh()"), OWN)):
+    other = OWN.replace("x.flatten(1)", "x.flatten(1).tanh()")
+    keys = []
+    for number, (text, blocks) in enumerate(((net, OWN), (net, other), (f"{net}# changed\n", OWN), (net, OWN))):
         folder = town.root / f"own{number}"
         folder.mkdir()
-        (folder / "mine_net.py").write_text(net)
-        (folder / "mine_blocks.py").write_text(text)
+        (folder / "mine_net.py").write_text(text)
+        (folder / "mine_blocks.py").write_text(blocks)
         with monkeypatch.context() as patch:
             patch.syspath_prepend(folder)
-            keys.add(key(town, "scene", arch=f"mine_net:{factory}"))
+            keys.append(key(town, "scene", arch=f"mine_net:{factory}"))
             for name in ("mine_net", "mine_blocks"):
                 sys.modules.pop(name, None)
-    assert len(keys) == 2
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
 
 
 PACKAGE = {
@@ -816,30 +828,33 @@ def test_a_checkpoint_of_a_larger_net_is_not_that_of_a_net_of_one_s_own(
         own_teacher(arch, town.root / "silent.safetensors")
 
 
-def test_changed_code_of_a_net_of_one_s_own_is_another_key(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = OWN
-    keys = set()
-    for number, text in enumerate((source, source + "# changed\n")):
-        (town.root / f"own{number}").mkdir()
-        (town.root / f"own{number}" / "mine_net.py").write_text(text)
-        with monkeypatch.context() as patch:
-            patch.syspath_prepend(town.root / f"own{number}")
-            sys.modules.pop("mine_net", None)
-            keys.add(key(town, "scene", arch="mine_net:small"))
-            trained(town, "scene", arch="mine_net:small", output_dir=town.root / f"o{number}")
-    sys.modules.pop("mine_net", None)
-    assert len(keys) == 2
+def test_errors_of_torch_are_said_with_what_to_do(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import InductorError
 
+    pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
+    with (
+        training_numerics(torch.device("cpu"), "fp32", deterministic=True),
+        pytest.raises(RuntimeError) as unrepeatable,
+    ):
+        F.max_unpool2d(pooled, where, 2)
+    plain = settings("scene")
+    told = {
+        "--batch-size": foreseen(torch.OutOfMemoryError("CUDA out of memory"), plain),
+        "--deterministic": foreseen(
+            RuntimeError("no deterministic implementation"), settings("scene", deterministic=True)
+        ),
+        "--compile": foreseen(InductorError(RuntimeError("no compiler"), None), settings("scene", compile=True)),
+        "--debug": foreseen(RuntimeError("shapes"), settings("scene", arch="mine:net")),
+    }
+    assert all(error is not None and word in str(error.hint) for word, error in told.items())
+    assert foreseen(unrepeatable.value, plain) is None
 
-def test_too_little_memory_is_an_error_that_says_what_to_do(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("kd_cache.train.loop.cross_entropy", full)
-    with pytest.raises(TrainingError, match="memory") as stopped:
+    with pytest.raises(TrainingError, match="memory"):
         trained(town, "scene")
-    assert stopped.value.hint is not None
-    assert "--batch-size" in stopped.value.hint
 
 
 def test_a_clip_that_is_alone_with_its_shape_is_left_out_and_told_of(town: World) -> None:
@@ -861,32 +876,6 @@ def test_batches_of_one_clip_are_refused_where_batch_norm_cannot_learn_from_them
         trained(city_of_squares, "scene", arch="cnn14", batch_size=1, feature_dim=6, mlp_hidden_dims=())
 
 
-def test_a_compiler_that_is_not_there_is_an_error_that_says_so(town: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.exc import InductorError
-
-    def missing(*_: object) -> torch.Tensor:
-        raise InductorError(RuntimeError("no compiler"), None)
-
-    monkeypatch.setattr("kd_cache.train.loop.cross_entropy", missing)
-    monkeypatch.setattr("torch.compile", lambda net: net)
-    with pytest.raises(TrainingError, match=r"torch\.compile failed"):
-        trained(town, "scene", compile=True)
-
-
-def test_an_operation_that_cannot_repeat_to_the_bit_is_an_error_that_says_so(
-    town: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unrepeatable(*_: object) -> torch.Tensor:
-        pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4, requires_grad=True), 2, return_indices=True)
-        return F.max_unpool2d(pooled, where, 2).sum()
-
-    monkeypatch.setattr("kd_cache.train.loop.cross_entropy", unrepeatable)
-    with pytest.raises(TrainingError, match="repeat") as stopped:
-        trained(town, "scene", deterministic=True)
-    assert stopped.value.hint is not None
-    assert "--deterministic" in stopped.value.hint
-
-
 def test_no_full_batch_is_an_error_that_says_so(town: World) -> None:
     with pytest.raises(UsageError, match="--drop-last"):
         trained(town, "scene", drop_last=True, batch_size=100)
@@ -895,11 +884,10 @@ def test_no_full_batch_is_an_error_that_says_so(town: World) -> None:
 # -- stages and warm starts --------------------------------------------------------------------------------------------
 
 
-def test_what_is_frozen_is_bit_for_bit_the_same_and_what_is_not_changes(town: World) -> None:
-    first, _ = trained(town, "scene")
-    before = load_file(first.checkpoint)
+def test_what_is_frozen_is_bit_for_bit_the_same_and_what_is_not_changes(town: World, scene: Path) -> None:
+    before = load_file(scene)
     stages = (Stage(2, 2, 1e-2), Stage(1, 2, 1e-2))
-    report, watcher = trained(town, "scene", init=first.checkpoint, stages=stages)
+    report, watcher = trained(town, "scene", init=scene, stages=stages)
     assert report.run is not None
     after = load_file(report.run / "last.safetensors")
     for name, tensor in before.items():
@@ -909,7 +897,7 @@ def test_what_is_frozen_is_bit_for_bit_the_same_and_what_is_not_changes(town: Wo
         assert same == (not name.startswith(("block4.", "head."))), name
     assert len([note for note in watcher.notes if "bit for bit" in note]) == 2
     assert len(report.results["frozen"]) == 2
-    free, _ = trained(town, "scene", init=first.checkpoint, stages=(Stage(0, 1, 1e-3),))
+    free, _ = trained(town, "scene", init=scene, stages=(Stage(0, 1, 1e-3),))
     assert free.run is not None
     moved = load_file(free.run / "last.safetensors")
     assert not any(torch.equal(before[name], moved[name]) for name in before if name.endswith("weight"))
@@ -943,20 +931,18 @@ def test_nothing_is_dropped_behind_a_frozen_block() -> None:
         assert torch.equal(one, other)
 
 
-def test_the_frozen_city_backbone_is_in_the_city2scene_teacher_as_it_was(town: World) -> None:
-    city, _ = trained(town)
-    report, _ = trained(town, "city2scene", backbone=city.checkpoint)
+def test_the_frozen_city_backbone_is_in_the_city2scene_teacher_as_it_was(town: World, city: Path) -> None:
+    report, _ = trained(town, "city2scene", backbone=city)
     inner = load_file(report.checkpoint)
-    for name, tensor in load_file(city.checkpoint).items():
+    for name, tensor in load_file(city).items():
         if name.endswith("num_batches_tracked"):
             continue
         assert torch.equal(inner[f"city_model_state_dict.{name}"], tensor)
     assert isinstance(load_teacher(report.checkpoint, role="city2scene").net, City2Scene)
 
 
-def test_a_city2scene_teacher_remembers_what_trained_its_backbone(town: World) -> None:
-    city, _ = trained(town)
-    report, _ = trained(town, "city2scene", backbone=city.checkpoint)
+def test_a_city2scene_teacher_remembers_what_trained_its_backbone(town: World, city: Path) -> None:
+    report, _ = trained(town, "city2scene", backbone=city)
     found = load_teacher(report.checkpoint).provenance
     assert found is not None
     assert {key.tobytes() for key in found.keys} == {key.tobytes() for key in keys_of(town.permitted())}
@@ -971,9 +957,8 @@ def test_validating_on_what_trained_the_backbone_is_told_of(town: World) -> None
     assert not watcher.told("validation samples trained what this starts from")
 
 
-def test_a_checkpoint_of_other_names_is_refused_with_the_list(town: World) -> None:
-    first, _ = trained(town, "scene")
-    renamed = {f"other.{name}": tensor for name, tensor in load_file(first.checkpoint).items()}
+def test_a_checkpoint_of_other_names_is_refused_with_the_list(town: World, scene: Path) -> None:
+    renamed = {f"other.{name}": tensor for name, tensor in load_file(scene).items()}
     save_checkpoint(town.root / "renamed.safetensors", renamed, {})
     with pytest.raises(CheckpointError, match=r"0 of \d+ tensors loaded") as refused:
         trained(town, "scene", init=town.root / "renamed.safetensors")
@@ -982,9 +967,8 @@ def test_a_checkpoint_of_other_names_is_refused_with_the_list(town: World) -> No
     assert ": unexpected" in refused.value.message
 
 
-def test_a_part_of_a_backbone_is_refused(town: World) -> None:
-    first, _ = trained(town, "scene")
-    kept = {name: tensor for name, tensor in load_file(first.checkpoint).items() if not name.startswith("block2.")}
+def test_a_part_of_a_backbone_is_refused(town: World, scene: Path) -> None:
+    kept = {name: tensor for name, tensor in load_file(scene).items() if not name.startswith("block2.")}
     save_checkpoint(town.root / "part.safetensors", kept, {})
     with pytest.raises(CheckpointError, match=r"block2.conv1.weight: expected .*, missing"):
         trained(town, "scene", init=town.root / "part.safetensors")
@@ -998,22 +982,19 @@ def test_a_part_of_the_neck_that_the_net_has_not_is_refused_by_name(city_of_squa
         warm_start(plain, city_of_squares.root / "net.safetensors", settings("scene"))
 
 
-def test_tensors_that_are_not_the_net_s_are_named(town: World) -> None:
-    first, _ = trained(town, "scene")
-    save_checkpoint(town.root / "more.safetensors", {**load_file(first.checkpoint), "extra": torch.zeros(2)}, {})
+def test_tensors_that_are_not_the_net_s_are_named(town: World, scene: Path) -> None:
+    save_checkpoint(town.root / "more.safetensors", {**load_file(scene), "extra": torch.zeros(2)}, {})
     _, watcher = trained(town, "scene", init=town.root / "more.safetensors", stages=(Stage(2, 1, 1e-3),))
     assert watcher.told("1 of the file are not the net's and are left out: extra")
 
 
-def test_the_head_of_a_teacher_of_cities_is_not_one_of_scenes(town: World) -> None:
-    city, _ = trained(town)
-    _, watcher = trained(town, "scene", init=city.checkpoint, stages=(Stage(2, 1, 1e-3),))
+def test_the_head_of_a_teacher_of_cities_is_not_one_of_scenes(town: World, city: Path) -> None:
+    _, watcher = trained(town, "scene", init=city, stages=(Stage(2, 1, 1e-3),))
     assert watcher.told("new: head.0.weight")
 
 
-def test_a_backbone_whose_head_is_new_starts_with_the_head(town: World) -> None:
-    city, _ = trained(town)
-    bare = {name: tensor for name, tensor in load_file(city.checkpoint).items() if not name.startswith("head.")}
+def test_a_backbone_whose_head_is_new_starts_with_the_head(town: World, city: Path) -> None:
+    bare = {name: tensor for name, tensor in load_file(city).items() if not name.startswith("head.")}
     save_checkpoint(town.root / "bare.safetensors", bare, {})
     report, watcher = trained(town, "scene", init=town.root / "bare.safetensors", epochs=13, patience=0, lr=None)
     assert watcher.told("(new: head.0.weight")
@@ -1043,13 +1024,12 @@ def test_unfreezing_everything_after_the_head_must_be_asked_for(town: World) -> 
 # -- heads on embeddings -----------------------------------------------------------------------------------------------
 
 
-def test_a_head_on_cached_embeddings_is_the_head_over_the_running_trunk(town: World) -> None:
-    city, _ = trained(town)
+def test_a_head_on_cached_embeddings_is_the_head_over_the_running_trunk(town: World, city: Path) -> None:
     results = [
         trained(
             town,
             "city2scene",
-            backbone=city.checkpoint,
+            backbone=city,
             epochs=10,
             cached_features=cached,
             output_dir=town.root / str(cached),
@@ -1063,23 +1043,21 @@ def test_a_head_on_cached_embeddings_is_the_head_over_the_running_trunk(town: Wo
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
-def test_the_teacher_of_a_head_is_written_once(town: World) -> None:
-    city, _ = trained(town)
+def test_the_teacher_of_a_head_is_written_once(town: World, city: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trained(town, "city2scene", backbone=city.checkpoint, watcher=Listening(2))
+        trained(town, "city2scene", backbone=city, watcher=Listening(2))
     (run,) = (town.root / "outputs" / "teacher_city2scene" / "A2b" / "runs").iterdir()
     assert not (run / "best.safetensors").exists()
-    assert (run / "best_head.safetensors").stat().st_size < city.checkpoint.stat().st_size / 3
-    report, _ = trained(town, "city2scene", backbone=city.checkpoint)
+    assert (run / "best_head.safetensors").stat().st_size < city.stat().st_size / 3
+    report, _ = trained(town, "city2scene", backbone=city)
     assert report.run is not None
     assert report.run.name == run.name
     assert (run / "best.safetensors").read_bytes() == report.checkpoint.read_bytes()
     assert not (run / "best_head.safetensors").exists()
 
 
-def test_figures_of_a_head_are_those_of_the_whole_teacher(town: World) -> None:
-    city, _ = trained(town)
-    report, _ = trained(town, "city2scene", backbone=city.checkpoint, half=True)
+def test_figures_of_a_head_are_those_of_the_whole_teacher(town: World, city: Path) -> None:
+    report, _ = trained(town, "city2scene", backbone=city, half=True)
     teacher = load_teacher(report.checkpoint)
     clips = [row for row in town.rows if row["split"] == "test"]
     features = np.stack([np.load(town.feature(row["file"])) for row in clips])
@@ -1089,9 +1067,8 @@ def test_figures_of_a_head_are_those_of_the_whole_teacher(town: World) -> None:
     assert report.results["test"]["log_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-5)
 
 
-def test_a_scene_head_may_have_hidden_layers(town: World) -> None:
-    city, _ = trained(town)
-    report, _ = trained(town, "city2scene", backbone=city.checkpoint, mlp_hidden_dims=(7, 5))
+def test_a_scene_head_may_have_hidden_layers(town: World, city: Path) -> None:
+    report, _ = trained(town, "city2scene", backbone=city, mlp_hidden_dims=(7, 5))
     teacher = load_teacher(report.checkpoint, role="city2scene")
     assert [tuple(p.shape) for n, p in teacher.named_parameters() if "scene_head" in n and n.endswith("weight")] == [
         (7, 8),
@@ -1195,18 +1172,14 @@ def test_a_city_teacher_that_is_only_needed_touches_nothing_that_is_published(to
     assert watcher.told("is of another training and stays")
 
 
-def test_one_city_teacher_to_stand_on_and_to_start_from(town: World) -> None:
-    city, _ = trained(town)
-    _, watcher = trained(
-        town, "city2scene", backbone=city.checkpoint, init=city.checkpoint, stages=(Stage(2, 1, 1e-3),)
-    )
+def test_one_city_teacher_to_stand_on_and_to_start_from(town: World, city: Path) -> None:
+    _, watcher = trained(town, "city2scene", backbone=city, init=city, stages=(Stage(2, 1, 1e-3),))
     assert watcher.told("new: scene_head.weight")
 
 
-def test_a_whole_teacher_to_start_from_leaves_nothing_of_what_is_below(town: World) -> None:
-    city, _ = trained(town)
-    whole, _ = trained(town, "city2scene", backbone=city.checkpoint)
-    save_checkpoint(town.root / "silent.safetensors", load_file(city.checkpoint), {})
+def test_a_whole_teacher_to_start_from_leaves_nothing_of_what_is_below(town: World, city: Path) -> None:
+    whole, _ = trained(town, "city2scene", backbone=city)
+    save_checkpoint(town.root / "silent.safetensors", load_file(city), {})
     plan = {"backbone": town.root / "silent.safetensors", "init": whole.checkpoint, "stages": (Stage(2, 1, 1e-3),)}
     report, _ = trained(town, "city2scene", **plan, output_dir=town.root / "o")
     assert (made := load_teacher(report.checkpoint).provenance) is not None
@@ -1230,9 +1203,8 @@ def test_a_net_of_one_s_own_that_takes_no_such_clips_is_an_error_that_says_so(
         trained(town, "scene", arch=own_net(OWN.replace("240", "7")))
 
 
-def test_a_whole_city2scene_teacher_to_start_from_brings_its_city_teacher(town: World) -> None:
-    city, _ = trained(town)
-    whole, _ = trained(town, "city2scene", backbone=city.checkpoint)
+def test_a_whole_city2scene_teacher_to_start_from_brings_its_city_teacher(town: World, city: Path) -> None:
+    whole, _ = trained(town, "city2scene", backbone=city)
     start = town.root / "start.safetensors"
     start.write_bytes(whole.checkpoint.read_bytes())
     plan = {"stages": (Stage(2, 1, 1e-3),), "output_dir": town.root / "o"}
@@ -1248,9 +1220,8 @@ def test_a_training_that_learns_nothing_is_an_error(town: World, monkeypatch: py
 
 
 def test_what_is_frozen_and_changes_all_the_same_stops_the_training(
-    town: World, monkeypatch: pytest.MonkeyPatch
+    town: World, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = trained(town, "scene")
     from kd_cache.train import loop
 
     honest = loop.Loop._step
@@ -1262,7 +1233,7 @@ def test_what_is_frozen_and_changes_all_the_same_stops_the_training(
 
     monkeypatch.setattr(loop.Loop, "_step", meddling)
     with pytest.raises(TrainingError, match="changed while it was frozen"):
-        trained(town, "scene", init=first.checkpoint, stages=(Stage(2, 1, 1e-3),))
+        trained(town, "scene", init=scene, stages=(Stage(2, 1, 1e-3),))
 
 
 def test_a_stage_ends_early_where_nothing_gets_better(town: World) -> None:

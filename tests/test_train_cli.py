@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 import yaml
 from conftest import REPO, Run, World
 from safetensors.torch import load_file
@@ -55,23 +52,6 @@ QUICK: Settings = {
     "scene": {"epochs": 8, "lr": 0.02},
     "city2scene": {"epochs": 5, "lr": 0.1},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Nets as small as these wait for a second thread longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_command() -> Iterator[None]:
-    """The command line is put together once, not for every call."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("typer.testing._get_command", functools.cache(typer.main.get_command))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -221,27 +201,19 @@ def test_a_dump_of_one_teacher_leaves_the_other_one_s_rows(trained: World, run: 
     assert run("verify", "--all").exit_code == 0
 
 
-def test_a_second_chain_skips_pretraining_and_says_so(trained: World, run: Run) -> None:
+def test_a_second_chain_skips_pretraining_and_its_json_says_so_and_nothing_else(trained: World, run: Run) -> None:
     before = tensors(trained.root / HEAD)
     result = run("train", "all", "--target", "b", "--json")
-    assert result.exit_code == 0
     assert "pre-training skipped" in result.stderr
-    assert [(one["role"], one["how"]) for one in reports(result)] == [
-        ("scene", "trained"),
-        ("city", "cached"),
-        ("city2scene", "trained"),
-    ]
+    found = reports(result)
+    hows = [("scene", "trained"), ("city", "cached"), ("city2scene", "trained")]
+    assert [(one["role"], one["how"]) for one in found] == hows
     assert tensors(trained.root / HEAD) == before
-
-
-def test_json_is_what_was_trained_and_dumped_and_nothing_else(trained: World, run: Run) -> None:
-    result = run("train", "all", "--target", "b", "--json")
     content = json.loads(result.stdout)
     assert content.keys() == {"trained", "dumps"}
     assert [dump["samples_scored"] for dump in content["dumps"]] == [len(trained.permitted())]
-    for report in content["trained"]:
-        assert Path(report["checkpoint"]).is_file()
-        assert 0 <= report["results"]["validation"]["accuracy"] <= 1
+    assert all(Path(report["checkpoint"]).is_file() for report in found)
+    assert all(0 <= report["results"]["validation"]["accuracy"] <= 1 for report in found)
 
 
 def test_quiet_says_nothing(trained: World, run: Run) -> None:
@@ -262,11 +234,13 @@ def test_each_stage_of_each_teacher_is_told_of(trained: World, run: Run) -> None
         assert any("stage 1 of 1" in note for note in notes[first:end]), notes[first]
 
 
-def test_a_control_on_shuffled_labels_publishes_nothing_and_dumps_nothing(quick: World, run: Run) -> None:
-    result = run("train", "all", "--target", "b", "--shuffle-labels", "--epochs", 2, "--json")
+@pytest.mark.parametrize("how", [("--shuffle-labels", "--epochs", 2), ("--quick-experiment", 0.9)], ids=str)
+def test_a_control_and_a_quick_chain_publish_and_dump_nothing(quick: World, run: Run, how: tuple[object, ...]) -> None:
+    result = run("train", "all", "--target", "b", "--json", *how)
+    assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["dumps"] == []
-    for path in (CITY, HEAD, SCENE, Path("cache"), Path("outputs/pretrained")):
-        assert not (quick.root / path).exists()
+    assert not [path for path in (CITY, HEAD, SCENE, Path("cache")) if (quick.root / path).exists()]
+    assert (quick.root / "outputs/pretrained").exists() == ("--shuffle-labels" not in how)
 
 
 def test_paths_from_a_file_may_start_with_a_tilde(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,11 +379,14 @@ def test_settings_of_a_city_teacher_that_is_not_trained_do_not_matter(trained: W
     assert run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY).exit_code == 0
 
 
-def test_a_quick_sweep_publishes_nothing_and_says_so(trained: World, run: Run) -> None:
+@pytest.mark.parametrize("how", [("--quick-experiment", 0.9), ("--shuffle-labels",)], ids=str)
+def test_a_quick_sweep_or_one_on_shuffled_labels_publishes_nothing(
+    trained: World, run: Run, how: tuple[object, ...]
+) -> None:
     before = (trained.root / HEAD).read_bytes()
-    result = run("train", "city2scene", "--target", "b", "--quick-experiment", 0.9, "--sweep", "lr=0.1/0.2")
+    result = run("train", "city2scene", "--target", "b", "--epochs", 2, "--sweep", "lr=0.1/0.2", *how)
     assert result.exit_code == 0, result.output
-    assert "publishes nothing" in result.stderr
+    assert ("publishes nothing" in result.stderr) == ("--quick-experiment" in how)
     assert (trained.root / HEAD).read_bytes() == before
 
 
@@ -417,14 +394,6 @@ def test_a_sweep_of_what_stages_say_is_refused(trained: World, run: Run) -> None
     result = run("train", "city2scene", "--target", "b", "--stage", ONE, "--sweep", "lr=0.1/0.2,weight-decay=0/1")
     assert result.exit_code == 2
     assert "lr of stages that are given one by one" in result.stderr
-
-
-def test_a_quick_chain_publishes_and_dumps_nothing(quick: World, run: Run) -> None:
-    result = run("train", "all", "--target", "b", "--quick-experiment", 0.9, "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["dumps"] == []
-    assert not (quick.root / CITY).exists()
-    assert not (quick.root / "cache").exists()
 
 
 def test_city2scene_takes_a_city_teacher_that_is_given(trained: World, run: Run) -> None:
@@ -503,7 +472,7 @@ def test_fresh_trains_the_city_teacher_again(trained: World, run: Run) -> None:
 LADDER = ["command line", "environment", "section", "train", "top level", "default"]
 
 
-@pytest.mark.parametrize("highest", LADDER)
+@pytest.mark.parametrize("highest", ["command line", "section", "train", "default"])
 def test_the_nearest_setting_counts(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch, highest: str) -> None:
     said = LADDER[LADDER.index(highest) :]
     file = changed()
@@ -541,24 +510,25 @@ def test_a_command_line_option_of_a_chain_is_every_teacher_s(trained: World, run
     assert [config(one)["settings"]["patience"] for one in found] == [30, 30, 30]
 
 
-@pytest.mark.parametrize("section", ["train", "city", "city2scene", "scene"])
 @pytest.mark.parametrize("command", ["all", "extract"])
-def test_an_unknown_setting_in_a_section_is_an_error_with_a_suggestion(
-    quick: World, run: Run, section: str, command: str
-) -> None:
-    write_settings(quick, changed(**{section: {"epohcs": 3}}))
+def test_an_unknown_setting_in_a_section_is_an_error_with_a_suggestion(quick: World, run: Run, command: str) -> None:
     more = ("--checkpoint", "a") if command == "extract" else ()
-    result = run("train", command, "--target", "b", *more)
-    assert result.exit_code == 2
-    assert "unknown setting epohcs; is it epochs?" in " ".join(result.stderr.split())
+    for section in ("train", "city", "city2scene", "scene"):
+        write_settings(quick, changed(**{section: {"epohcs": 3}}))
+        result = run("train", command, "--target", "b", *more)
+        assert result.exit_code == 2
+        assert "unknown setting epohcs; is it epochs?" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("section", ["epochs", 3, ["epochs"], True])
-def test_a_section_must_be_settings(quick: World, run: Run, section: object) -> None:
-    write_settings(quick, {**changed(), "city": section})
-    result = run("train", "city", "--target", "b")
-    assert result.exit_code == 2
-    assert "city" in result.stderr
+def test_what_is_no_section_or_no_stage_in_a_file_is_refused(trained: World, run: Run) -> None:
+    sections: list[object] = ["epochs", 3, ["epochs"], True]
+    stages: list[object] = [{"level": 2, "epochs": 6}, {"level": 2, "epochs": 6, "lr": [1]}, [[1]], 3]
+    for settings in ({"city2scene": one} for one in sections):
+        write_settings(trained, {**changed(), **settings})
+        assert run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY).exit_code == 2
+    for stage in stages:
+        write_settings(trained, changed(city2scene={"stage": stage}))
+        assert run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY).exit_code == 2
 
 
 def test_sections_do_not_disturb_other_commands(trained: World, run: Run) -> None:
@@ -571,46 +541,29 @@ def test_sections_do_not_disturb_other_commands(trained: World, run: Run) -> Non
     assert {entry["parts"]["precision"] for entry in entries.values()} == {"fp32"}
 
 
-@pytest.mark.parametrize(("written", "widths"), [([7, 5], [7, 5]), (6, [6]), ("none", []), ([], [])])
-def test_hidden_widths_in_a_file(trained: World, run: Run, written: object, widths: list[int]) -> None:
-    write_settings(trained, changed(city2scene={"mlp_hidden_dims": written, "epochs": 6}))
-    report = head(run, "--city-teacher-ckpt", CITY)
-    assert config(report)["settings"]["mlp_hidden_dims"] == widths
-    layers = [n for n, p in load_teacher(HEAD).named_parameters() if "scene_head" in n and p.dim() == 2]
-    assert len(layers) == len(widths) + 1
+def test_hidden_widths_in_a_file(trained: World, run: Run) -> None:
+    written: list[tuple[object, list[int]]] = [([7, 5], [7, 5]), (6, [6]), ("none", []), ([], [])]
+    for text, widths in written:
+        write_settings(trained, changed(city2scene={"mlp_hidden_dims": text, "epochs": 6}))
+        report = head(run, "--city-teacher-ckpt", CITY)
+        assert config(report)["settings"]["mlp_hidden_dims"] == widths
+        layers = [n for n, p in load_teacher(HEAD).named_parameters() if "scene_head" in n and p.dim() == 2]
+        assert len(layers) == len(widths) + 1
 
 
 ONE, TWO = "level=2,epochs=6,lr=0.1", "level=2,epochs=1,lr=0.01,schedule=constant"
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        [ONE, TWO],
-        [{"level": 2, "epochs": 6, "lr": 0.1}, {"level": 2, "epochs": 1, "lr": 0.01, "schedule": "constant"}],
-        [ONE, {"level": 2, "epochs": 1, "lr": 0.01, "schedule": "constant"}],
-    ],
-    ids=["texts", "mappings", "both"],
-)
-def test_stages_in_a_file(trained: World, run: Run, written: list[Any]) -> None:
-    write_settings(trained, changed(city2scene={"stage": written}))
-    stages = config(head(run, "--city-teacher-ckpt", CITY))["stages"]
-    assert [(stage["epochs"], stage["lr"], stage["schedule"]) for stage in stages] == [
-        (6, 0.1, "cosine"),
-        (1, 0.01, "constant"),
-    ]
-
-
-def test_one_stage_in_a_file_need_be_no_list(trained: World, run: Run) -> None:
-    for written in (ONE, {"level": 2, "epochs": 6, "lr": 0.1}):
-        write_settings(trained, changed(city2scene={"stage": written}))
-        assert len(config(head(run, "--city-teacher-ckpt", CITY))["stages"]) == 1
-
-
-@pytest.mark.parametrize("written", [{"level": 2, "epochs": 6}, {"level": 2, "epochs": 6, "lr": [1]}, [[1]], 3])
-def test_a_stage_in_a_file_that_makes_no_sense_is_refused(trained: World, run: Run, written: object) -> None:
-    write_settings(trained, changed(city2scene={"stage": written}))
-    assert run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY).exit_code == 2
+def test_stages_in_a_file_are_texts_or_settings_one_or_several(trained: World, run: Run) -> None:
+    one: dict[str, Any] = {"level": 2, "epochs": 6, "lr": 0.1}
+    two = {"level": 2, "epochs": 1, "lr": 0.01, "schedule": "constant"}
+    expected = [(6, 0.1, "cosine"), (1, 0.01, "constant")]
+    written: list[object] = [[ONE, TWO], [one, two], [ONE, two], ONE, one]
+    for text in written:
+        write_settings(trained, changed(city2scene={"stage": text}))
+        stages = config(head(run, "--city-teacher-ckpt", CITY))["stages"]
+        found = [(stage["epochs"], stage["lr"], stage["schedule"]) for stage in stages]
+        assert found == (expected if isinstance(text, list) else expected[:1])
 
 
 @pytest.mark.parametrize("command", ["all", "city2scene"])
@@ -628,6 +581,7 @@ def test_the_configurations_that_come_with_it_are_accepted(run: Run, command: st
 def test_extract_keeps_every_permitted_sample_and_a_rerun_scores_nothing(trained: World, run: Run) -> None:
     first = json.loads(extract(run, f"city={CITY}", more=("--json",)).stdout)
     assert (first["samples_scored"], first["embeddings"]) == (len(trained.permitted()), ["city"])
+    assert first["published"]["accuracy"] == {"city": {"correct": 0, "rows": 0}}  # embeddings have none
     again = json.loads(extract(run, f"city={CITY}", more=("--json",)).stdout)
     assert again["samples_scored"] == 0
     cache = LogitCache.open(trained.root / "outputs/embeddings/A2b", ["city"], value_kind="embedding")
@@ -636,11 +590,6 @@ def test_extract_keeps_every_permitted_sample_and_a_rerun_scores_nothing(trained
     with torch.no_grad():
         clips = torch.stack([torch.from_numpy(np.load(trained.feature(file))) for file in trained.permitted()])
         torch.testing.assert_close(rows, net.embed(clips), rtol=1e-4, atol=1e-4)
-
-
-def test_embeddings_have_no_accuracy(trained: World, run: Run) -> None:
-    content = json.loads(extract(run, f"city={CITY}", more=("--json",)).stdout)
-    assert content["published"]["accuracy"] == {"city": {"correct": 0, "rows": 0}}
 
 
 def test_a_rerun_after_a_change_embeds_what_changed(trained: World, run: Run) -> None:
@@ -699,10 +648,13 @@ def test_the_order_of_sources_is_another_key(extracted: World, run: Run) -> None
     assert len(keys) == len(chosen)
 
 
-def test_a_source_that_is_named_twice_is_refused(extracted: World, run: Run) -> None:
-    result = run("train", "city2scene", "--target", "b", "--embeddings", "city", "--embeddings", "city")
-    assert result.exit_code == 2
-    assert "named twice" in result.stderr
+def test_sources_that_are_not_there_or_named_twice_are_refused(extracted: World, run: Run) -> None:
+    for names, told in ((("city", "city"), "named twice"), (("town",), "there: city, scene")):
+        result = run("train", "city2scene", "--target", "b", *(x for name in names for x in ("--embeddings", name)))
+        assert result.exit_code == 2
+        assert told in result.stderr
+    shutil.rmtree(extracted.root / "outputs/embeddings")
+    assert "there: none" in run("train", "city2scene", "--target", "b", "--embeddings", "city").stderr
 
 
 def test_a_feature_that_changed_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
@@ -735,24 +687,9 @@ def test_a_checkpoint_that_changed_after_the_extraction_is_an_error(extracted: W
     assert "extract again" in result.stderr
 
 
-def test_an_unknown_source_lists_those_that_are_there(extracted: World, run: Run) -> None:
-    result = run("train", "city2scene", "--target", "b", "--embeddings", "town")
-    assert result.exit_code == 2
-    assert "there: city, scene" in result.stderr
-
-
-def test_embeddings_that_nobody_extracted_are_an_error(trained: World, run: Run) -> None:
-    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
-    assert result.exit_code == 2
-    assert "there: none" in result.stderr
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "packs", "a b", "-a"])
-def test_a_name_that_cannot_be_one_is_refused(trained: World, run: Run, name: str) -> None:
-    assert extract(run, f"{name}={CITY}").exit_code == 2
-
-
-def test_one_name_twice_is_refused(trained: World, run: Run) -> None:
+def test_names_that_cannot_be_or_are_taken_are_refused(trained: World, run: Run) -> None:
+    for name in ("", "a/b", "..", "packs", "a b", "-a"):
+        assert extract(run, f"{name}={CITY}").exit_code == 2
     result = extract(run, f"city={CITY}", f"city={SCENE}")
     assert result.exit_code == 2
     assert "two sources are called city" in result.stderr
@@ -838,39 +775,17 @@ def test_a_sweep_of_which_nothing_learns_is_an_error_and_publishes_nothing(
     assert (trained.root / HEAD).read_bytes() == before
 
 
-def test_a_sweep_on_shuffled_labels_publishes_nothing(trained: World, run: Run) -> None:
-    before = (trained.root / HEAD).read_bytes()
-    run("train", "city2scene", "--target", "b", "--shuffle-labels", "--epochs", 2, "--sweep", "lr=0.05/0.1")
-    assert (trained.root / HEAD).read_bytes() == before
+NO_SWEEP = ["", "lr", "lr=", "lr=0.1/", "lr=0.1,lr=0.2", "nonsense=1", "lr=0", "lr=nan", "epochs=0", "batch-size=0",
+            "dropout=2", "dropout=nan", "weight-decay=-1", "weight-decay=nan", "label-smoothing=5",
+            "label-smoothing=-1", "seed=-1"]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "lr",
-        "lr=",
-        "lr=0.1/",
-        "lr=0.1,lr=0.2",
-        "nonsense=1",
-        "lr=0",
-        "lr=nan",
-        "epochs=0",
-        "batch-size=0",
-        "dropout=2",
-        "dropout=nan",
-        "weight-decay=-1",
-        "weight-decay=nan",
-        "label-smoothing=5",
-        "label-smoothing=-1",
-        "seed=-1",
-    ],
-)
-def test_a_sweep_that_makes_no_sense_is_refused(trained: World, run: Run, text: str) -> None:
+def test_a_sweep_that_makes_no_sense_is_refused(trained: World, run: Run) -> None:
     before = (trained.root / HEAD).read_bytes()
     widths = ("--mlp-hidden-dims", "4", "--patience", 1)
-    result = run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY, "--sweep", text, *widths)
-    assert result.exit_code == 2, result.output
+    for text in NO_SWEEP:
+        result = run("train", "city2scene", "--target", "b", "--city-teacher-ckpt", CITY, "--sweep", text, *widths)
+        assert result.exit_code == 2, result.output
     assert (trained.root / HEAD).read_bytes() == before
 
 

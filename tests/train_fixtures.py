@@ -16,6 +16,7 @@ from kd_cache.dataset.task import DCASE
 from kd_cache.train.job import TrainJob
 from kd_cache.train.settings import Settings
 from kd_cache.watch import Watcher
+from teachers.recipes import train_teacher
 
 torch.set_num_threads(1)  # nets this small do not gain from more, and a loaded machine loses much
 
@@ -48,7 +49,23 @@ def add_clip(world: World, scene: int, city: int, place: int, device: str, split
 @pytest.fixture
 def town(tmp_path: Path) -> World:
     """36 training locations with a clip of A each, every third with a twin on b; 9 test locations with A, b and s4."""
-    world = World(tmp_path)
+    return built(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a city teacher of the town, trained once for all who stand on it; not to be changed."""
+    return train_teacher(job(built(tmp_path_factory.mktemp("city")), "city")).checkpoint
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a scene teacher of the town, as `city`."""
+    return train_teacher(job(built(tmp_path_factory.mktemp("scene")), "scene")).checkpoint
+
+
+def built(root: Path) -> World:
+    world = World(root)
     for scene in range(SCENES_HERE):
         for city in range(CITIES_HERE):
             for place in range(PLACES):

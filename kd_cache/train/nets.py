@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,17 +109,8 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
         what = f"{len(dropped)} tensors are of a part that this net has not; they are"
         if not matched or lost:
             what = "no tensor of the net is" if not matched else f"{len(lost)} tensors of its backbone are not"
-        shapes = [
-            f"{shown(name)}: expected {list(state[name].shape)}"
-            + (f", found {_described(tensors[name])}" if name in tensors else ", missing")
-            for name in new
-        ]
-        others = [f"{shown(name)}: unexpected" for name in (dropped or unknown)]
-        raise CheckpointError(
-            f"{title}: {told}; {what} in the checkpoint, which has {len(tensors)} tensors\n{listed(shapes)}\n"
-            f"{listed(others)}".rstrip(),
-            hint="Give a checkpoint of this architecture (--arch, --feature-dim), or train from scratch.",
-        )
+        missing = {name: state[name] for name in new}
+        raise _unfit(f"{title}: {told}; {what}", tensors, missing, dropped or unknown)
     with torch.no_grad():
         for name in [*matched, *(name for name in tensors if parts.get(name) == UNUSED)]:
             if _is_like(tensors[name], state[name]):
@@ -129,6 +121,22 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
     if unknown:
         told += f" ({len(unknown)} of the file are not the net's and are left out: {_few(unknown)})"
     return kind, told
+
+
+def _unfit(
+    said: str, tensors: Mapping[str, Tensor], missing: Mapping[str, Tensor], others: Sequence[str]
+) -> CheckpointError:
+    """``missing`` are the net's tensors that the file's ``tensors`` do not fit, ``others`` what it has besides."""
+    shapes = [
+        f"{shown(name)}: expected {list(tensor.shape)}"
+        + (f", found {_described(tensors[name])}" if name in tensors else ", missing")
+        for name, tensor in missing.items()
+    ]
+    return CheckpointError(
+        f"{said} in the checkpoint, which has {len(tensors)} tensors\n{listed(shapes)}\n"
+        f"{listed(f'{shown(name)}: unexpected' for name in others)}".rstrip(),
+        hint="Give a checkpoint of this architecture (--arch, --feature-dim), or train from scratch.",
+    )
 
 
 def _is_like(one: Tensor, other: Tensor) -> bool:

@@ -23,12 +23,12 @@ from torch import nn
 from benchmarks.harness import Report, Row, options
 from kd_cache.cli.console import Screen
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.dump import DumpJob, dump_logits
-from kd_cache.loader import LogitCache
-from kd_cache.pipeline.device import numerics
-from kd_cache.pipeline.dump_job import DumpReport
-from kd_cache.pipeline.engine import Engine
-from kd_cache.teacher import Teacher
+from kd_cache.score.device import numerics
+from kd_cache.score.dump import DumpJob, dump_logits
+from kd_cache.score.engine import Engine
+from kd_cache.score.job import DumpReport
+from kd_cache.score.teacher import Teacher
+from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.train.architectures import architectures
 from teachers.loading import LoadedTeacher
 from teachers.two_parts import City2Scene

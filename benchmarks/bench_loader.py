@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from benchmarks.harness import Report, Row, in_turns, options
 from benchmarks.made_cache import TEACHERS, expected_rows, make_cache, names
 from kd_cache import BatchLoader, LogitCache, student_loader
-from kd_cache.features import FeatureSource
-from kd_cache.student import FeatureDataset, collate_samples
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.serve.student_loader import FeatureDataset, collate_samples
 
 BATCH = 64
 FRAMES, BINS = 101, 64

@@ -20,13 +20,12 @@ import numpy as np
 from benchmarks.harness import Report, Row, in_turns, options, peak_memory
 from benchmarks.made_cache import TEACHERS, block_of_rows, make_cache, names, origin
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.features import Feature, FeatureSource
-from kd_cache.fingerprint import input_digest
-from kd_cache.manifest import Manifest, load_manifest
-from kd_cache.pipeline.shard import Shard
-from kd_cache.splits import Selection, select
-from kd_cache.store.folder import CacheFolder
-from kd_cache.store.keys import keys_of, sorted_order
+from kd_cache.dataset.features import Feature, FeatureSource, input_digest
+from kd_cache.dataset.guard import Selection, select
+from kd_cache.dataset.manifest import Manifest, load_manifest
+from kd_cache.keys import keys_of, sorted_order
+from kd_cache.score.shard import Shard
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import row_file_bytes, view_names, write_view
 
@@ -87,7 +86,7 @@ def _dump(root: Path, layout: str) -> Callable[[], Any]:
     """A dump with two teachers that cost nothing, or its rerun."""
     import torch
 
-    from kd_cache.dump import DumpJob, dump_logits
+    from kd_cache.score.dump import DumpJob, dump_logits
 
     class Weights(torch.nn.Module):
         num_classes, value_kind = CLASSES, "logits"
@@ -126,7 +125,7 @@ def _dump(root: Path, layout: str) -> Callable[[], Any]:
 
 def _verify(root: Path, layout: str) -> Callable[[], Any]:
     """Every row, file, checksum and feature."""
-    from kd_cache.verify import VerifyJob, verify_cache
+    from kd_cache.care.verify import VerifyJob, verify_cache
 
     def call() -> Any:
         snapshot = Snapshot(CacheFolder(root / layout / "A2b"), maps=True)
@@ -138,7 +137,7 @@ def _verify(root: Path, layout: str) -> Callable[[], Any]:
 
 def _verify_rows(root: Path, layout: str) -> Callable[[], Any]:
     """As `_verify`, but for the reading of manifest and features."""
-    from kd_cache.verify import VerifyJob, verify_cache
+    from kd_cache.care.verify import VerifyJob, verify_cache
 
     manifest, selection = read_data(root)
     pack = CacheFolder(root / layout / "A2b").packs().good[0]

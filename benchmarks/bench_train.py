@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.harness import Report, Row, options
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.pipeline.device import resolve_device
+from kd_cache.score.device import resolve_device
 from kd_cache.train.checkpoint import save_checkpoint
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import make_net

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_cache.fingerprint import Fingerprint
+from kd_cache.keys import keys_of, sorted_order
 from kd_cache.store.index import origin_entry, write_index
-from kd_cache.store.keys import keys_of, sorted_order
-from kd_cache.store.pack import Origin, write_pack
+from kd_cache.store.origin import Fingerprint, Origin
+from kd_cache.store.pack import write_pack
 from kd_cache.store.permitted import NO_LABEL, Permitted
 
 TEACHERS = ("city2scene", "scene")

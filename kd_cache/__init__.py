@@ -10,9 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
-    from kd_cache.diff import DiffReport, diff_caches
-    from kd_cache.dump import DumpJob, DumpReport, dump_logits, plan_dump
+    from kd_cache.care.diff import DiffReport, diff_caches
+    from kd_cache.care.gc import GcReport, find_garbage, remove_garbage
+    from kd_cache.care.merge import MergeJob, MergeReport, merge_caches
+    from kd_cache.care.problems import Problem, VerifyReport
+    from kd_cache.care.verify import VerifyJob, verify_cache
+    from kd_cache.dataset.features import FeatureSource
+    from kd_cache.dataset.guard import Selection, select
+    from kd_cache.dataset.manifest import Manifest, Sample, load_manifest
+    from kd_cache.dataset.packed import PackedFeatures
+    from kd_cache.dataset.provenance import Provenance
     from kd_cache.errors import (
         CheckpointError,
         CorruptError,
@@ -27,32 +34,26 @@ if TYPE_CHECKING:
         TrainingError,
         UsageError,
     )
-    from kd_cache.export import ExportJob, ExportReport, export_logits
-    from kd_cache.features import FeatureSource
-    from kd_cache.fingerprint import Fingerprint, weights_digest
-    from kd_cache.gc import GcReport, find_garbage, remove_garbage
-    from kd_cache.loader import LogitCache
-    from kd_cache.manifest import Manifest, Sample, load_manifest, sample_key
-    from kd_cache.merge import MergeJob, MergeReport, merge_caches
-    from kd_cache.packed_features import PackedFeatures
-    from kd_cache.problems import Problem, VerifyReport
-    from kd_cache.provenance import Provenance
-    from kd_cache.reader.attach import CachedDataset
-    from kd_cache.reader.batch_loader import BatchLoader
-    from kd_cache.splits import Selection, select
+    from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
+    from kd_cache.exchange.export import ExportJob, ExportReport, export_logits
+    from kd_cache.keys import sample_key
+    from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
+    from kd_cache.score.teacher import Teacher, teacher_fingerprint
+    from kd_cache.serve.attach import CachedDataset
+    from kd_cache.serve.batch_loader import BatchLoader
+    from kd_cache.serve.logit_cache import LogitCache
+    from kd_cache.serve.student_loader import student_loader
+    from kd_cache.store.origin import Fingerprint, weights_digest
     from kd_cache.store.view import load_cached_logits_batch
-    from kd_cache.student import student_loader
-    from kd_cache.teacher import Teacher, teacher_fingerprint
-    from kd_cache.verify import VerifyJob, verify_cache
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "kd_cache.adopt": ("AdoptJob", "AdoptReport", "adopt_rows"),
-    "kd_cache.reader.attach": ("CachedDataset",),
-    "kd_cache.reader.batch_loader": ("BatchLoader",),
-    "kd_cache.diff": ("DiffReport", "diff_caches"),
-    "kd_cache.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
+    "kd_cache.exchange.adopt": ("AdoptJob", "AdoptReport", "adopt_rows"),
+    "kd_cache.serve.attach": ("CachedDataset",),
+    "kd_cache.serve.batch_loader": ("BatchLoader",),
+    "kd_cache.care.diff": ("DiffReport", "diff_caches"),
+    "kd_cache.score.dump": ("DumpJob", "DumpReport", "dump_logits", "plan_dump"),
     "kd_cache.errors": (
         "CheckpointError",
         "CorruptError",
@@ -67,21 +68,21 @@ _HOME = {
         "TrainingError",
         "UsageError",
     ),
-    "kd_cache.export": ("ExportJob", "ExportReport", "export_logits"),
-    "kd_cache.features": ("FeatureSource",),
-    "kd_cache.fingerprint": ("Fingerprint", "weights_digest"),
-    "kd_cache.gc": ("GcReport", "find_garbage", "remove_garbage"),
-    "kd_cache.loader": ("LogitCache",),
-    "kd_cache.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
-    "kd_cache.merge": ("MergeJob", "MergeReport", "merge_caches"),
-    "kd_cache.packed_features": ("PackedFeatures",),
-    "kd_cache.provenance": ("Provenance",),
-    "kd_cache.splits": ("Selection", "select"),
+    "kd_cache.exchange.export": ("ExportJob", "ExportReport", "export_logits"),
+    "kd_cache.dataset.features": ("FeatureSource",),
+    "kd_cache.store.origin": ("Fingerprint", "weights_digest"),
+    "kd_cache.care.gc": ("GcReport", "find_garbage", "remove_garbage"),
+    "kd_cache.serve.logit_cache": ("LogitCache",),
+    "kd_cache.dataset.manifest": ("Manifest", "Sample", "load_manifest", "sample_key"),
+    "kd_cache.care.merge": ("MergeJob", "MergeReport", "merge_caches"),
+    "kd_cache.dataset.packed": ("PackedFeatures",),
+    "kd_cache.dataset.provenance": ("Provenance",),
+    "kd_cache.dataset.guard": ("Selection", "select"),
     "kd_cache.store.view": ("load_cached_logits_batch",),
-    "kd_cache.student": ("student_loader",),
-    "kd_cache.teacher": ("Teacher", "teacher_fingerprint"),
-    "kd_cache.problems": ("Problem", "VerifyReport"),
-    "kd_cache.verify": ("VerifyJob", "verify_cache"),
+    "kd_cache.serve.student_loader": ("student_loader",),
+    "kd_cache.score.teacher": ("Teacher", "teacher_fingerprint"),
+    "kd_cache.care.problems": ("Problem", "VerifyReport"),
+    "kd_cache.care.verify": ("VerifyJob", "verify_cache"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

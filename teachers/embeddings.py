@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, StaleError, UsageError, shown
-from kd_cache.fingerprint import weights_digest
-from kd_cache.loader import LogitCache
-from kd_cache.provenance import Provenance
-from kd_cache.store.folder import CacheFolder
-from kd_cache.teacher import teacher_fingerprint
+from kd_cache.score.teacher import teacher_fingerprint
+from kd_cache.serve.logit_cache import LogitCache
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.origin import weights_digest
 from teachers.loading import LoadedTeacher, load_teacher
 from teachers.two_parts import used_by_embed
 

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.console import Screen
-from kd_cache.cli.dump_run import dump_and_report
+from kd_cache.cli.dump import dump_and_report
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described
 from kd_cache.commands import Report, Run
-from kd_cache.dump import DumpJob
 from kd_cache.errors import UsageError, shown
-from kd_cache.pipeline.device import resolve_device
+from kd_cache.score.device import resolve_device
+from kd_cache.score.dump import DumpJob
+from kd_cache.score.teacher import TeacherSpec
 from kd_cache.store.index import is_teacher_name
-from kd_cache.teacher import TeacherSpec
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from teachers.embeddings import FOLDER, EmbeddingTeacher, source_name
 from teachers.loading import load_teacher

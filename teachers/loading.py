@@ -9,10 +9,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import CheckpointError
-from kd_cache.fingerprint import weights_digest
-from kd_cache.provenance import Provenance
+from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, backbone_from
 from kd_cache.train.backbone import Backbone
 from kd_cache.train.checkpoint import naming, read_weights

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, shown
-from kd_cache.factory import without_folder
+from kd_cache.score.factory import without_folder
 from kd_cache.train.checkpoint import HEAD_PREFIX, Weights, read_record, read_weights
 from kd_cache.train.head import make_head
 from kd_cache.train.layers import mlp_widths

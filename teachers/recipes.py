@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, TrainingError, UsageError, shown
-from kd_cache.fingerprint import weights_digest
+from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import architecture_of, architectures
 from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_PREFIX, read_weights
 from kd_cache.train.clips import Clips

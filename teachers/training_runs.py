@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from kd_cache.cli.console import Screen
-from kd_cache.cli.dump_run import dump_and_report
+from kd_cache.cli.dump import dump_and_report
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.commands import Report, Run
 from kd_cache.dataset.task import DCASE
-from kd_cache.dump import DumpJob
 from kd_cache.errors import UsageError, worst_exit_code
-from kd_cache.pipeline.device import resolve_device
-from kd_cache.teacher import TeacherSpec
+from kd_cache.score.device import resolve_device
+from kd_cache.score.dump import DumpJob
+from kd_cache.score.teacher import TeacherSpec
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net

@@ -20,11 +20,11 @@ import typer.testing
 from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
-import kd_cache.seen
+import kd_cache.score.feature_notes
 from kd_cache.cli import app
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.task import DCASE
-from kd_cache.manifest import sample_key
+from kd_cache.keys import sample_key
 from kd_cache.store.index import read_index, write_index
 
 REPO = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ class World:
 @pytest.fixture(autouse=True)
 def _no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No feature is old enough to be noted: whether ``seen.bin`` is there must not depend on how fast a test is."""
-    monkeypatch.setattr(kd_cache.seen, "SETTLED", 1 << 62)
+    monkeypatch.setattr(kd_cache.score.feature_notes, "SETTLED", 1 << 62)
 
 
 @pytest.fixture

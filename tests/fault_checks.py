@@ -22,9 +22,9 @@ from fault_disk import ROW_FILE, Tree, is_temporary, put_tree, tree
 from fault_tools import FULL, Fault, Outcome, Rows, compare, host
 
 from kd_cache.errors import MissingLogitsError
-from kd_cache.loader import LogitCache
-from kd_cache.seen import SEEN_NAME
-from kd_cache.store.folder import CacheFolder
+from kd_cache.score.feature_notes import SEEN_NAME
+from kd_cache.serve.logit_cache import LogitCache
+from kd_cache.store.cache import CacheFolder
 
 Arguments = tuple[object, ...]
 

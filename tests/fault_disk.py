@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_cache.store.atomic import TEMPORARY
+from kd_cache.files.atomic import TEMPORARY
 
 Tree = dict[str, bytes | None]
 """A folder: paths relative to it, folders as ``None``."""

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from kd_cache.loader import LogitCache
+    from kd_cache.serve.logit_cache import LogitCache
 
 HERE = Path(__file__).parent
 TIERS = ("one", "more", "full")
@@ -394,7 +394,7 @@ def read_until(cache: Path, right: Rows, done: Callable[[], bool], ready: Callab
     ``ready`` is called after each reading. A typed error is counted, anything else ends the reader.
     """
     from kd_cache.errors import KDCacheError
-    from kd_cache.loader import LogitCache
+    from kd_cache.serve.logit_cache import LogitCache
 
     tally, last = Tally(), False
     while not last:

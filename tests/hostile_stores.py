@@ -18,8 +18,8 @@ from hostile_checkpoints import Touch
 from hostile_data import array, described, objects
 from store_fixtures import Rows, forge, plain_pack, seal_bytes
 
-from kd_cache.fingerprint import Fingerprint
-from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.origin import Fingerprint, Origin
+from kd_cache.store.pack import Pack, open_pack
 
 
 class Store(NamedTuple):

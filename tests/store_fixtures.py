@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from kd_cache.fingerprint import Fingerprint
 from kd_cache.store.index import origin_entry, write_index
-from kd_cache.store.pack import Origin, write_pack
+from kd_cache.store.origin import Fingerprint, Origin
+from kd_cache.store.pack import write_pack
 
 # Python 3.12 warns of any fork in a process with threads; torch has threads, and DataLoader forks.
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")

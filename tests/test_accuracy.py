@@ -15,12 +15,12 @@ import torch
 from conftest import Run, World
 from store_fixtures import Rows, make_cache, md5, origin, snapshot
 
+from kd_cache.dataset.guard import select
+from kd_cache.dataset.manifest import load_manifest
 from kd_cache.errors import CorruptError
-from kd_cache.manifest import load_manifest
-from kd_cache.splits import select
 from kd_cache.store.accuracy import Accuracy, changed_labels, measure, stored_accuracy
 from kd_cache.store.accuracy import alarm as alarm_of
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import Pack, write_pack
 from kd_cache.store.permitted import Permitted
@@ -491,7 +491,7 @@ def other_weights_begun(world: World, dump: Run) -> None:
 
 def stop_after(dump: Run, commits: int, *args: object, teachers: tuple[object, ...] = CLEAR) -> None:
     """Interrupt a dump after so many commits."""
-    from kd_cache.pipeline.shard import Shard
+    from kd_cache.score.shard import Shard
 
     whole, done = Shard.commit, []
 
@@ -776,7 +776,7 @@ def test_a_lost_list_of_labels_leaves_nothing_to_refuse_by(cached: World, dump: 
 
 
 def test_errors_of_a_refusal_can_be_caught_as_corrupt(world: World, dump: Run) -> None:
-    from kd_cache.seal import SealJob, seal_cache
+    from kd_cache.care.seal import SealJob, seal_cache
 
     dump()
     exchange(world, 0, 1)

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from store_fixtures import Rows, make_cache, md5, origin, snapshot
 from typer.testing import Result
 
-import kd_cache.adopt
+import kd_cache.exchange.adopt
 from kd_cache import CorruptError, FeatureError, LogitCache, Manifest, Sample, Selection, StoreError, UsageError
-from kd_cache.adopt import NOT_ADOPTED, AdoptJob, adopt_rows
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.export import ExportJob, export_logits
-from kd_cache.features import Feature, FeatureSource
-from kd_cache.store.folder import CacheFolder
+from kd_cache.dataset.features import Feature, FeatureSource
+from kd_cache.exchange.adopt import NOT_ADOPTED, AdoptJob, adopt_rows
+from kd_cache.exchange.export import ExportJob, export_logits
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack
 
@@ -437,14 +437,14 @@ def test_an_adoption_that_was_interrupted_is_made_again_to_the_same_bytes(
     source = write_tsv(tmp_path / "rows.tsv", table(world))
     adopt(source, root="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
+        patch.setattr(kd_cache.exchange.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
         assert adopt(source).exit_code == 1
     assert not (tmp_path / "mine/A2b/cache_index.json").exists()
     # Mended meanwhile: what the first attempt left is in nobody's way.
     mended = table(world)
     mended[world.permitted()[0]] += 1
     with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
+        patch.setattr(kd_cache.exchange.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
         assert adopt(write_tsv(tmp_path / "mended.tsv", mended)).exit_code == 1
     assert adopt(source).exit_code == 0
     assert snapshot(tmp_path / "mine/A2b/outside") == snapshot(tmp_path / "whole/A2b/outside")

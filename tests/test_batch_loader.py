@@ -84,7 +84,7 @@ def test_all_files_of_the_cache_come_by_default(cache: LogitCache, made: MadeCac
 def test_on_a_device_rows_and_tensors_are_the_same(
     cache: LogitCache, made: MadeCache, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd_cache.reader.batch_loader.DEVICE_TABLE_BYTES", 480 if kept else 479)
+    monkeypatch.setattr("kd_cache.serve.batch_loader.DEVICE_TABLE_BYTES", 480 if kept else 479)
     loader = BatchLoader(cache, FILES, NUMBERS, batch_size=7, shuffle=True, device="meta")
     assert (loader._table is not None) == kept
     assert [tuple(logits.shape) for logits, _ in loader] == [(7, 2, 3)] * 5 + [(5, 2, 3)]

@@ -14,9 +14,9 @@ import torch
 from conftest import TINY, Run, World
 from store_fixtures import MadeCache, Rows, make_cache, names, origin, snapshot, two_teachers
 
-from kd_cache.diff import DiffReport, TeacherDiff, diff_caches
+from kd_cache.care.diff import DiffReport, TeacherDiff, diff_caches
 from kd_cache.errors import CorruptError, MissingLogitsError
-from kd_cache.store.pack import Origin
+from kd_cache.store.origin import Origin
 
 
 def one(path: Path, rows: Rows, made_by: Origin | None = None, packs: int = 1) -> MadeCache:
@@ -201,7 +201,7 @@ def test_the_block_size_changes_no_figure(tmp_path: Path, monkeypatch: pytest.Mo
     a, b = Rows.of(names(50), seed=1), Rows.of(names(50, start=13), seed=2)
     caches = one(tmp_path / "a", a, packs=3), one(tmp_path / "b", b)
     whole = scene(*caches)
-    monkeypatch.setattr("kd_cache.diff._BLOCK_VALUES", 12)  # 4 rows
+    monkeypatch.setattr("kd_cache.care.diff._BLOCK_VALUES", 12)  # 4 rows
     parts = scene(*caches)
     assert parts.kl_mean == pytest.approx(whole.kl_mean, rel=1e-12)
     assert vars(parts) | {"kl_mean": 0} == vars(whole) | {"kl_mean": 0}

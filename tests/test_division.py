@@ -16,10 +16,10 @@ from conftest import SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_cache.dataset.guard import select
+from kd_cache.dataset.manifest import Sample, load_manifest
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, UsageError
-from kd_cache.manifest import Sample, load_manifest
-from kd_cache.splits import select
 from kd_cache.train.division import Division, divide, locations_of, subsample
 
 

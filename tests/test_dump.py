@@ -16,7 +16,7 @@ from fault_tools import ended_at_last, host
 from tiny_teachers import Linear
 
 from kd_cache.errors import worst_exit_code
-from kd_cache.manifest import sample_key
+from kd_cache.keys import sample_key
 from kd_cache.store.pack import open_pack
 from kd_cache.store.union import Union
 
@@ -56,7 +56,7 @@ def test_a_second_dump_scores_nothing_and_says_so(cached: World, dump: Run, worl
 def test_every_feature_is_read_once_whatever_the_number_of_teachers(
     dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kd_cache.features import FeatureSource
+    from kd_cache.dataset.features import FeatureSource
 
     reads: list[str] = []
     read = FeatureSource.read
@@ -456,16 +456,16 @@ def only(world: World, name: str, *args: object) -> tuple[object, ...]:
 def test_a_teacher_that_another_dump_finished_meanwhile_stays_in_the_index(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kd_cache.dump
+    import kd_cache.score.dump
 
-    publish = kd_cache.dump._Dump._publish
+    publish = kd_cache.score.dump._Dump._publish
 
     def late(self: object, *rest: object) -> object:
-        monkeypatch.setattr(kd_cache.dump._Dump, "_publish", publish)
+        monkeypatch.setattr(kd_cache.score.dump._Dump, "_publish", publish)
         assert run(*only(world, "other")).exit_code == 0  # a whole dump, while the first is about to publish
         return publish(self, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kd_cache.dump._Dump, "_publish", late)
+    monkeypatch.setattr(kd_cache.score.dump._Dump, "_publish", late)
     assert run(*only(world, "tiny")).exit_code == 0
     index = json.loads((world.cache / "cache_index.json").read_text())
     assert set(index["kd_cache"]["teachers"]) == {"tiny", "other"}
@@ -548,9 +548,9 @@ def test_probabilities_declared_as_logits_are_refused(run: Run, world: World, fa
 
 
 def test_waiting_features_do_not_grow_with_the_data_set() -> None:
-    from kd_cache.pipeline.batcher import Batcher
-    from kd_cache.pipeline.device import numerics
-    from kd_cache.pipeline.engine import Engine
+    from kd_cache.score.batcher import Batcher
+    from kd_cache.score.device import numerics
+    from kd_cache.score.engine import Engine
     from kd_cache.store.plan import Place
 
     cpu = torch.device("cpu")

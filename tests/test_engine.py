@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_teachers import Linear
 
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.features import FeatureSource
-from kd_cache.pipeline.batcher import Batcher
-from kd_cache.pipeline.device import numerics, resolve_device
-from kd_cache.pipeline.engine import Engine
-from kd_cache.pipeline.places import Places, count_shapes, places_of
+from kd_cache.score.batcher import Batcher
+from kd_cache.score.device import numerics, resolve_device
+from kd_cache.score.engine import Engine
+from kd_cache.score.places import Places, count_shapes, places_of
 from kd_cache.store.plan import BatchPlan, Place, load_plan
 
 CPU = torch.device("cpu")

@@ -28,11 +28,11 @@ from store_fixtures import (
     two_teachers,
 )
 
-import kd_cache.export
+import kd_cache.exchange.export
 import kd_cache.store.publish
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StoreError, UsageError, load_cached_logits_batch
-from kd_cache.export import FORMATS, ExportJob, ExportReport, export_logits
-from kd_cache.store.folder import CacheFolder
+from kd_cache.exchange.export import FORMATS, ExportJob, ExportReport, export_logits
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index
 from kd_cache.watch import Watcher
 
@@ -454,7 +454,7 @@ def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path) -> None:
 def test_rows_that_rot_between_two_looks_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = two_teachers(tmp_path / "A2b")
     (pack,) = (cache.path / "packs").glob("scene-*.h5")
-    monkeypatch.setattr(kd_cache.export, "_refuse_damage", lambda *_: None)
+    monkeypatch.setattr(kd_cache.exchange.export, "_refuse_damage", lambda *_: None)
     with flipping(pack) as flip:
         flip(8 * (pack.stat().st_size // 2))
         with pytest.raises(CorruptError):

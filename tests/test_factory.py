@@ -10,8 +10,8 @@ import pytest
 from conftest import Run, World
 
 from kd_cache import UsageError
-from kd_cache.factory import load_file, resolve_factory, without_folder
-from kd_cache.teacher import parse_teacher, teacher_fingerprint
+from kd_cache.score.factory import load_file, resolve_factory, without_folder
+from kd_cache.score.teacher import parse_teacher, teacher_fingerprint
 
 TEACHER = """
 import torch

@@ -29,13 +29,13 @@ from fault_tools import FULL, LIMIT, often
 from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, seal_bytes, two_teachers
 from typer.testing import CliRunner
 
+from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.cli import app
 from kd_cache.errors import CorruptError, KDCacheError
-from kd_cache.loader import LogitCache
+from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store import pack as pack_module
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.verify import VerifyJob, verify_cache
 
 pytestmark = [pytest.mark.faults, LIMIT, forks]
 

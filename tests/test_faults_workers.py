@@ -17,7 +17,7 @@ from fault_tools import LIMIT, often
 from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from kd_cache.loader import CachedDataset, LogitCache
+from kd_cache.serve.logit_cache import CachedDataset, LogitCache
 from kd_cache.store import pack as pack_module
 
 pytestmark = [

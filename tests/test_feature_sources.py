@@ -13,10 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
+from kd_cache.dataset.features import Feature, FeatureSource, input_digest
+from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.errors import FeatureError
-from kd_cache.features import Feature, FeatureSource
-from kd_cache.fingerprint import input_digest
-from kd_cache.packed_features import PackedFeatures
 
 FILES = ["x/a.npy", "x/deep/b.npy", "ü.npy", "x/c", "d.npy"]
 Make = Callable[..., FeatureSource]

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kd_cache import features
+from kd_cache.dataset import features
+from kd_cache.dataset.features import FeatureSource, input_digest, stat_row
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.features import FeatureSource, parse_header, read_array, stat_row
-from kd_cache.fingerprint import input_digest
+from kd_cache.files.npy import parse_header, read_array
 
 small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd_cache.errors import TeacherError, UsageError
-from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json, class_order, weights_digest
-from kd_cache.storage_cost import StorageCost, kl_divergence
+from kd_cache.score.storage_cost import StorageCost, kl_divergence
+from kd_cache.store.origin import FORMAT_VERSION, Fingerprint, canonical_json, class_order, weights_digest
 
 small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
-from kd_cache.fingerprint import weights_digest
+from kd_cache.store.origin import weights_digest
 from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
 from kd_cache.train.freezing import BACKBONE, HEAD, NECK, UNUSED, Frozen, parts_of, trainable_parameters
 from kd_cache.train.head import Standardised

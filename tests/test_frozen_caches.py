@@ -18,7 +18,7 @@ from conftest import REPO, Run
 
 from kd_cache import LogitCache, teacher_fingerprint
 from kd_cache.errors import KDCacheError
-from kd_cache.fingerprint import canonical_json
+from kd_cache.store.origin import canonical_json
 from teachers import load_teacher
 from teachers.cnn14 import CNN14
 from teachers.loading import LoadedTeacher

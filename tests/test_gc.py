@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_fixtures import MadeCache, Rows, make_cache, md5, names, origin, seal_bytes, snapshot, two_teachers
 
+from kd_cache.care.gc import OLDER_THAN, GcReport, find_garbage, remove_garbage
 from kd_cache.cli import gc as command
 from kd_cache.errors import MissingLogitsError, StoreError
-from kd_cache.gc import OLDER_THAN, GcReport, find_garbage, remove_garbage
-from kd_cache.loader import LogitCache
+from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store.index import origin_entry, write_index
-from kd_cache.store.pack import Origin
+from kd_cache.store.origin import Origin
 
 HOUR = 3600
 STRAY = "0" * 32 + ".npy"

@@ -26,12 +26,14 @@ from hostile_stores import INDEXES, OLDER, OTHERS, PACKS, PLANS, ROW_FILES, Stor
 from store_fixtures import forks
 from typer.testing import CliRunner
 
-from kd_cache import features, manifest, options
+from kd_cache import options
 from kd_cache.cli import app
+from kd_cache.dataset import features, manifest
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.manifest import load_manifest
 from kd_cache.errors import CheckpointError, FeatureError, ManifestError
-from kd_cache.features import FeatureSource
-from kd_cache.loader import LogitCache
-from kd_cache.manifest import load_manifest, sample_key
+from kd_cache.keys import sample_key
+from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.train.checkpoint_file import MOST_BYTES
 from teachers import checkpoint_limit, load_teacher, scene
 

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from store_fixtures import no_file_over, origin, snapshot
 
 from kd_cache.errors import CorruptError, StaleError, StoreError
-from kd_cache.fingerprint import Fingerprint
 from kd_cache.store import index as index_module
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import is_teacher_name, origin_entry, read_index, read_older_maps, write_index
-from kd_cache.store.pack import Origin
+from kd_cache.store.origin import Fingerprint, Origin
 
 SCENE = origin("scene", 3)
 CITY = Origin("city2scene", Fingerprint({"weights": "c"}), "probs", 2, "fp16", ("büs", "tram"))

@@ -67,12 +67,12 @@ def test_debug_shows_the_traceback_that_is_hidden_otherwise(run: Run, world: Wor
 
 
 def test_an_unexpected_error_is_one_line_and_exit_1(run: Run, dump: Run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    import kd_cache.cli.dump_run
+    import kd_cache.cli.dump
 
     def surprise(*_: object) -> None:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr(kd_cache.cli.dump_run, "dump_logits", surprise)
+    monkeypatch.setattr(kd_cache.cli.dump, "dump_logits", surprise)
     result = dump()
     assert result.exit_code == 1
     assert "unexpected ZeroDivisionError: surprise" in result.stderr

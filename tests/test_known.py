@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from store_fixtures import Rows, names, origin
 
-from kd_cache.pipeline.known import FEATURE_CHANGED, FRESH, NEW, Known
-from kd_cache.store.folder import CacheFolder
+from kd_cache.score.existing_rows import FEATURE_CHANGED, FRESH, NEW, Known
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
 
 NOW, EARLIER, OLDER = origin(), origin(weights="earlier"), origin(weights="older", architecture="tiny/0")

@@ -17,10 +17,10 @@ from conftest import Run, World
 from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, two_teachers
 from torch.utils.data import DataLoader, TensorDataset
 
-import kd_cache.reader.placement as placement_module
+import kd_cache.serve.placement as placement_module
 import kd_cache.store.pack as pack_module
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StaleError, StoreError, UsageError
-from kd_cache.store.folder import CacheFolder, PackSet
+from kd_cache.store.cache import CacheFolder, PackSet
 from kd_cache.store.pack import CHECKED_AT_ONCE, open_pack
 from kd_cache.store.permitted import Permitted
 

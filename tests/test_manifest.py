@@ -12,16 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kd_cache.dataset.manifest import Manifest, Sample, load_manifest, parse_manifest, spelling
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import ManifestError
-from kd_cache.manifest import (
-    Manifest,
-    Sample,
-    load_manifest,
-    parse_manifest,
-    sample_key,
-    spelling,
-)
+from kd_cache.keys import sample_key
 
 Row = dict[str, Any]
 

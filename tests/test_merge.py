@@ -15,8 +15,8 @@ import pytest
 from conftest import TINY, Run, World
 from store_fixtures import no_file_over, snapshot
 
-from kd_cache import merge
-from kd_cache.manifest import sample_key
+from kd_cache.care import merge
+from kd_cache.keys import sample_key
 from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack, write_pack
 

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, checksums, forge, md5, names, origin, plain_pack, seal_bytes
 
 from kd_cache.errors import CorruptError, KDCacheError, StoreError
-from kd_cache.fingerprint import Fingerprint
 from kd_cache.store import hdf5_file
 from kd_cache.store import pack as pack_module
-from kd_cache.store.folder import CacheFolder
-from kd_cache.store.pack import Origin, open_pack, row_checksums, write_pack
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.origin import Fingerprint, Origin
+from kd_cache.store.pack import open_pack, row_checksums, write_pack
 
 SCENE = origin()
 FIVE = Rows.of(names(5))

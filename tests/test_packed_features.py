@@ -22,11 +22,11 @@ import pytest
 from conftest import REPO, TINY, Run, World
 from store_fixtures import forks
 
-from kd_cache import packed_features, packed_samples
+from kd_cache.dataset import packed as packed_features
+from kd_cache.dataset import packed_samples
+from kd_cache.dataset.features import Feature, FeatureSource, input_digest
+from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.features import Feature, FeatureSource
-from kd_cache.fingerprint import input_digest
-from kd_cache.packed_features import PackedFeatures
 
 FILES = ["x/a.npy", "x/deep/b.npy", "ü.npy", "x/c", "d.npy"]
 

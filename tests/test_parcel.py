@@ -11,8 +11,8 @@ import torch
 from store_fixtures import forks
 from torch.utils.data import DataLoader, Dataset
 
-from kd_cache.reader import parcel
-from kd_cache.reader.parcel import sent_batch, sent_pair
+from kd_cache.serve import parcel
+from kd_cache.serve.parcel import sent_batch, sent_pair
 
 TENSORS = {
     "float32": torch.arange(6.0).reshape(2, 3),

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import kd_cache.store.permitted as permitted_module
 from kd_cache import CorruptError, KDCacheError, LogitCache, MissingLogitsError, StoreError
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import write_index
 from kd_cache.store.pack import Pack, open_pack, write_pack
 from kd_cache.store.permitted import Permitted, read_permitted

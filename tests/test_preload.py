@@ -16,7 +16,7 @@ from store_fixtures import MadeCache, Rows, forks, names, origin, two_teachers
 
 from kd_cache import LogitCache, StaleError, UsageError
 from kd_cache.cli.info import _reading
-from kd_cache.reader import placement
+from kd_cache.serve import placement
 from kd_cache.store import page_cache
 from kd_cache.store.pack import CHECKED_AT_ONCE
 from kd_cache.store.take import take_rows
@@ -326,7 +326,7 @@ def test_teachers_of_the_same_samples_share_their_keys(made: MadeCache) -> None:
 
 @pytest.mark.parametrize("packs", [1, 2])
 def test_many_files_are_resolved_as_few_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packs: int) -> None:
-    monkeypatch.setattr("kd_cache.reader.resolve._MANY", 10)
+    monkeypatch.setattr("kd_cache.serve.resolve._MANY", 10)
     made = two_teachers(tmp_path / "A2b", packs=packs)
     cache = LogitCache.open(made.path)
     files = names(40)[::-1]
@@ -350,7 +350,7 @@ def test_info_says_where_batches_will_come_from(cached: World, run: Run, world: 
 
 
 def test_info_counts_the_packs_of_the_teachers_alone(dump: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kd_cache.store.folder import CacheFolder
+    from kd_cache.store.cache import CacheFolder
 
     assert dump().exit_code == 0
     index = CacheFolder(world.cache).index()

@@ -21,10 +21,10 @@ from store_fixtures import MadeCache, Rows, make_cache, origin
 from typer.testing import CliRunner
 
 from kd_cache.cli import app
+from kd_cache.dataset.manifest import load_manifest, spelling
 from kd_cache.dataset.task import DCASE
-from kd_cache.loader import LogitCache
-from kd_cache.manifest import load_manifest, sample_key, spelling
-from kd_cache.store.keys import keys_of
+from kd_cache.keys import keys_of, sample_key
+from kd_cache.serve.logit_cache import LogitCache
 
 pytestmark = [pytest.mark.faults, LIMIT]
 

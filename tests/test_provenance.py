@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from tiny_teachers import Linear
 
 from kd_cache import Provenance
-from kd_cache.dump import DumpJob, dump_logits, plan_dump
+from kd_cache.care.problems import LEAK
+from kd_cache.care.repair import RepairJob, repair_cache
+from kd_cache.care.verify import VerifyJob, verify_cache
+from kd_cache.dataset.guard import leaked, refuse_leaking, select, select_source
+from kd_cache.dataset.manifest import load_manifest
 from kd_cache.errors import CheckpointError, DataLeakageError, TeacherError
-from kd_cache.manifest import load_manifest
-from kd_cache.problems import LEAK
-from kd_cache.repair import RepairJob, repair_cache
-from kd_cache.splits import leaked, refuse_leaking, select, select_source
+from kd_cache.score.dump import DumpJob, dump_logits, plan_dump
+from kd_cache.score.teacher import TeacherSpec, check_teacher
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.teacher import TeacherSpec, check_teacher
 from kd_cache.train.layers import kaiming
-from kd_cache.verify import VerifyJob, verify_cache
 from teachers import CPResNet, load_teacher, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ def test_exactly_what_is_not_permitted_leaks(trained: set[int], validated: set[i
 
 
 def _manifest(rows: list[dict[str, Any]]) -> Any:
-    from kd_cache.manifest import Manifest, parse_manifest
+    from kd_cache.dataset.manifest import Manifest, parse_manifest
 
     return Manifest(parse_manifest(json.dumps(rows).encode(), "m.json"), "")
 

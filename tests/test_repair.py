@@ -18,7 +18,7 @@ from store_fixtures import Rows, forge, md5, plain_pack, snapshot
 
 from kd_cache import LogitCache
 from kd_cache.errors import KDCacheError, MissingLogitsError
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index
 from kd_cache.store.pack import Pack, write_pack
 
@@ -1106,7 +1106,7 @@ def test_from_the_moment_wrong_rows_left_they_are_missed_not_served(
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("kd_cache.repair.dump_logits", stopped)
+        patch.setattr("kd_cache.care.repair.dump_logits", stopped)
         with pytest.raises(Stopped):
             repair()
     served = read_of(world, "one")

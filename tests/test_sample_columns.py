@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_cache.manifest import Sample
-from kd_cache.reader.sample_columns import SampleColumns
+from kd_cache.dataset.manifest import Sample
+from kd_cache.serve.sample_columns import SampleColumns
 
 label = st.none() | st.integers(0, 20)
 sample = st.builds(

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kd_cache import sample_data
+from kd_cache.dataset import sample_data
+from kd_cache.dataset.manifest import Sample, load_manifest
+from kd_cache.dataset.sample_data import FRAMES, MELS, Clip, features, sample_clips, write_sample
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError, UsageError
-from kd_cache.manifest import Sample, load_manifest
-from kd_cache.sample_data import FRAMES, MELS, Clip, features, sample_clips, write_sample
 from teachers import CNN14, load_teacher
 from teachers.cnn14 import LEAST
 

@@ -10,10 +10,10 @@ import pytest
 from conftest import World
 from store_fixtures import Rows, names
 
-import kd_cache.seen
-from kd_cache.features import FeatureSource
-from kd_cache.seen import SEEN_NAME, SETTLED, Seen
-from kd_cache.store.keys import keys_of
+import kd_cache.score.feature_notes
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.keys import keys_of
+from kd_cache.score.feature_notes import SEEN_NAME, SETTLED, Seen
 
 ROWS = Rows.of(names(9))
 SHAPES = np.arange(18, dtype=np.int32).reshape(9, 2) + 1
@@ -23,7 +23,7 @@ MOMENT = 10_000_000_000
 @pytest.fixture(autouse=True)
 def _notes(_no_notes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here notes are taken as ever."""
-    monkeypatch.setattr(kd_cache.seen, "SETTLED", SETTLED)
+    monkeypatch.setattr(kd_cache.score.feature_notes, "SETTLED", SETTLED)
 
 
 def stats(ctime: int = 0) -> np.ndarray:

@@ -12,11 +12,11 @@ from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kd_cache.dataset.guard import Selection, location_in_name, refuse_outside, select
+from kd_cache.dataset.manifest import Manifest, load_manifest, spelling
+from kd_cache.dataset.manifest import parse_manifest as parse_bytes
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, ManifestError, UsageError
-from kd_cache.manifest import Manifest, load_manifest, spelling
-from kd_cache.manifest import parse_manifest as parse_bytes
-from kd_cache.splits import Selection, location_in_name, refuse_outside, select
 
 Row = dict[str, Any]
 

@@ -33,18 +33,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kd_cache.care.gc import find_garbage, remove_garbage
+from kd_cache.care.repair import RepairJob, repair_cache
+from kd_cache.care.seal import SealJob, seal_cache
+from kd_cache.care.verify import VerifyJob, VerifyReport, verify_cache
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.task import DCASE
-from kd_cache.dump import DumpJob, dump_logits
 from kd_cache.errors import CorruptError, KDCacheError
-from kd_cache.gc import find_garbage, remove_garbage
-from kd_cache.loader import LogitCache
-from kd_cache.repair import RepairJob, repair_cache
-from kd_cache.seal import SealJob, seal_cache
-from kd_cache.store.folder import CacheFolder
+from kd_cache.score.dump import DumpJob, dump_logits
+from kd_cache.score.teacher import teacher_fingerprint
+from kd_cache.serve.logit_cache import LogitCache
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.teacher import teacher_fingerprint
-from kd_cache.verify import VerifyJob, VerifyReport, verify_cache
 from kd_cache.watch import Watcher
 
 pytestmark = [pytest.mark.faults, LIMIT]

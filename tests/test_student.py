@@ -16,7 +16,7 @@ from store_fixtures import forks
 from tiny_teachers import Linear
 from torch.utils.data import DataLoader, SequentialSampler
 
-from kd_cache.dump import DumpJob, dump_logits
+from kd_cache.dataset.manifest import load_manifest
 from kd_cache.errors import (
     DataLeakageError,
     FeatureError,
@@ -25,9 +25,10 @@ from kd_cache.errors import (
     StaleError,
     UsageError,
 )
-from kd_cache.loader import LogitCache
-from kd_cache.manifest import load_manifest, sample_key
-from kd_cache.student import IGNORED, student_loader
+from kd_cache.keys import sample_key
+from kd_cache.score.dump import DumpJob, dump_logits
+from kd_cache.serve.logit_cache import LogitCache
+from kd_cache.serve.student_loader import IGNORED, student_loader
 
 KEYS = {
     "features", "num_frames", "scene_label", "city_label", "domain", "device_id", "path", "teacher_logits",

@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from kd_cache.errors import CheckpointError, TeacherError, UsageError
-from kd_cache.fingerprint import weights_digest
-from kd_cache.store.pack import VALUE_KINDS
-from kd_cache.teacher import (
+from kd_cache.score.teacher import (
     PRECISIONS,
     TeacherSpec,
     check_teacher,
@@ -23,6 +21,7 @@ from kd_cache.teacher import (
     teacher_fingerprint,
     teacher_origin,
 )
+from kd_cache.store.origin import VALUE_KINDS, weights_digest
 
 
 class Mine:
@@ -218,7 +217,7 @@ def test_an_unknown_entry_point_is_a_usage_error_with_the_known_ones() -> None:
 
 
 def load(monkeypatch: pytest.MonkeyPatch, factory: Callable[[Path | None], Any], ckpt: Path | None = None) -> Any:
-    monkeypatch.setattr("kd_cache.teacher.resolve_factory", lambda name: factory)
+    monkeypatch.setattr("kd_cache.score.teacher.resolve_factory", lambda name: factory)
     return TeacherSpec("big", "m:f", ckpt).load()
 
 
@@ -404,7 +403,7 @@ def test_each_changed_part_changes_the_digest_and_is_named(
 
 def test_a_new_format_version_changes_every_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     before = teacher_fingerprint(Mine())
-    monkeypatch.setattr("kd_cache.teacher.FORMAT_VERSION", 2)
+    monkeypatch.setattr("kd_cache.score.teacher.FORMAT_VERSION", 2)
     assert before.differing_parts(teacher_fingerprint(Mine())) == ["format_version"]
 
 

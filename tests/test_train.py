@@ -32,10 +32,10 @@ from kd_cache import (
     TrainingError,
     UsageError,
 )
-from kd_cache.pipeline.device import training_numerics
-from kd_cache.provenance import Provenance
-from kd_cache.store.keys import keys_of
-from kd_cache.teacher import teacher_fingerprint
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.keys import keys_of
+from kd_cache.score.device import training_numerics
+from kd_cache.score.teacher import teacher_fingerprint
 from kd_cache.train import pretraining
 from kd_cache.train.augment import Mixed
 from kd_cache.train.checkpoint import read_weights, save_checkpoint

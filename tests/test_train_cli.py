@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from train_fixtures import add_clip, town
 
 from kd_cache import LogitCache, UsageError
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import DCASE
-from kd_cache.provenance import Provenance
-from kd_cache.store.keys import keys_of
+from kd_cache.keys import keys_of
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.cp_resnet import CPResNet
 from teachers.loading import load_teacher

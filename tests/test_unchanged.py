@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 
-import kd_cache.seen
+import kd_cache.score.feature_notes
 from kd_cache import FeatureSource
-from kd_cache.features import Feature
+from kd_cache.dataset.features import Feature
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose features were read. Files are believed at once, however new: the tests cannot wait."""
-    monkeypatch.setattr(kd_cache.seen, "SETTLED", 0)
+    monkeypatch.setattr(kd_cache.score.feature_notes, "SETTLED", 0)
     return counted(monkeypatch)
 
 

@@ -17,12 +17,13 @@ from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
 
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError
+from kd_cache.files.atomic import remove_files
+from kd_cache.keys import KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.store import atomic
 from kd_cache.store import folder as folder_module
-from kd_cache.store.atomic import remove_files
-from kd_cache.store.folder import CacheFolder, find_caches
-from kd_cache.store.keys import KeyFinder, are_ascending, keys_of, sorted_order
-from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.cache import CacheFolder, find_caches
+from kd_cache.store.origin import Origin
+from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.union import Merged, Union, merge_packs
 
 SCENE = origin()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 
-from kd_cache.recompute import agrees, deviation
+from kd_cache.score.recompute import agrees, deviation
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_recompute_is_bit_exact_on_the_same_machine(
 
 
 def test_recompute_finds_a_row_that_is_not_what_the_teacher_says(run: Run, dump: Run, world: World) -> None:
-    from kd_cache.store.folder import CacheFolder
+    from kd_cache.store.cache import CacheFolder
     from kd_cache.store.pack import write_pack
 
     dump("--no-files")

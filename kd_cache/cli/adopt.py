@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_cache.adopt import AdoptJob, AdoptReport, adopt_rows
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.report import missing_lines
 from kd_cache.cli.saved import run_record
 from kd_cache.commands import Report, Run, Table
 from kd_cache.errors import shown
+from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
 from kd_cache.options import BadSample, DType, Target, ValueKind
 
 

@@ -48,7 +48,7 @@ _AUDIT = (0, 1, 2, 3, 4, 5, 6)
 
 DUMP = Command(
     "dump",
-    "kd_cache.cli.dump_run:dump",
+    "kd_cache.cli.dump:dump",
     "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
     (
         "target", *DATASET, "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
@@ -103,7 +103,7 @@ SEAL = Command(
 
 VERIFY = Command(
     "verify",
-    "kd_cache.cli.verify_run:verify",
+    "kd_cache.cli.verify:verify",
     "Check that everything promised is there, intact, fresh and permitted. Changes nothing.",
     (
         _ANY_TARGET,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from kd_cache.care.diff import DiffReport, TeacherDiff, diff_caches
 from kd_cache.cli.console import Screen
 from kd_cache.commands import Report, Table
-from kd_cache.diff import DiffReport, TeacherDiff, diff_caches
 from kd_cache.errors import shown
 
 MOST_SHOWN = 20

@@ -8,9 +8,9 @@ from kd_cache.cli.console import Screen, size
 from kd_cache.commands import Report, Table
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import UsageError, listed, shown
-from kd_cache.export import ExportJob, ExportReport, export_logits
+from kd_cache.exchange.export import ExportJob, ExportReport, export_logits
 from kd_cache.options import ExportFormat
-from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache
+from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
 
 
 def export(

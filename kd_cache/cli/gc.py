@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kd_cache.care.gc import GcReport, caches_below, find_garbage, remove_garbage
 from kd_cache.cli.console import Screen, size
 from kd_cache.commands import Report
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import shown
-from kd_cache.gc import GcReport, caches_below, find_garbage, remove_garbage
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 
 MOST_SHOWN = 20
 

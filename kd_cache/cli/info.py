@@ -12,10 +12,10 @@ from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers
 from kd_cache.commands import Report, Table
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import UsageError, shown
-from kd_cache.reader.placement import PLACES, check_of, choose
+from kd_cache.files.atomic import store_errors
+from kd_cache.serve.placement import PLACES, check_of, choose
 from kd_cache.store.accuracy import stored_accuracy
-from kd_cache.store.atomic import store_errors
-from kd_cache.store.folder import CacheFolder, find_caches, no_finished_cache, teacher_in_name
+from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache, teacher_in_name
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
 

@@ -10,7 +10,7 @@ from typing import Any
 from kd_cache.cli.console import percent
 from kd_cache.commands import Table
 from kd_cache.errors import CheckpointError
-from kd_cache.store.atomic import open_file
+from kd_cache.files.atomic import open_file
 
 _MOST = 1 << 24
 
@@ -22,7 +22,7 @@ def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
 
 
 def _teacher(path: Path) -> dict[str, Any]:
-    from kd_cache.provenance import Provenance  # brings numpy; the next ones torch
+    from kd_cache.dataset.provenance import Provenance  # brings numpy; the next ones torch
     from kd_cache.train.checkpoint import read_record
     from kd_cache.train.evaluation import headline
 

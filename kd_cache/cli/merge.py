@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kd_cache.care.merge import MergeJob, MergeReport, merge_caches, records_in
 from kd_cache.cli.console import Screen
 from kd_cache.cli.saved import Saved, saved_data, saved_in
 from kd_cache.cli.seal import sealed_lines
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
-from kd_cache.merge import MergeJob, MergeReport, merge_caches, records_in
 from kd_cache.options import Target
-from kd_cache.store.folder import CacheFolder, refuse_file_as_root
+from kd_cache.store.cache import CacheFolder, refuse_file_as_root
 from kd_cache.store.snapshot import Snapshot
 
 

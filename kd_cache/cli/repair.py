@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from kd_cache.care.repair import RepairJob, RepairReport, repair_cache
+from kd_cache.care.verify import VerifyJob
 from kd_cache.cli.console import Screen
 from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import Saved, run_record, saved_data, saved_teachers, saved_with
-from kd_cache.cli.verify_run import chosen_caches
+from kd_cache.cli.verify import chosen_caches
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import UsageError, shown, worst_exit_code
-from kd_cache.pipeline.device import environment, resolve_device
-from kd_cache.repair import RepairJob, RepairReport, repair_cache
-from kd_cache.store.folder import CacheFolder
+from kd_cache.score.device import environment, resolve_device
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.verify import VerifyJob
 
 
 def repair(run: Run, screen: Screen) -> Report:

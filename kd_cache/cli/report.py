@@ -9,7 +9,7 @@ from kd_cache.commands import Table
 from kd_cache.errors import shown
 
 if TYPE_CHECKING:
-    from kd_cache.problems import Problem, TeacherResult, VerifyReport
+    from kd_cache.care.problems import Problem, TeacherResult, VerifyReport
 
 
 def verify_table(report: VerifyReport) -> Table:

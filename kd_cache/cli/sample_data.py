@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kd_cache.commands import Report
+from kd_cache.dataset.sample_data import write_sample
 from kd_cache.errors import shown
-from kd_cache.sample_data import write_sample
 
 
 def sample_data(out: Path) -> Report:

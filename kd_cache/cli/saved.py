@@ -15,9 +15,9 @@ from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, describe
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import CheckpointError
+from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
 
 
 @dataclass(frozen=True)

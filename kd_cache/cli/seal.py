@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kd_cache.care.seal import SealJob, seal_cache
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.report import missing_lines
 from kd_cache.cli.saved import run_record, saved_data, saved_with
@@ -12,8 +13,7 @@ from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import shown
 from kd_cache.options import Target
-from kd_cache.seal import SealJob, seal_cache
-from kd_cache.store.folder import CacheFolder
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
 
 # Where no dump has left a word: a seal computes nothing itself.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import CheckpointError, UsageError, shown
-from kd_cache.teacher import Teacher, TeacherSpec, parse_teacher
+from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 
 BUILT_IN = {"city2scene": "city2scene", "scene": "scene"}
 SAMPLE = Path("data/sample")

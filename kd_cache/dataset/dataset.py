@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.guard import Selection, select, select_source
+from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
+from kd_cache.dataset.manifest import Manifest, load_manifest
+from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import FeatureError
-from kd_cache.features import MAX_BYTES as MAX_FEATURE_BYTES
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
-from kd_cache.manifest import Manifest, load_manifest
-from kd_cache.packed_features import PackedFeatures
-from kd_cache.splits import Selection, select, select_source
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The store: immutable packs (the truth), a view of plain ``.npy`` files, the index. It knows keys and arrays only."""
+"""Rows on disk: packs are the truth, an index names what is current, a view repeats it for others."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kd_cache.store.keys import KeyFinder
+from kd_cache.keys import KeyFinder
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.union import Union
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
+from kd_cache.store.cache import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.entry import joined
-from kd_cache.store.folder import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.index import Index, is_teacher_name
-from kd_cache.store.pack import Origin
+from kd_cache.store.origin import Origin
 from kd_cache.store.pending import begun, begun_with
 from kd_cache.store.view import stored_names
 

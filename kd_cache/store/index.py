@@ -19,13 +19,12 @@ from typing import Any
 import xxhash
 
 from kd_cache.errors import CorruptError, StaleError, StoreError, shown
-from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint
-from kd_cache.store.atomic import open_file, write_atomic
+from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.pack import STORED, VALUE_KINDS, Origin
+from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
 from kd_cache.store.permitted import PERMITTED_NAME
-from kd_cache.store.strict_json import misfit, strict_json
 
 _UNSET = "0" * 32
 _TAIL = '"digest": "{}"\n }}\n}}\n'

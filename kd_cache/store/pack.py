@@ -33,11 +33,11 @@ import numpy as np
 import xxhash
 
 from kd_cache.errors import CorruptError, KDCacheError, StoreError, shown
-from kd_cache.fingerprint import FORMAT_VERSION, Fingerprint, canonical_json
-from kd_cache.store.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
-from kd_cache.store.hdf5_file import Outlet, reading_hdf5, writing_hdf5
-from kd_cache.store.keys import are_ascending, keys_of_bytes
+from kd_cache.files.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
+from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
+from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
+from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
 
 MAGIC = b"KDCPACK\n"
 USER_BLOCK = 512
@@ -52,8 +52,6 @@ _AT_ONCE = 1 << 16
 _RECORD_BYTES = 1 << 20
 """Checksums of so many rows, and of records of so many bytes, are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
-STORED = {"fp32": "<f4", "fp16": "<f2"}
-VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
 # Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
 _DATASETS: dict[str, tuple[str | None, int]] = {
     "keys": ("|u1", 2),
@@ -64,22 +62,6 @@ _DATASETS: dict[str, tuple[str | None, int]] = {
     "files": ("|u1", 1),
 }
 _ATTRIBUTES = ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What made the rows of a pack; ``dtype`` is ``fp32`` or ``fp16``."""
-
-    teacher: str
-    fingerprint: Fingerprint
-    value_kind: str
-    num_classes: int
-    dtype: str
-    class_names: tuple[str, ...] | None = None
-
-    @property
-    def stored(self) -> np.dtype[Any]:
-        return np.dtype(STORED[self.dtype])
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import CorruptError, KDCacheError, StaleError
-from kd_cache.store.atomic import TEMPORARY, make_directory, remove_files, store_errors
-from kd_cache.store.folder import CacheFolder, refuse_link
+from kd_cache.files.atomic import TEMPORARY, make_directory, remove_files, store_errors
+from kd_cache.store.cache import CacheFolder, refuse_link
 from kd_cache.store.index import Index, State, index_state, origin_entry, read_index, write_index
-from kd_cache.store.pack import Origin
+from kd_cache.store.origin import Origin
 
 
 class PendingRecord:

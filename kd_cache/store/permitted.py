@@ -18,9 +18,9 @@ import numpy as np
 import xxhash
 
 from kd_cache.errors import CorruptError, StoreError, shown
-from kd_cache.store.atomic import open_file, write_atomic
-from kd_cache.store.keys import NO_LABEL as NO_LABEL
-from kd_cache.store.keys import are_ascending
+from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.keys import NO_LABEL as NO_LABEL
+from kd_cache.keys import are_ascending
 
 PERMITTED_NAME = re.compile(r"permitted-([0-9a-f]{32})\.npy\Z")
 _ROW = 20

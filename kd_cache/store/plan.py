@@ -20,9 +20,9 @@ from typing import Any
 import xxhash
 
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.fingerprint import canonical_json
-from kd_cache.store.atomic import open_file, store_errors, write_atomic
-from kd_cache.store.strict_json import strict_json
+from kd_cache.files.atomic import open_file, store_errors, write_atomic
+from kd_cache.files.strict_json import strict_json
+from kd_cache.store.origin import canonical_json
 
 Shape = tuple[int, int]
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
-from kd_cache.store.atomic import make_directory, remove_files, store_errors
+from kd_cache.files.atomic import make_directory, remove_files, store_errors
+from kd_cache.keys import KeyFinder
+from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
-from kd_cache.store.folder import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, IndexChangedError, origin_entry, write_index
-from kd_cache.store.keys import KeyFinder
-from kd_cache.store.pack import Origin, Pack, open_pack
+from kd_cache.store.origin import Origin
+from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.pending import begun, begun_with, forget
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot

@@ -14,12 +14,13 @@ from functools import cached_property
 from pathlib import Path
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, shown
+from kd_cache.files.atomic import store_errors
 from kd_cache.store.accuracy import Accuracy, alarm, measure
-from kd_cache.store.atomic import store_errors
+from kd_cache.store.cache import CacheFolder, PackSet
 from kd_cache.store.current import Current, current_of
-from kd_cache.store.folder import CacheFolder, PackSet
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state
-from kd_cache.store.pack import Origin, Pack
+from kd_cache.store.origin import Origin
+from kd_cache.store.pack import Pack
 from kd_cache.store.pending import read_pending
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.plan import BatchPlan, load_plan

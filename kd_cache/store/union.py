@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from kd_cache.errors import CorruptError, shown
-from kd_cache.store.keys import KeyFinder, sorted_order
-from kd_cache.store.pack import Origin, Pack, row_checksums, write_pack
+from kd_cache.keys import KeyFinder, sorted_order
+from kd_cache.store.origin import Origin
+from kd_cache.store.pack import Pack, row_checksums, write_pack
 from kd_cache.store.take import take_rows
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
-from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, sync_directory, temporary_beside
+from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, sync_directory, temporary_beside
 
 ROW_FILE_NAME = re.compile(r"[0-9a-f]{32}\.npy\Z")
 Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, StoreError, shown
-from kd_cache.provenance import Provenance
-from kd_cache.store.atomic import write_atomic
+from kd_cache.files.atomic import write_atomic
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, known_names
 from kd_cache.train.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
 from kd_cache.train.settings import ROLES

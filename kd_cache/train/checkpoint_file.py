@@ -19,9 +19,9 @@ import xxhash
 from safetensors.torch import load as tensors_of_safetensors
 
 from kd_cache.errors import CheckpointError, listed, shown
-from kd_cache.fingerprint import canonical_json
-from kd_cache.pickle_scan import PickleScan, unlisted
-from kd_cache.torch_zip import NotFromTorchError, pickle_in
+from kd_cache.files.pickle_scan import PickleScan, unlisted
+from kd_cache.files.torch_zip import NotFromTorchError, pickle_in
+from kd_cache.store.origin import canonical_json
 
 RECORD_ENTRY: Final = "kd_cache"
 CHECKSUM_ENTRY: Final = "kd_cache.xxh3_128"

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.manifest import IGNORED, Sample
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import FeatureError, StaleError, shown
-from kd_cache.features import FeatureSource
-from kd_cache.fingerprint import canonical_json
-from kd_cache.manifest import IGNORED, Sample
-from kd_cache.pipeline.reading import read_ahead
-from kd_cache.reader.placement import fits
+from kd_cache.score.reading import read_ahead
+from kd_cache.serve.placement import fits
+from kd_cache.store.origin import canonical_json
 from kd_cache.watch import Watcher
 
 _AHEAD = 4

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
+from kd_cache.dataset.guard import Places, places_of_sample
+from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, UsageError, listed
-from kd_cache.manifest import Sample
-from kd_cache.splits import Places, places_of_sample
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.manifest import Manifest, Sample
 from kd_cache.dataset.task import DCASE
-from kd_cache.features import FeatureSource
-from kd_cache.manifest import Manifest, Sample
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.inference import score
 from kd_cache.train.metrics import measure, measure_groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kd_cache.errors import KDCacheError, TeacherError, TrainingError, shown
-from kd_cache.pipeline.engine import is_out_of_memory
+from kd_cache.score.engine import is_out_of_memory
 from kd_cache.train.settings import Settings
 
 

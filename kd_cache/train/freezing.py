@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
-from kd_cache.fingerprint import weights_digest
+from kd_cache.store.origin import weights_digest
 from kd_cache.train.head import Standardised
 
 HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
-from kd_cache.pipeline.device import AUTOCAST
+from kd_cache.score.device import AUTOCAST
 from kd_cache.train.augment import Augmentation, Mixed, augmented
 from kd_cache.train.clips import Clips
 from kd_cache.train.freezing import Frozen, trainable_parameters

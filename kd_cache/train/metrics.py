@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from kd_cache.errors import TeacherError, UsageError
-from kd_cache.storage_cost import log_softmax
+from kd_cache.score.storage_cost import log_softmax
 
 BINS: Final = 15
 THRESHOLDS: Final = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

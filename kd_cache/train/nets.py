@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageError, listed, shown
-from kd_cache.factory import resolve_factory
-from kd_cache.provenance import Provenance
+from kd_cache.score.factory import resolve_factory
 from kd_cache.train.architectures import architectures
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from kd_cache.factory import PRIVATE, is_file, load_file, resolve_factory
-from kd_cache.fingerprint import weights_digest
+from kd_cache.score.factory import PRIVATE, is_file, load_file, resolve_factory
+from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import architectures
 
 _VERSIONED = {"torch", "kd_cache", "teachers"}

@@ -26,8 +26,8 @@ from typing import Any, Final
 
 import kd_cache
 from kd_cache.errors import shown
-from kd_cache.fingerprint import canonical_json
-from kd_cache.store.atomic import TEMPORARY, make_directory, open_file, store_errors, sync_directory, write_atomic
+from kd_cache.files.atomic import TEMPORARY, make_directory, open_file, store_errors, sync_directory, write_atomic
+from kd_cache.store.origin import canonical_json
 
 WEIGHTS, ENTRY = "weights.safetensors", "entry.json"
 _KEY_SHOWN: Final = 32

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import shown
-from kd_cache.store.atomic import make_directory, store_errors, write_atomic
+from kd_cache.files.atomic import make_directory, store_errors, write_atomic
 from kd_cache.train.checkpoint import checkpoint_names, read_weights, save_checkpoint
 from kd_cache.train.job import TrainJob
 from kd_cache.train.run_folder import BEST

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import UsageError
-from kd_cache.fingerprint import canonical_json
-from kd_cache.pipeline.device import environment
-from kd_cache.provenance import Provenance
+from kd_cache.score.device import environment
+from kd_cache.store.origin import canonical_json
 from kd_cache.train.architectures import ARCHITECTURE_VERSION
 from kd_cache.train.checkpoint_file import MOST_RECORD
 from kd_cache.train.clips import Clips, class_names

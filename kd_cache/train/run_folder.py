@@ -33,7 +33,7 @@ import yaml
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
-from kd_cache.store.atomic import TEMPORARY, make_directory, store_errors, write_atomic
+from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, write_atomic
 from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, net_names, save_checkpoint
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
 from kd_cache.train.progress import EPOCH_COLUMNS, Progress, Step

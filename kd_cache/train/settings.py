@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from kd_cache.errors import UsageError, shown
-from kd_cache.factory import without_folder
+from kd_cache.score.factory import without_folder
 from kd_cache.train.augment import LEVELS, Augmentation
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"

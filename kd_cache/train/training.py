@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.manifest import Sample
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import (
     CheckpointError,
     FeatureError,
@@ -26,10 +28,8 @@ from kd_cache.errors import (
     listed,
     shown,
 )
-from kd_cache.manifest import Sample, sample_key
-from kd_cache.pipeline.device import refuse_training_precision, training_numerics
-from kd_cache.provenance import Provenance
-from kd_cache.store.keys import KeyFinder
+from kd_cache.keys import KeyFinder, sample_key
+from kd_cache.score.device import refuse_training_precision, training_numerics
 from kd_cache.train.architectures import architecture_of
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips

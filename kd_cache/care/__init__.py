@@ -1,0 +1,1 @@
+"""Keeping a cache healthy: verify, repair, seal, merge, gc, diff."""

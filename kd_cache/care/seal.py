@@ -1,0 +1,127 @@
+"""Sealing a cache that several processes filled: one pack per teacher, the view, and the index that makes them current.
+
+Which rows are current is what the dumps themselves wrote down, or the index where there is nothing newer. No teacher is
+loaded. Every permitted feature is read, because a row of a feature that has changed is stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_cache.dataset.dataset import Dataset, nothing_readable
+from kd_cache.keys import keys_of
+from kd_cache.score.reading import read_digests
+from kd_cache.store.current import Current
+from kd_cache.store.index import Index
+from kd_cache.store.publish import Change, Published, Wanted, publish
+from kd_cache.store.snapshot import Snapshot
+from kd_cache.watch import Watcher
+
+
+@dataclass(frozen=True)
+class SealJob:
+    """What to seal.
+
+    Attributes:
+        snapshot: the cache.
+        data: what it is to hold.
+        files: whether it is to have a view; ``None`` leaves that as the dump said.
+        workers: threads that read features.
+        record: what the index is to say of the run where no dump has left a record.
+        shown_path: the cache's path as the user wrote it, with which the index's paths start; ``None`` leaves that as
+            the dump said.
+    """
+
+    snapshot: Snapshot
+    data: Dataset
+    files: bool | None = None
+    workers: int = 2
+    record: Mapping[str, Any] = field(default_factory=dict)
+    shown_path: str | None = None
+
+
+@dataclass
+class SealReport:
+    """What a seal did. ``missing`` maps files that the dumps could not score to the reason."""
+
+    cache: Path
+    permitted: int
+    missing: dict[str, str]
+    published: Published
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cache": str(self.cache),
+            "permitted": self.permitted,
+            "missing": self.missing,
+            "published": vars(self.published),
+        }
+
+
+def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
+    """Merge what dumps committed and make it current.
+
+    Equal rows give equal bytes: the result is that of one dump in one process.
+
+    Raises:
+        MissingLogitsError: nothing was begun here, or rows of a permitted sample are not there; nothing changes.
+        FeatureError: a feature cannot be read that no dump listed as missing, or none can.
+        StaleError: the cache of an older script.
+        CorruptError: logits are joined to wrong rows.
+        StoreError: the cache cannot be written.
+    """
+    watcher = watcher or Watcher()
+    snapshot, selection = job.snapshot, job.data.selection
+    for error in snapshot.packs.damaged.values():
+        watcher.note(error.message)
+    current = snapshot.current(watcher)
+    snapshot.refuse_wrong_joins(current.origins)
+    inputs, known = read_digests(job.data.features, selection.listed, current.missing, job.workers, watcher)
+    if not known.any():
+        raise nothing_readable(len(known))
+    missing = _still_missing(selection.listed, inputs, known, snapshot, current)
+    shown_path = job.shown_path or str(current.record.get("shown_path", snapshot.folder.path))
+    further = {key: value for key, value in job.record.items() if key not in current.record}
+    record = {**current.record, **further, "shown_path": shown_path, **job.data.described}
+    change = Change(
+        shown_path,
+        Wanted.of(selection, inputs[selection.order], known[selection.order]),
+        current.origins,
+        record,
+        bool(record.get("files", True)) if job.files is None else job.files,
+        entries=current.entries,
+        missing=missing,
+        hint=_what_is_missing(snapshot.pending),
+    )
+    return SealReport(snapshot.folder.path, len(selection.listed), missing, publish(snapshot, change, watcher))
+
+
+def _still_missing(
+    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, snapshot: Snapshot, current: Current
+) -> dict[str, str]:
+    """Of what any dump could not score, that which no other one did."""
+    listed = [number for number, file in enumerate(files) if file in current.missing]
+    absent = ~known[listed]
+    keys = keys_of(files[number] for number in listed)
+    for origin in current.origins.values():
+        union = snapshot.union(origin)
+        absent |= True if union is None else union.match(keys, inputs[listed]) < 0
+    return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+
+
+def _what_is_missing(pending: Sequence[Index]) -> str:
+    """Which parts have not run, as far as those that have can tell."""
+    parts = [part for record in pending if isinstance(part := record.record.get("part"), list) and len(part) == 2]
+    lost: dict[int, set[int]] = {}
+    for number, count in parts:
+        lost.setdefault(count, set(range(min(count, 10_000)))).discard(number)
+    for count, numbers in lost.items():
+        if numbers:
+            names = ", ".join(f"{number}/{count}" for number in sorted(numbers)[:20])
+            return f"These parts have not run: {names}. Run kd-cache dump --shard for them, then seal again."
+    return "Run kd-cache dump again (with the same --shard, if the work was split), then seal."

@@ -1,0 +1,244 @@
+"""``kd-cache dump``: score a training set with every teacher, once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import randbits
+from typing import Any, Literal
+
+from kd_cache.care.problems import VerifyReport
+from kd_cache.care.verify import VerifyJob, verify_cache
+from kd_cache.cli.console import Screen, size
+from kd_cache.cli.inputs import data_of
+from kd_cache.cli.parts import part_of
+from kd_cache.cli.report import missing_lines, problem_lines, verify_table
+from kd_cache.cli.saved import run_record
+from kd_cache.cli.teachers import described, load_teachers, teacher_specs
+from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.errors import shown, worst_exit_code
+from kd_cache.options import BadSample, DType, Precision, Target
+from kd_cache.score.device import resolve_device
+from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
+from kd_cache.score.storage_cost import StorageCost
+from kd_cache.store.accuracy import Accuracy
+from kd_cache.store.cache import refuse_file_as_root
+from kd_cache.store.snapshot import Snapshot
+
+Part = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """What a dump is told, by the names of its options; data options go to `data_of`."""
+
+    target: Target
+    on_bad_sample: BadSample
+    num_scenes: int
+    num_cities: int
+    city2scene_teacher_ckpt: Path | None
+    scene_teacher_ckpt: Path | None
+    teacher: list[str]
+    only: list[str]
+    max_checkpoint_bytes: int
+    cache_root: Path
+    dtype: DType
+    skip_existing: bool
+    files: bool
+    num_verify: int
+    reread: bool
+    device: str
+    precision: Precision
+    compile: bool
+    batch_size: int | Literal["auto"] | None
+    workers: int
+    seed: int
+    shard_size: int
+    shard_seconds: float
+    shard: str | None
+
+
+def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
+    """Guard, load, score, verify."""
+    options = run.to(DumpOptions)
+    part, said = part_of(options.shard)
+    data = data_of(options.target, run.values)
+    _announce(screen, data)
+    if part is not None:
+        screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
+    refuse_file_as_root(options.cache_root)
+    job = _job(run, options, data, part)
+    if dry_run:
+        report = plan_dump(job)
+        content, code = {"dry_run": True, **_as_json(report)}, 3 if report.missing else 0
+        return Report(content, [_plan_table(report), _plan_line(report)], code)
+    code, content = dump_and_report(job, options.num_verify, screen)
+    return Report(content, exit_code=code)
+
+
+def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
+    """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
+    report = dump_logits(job, screen)
+    # A part has no index yet; what it wrote was read back before it was put in place.
+    verified = None if job.part is not None else _verify(job, report, num_verify, screen)
+    screen.result(_summary_table(report), *_summary_lines(job, report))
+    if verified is not None:
+        screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
+    content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
+    codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
+    return worst_exit_code(codes), content
+
+
+def _job(run: Run, options: DumpOptions, data: Dataset, part: Part) -> DumpJob:
+    specs = teacher_specs(
+        options.target,
+        {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
+        options.teacher,
+        options.only,
+        own_data=run.given("json_path") or run.given("data_root"),
+    )
+    device = resolve_device(options.device)
+    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
+    return DumpJob(
+        cache_root=options.cache_root,
+        data=data,
+        teachers=teachers,
+        device=device,
+        dtype=options.dtype,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        compiled=options.compile,
+        reread=options.reread,
+        skip_existing=options.skip_existing,
+        files=options.files,
+        on_bad_sample=options.on_bad_sample,
+        workers=options.workers,
+        seed=options.seed,
+        shard_size=options.shard_size,
+        shard_seconds=options.shard_seconds,
+        part=part,
+        notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
+        record=run_record(run, data),
+    )
+
+
+def _announce(screen: Screen, data: Dataset) -> None:
+    selection = data.selection
+    counts = ", ".join(f"{count:,} of {device}" for device, count in selection.per_device.items())
+    screen.remark(
+        f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
+    )
+    if selection.located < selection.locatable:
+        unknown = selection.locatable - selection.located
+        screen.note(
+            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location: whether they "
+            "share one cannot be checked"
+        )
+    if selection.shared_locations:
+        screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
+
+
+def _verify(job: DumpJob, report: DumpReport, count: int, screen: Screen) -> VerifyReport | None:
+    if count == 0:
+        return None
+    return verify_cache(
+        VerifyJob(
+            report.snapshot or Snapshot(job.folder, maps=True),
+            job.data,
+            teachers=job.teachers,
+            only=list(job.teachers),
+            n=count,
+            seed=randbits(32),
+        ),
+        screen,
+    )
+
+
+def _summary_table(report: DumpReport) -> Table:
+    rows = []
+    for name, result in report.teachers.items():
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in result.rescored.items())
+        rescored = f"{result.rescored.total():,}" + (f" ({reasons})" if reasons else "")
+        rows.append([name, f"{result.scored:,}", f"{result.skipped:,}", rescored, f"{result.dropped:,}"])
+    columns = ["Teacher", "Scored", "Skipped (fresh)", "Rescored (stale)", "Dropped"]
+    part = "" if report.part_size == report.permitted else f", {report.part_size:,} of them in this part"
+    return Table(f"{shown(report.cache)}: {report.permitted:,} permitted samples{part}", columns, rows)
+
+
+def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
+    lines = []
+    if report.samples_scored == 0 and not report.missing:
+        what = "permitted sample" if job.part is None else "sample of this part"
+        lines.append(f"Nothing to score: every {what} is cached and fresh.")
+    elif report.samples_scored:
+        lines.append(
+            f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {report.rate:,.0f} samples/s "
+            f"on {job.device}, {job.precision}, stored as {job.dtype}"
+        )
+        lines.append("busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items()))
+    if report.published is not None:
+        done = report.published
+        lines.append(
+            f"{size(done.pack_bytes)} of packs, {done.view_written:,} .npy files written, {done.view_removed:,} removed"
+            f"; {done.num_samples:,} samples complete"
+        )
+        for name, kept in done.accuracy.items():
+            if kept["rows"]:
+                lines.append(
+                    f"{name}: {Accuracy(kept['correct'], kept['rows'])} of labelled source rows name their scene"
+                )
+    if job.part is not None:
+        lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
+    for name, result in report.teachers.items():
+        lines += _cost_line(f"{name}: storing as fp16", result.cost)
+        lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
+    return lines + missing_lines(report.missing)
+
+
+def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
+    if measured is None or not measured.rows:
+        return []
+    cost = measured.as_json()
+    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
+    return [f"{what}, over {cost['rows']:,} rows: {told}"]
+
+
+def _seal_command(job: DumpJob) -> str:
+    root = "" if str(job.cache_root) == "cache" else f" --cache-root {shlex.quote(str(job.cache_root))}"
+    return f"kd-cache seal --target {job.data.target}{root}"
+
+
+def _plan_table(report: DumpReport) -> Table:
+    rows = [
+        [name, f"{result.scored:,}", f"{result.skipped:,}", f"{result.rescored.total():,}", f"{result.dropped:,}"]
+        for name, result in report.teachers.items()
+    ]
+    columns = ["Teacher", "To score", "Fresh", "Stale", "To drop"]
+    return Table(f"{shown(report.cache)}: what kd-cache dump would do", columns, rows)
+
+
+def _plan_line(report: DumpReport) -> str:
+    return f"{report.samples_scored:,} samples to read and score, about {size(report.bytes_planned)} of logits to store"
+
+
+def _as_json(report: DumpReport) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "cache": str(report.cache),
+        "permitted": report.permitted,
+        "part_size": report.part_size,
+        "per_device": report.per_device,
+        "teachers": {name: result.as_json() for name, result in report.teachers.items()},
+        "samples_scored": report.samples_scored,
+        "missing": report.missing,
+        "seconds": report.seconds,
+        "samples_per_second": report.rate,
+        "busy": report.busy,
+        "halved_to": report.halved_to,
+    }
+    if report.published is None:
+        return content | {"bytes": report.bytes_planned}
+    done: Mapping[str, Any] = vars(report.published)
+    return content | {"bytes": report.published.pack_bytes, "published": dict(done)}

@@ -1,0 +1,74 @@
+"""``kd-cache verify``: audit caches against the manifest, the features and the teachers."""
+
+from __future__ import annotations
+
+from secrets import randbits
+
+from kd_cache.care.problems import VerifyReport
+from kd_cache.care.verify import VerifyJob, state_problem, verify_cache
+from kd_cache.cli.console import Screen
+from kd_cache.cli.report import problem_lines, verify_table
+from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
+from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.task import DCASE
+from kd_cache.errors import worst_exit_code
+from kd_cache.score.device import resolve_device
+from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
+from kd_cache.store.snapshot import Snapshot
+
+
+def verify(run: Run, screen: Screen, verify_seed: int | None) -> Report:
+    """Audit each cache."""
+    drawn = randbits(32) if verify_seed is None else verify_seed
+    reports = [_verify_one(run, folder, drawn, screen) for folder in chosen_caches(run, screen)]
+    lines: list[str | Table] = []
+    for report in reports:
+        for note in report.notes:
+            screen.note(note)
+        lines += [verify_table(report)] if report.teachers else []
+        lines += [*problem_lines(report.worst_first), ""]
+    code = worst_exit_code(report.exit_code for report in reports)
+    return Report({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]}, lines, code)
+
+
+def chosen_caches(run: Run, screen: Screen) -> list[CacheFolder]:
+    """The cache of ``--target``, or every finished one under the root."""
+    root, target = run.values["cache_root"], run.values["target"]
+    if target is not None:
+        return [CacheFolder(root / DCASE.adaptation(target))]
+    found = find_caches(root, DCASE.is_adaptation)
+    folders = [folder for folder in found if DCASE.target_in(folder.path.name)]
+    for folder in found:
+        if folder not in folders:
+            screen.note(f"{folder.path} is not named after a target ({', '.join(DCASE.targets)}) and is passed over")
+    if not folders:
+        raise no_finished_cache(root, DCASE.is_adaptation)
+    return folders
+
+
+def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
+    options = run.values
+    target = DCASE.target_in(folder.path.name) or folder.path.name
+    snapshot = Snapshot(folder, maps=True)
+    problem = state_problem(snapshot)
+    if problem is not None and not run.given("json_path"):
+        return VerifyReport(str(folder.path), seed, everything=options["everything"], problems=[problem])
+    saved = saved_in(None if problem else snapshot.index)
+    data = saved_data(run, saved, target)
+    device = resolve_device(options["device"]) if options["recompute"] else None
+    loaded = saved_teachers(run, saved, target)
+    return verify_cache(
+        VerifyJob(
+            snapshot,
+            data,
+            teachers=loaded.teachers,
+            unchecked=loaded.unchecked,
+            n=None if options["everything"] else options["n"],
+            seed=seed,
+            precision=options["precision"],
+            dtype=options["dtype"],
+            recompute=options["recompute"],
+            device=device,
+        ),
+        screen,
+    )

@@ -1,0 +1,222 @@
+"""Feature arrays: one plain ``.npy`` of shape ``[T, F]`` per sample, read strictly and never outside its root.
+
+A file is opened once, without following a link out of the data root and without ever blocking on a FIFO; its header is
+parsed by this module (no pickle, no surprises), its size must be exact, its values finite.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from kd_cache.errors import FeatureError, UsageError, shown
+from kd_cache.files.npy import MAX_HEADER, check_size, parse_header, read_array
+
+MAX_BYTES = 1 << 24
+"""A feature file above this is refused by default: one second of log-mel takes about 25 kB, and a dump holds dozens."""
+PATH_MAX = 4096
+_HALF_EXPONENT = np.uint16(0x7C00)
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+
+
+class Feature(NamedTuple):
+    """One sample's features: ``array`` ``[T, F]`` (float32 or float16 as stored, C order, read-only) and its digest."""
+
+    array: np.ndarray
+    digest: bytes
+
+
+StatRow = tuple[int, int, int, int, int]
+UNKNOWN: StatRow = (-1, -1, -1, -1, -1)
+
+
+def stat_row(status: os.stat_result) -> StatRow:
+    """Device, inode, size, mtime and ctime in nanoseconds, as int64; -1 throughout for what is not a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        return UNKNOWN
+    device, inode = (n if n < 1 << 63 else n - (1 << 64) for n in (status.st_dev, status.st_ino))
+    return device, inode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+class FeatureSource:
+    """Reads the features of manifest files.
+
+    Args:
+        root: data root; relative files lie below it.
+        allow_outside: further folders or files that absolute files and links may lead to.
+        max_bytes: a larger file is refused unread.
+
+    Raises:
+        UsageError: the root is not a folder.
+    """
+
+    def __init__(self, root: str | Path, allow_outside: Iterable[str | Path] = (), max_bytes: int = MAX_BYTES) -> None:
+        self.root = Path(root)
+        self.max_bytes = max_bytes
+        if not self.root.is_dir():
+            raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
+        self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
+        self._directories: dict[str, tuple[str, bool]] = {}
+
+    def read(self, file: str) -> Feature:
+        """The whole array, checked and digested.
+
+        Raises:
+            FeatureError: missing, outside the root, not a plain file, malformed, truncated, not ``[T, F]`` of float16
+                or float32, or not finite.
+        """
+        try:
+            descriptor, status = self._open(file)
+            try:
+                content = _read_all(descriptor, status.st_size, self.max_bytes)
+            finally:
+                os.close(descriptor)
+            array = read_array(content)
+            check_array(array)
+        except (ValueError, OSError) as error:
+            raise self._error(file, error) from None
+        return Feature(array, input_digest(array))
+
+    def try_read(self, file: str) -> Feature | FeatureError:
+        """As `read`, with the error as the result: for those who go on without the sample."""
+        try:
+            return self.read(file)
+        except FeatureError as error:
+            return error
+
+    def read_many(self, files: Sequence[str]) -> list[Feature | FeatureError]:
+        """As `try_read` of each, in their order: what a thread that reads ahead takes at once."""
+        return [self.try_read(file) for file in files]
+
+    def stat_many(self, files: Sequence[str]) -> np.ndarray:
+        """``[N, 5]`` int64: device, inode, size, mtime and ctime in nanoseconds of each file, which is not opened.
+
+        A row of -1 is a file that only `read` can judge: missing, a link, not a regular file, too large, outside the
+        permitted places.
+        """
+        rows = [UNKNOWN] * len(files)
+        for number, file in enumerate(files):
+            with suppress(ValueError, OSError):
+                path, inside = self._path(file)
+                if inside or self._is_permitted(path):
+                    status = os.lstat(path)
+                    if status.st_size <= self.max_bytes:
+                        rows[number] = stat_row(status)
+        return np.array(rows, np.int64).reshape(-1, 5)
+
+    def shape(self, file: str) -> tuple[int, int]:
+        """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
+        try:
+            descriptor, status = self._open(file)
+            try:
+                header = parse_header(os.read(descriptor, MAX_HEADER + 12))
+                check_size(header, status.st_size)
+            finally:
+                os.close(descriptor)
+            return _frames_and_bins(header.shape)
+        except (ValueError, OSError) as error:
+            raise self._error(file, error) from None
+
+    def _open(self, file: str) -> tuple[int, os.stat_result]:
+        path, inside = self._path(file)
+        if not inside:
+            self._refuse_outside(path)
+        try:
+            descriptor = os.open(path, _OPEN)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            # The file itself is a link: follow it to its end, and open that only if it is in a permitted place.
+            target = os.path.realpath(path, strict=True)
+            self._refuse_outside(target)
+            descriptor = os.open(target, _OPEN)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise ValueError("it is not a regular file")
+        return descriptor, status
+
+    def _path(self, file: str) -> tuple[str, bool]:
+        """The path without links, but for the file itself, and whether all that is in its folder may be read."""
+        if len(file) > PATH_MAX:  # no system opens it, and to look for links in it takes long
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        cut = file.rfind("/") + 1
+        known = self._directories.get(file[:cut])
+        if known is None:
+            real = os.path.realpath(os.path.join(self.root, file[:cut])).rstrip("/")  # noqa: PTH118 (as written)
+            known = self._directories[file[:cut]] = (f"{real}/", self._is_permitted(real))
+        return known[0] + file[cut:], known[1]
+
+    def _is_permitted(self, path: str) -> bool:
+        return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._permitted)
+
+    def _refuse_outside(self, path: str) -> None:
+        if not self._is_permitted(path):
+            raise ValueError(
+                f"it lies outside the data root {shown(self.root)}; permit its folder with --allow-outside"
+            )
+
+    def _error(self, file: str, error: Exception) -> FeatureError:
+        where = f"feature {shown(file)} (under {shown(self.root)})"
+        if isinstance(error, FileNotFoundError):
+            return FeatureError(f"{where} does not exist", hint="Check --data-root, or restore the file.")
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else shown(error)
+        return FeatureError(f"{where}: {reason}")
+
+
+def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"its shape is {list(shape)}, expected [frames, bins] with at least one of each")
+    return shape[0], shape[1]
+
+
+def check_array(array: np.ndarray) -> None:
+    _frames_and_bins(array.shape)
+    if not _is_finite(array):
+        finite = np.isfinite(array)
+        frame, band = divmod(int(finite.argmin()), array.shape[1])
+        raise ValueError(f"its value at frame {frame}, bin {band} is {array[frame, band]}, expected finite numbers")
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether every value is. What numpy does for half precision takes ten times as long as a look at the exponents."""
+    if array.itemsize == 2:
+        return bool((array.view(np.uint16) & _HALF_EXPONENT).max() < _HALF_EXPONENT)
+    # No square is negative: a value that is not finite leaves a sum that is not. For longer ones BLAS starts threads.
+    if array.size <= 8192 and np.vdot(array, array) < np.inf:
+        return True
+    return bool(np.isfinite(array).all())  # the sum of finite squares may overflow, too
+
+
+def _read_all(descriptor: int, size: int, most: int) -> bytes:
+    """The whole file in one read; a byte more than its ``size`` is asked for, to notice where it grows."""
+    if size > most:
+        raise ValueError(f"it has {size} bytes, expected at most {most}; --max-feature-bytes permits more")
+    content = os.read(descriptor, size + 1)
+    if len(content) == size:
+        return content
+    parts = [content]
+    while chunk := os.read(descriptor, size + 1):
+        parts.append(chunk)
+        if sum(map(len, parts)) > most:
+            raise ValueError("it grows while it is read")
+    return b"".join(parts)
+
+
+def input_digest(array: np.ndarray) -> bytes:
+    """16 bytes of xxh3-128 over dtype, shape and C-order contents of a feature array.
+
+    The container does not matter: the same array as ``.npy``, in Fortran order or packed elsewhere digests equally.
+    """
+    digest = xxhash.xxh3_128()
+    digest.update(f"{array.dtype.str}{array.shape}".encode("ascii"))
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()

@@ -1,0 +1,309 @@
+"""Who may be scored, cached and distilled: train samples of the source A and of one target, and nobody else.
+
+The guard looks at the whole manifest before any teacher is loaded. It covers what a manifest can show: splits that
+contradict their list, unseen devices in train, one file in train and in a held-out split under any spelling (folders
+that are links included), one recording location in train and test. It cannot see two files with equal sound and
+unrelated names, nor a link to a single file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_cache.dataset.manifest import Manifest, Sample, place_name, spelling
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.dataset.task import DCASE, Task
+from kd_cache.errors import DataLeakageError, UsageError, listed, shown
+from kd_cache.keys import NO_LABEL, KeyFinder, keys_of, sample_key, sorted_order
+from kd_cache.watch import Watcher
+
+_PATH_MAX = 4096
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The permitted samples for one target, in manifest order, and what the guard could check.
+
+    ``located`` counts the train and test rows whose location is known, ``locatable`` all of them; ``shared_locations``
+    lists what ``allow_shared_locations`` let pass.
+    """
+
+    target: str
+    samples: tuple[Sample, ...]
+    located: int
+    locatable: int
+    shared_locations: tuple[str, ...] = ()
+    task: Task = DCASE
+
+    @cached_property
+    def listed(self) -> list[str]:
+        """The permitted files in the manifest's order."""
+        return [sample.file for sample in self.samples]
+
+    @property
+    def files(self) -> list[str]:
+        """A copy of ``listed``."""
+        return list(self.listed)
+
+    @cached_property
+    def listed_keys(self) -> np.ndarray:
+        """``[N, 16]`` u1: the keys of ``listed``."""
+        return keys_of(self.listed)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """``[N]``: ``keys[i]`` is that of ``samples[order[i]]``."""
+        return sorted_order(self.listed_keys)
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """``[N, 16]`` u1: the keys of the permitted files, ascending. What works on samples numbers them so."""
+        keys: np.ndarray = self.listed_keys[self.order]
+        return keys
+
+    @cached_property
+    def by_key(self) -> list[str]:
+        """The permitted files in the order of their keys."""
+        return [self.listed[number] for number in self.order.tolist()]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """``[N]`` int32 in the order of ``keys``: scenes of source samples; -1 for none, and for the target's."""
+        labels = [
+            sample.scene_label if sample.device_id == self.task.source and sample.scene_label is not None else NO_LABEL
+            for sample in self.samples
+        ]
+        found: np.ndarray = np.array(labels, np.int32)[self.order]
+        return found
+
+    @cached_property
+    def finder(self) -> KeyFinder:
+        """Finds keys among ``keys``."""
+        return KeyFinder(self.keys)
+
+    @property
+    def per_device(self) -> dict[str, int]:
+        """Permitted samples by device, the source first."""
+        counts = Counter(sample.device_id for sample in self.samples)
+        return {device: counts[device] for device in (self.task.source, self.target)}
+
+
+def select(
+    manifest: Manifest, target: str, *, allow_shared_locations: bool = False, data_root: Path | None = None
+) -> Selection:
+    """The train samples of A and ``target``.
+
+    Args:
+        manifest: all samples; the checks look at every row, whatever the target.
+        target: one of b, c, s1, s2, s3.
+        allow_shared_locations: let a location stand in both train and test; nothing else is relaxed.
+        data_root: the features' folder, so that an absolute path and a relative one can be seen to be one file.
+
+    Raises:
+        DataLeakageError: naming the first 20 offending samples and how many there are.
+        UsageError: an unknown target, or a selection without samples of A or of the target.
+    """
+    if target not in manifest.task.targets:
+        raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(manifest.task.targets)}")
+    return _guarded(manifest, target, allow_shared_locations, data_root)
+
+
+def select_source(
+    manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None
+) -> Selection:
+    """The train samples of A alone: what a scene teacher learns from. Arguments and errors as for `select`."""
+    return _guarded(manifest, manifest.task.source, allow_shared_locations, data_root)
+
+
+def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
+    task = manifest.task
+    train = [sample for sample in manifest if sample.split == "train"]
+    test = [sample for sample in manifest if sample.split.strip().casefold() in task.held_out]
+    _refuse_contradictions(manifest)
+    _refuse_unseen_devices(train, task)
+    _refuse_files_in_two_splits(manifest, data_root)
+    located, shared = _shared_locations(train, test, task)
+    if shared and not allow_shared_locations:
+        raise DataLeakageError(
+            f"{len(shared)} train samples were recorded at a location that also occurs in test\n{listed(shared)}",
+            hint="Move them out of train, or pass --allow-shared-locations if that is intended.",
+        )
+    chosen = tuple(sample for sample in train if sample.device_id in (task.source, target))
+    _refuse_empty(chosen, target, task)
+    _refuse_collisions(chosen)
+    return Selection(target, chosen, located, len(train) + len(test), tuple(shared), task)
+
+
+def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
+    """Raise `DataLeakageError` if any of ``files`` is not a permitted sample."""
+    permitted = set(selection.files)
+    outside = [file for file in files if file not in permitted]
+    if outside:
+        raise DataLeakageError(
+            f"{len(outside)} files are not permitted train samples of {selection.task.source} or {selection.target}"
+            f"\n{listed(outside)}"
+        )
+
+
+def location(sample: Sample, task: Task = DCASE) -> str | None:
+    """``city-location`` from the row's own field, else from a file name that tells it, else ``None``."""
+    return sample.location or location_in_name(sample.file, task)
+
+
+def location_in_name(file: str, task: Task = DCASE) -> str | None:
+    """``city-location`` of a file named as the task's clips are, else ``None``."""
+    found = task.place_in_name.findall(file)
+    return place_name("-".join(found[-1])) if found else None
+
+
+def _refuse_contradictions(manifest: Manifest) -> None:
+    wrong = [
+        f"{sample.file}: in the list {sample.listed_in}, but its split says {sample.split}"
+        for sample in manifest
+        if sample.listed_in is not None and sample.split != sample.listed_in
+    ]
+    if wrong:
+        raise DataLeakageError(f"{len(wrong)} samples contradict the list they stand in\n{listed(wrong)}")
+
+
+def _refuse_unseen_devices(train: list[Sample], task: Task) -> None:
+    wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in task.unseen]
+    if wrong:
+        raise DataLeakageError(
+            f"{len(wrong)} train samples come from the unseen devices {', '.join(task.unseen)}, "
+            f"which only the final evaluation may use\n{listed(wrong)}"
+        )
+
+
+def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> None:
+    plain = spelling if data_root is None else Places(data_root).plain
+    train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
+    both = [
+        f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
+        for other in manifest
+        if other.split != "train" and (file := train.get(plain(other.file))) is not None
+    ]
+    if both:
+        raise DataLeakageError(f"{len(both)} train files stand in another split too\n{listed(both)}")
+
+
+class Places:
+    """Where files lie below a data root: relative, absolute, and through folders that are links."""
+
+    def __init__(self, data_root: Path) -> None:
+        self.root = os.path.realpath(data_root)
+        self._real: dict[str, str] = {"/": ""}
+
+    def plain(self, file: str) -> str:
+        """One text for one file, however it is written. Files need not exist."""
+        path = f"{self.root}/{file}" if not file.startswith("/") else file
+        if len(path) >= _PATH_MAX:
+            return path  # no system opens it
+        if ".." in path:  # through a link, "a/../b" is not "b"
+            path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118, PTH119, PTH120
+        folder, _, name = spelling(path).rpartition("/")
+        return f"{self._folder(folder or '/')}/{name}"
+
+    def _folder(self, path: str) -> str:
+        """``realpath``, but one look per folder, whatever the number of files: links are looked for top down."""
+        names = []
+        while path not in self._real and not os.path.islink(path):  # noqa: PTH114
+            above, _, name = path.rpartition("/")
+            path = above or "/"
+            names.append(name)
+        if path not in self._real:
+            self._real[path] = os.path.realpath(path).rstrip("/")
+        real = self._real[path]
+        for name in reversed(names):
+            path, real = f"{path.rstrip('/')}/{name}", f"{real}/{name}"
+            self._real[path] = real
+        return real
+
+
+def _shared_locations(train: list[Sample], test: list[Sample], task: Task) -> tuple[int, list[str]]:
+    """How many rows have a known location, and the train rows whose location occurs in test.
+
+    A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
+    """
+    held_out = {place for sample in test for place in places_of_sample(sample, task)}
+    located = sum(1 for sample in test if places_of_sample(sample, task))
+    shared = []
+    for sample in train:
+        places = places_of_sample(sample, task)
+        located += bool(places)
+        common = places & held_out
+        if common:
+            shared.append(f"{sample.file}: location {min(common)}")
+    return located, shared
+
+
+def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
+    """Its recording location by its field and by its name: none, one, or two that contradict each other."""
+    return {place for place in (sample.location, location_in_name(sample.file, task)) if place is not None}
+
+
+def _refuse_empty(chosen: tuple[Sample, ...], target: str, task: Task) -> None:
+    for device in (task.source, target):
+        if not any(sample.device_id == device for sample in chosen):
+            raise UsageError(
+                f"the manifest has no train samples of device {device}, so there is nothing to adapt "
+                f"{'from' if device == task.source else 'to'}",
+                hint="Check --json-path and --target.",
+            )
+
+
+def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
+    if len({sample_key(sample.file) for sample in chosen}) != len(chosen):
+        raise UsageError("two different paths have the same MD5 key; rename one of them")
+
+
+def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> list[str]:
+    """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it."""
+    keys = provenance.keys
+    outside = keys[selection.finder.find(keys) < 0]
+    if not len(outside):
+        return []
+    rows = list(manifest)
+    known = keys_of(row.file for row in rows)
+    order = sorted_order(known)
+    at = KeyFinder(known[order]).find(outside)
+    told = []
+    for key, position in zip(outside, at.tolist(), strict=True):
+        if position < 0:
+            told.append(f"a file with key {key.tobytes().hex()}: not in this manifest")
+        else:
+            row = rows[order[position]]
+            told.append(f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}")
+    return sorted(told, key=lambda line: line.startswith("a file with key"))
+
+
+def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
+    """A note of each teacher that says what it was made with, but not all of it."""
+    for name, teacher in teachers.items():
+        provenance: Provenance | None = getattr(teacher, "provenance", None)
+        if provenance is not None and not provenance.complete:
+            watcher.note(
+                f"{shown(name)} stands on weights that say nothing of what they were trained on: whether those saw a "
+                "sample that is not permitted cannot be checked"
+            )
+
+
+def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: Selection) -> None:
+    """Raise `DataLeakageError` where a teacher says that it was made with a sample that is not permitted."""
+    for name, teacher in teachers.items():
+        provenance: Provenance | None = getattr(teacher, "provenance", None)
+        if provenance is not None and (found := leaked(provenance, manifest, selection)):
+            raise DataLeakageError(
+                f"teacher {shown(name)} was trained or validated on {len(found)} samples that are not permitted train "
+                f"samples of {selection.task.source} or {selection.target}\n{listed(found)}",
+                hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
+                "with.",
+            )

@@ -1,0 +1,342 @@
+"""The dataset JSON: which samples there are, whose they are, and which split each belongs to.
+
+Two shapes are read (DCASE pipelines write both): ``{"train": [...], "val": [...], "test": [...]}``, where a sample
+without ``split`` takes its list's name, and a flat list in which every sample carries ``split``. A sample without any
+split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import posixpath
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from kd_cache.dataset.task import DCASE, Task
+from kd_cache.errors import ManifestError, listed, shown
+
+LISTS = ("train", "val", "test")
+IGNORED = -100
+"""The label of a sample that has none, as torch's losses have it."""
+MAX_BYTES = 1 << 30
+"""A manifest above this is refused by default: a million samples take about 200 MB."""
+
+_CITY_AND_NUMBER = re.compile(r"(.*)-([0-9]+)\Z", re.DOTALL)
+
+
+class Sample(NamedTuple):
+    """One manifest row. ``file`` is its identity; labels are class indices or ``None`` where the manifest has none."""
+
+    file: str
+    scene_label: int | None
+    city_label: int | None
+    domain: int
+    device_id: str
+    split: str
+    listed_in: str | None
+    location: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All samples in the order of the file.
+
+    ``digest`` is the SHA-256 of the file's bytes, ``path`` where it was read from (``None`` when built in memory).
+    """
+
+    samples: tuple[Sample, ...]
+    digest: str
+    path: Path | None = None
+    task: Task = DCASE
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+
+def spelling(file: str) -> str:
+    """The path that ``file`` means: ``./x``, ``a//x`` and ``a/../x`` are other spellings of ``x``."""
+    if "//" not in file and "/." not in file and not file.startswith(".") and not file.endswith("/"):
+        return file  # nearly every one, in a tenth of the time
+    path = posixpath.normpath(file)
+    return path[1:] if path.startswith("//") else path  # POSIX lets "//x" mean something else; no system here does
+
+
+def load_manifest(
+    path: str | Path, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12, max_bytes: int = MAX_BYTES
+) -> Manifest:
+    """Read and check a dataset JSON.
+
+    Args:
+        path: the file.
+        task: which devices there are.
+        num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``.
+        max_bytes: a larger file is refused unread.
+
+    Raises:
+        ManifestError: unreadable, too large, not UTF-8 JSON, duplicate keys, a wrong type, a label out of range, no
+            split, a device that contradicts its domain, or two rows for one file.
+    """
+    path = Path(path).expanduser()
+    try:
+        raw = _read_plain(path, max_bytes)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ManifestError(
+            f"cannot read the manifest {shown(path)}: {shown(reason)}",
+            hint="Pass the dataset JSON with --json-path.",
+        ) from error
+    samples = parse_manifest(raw, shown(path), task=task, num_scenes=num_scenes, num_cities=num_cities)
+    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task)
+
+
+def _read_plain(path: Path, most: int) -> bytes:
+    """The bytes of a regular file: opening anything else could block, or never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a regular file")
+        if found.st_size > most:
+            raise ValueError(
+                f"it has {found.st_size} bytes, expected at most {most}; --max-manifest-bytes permits more"
+            )
+        raw = file.read(found.st_size + 1)  # a read that names no size would go on for as long as the file grows
+        if len(raw) != found.st_size:
+            raise ValueError("it changes while it is read")
+        return raw
+
+
+def parse_manifest(
+    raw: bytes, name: str, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12
+) -> tuple[Sample, ...]:
+    """The samples in a manifest's bytes; ``name`` is used in messages. Raises as `load_manifest`."""
+    with _without_collection():
+        rows = list(_rows(parse_json(raw, name), name))
+        if not rows:
+            raise ManifestError(f"{name} is empty: it lists no samples")
+        read = _RowReader(name, task, num_scenes, num_cities)
+        samples = []
+        rows.reverse()
+        while rows:  # each row goes when its sample is made: a million of both would take twice the memory
+            samples.append(read(*rows.pop()))
+        _refuse_duplicates(samples, name)
+    return tuple(samples)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Making a million objects that all stay, Python would look through all of them for cycles again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def parse_json(raw: bytes, name: str) -> Any:
+    """Strict JSON: UTF-8 without byte-order mark, no duplicate keys, no NaN or Infinity. Raises `ManifestError`."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ManifestError(f"{name} is not a manifest: it is nested too deeply") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{name} is not valid UTF-8 JSON: {shown(error)}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shown(twice)} occurs twice in one object")
+    return row
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:
+    """Each row with the list it stands in (``None`` in a flat manifest) and its position there."""
+    if isinstance(content, list):
+        yield from ((row, None, number) for number, row in enumerate(content))
+        return
+    if not isinstance(content, Mapping):
+        raise ManifestError(f"{name}: expected a list of samples or an object of lists, found {_kind(content)}")
+    unknown = sorted(set(content) - set(LISTS))
+    if unknown:
+        raise ManifestError(f"{name}: expected the lists {', '.join(LISTS)}, found also\n{listed(unknown)}")
+    for in_list, rows in content.items():
+        if not isinstance(rows, list):
+            raise ManifestError(f"{name}: {in_list} must be a list of samples, found {_kind(rows)}")
+        yield from ((row, in_list, number) for number, row in enumerate(rows))
+
+
+class _RowReader:
+    """Turns one JSON object into a `Sample`, or says which row is wrong and how."""
+
+    def __init__(self, name: str, task: Task, num_scenes: int, num_cities: int) -> None:
+        self.name = name
+        self.task = task
+        self.num_scenes = num_scenes
+        self.num_cities = num_cities
+
+    def __call__(self, row: Any, in_list: str | None, number: int) -> Sample:
+        try:
+            return self._read(row, in_list)
+        except ValueError as error:
+            where = f"{in_list or 'sample'}[{number}]"
+            file = row.get("file") if isinstance(row, dict) else None
+            of = f" ({shown(file)})" if isinstance(file, str) else ""
+            raise ManifestError(f"{self.name}, {where}{of}: {error}") from None
+
+    def _read(self, row: Any, in_list: str | None) -> Sample:
+        if not isinstance(row, dict):
+            raise ValueError(f"expected an object, found {_kind(row)}")
+        domain, device = _domain_and_device(self.task, row.get("domain"), row.get("device_id"))
+        scene = _scene_label(row, self.num_scenes)
+        if scene is None and device == self.task.source:
+            raise ValueError(f"scene_label is missing; samples of the source device {device} need one")
+        return Sample(
+            _file(row.get("file")),
+            scene,
+            _label("city_label", row.get("city_label"), self.num_cities),
+            domain,
+            device,
+            _split(row, in_list),
+            in_list,
+            _location(row),
+        )
+
+
+def _file(file: Any) -> str:
+    if not isinstance(file, str):
+        raise ValueError(f"file must be a string, found {_kind(file)}")
+    if not file or "\0" in file:
+        raise ValueError("file is empty" if not file else "file contains a NUL character")
+    if file.isascii():
+        return file
+    try:
+        file.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"file {shown(file)} is not valid Unicode (a lone surrogate)") from None
+    return file
+
+
+def _scene_label(row: dict[str, Any], num_scenes: int) -> int | None:
+    scene = _label("scene_label", row.get("scene_label"), num_scenes)
+    older = _label("label", row.get("label"), num_scenes)
+    if scene is None or older is None:
+        return older if scene is None else scene
+    if older != scene:
+        raise ValueError(f"scene_label is {scene} but label is {older}")
+    return scene
+
+
+def _label(field: str, value: Any, classes: int) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise ValueError(f"{field} must be an integer, found {_kind(value)}")
+    if not 0 <= value < classes:
+        raise ValueError(f"{field} is {_number(value)}, expected 0 to {classes - 1}")
+    return value
+
+
+def _domain_and_device(task: Task, domain: Any, device: Any) -> tuple[int, str]:
+    most = len(task.devices) - 1
+    if domain is not None and (type(domain) is not int or not 0 <= domain <= most):
+        raise ValueError(f"domain must be an integer from 0 to {most}, found {_kind(domain)}")
+    if device is None:
+        if domain is None:
+            raise ValueError("it has neither device_id nor domain")
+        return int(domain), task.devices[domain]
+    name = task.device(device) if isinstance(device, str) else None
+    if name is None:
+        found = f'"{shown(device)}"' if isinstance(device, str) else _kind(device)
+        raise ValueError(f"device_id is {found}, expected one of {', '.join(task.devices)}")
+    if domain is not None and domain != task.domain_of[name]:
+        raise ValueError(f"device_id {name} has domain {task.domain_of[name]}, but domain is {domain}")
+    return task.domain_of[name], name
+
+
+def _split(row: dict[str, Any], in_list: str | None) -> str:
+    split = row.get("split", in_list)
+    if split is None and "split" not in row:
+        raise ValueError('it has no "split", and the manifest has no train/val/test lists; a split is never guessed')
+    if not isinstance(split, str) or not split:
+        raise ValueError(f"split must be a word such as train or test, found {_kind(split)}")
+    return split
+
+
+def _location(row: dict[str, Any]) -> str | None:
+    """The recording location where the row names one: ``city-location``.
+
+    TAU calls it ``identifier``. That word may also mean something else: it counts first only where it looks like one.
+    """
+    if row.get("identifier") is None and row.get("location") is None:
+        return None
+    named = {field: _place(field, row) for field in ("identifier", "location") if row.get(field) is not None}
+    identifier = named.get("identifier")
+    return identifier if identifier and _CITY_AND_NUMBER.match(identifier) else named.get("location", identifier)
+
+
+def _place(field: str, row: dict[str, Any]) -> str:
+    value = row[field]
+    if type(value) is int or (isinstance(value, str) and value.isascii() and value.isdigit()):
+        # A bare number identifies a place only together with its city.
+        city = row.get("city_label")
+        return place_name(f"{'' if city is None else city}-{value}")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{field} must be a name or a number, found {_kind(value)}")
+    return place_name(value)
+
+
+@lru_cache(maxsize=16_384)  # many samples are of one place
+def place_name(text: str) -> str:
+    """One spelling for a location's name: ``Vienna-07`` and ``vienna_7`` are ``vienna-7``."""
+    name = text.strip().casefold()
+    before = name.rstrip("0123456789")
+    city, number = before.rstrip("-_ \t"), name[len(before) :]
+    return f"{city}-{number.lstrip('0') or '0'}" if number and city != before else name
+
+
+def _refuse_duplicates(samples: Sequence[Sample], name: str) -> None:
+    """Two rows for one file within one split. (One file in two splits is leakage: the guard reports that.)"""
+    seen: dict[tuple[str, str, str | None], str] = {}
+    twice = []
+    for sample in samples:
+        place = (spelling(sample.file), sample.split, sample.listed_in)
+        if place in seen:
+            first = seen[place]
+            twice.append(sample.file if first == sample.file else f"{sample.file} (also written {first})")
+        else:
+            seen[place] = sample.file
+    if twice:
+        raise ManifestError(f"{name}: the same file is listed more than once\n{listed(twice)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {_number(value)}"
+    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a string" if value else "an empty string")
+
+
+def _number(value: float | str) -> str:
+    """JSON has no largest integer; a message has."""
+    digits = str(value)
+    return digits if len(digits) <= 40 else f"{digits[:20]}… ({len(digits)} digits)"

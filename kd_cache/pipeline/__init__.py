@@ -1,1 +1,0 @@
-"""The stages of a dump, which work at the same time: reading features, batching, scoring, committing."""

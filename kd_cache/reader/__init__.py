@@ -1,1 +1,0 @@
-"""What is behind `LogitCache`: opening a generation, resolving files, gathering rows, serving batches."""

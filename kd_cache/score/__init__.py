@@ -1,0 +1,1 @@
+"""Inputs to rows, once: teachers, batches of fixed shape, freshness, commits."""

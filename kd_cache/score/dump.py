@@ -1,0 +1,227 @@
+"""The dump: read every permitted feature once, score what is not fresh with each teacher that needs it, publish.
+
+A row is *fresh* if a pack holds it under the teacher's present fingerprint and the feature's present digest. Scored
+rows are committed as small packs (a *shard*) every few seconds; that is all an interruption can lose. A rerun finds
+them fresh.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_cache.dataset.dataset import nothing_readable
+from kd_cache.dataset.guard import refuse_leaking, tell_of_untold
+from kd_cache.errors import FeatureError, UsageError
+from kd_cache.score.existing import find_rows
+from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
+from kd_cache.score.storage_cost import StorageCost
+from kd_cache.score.unchanged import Unchanged
+from kd_cache.store.pending import PendingRecord
+from kd_cache.store.publish import Change, Published, Wanted, publish
+from kd_cache.watch import Watcher
+
+__all__ = ["DumpJob", "DumpReport", "dump_logits", "plan_dump"]
+
+
+def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
+    """Run a dump to its end: every permitted sample scored or listed as missing, packs sealed, view and index written.
+
+    With ``part`` only that part is scored, and nothing is sealed: `kd_cache.seal_cache` does that when all are done.
+
+    Raises:
+        StaleError: the cache was written by an older script (and ``skip_existing`` is on).
+        CorruptError: logits that the cache holds were joined to wrong rows.
+        FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``; what was scored before stays committed.
+        StoreError: the cache cannot be written.
+    """
+    return _Dump(job, watcher or Watcher()).run()
+
+
+def plan_dump(job: DumpJob) -> DumpReport:
+    """What `dump_logits` would do, without scoring or writing anything."""
+    return _Dump(job, Watcher()).survey()
+
+
+class _Dump:
+    def __init__(self, job: DumpJob, watcher: Watcher) -> None:
+        self.job = job
+        self.watcher = watcher
+        self.folder = job.folder
+        self.begun = time.time_ns()
+        selection = job.data.selection
+        refuse_leaking(job.teachers, job.data.manifest, selection)
+        tell_of_untold(job.teachers, watcher)
+        # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
+        self.files, self.keys = selection.by_key, selection.keys
+        self.found = find_rows(job, watcher)
+        self.part = _part(job, len(self.files))
+        self.pending = PendingRecord(job.folder, job.origins, self._record())
+        self.report = DumpReport(
+            self.folder.path,
+            len(self.files),
+            len(self.part),
+            selection.per_device,
+            {name: _empty_report(job, name) for name in job.origins},
+        )
+
+    # -- the two ways to run ------------------------------------------------------------------------------------------
+
+    def survey(self) -> DumpReport:
+        """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
+        from kd_cache.score.scoring import due_reasons, refuse_bad
+
+        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
+        digests, good = unchanged.digests, unchanged.fresh.copy()
+        for number in self.part:
+            if good[number]:
+                continue
+            file = self.files[number]
+            held = self.job.skip_existing and any(known.holds(number) for known in self.found.known.values())
+            try:
+                if held:
+                    digests[number] = np.frombuffer(self.job.data.features.read(file).digest, np.uint8)
+                else:
+                    self.job.data.features.shape(file)
+                good[number] = True
+            except FeatureError as error:
+                refuse_bad(self.job, self.report, file, error)
+        numbers = np.flatnonzero(good)
+        for reasons in due_reasons(self.job, self.found, numbers, digests[numbers]):
+            self.report.samples_scored += bool(reasons)
+            for name, result in self.report.teachers.items():
+                if name in reasons:
+                    result.count(reasons[name])
+                    origin = self.job.origins[name]
+                    self.report.bytes_planned += origin.num_classes * origin.stored.itemsize
+                else:
+                    result.skipped += 1
+        self._count_dropped()
+        return self.report
+
+    def run(self) -> DumpReport:
+        from kd_cache.score.commits import Commits
+        from kd_cache.score.scoring import Scoring
+        from kd_cache.score.stages import Busy
+
+        began = time.monotonic()
+        # Packs are content-named: a row scored again may bring back a name that was here before.
+        before = [pack.path for origin in self.job.origins.values() for pack in self.found.snapshot.packs.of(origin)]
+        busy = Busy()
+        commits = Commits(self.job, self.pending, self._entries, self.watcher, busy)
+        scoring = Scoring(
+            self.job, self.found, self.files, self.keys, self.part, self.report, commits, self.watcher, busy
+        )
+        scoring.run()
+        self.report.seconds = time.monotonic() - began
+        if self.job.part is not None:
+            self.pending.write(self._entries(), self.report.missing)
+            return self.report
+        if self.part and not scoring.readable.any():
+            raise nothing_readable(len(self.part))
+        self._count_dropped()
+        if not self.pending.is_written and self._is_news():
+            self.pending.write(self._entries(), self.report.missing)
+        replaced = [] if self.job.skip_existing else [path for path in before if path not in commits.written]
+        self.report.published = self._publish(scoring.inputs, scoring.readable, replaced)
+        scoring.remember()
+        return self.report
+
+    def _is_news(self) -> bool:
+        """Whether rows become current of which no index tells: until then a pending record keeps `gc` from them."""
+        told = self.found.earlier.origins if self.found.earlier else {}
+        return any(
+            name not in told or told[name].fingerprint.digest != origin.fingerprint.digest
+            for name, origin in self.job.origins.items()
+        )
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _count_dropped(self) -> None:
+        """Samples that the cache holds, of scored and other teachers, and that are no longer permitted."""
+        gone: dict[str, set[bytes]] = {}
+        for pack in self.found.snapshot.packs.good:
+            surplus = pack.keys[self.job.data.selection.finder.find(pack.keys) < 0]
+            gone.setdefault(pack.origin.teacher, set()).update(key.tobytes() for key in surplus)
+        for name, keys in gone.items():
+            if keys or name in self.report.teachers:
+                self.report.teachers.setdefault(name, TeacherReport()).dropped = len(keys)
+
+    def _publish(self, inputs: np.ndarray, readable: np.ndarray, replaced: list[Path]) -> Published:
+        change = Change(
+            self._shown_path,
+            Wanted.of(self.job.data.selection, inputs, readable),
+            self.job.origins,
+            self._record(),
+            self.job.files,
+            others=self.found.others,
+            entries=self._entries(),
+            missing=self.report.missing,
+            replaced=replaced,
+        )
+        published = publish(self.found.snapshot, change, self.watcher)
+        self.report.snapshot = self.found.snapshot.again(maps=True)
+        return published
+
+    @property
+    def _shown_path(self) -> str:
+        return f"{self.job.cache_root}/{self.folder.path.name}"
+
+    def _record(self) -> dict[str, Any]:
+        """What index and pending record keep of this run, besides its results."""
+        from kd_cache.score.device import environment
+
+        plan = self.found.snapshot.again().saved_plan
+        own = {
+            "plan": None if plan is None else plan.as_json(),
+            "environment": environment(self.job.device),
+            "files": self.job.files,
+            "shown_path": self._shown_path,
+        }
+        part = {} if self.job.part is None else {"part": list(self.job.part)}
+        return {"begun": self.begun, **self.job.record, **self.job.data.described, **own, **part}
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """What this run adds to its teachers' entries."""
+        entries = {}
+        for name, report in self.report.teachers.items():
+            entries[name] = dict(self.job.notes.get(name, {}))
+            if report.cost is not None and report.cost.rows:
+                entries[name]["storage_cost"] = report.cost.as_json()
+            if report.precision_cost is not None and report.precision_cost.rows:
+                entries[name]["precision_cost"] = report.precision_cost.as_json()
+            if report.scored or report.rescored:
+                if self.report.halved_to is not None:
+                    entries[name]["batches_halved_to"] = self.report.halved_to
+                if self.job.compiled:
+                    entries[name]["compiled"] = True
+        return entries
+
+
+def _part(job: DumpJob, size: int) -> range:
+    """The samples to score, by number: neighbours in key order, so that few batches are shared between parts."""
+    number, count = job.part or (0, 1)
+    if not 0 <= number < count:
+        raise UsageError(f"part {number} of {count} does not exist; the first is 0/{count}")
+    if job.part is not None and job.batch_size == "auto":
+        raise UsageError(
+            "--batch-size auto cannot be used for a part: each would choose a size of its own",
+            hint="Give a number, the same for all parts.",
+        )
+    if job.part is not None and not job.skip_existing:
+        raise UsageError(
+            "a part cannot score again what is fresh: nobody could tell its rows from those of before",
+            hint="Dump with --no-skip-existing in one process, or remove the cache.",
+        )
+    return range(size * number // count, size * (number + 1) // count)
+
+
+def _empty_report(job: DumpJob, name: str) -> TeacherReport:
+    origin = job.origins[name]
+    return TeacherReport(
+        cost=StorageCost(origin.value_kind) if origin.dtype == "fp16" else None,
+        precision_cost=StorageCost(origin.value_kind) if job.precision != "fp32" else None,
+    )

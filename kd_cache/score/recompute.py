@@ -1,0 +1,147 @@
+"""Scoring cached samples again, and what difference is still the same number.
+
+Results are bit-exact only on the same hardware and software with the same batch shape. Elsewhere they agree within a
+tolerance relative to the largest centred logit of the row: fp32 1e-5, tf32 5e-3, fp16 1e-2, bf16 5e-2, one step of half
+precision more where rows are stored as fp16; never less than what the teacher itself varies between batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kd_cache.dataset.features import FeatureSource
+from kd_cache.errors import FeatureError
+from kd_cache.keys import keys_of
+from kd_cache.score.batcher import Batcher
+from kd_cache.score.device import numerics
+from kd_cache.score.engine import Batch, Engine, Scored
+from kd_cache.score.teacher import Teacher
+from kd_cache.store.plan import Place
+from kd_cache.store.union import Union
+from kd_cache.watch import Watcher
+
+TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 1e-2, "bf16": 5e-2}
+_SELF_TEST = 4
+
+
+@dataclass
+class Rechecked:
+    """How many rows were scored again, how many came out equal to the bit, and which differ too much, and why."""
+
+    rows: int = 0
+    bit_exact: int = 0
+    deviation: float = 0.0
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Recheck:
+    """Recomputes rows of one teacher.
+
+    Args:
+        union: the stored rows; their origin says in which precision they were computed.
+        places: where each file was computed in its batch; without that no row can be expected to be equal to the bit.
+    """
+
+    def __init__(self, teacher: Teacher, union: Union, places: Mapping[str, Place], device: torch.device) -> None:
+        self._teacher, self._union, self._places, self._device = teacher, union, places, device
+        self._name = union.origin.teacher
+        # Of rows that were adopted from elsewhere nobody knows the precision; fp32 is what most scripts compute in.
+        precision = union.origin.fingerprint.parts.get("precision")
+        self._precision = precision if precision in TOLERANCE else "fp32"
+        self._kind = union.origin.value_kind
+        self._noise: float | None = None
+        self._arrays: dict[int, np.ndarray] = {}
+        self._result = Rechecked()
+
+    def run(self, files: Sequence[str], source: FeatureSource, watcher: Watcher, seed: int = 42) -> Rechecked:
+        """Score those of ``files`` that have a row and a readable feature."""
+        positions = self._union.find(keys_of(files))
+        watcher.stage(f"recomputing {self._name}", len(files))
+        only_me = frozenset({self._name})
+        with numerics(self._device, self._precision, seed):
+            self._engine = Engine({self._name: self._teacher}, self._device)
+            batcher = Batcher(self._engine)
+            for number, file in enumerate(files):
+                watcher.advance(1)
+                if positions[number] < 0:
+                    continue
+                try:
+                    array = source.read(file).array
+                except FeatureError:
+                    continue  # verify has reported it: nothing could be compared
+                self._arrays[number] = array
+                self._compare(batcher.add(number, array, only_me, self._place(file)), files, positions)
+            self._compare(batcher.finish(), files, positions)
+        return self._result
+
+    def _place(self, file: str) -> Place:
+        return self._places.get(file, Place(1, 0))
+
+    def _compare(self, batches: Iterator[Scored], files: Sequence[str], positions: np.ndarray) -> None:
+        for scored in batches:
+            stored = self._union.take(positions[scored.numbers])
+            for row, number in enumerate(scored.numbers):
+                array = self._arrays.pop(number)
+                if self._name in scored.errors:
+                    self._result.wrong.append((files[number], scored.errors[self._name].message))
+                else:
+                    self._compare_row(files[number], scored.logits[self._name][row], stored[row], array)
+
+    def _compare_row(self, file: str, logits: np.ndarray, stored: np.ndarray, array: np.ndarray) -> None:
+        self._result.rows += 1
+        if len(logits) != len(stored):
+            reason = f"scoring it again gives {len(logits)} values, stored are {len(stored)}"
+            self._result.wrong.append((file, reason))
+            return
+        with np.errstate(over="ignore"):
+            now = logits.astype(stored.dtype)
+        if now.tobytes() == stored.tobytes():
+            self._result.bit_exact += 1
+            return
+        difference = deviation(now, stored, self._kind)
+        self._result.deviation = max(self._result.deviation, difference)
+        if self._noise is None:
+            self._noise = self._self_test(array, self._place(file).size)
+        allowed = max(TOLERANCE[self._precision], 2 * self._noise)
+        if not agrees(now, stored, self._kind, allowed):
+            reason = f"they differ by {difference:.1e} of the row's range, allowed {allowed:.1e}"
+            self._result.wrong.append((file, f"scoring it again gives other logits: {reason}"))
+
+    def _self_test(self, array: np.ndarray, size: int) -> float:
+        """How much this teacher's result for one sample varies between a batch of one and a larger one."""
+        only_me = frozenset({self._name})
+        batches = (Batch(count, only_me, {0: (0, array)}) for count in (1, max(size, _SELF_TEST)))
+        results = [self._engine.score(batch).logits.get(self._name) for batch in batches]
+        alone, among = (None if logits is None else logits[0] for logits in results)
+        if alone is None or among is None:  # a teacher may refuse a batch of one
+            return 0.0
+        return deviation(among, alone, self._kind)
+
+
+def deviation(now: np.ndarray, stored: np.ndarray, value_kind: str) -> float:
+    """Largest difference of two rows ``[C]`` relative to the largest magnitude; logits are centred first."""
+    a, b = _centred(now, value_kind), _centred(stored, value_kind)
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), np.finfo(np.float32).tiny))
+
+
+def agrees(now: np.ndarray, stored: np.ndarray, value_kind: str, tolerance: float) -> bool:
+    """Whether two rows are the same result within ``tolerance``, and name the same class where that is clear."""
+    a, b = _centred(now, value_kind), _centred(stored, value_kind)
+    allowed = np.full(len(b), tolerance * np.abs(b).max())
+    if stored.dtype == np.float16:
+        allowed += np.spacing(np.abs(stored)).astype(np.float64)
+    if not (np.abs(a - b) <= allowed).all():  # also where either is not finite
+        return False
+    ranked = np.sort(b)
+    clear = len(b) > 1 and ranked[-1] - ranked[-2] > 2 * allowed.max()
+    return not clear or bool(a.argmax() == b.argmax())
+
+
+def _centred(row: np.ndarray, value_kind: str) -> np.ndarray:
+    values = row.astype(np.float64)
+    centred: np.ndarray = values - values.mean() if value_kind in ("logits", "log_probs") else values
+    return centred

@@ -1,0 +1,232 @@
+"""The middle of a dump: read every feature of a part once, score what is not fresh, hand the rows over to be committed.
+
+Four stages work at the same time: threads read features ahead, this one puts them into batches, the device scores them
+with every teacher that needs them, and another thread commits what was scored. Each waits for the slowest of them only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import numpy as np
+
+from kd_cache.dataset.features import Feature
+from kd_cache.errors import FeatureError, KDCacheError, TeacherError, shown
+from kd_cache.score.batcher import Batcher
+from kd_cache.score.commits import Commits
+from kd_cache.score.device import numerics
+from kd_cache.score.engine import Engine, Scored
+from kd_cache.score.existing import Found
+from kd_cache.score.existing_rows import ASKED, FRESH, NEW, Known
+from kd_cache.score.job import DumpJob, DumpReport
+from kd_cache.score.planning import Planner, Ranks
+from kd_cache.score.reading import Read, read_ahead
+from kd_cache.score.stages import Busy
+from kd_cache.score.unchanged import Unchanged
+from kd_cache.score.value_kind import contradiction
+from kd_cache.watch import Watcher
+
+
+class Scoring:
+    """Scores the samples of a part.
+
+    Args:
+        files: of all permitted samples, in key order; ``keys`` ``[N, 16]`` u1 theirs.
+        part: which of them to score.
+        report: gets the counts.
+        commits: takes the rows.
+        busy: hears how long each stage works.
+
+    Attributes:
+        inputs: ``[N, 16]`` u1, the digest of each feature that was read.
+        readable: ``[N]`` bool, whether it could be.
+    """
+
+    def __init__(
+        self,
+        job: DumpJob,
+        found: Found,
+        files: Sequence[str],
+        keys: np.ndarray,
+        part: range,
+        report: DumpReport,
+        commits: Commits,
+        watcher: Watcher,
+        busy: Busy,
+    ) -> None:
+        self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
+        self._unchanged = Unchanged(job, found, files, keys, part)
+        self._report, self._commits, self._watcher, self._busy = report, commits, watcher, busy
+        self._ranks = Ranks(job.data.features, files)
+        self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
+        self._done = 0
+        self.inputs = np.zeros((len(files), 16), np.uint8)
+        self.readable = np.zeros(len(files), bool)
+
+    def run(self) -> None:
+        """Score everything that must be, and commit it: also when stopping, what was scored is kept.
+
+        Raises:
+            FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``.
+            StoreError: a commit failed.
+        """
+        self._watcher.stage("scoring", len(self._part))
+        try:
+            with numerics(self._job.device, self._job.precision, self._job.seed):
+                self._score_all()
+        finally:
+            self._commits.finish(self._done)
+            self._report.busy = self._busy.shares
+
+    def remember(self) -> None:
+        """Note the features that were read, for the next dump."""
+        read = self.readable & ~self._unchanged.fresh
+        self._unchanged.remember(read, self.inputs, self._ranks.shapes)
+
+    def _score_all(self) -> None:
+        job = self._job
+        engine = Engine(
+            job.teachers,
+            job.device,
+            compiled=job.compiled,
+            compare=job.precision != "fp32",
+            busy=self._busy,
+            note=self._watcher.note,
+        )
+        planner = Planner(job, self._found, self._files, engine, self._watcher)
+        batcher = Batcher(engine)
+        unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
+        self._pass_over_unchanged()
+        at = 0
+        # Closed here whatever happens: threads that read on would outlive an interrupted dump.
+        reading = read_ahead(job.data.features, [self._files[n] for n in unread.tolist()], job.workers, self._busy)
+        with closing(reading) as chunks:
+            for features in chunks:
+                self._take_chunk(unread[at : at + len(features)], features, planner, batcher)
+                at += len(features)
+        self._keep(batcher.finish())
+        self._report.halved_to = engine.most_rows
+
+    def _pass_over_unchanged(self) -> None:
+        fresh = self._unchanged.fresh
+        self.inputs[fresh], self.readable[fresh] = self._unchanged.digests[fresh], True
+        self._ranks.shapes[fresh] = self._unchanged.shapes[fresh]
+        count = int(fresh.sum())
+        for report in self._report.teachers.values():
+            report.skipped += count
+        self._advance(count)
+
+    def _take_chunk(self, numbers: np.ndarray, features: Read, planner: Planner, batcher: Batcher) -> None:
+        """Put what must be scored of these samples into batches."""
+        good = np.array([isinstance(feature, Feature) for feature in features])
+        present = [feature for feature in features if isinstance(feature, Feature)]
+        digests = np.frombuffer(b"".join([feature.digest for feature in present]), np.uint8).reshape(-1, 16)
+        self.inputs[numbers[good]], self.readable[numbers[good]] = digests, True
+        self._ranks.shapes[numbers[good]] = np.array([f.array.shape for f in present], np.int32).reshape(-1, 2)
+        reasons = dict(zip(numbers[good].tolist(), self._reasons(numbers[good], digests), strict=True))
+        for number, feature in zip(numbers.tolist(), features, strict=True):
+            if isinstance(feature, FeatureError):
+                self._bad(number, feature)
+            elif reasons[number]:
+                self._due[number] = reasons[number]
+                self._place(number, feature.array, planner, batcher)
+            else:
+                self._advance(1)
+
+    def _reasons(self, numbers: np.ndarray, digests: np.ndarray) -> list[dict[str, str]]:
+        """Of each sample, why which teachers must score it. Counted when they have."""
+        reasons = due_reasons(self._job, self._found, numbers, digests)
+        for name in self._found.known:
+            self._report.teachers[name].skipped += sum(name not in each for each in reasons)
+        return reasons
+
+    def _place(self, number: int, array: np.ndarray, planner: Planner, batcher: Batcher) -> None:
+        shape = (array.shape[0], array.shape[1])
+        plan = planner.plan_for(shape)
+        if shape[1] != plan.bins:
+            what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
+            self._bad(number, FeatureError(f"feature {shown(self._files[number])} {what}"))
+            return
+        place = plan.place(shape, self._ranks.rank(number, shape))
+        self._keep(batcher.add(number, array, frozenset(self._due[number]), place))
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._watcher.advance(count)
+
+    def _keep(self, batches: Iterator[Scored]) -> None:
+        for scored in batches:
+            for name in scored.logits:
+                self._keep_rows(name, scored)
+            for error in scored.errors.values():
+                for number in scored.numbers:
+                    self._bad(number, TeacherError(f"{error.message} (sample {shown(self._files[number])})"))
+            for number in scored.numbers:
+                del self._due[number]
+            self._report.samples_scored += len(scored.numbers)
+            self._advance(len(scored.numbers))
+            self._watcher.busy(self._busy.shares)
+            self._commits.advance(self._done)
+
+    def _keep_rows(self, name: str, scored: Scored) -> None:
+        numbers, logits = scored.numbers, scored.logits[name]
+        origin, report = self._job.origins[name], self._report.teachers[name]
+        with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
+            stored = logits.astype(origin.stored)
+        good = np.isfinite(logits).all(axis=1)
+        wrong = contradiction(origin.value_kind, logits[good])
+        if wrong is not None:
+            raise TeacherError(
+                f"teacher {name} says value_kind {origin.value_kind}, but its rows {wrong}",
+                hint="Return raw logits, or declare the value_kind that the teacher returns.",
+            )
+        fits = np.isfinite(stored).all(axis=1)
+        kept = [number for row, number in enumerate(numbers) if fits[row]]
+        files = [self._files[number] for number in kept]
+        self._commits.add(name, self._keys[kept], self.inputs[kept], files, stored[fits])
+        for number in kept:
+            report.count(self._due[number][name])
+        for row in np.flatnonzero(~fits).tolist():
+            largest = np.abs(logits[row]).max()
+            reason = f"do not fit {self._job.dtype} (largest {largest:.6g}); use --dtype fp32"
+            what = reason if good[row] else f"are not finite (classes {np.flatnonzero(~np.isfinite(logits[row]))})"
+            message = f"teacher {name}: the logits of {shown(self._files[numbers[row]])} {what}"
+            self._bad(numbers[row], TeacherError(message))
+        if report.cost is not None:
+            report.cost.add(logits[fits], stored[fits])
+        if report.precision_cost is not None and name in scored.exact:
+            exact = scored.exact[name]
+            compared = good & np.isfinite(exact).all(axis=1)
+            report.precision_cost.add(exact[compared], logits[compared])
+
+    def _bad(self, number: int, error: KDCacheError) -> None:
+        if not refuse_bad(self._job, self._report, self._files[number], error):
+            self.readable[number] = False
+            self._advance(1)
+
+
+def due_reasons(job: DumpJob, found: Found, numbers: np.ndarray, digests: np.ndarray) -> list[dict[str, str]]:
+    """Why each teacher must score these samples (``digests`` ``[n, 16]`` u1); those with a fresh row are left out."""
+    states = [_states(job, known, numbers, digests) for known in found.known.values()]
+    return [
+        {name: state for name, state in zip(found.known, each, strict=True) if state != FRESH}
+        for each in zip(*states, strict=True)
+    ]
+
+
+def _states(job: DumpJob, known: Known, numbers: np.ndarray, digests: np.ndarray) -> list[str]:
+    if job.skip_existing:
+        return known.states(numbers, digests)
+    return [ASKED if scored else NEW for scored in known.was_scored(numbers).tolist()]
+
+
+def refuse_bad(job: DumpJob, report: DumpReport, file: str, error: KDCacheError) -> bool:
+    """A sample that cannot be scored: raise its error, or list it as missing; whether its feature is good even so."""
+    is_feature = isinstance(error, FeatureError)
+    if job.on_bad_sample == "stop":
+        what = "the sample" if is_feature else "the teacher, or the sample"
+        hint = error.hint or f"Mend {what}, or pass --on-bad-sample skip to leave such samples out."
+        raise type(error)(error.message, hint=hint)
+    report.missing.setdefault(file, error.message)
+    return not is_feature

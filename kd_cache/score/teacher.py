@@ -1,0 +1,176 @@
+"""What a teacher is to kd-cache: a callable that turns features into one vector per sample, and says what it is.
+
+Built-in teachers and a user's own come through the same door: a factory ``factory(ckpt: Path | None) -> Teacher``,
+named ``module:factory`` or ``path/to/file.py:factory``, or registered in the entry-point group ``kd_cache.teachers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
+from kd_cache.score.factory import resolve_factory
+from kd_cache.store.index import is_teacher_name
+from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, class_order, weights_digest
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "format_version")
+
+
+class Teacher(Protocol):
+    """The contract.
+
+    Optional on top of it: ``class_names`` (one per class), ``to(device)``, ``eval()``, ``state_dict()``, and
+    ``provenance``, a `kd_cache.Provenance` of the samples that it was made with: where one of them is not permitted,
+    the teacher is refused.
+
+    Attributes:
+        num_classes: C.
+        value_kind: ``logits`` (raw, before softmax), ``log_probs``, ``probs`` or ``sigmoid``.
+    """
+
+    num_classes: int
+    value_kind: str
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Score features ``[B, T, F]`` float32 as ``[B, C]``; row i depends on sample i alone."""
+
+    def fingerprint_parts(self) -> Mapping[str, str]:
+        """What the numbers depend on besides the input: at least ``architecture`` (with a version), and ``weights``.
+
+        ``weights`` may be left out by a teacher with a ``state_dict()``: it is digested here. ``feature_spec`` names
+        the front end. Any further part is kept as it is.
+        """
+
+
+Factory = Callable[[Path | None], Teacher]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One teacher to load: its name in the cache, where its factory is, and its checkpoint if it has one."""
+
+    name: str
+    factory: str
+    checkpoint: Path | None = None
+
+    def load(self) -> Teacher:
+        """Import the factory and call it. Raises `UsageError`, `TeacherError` or what the factory raises of ours."""
+        factory: Factory = resolve_factory(self.factory)
+        try:
+            teacher = factory(self.checkpoint)
+        except KDCacheError:
+            raise
+        except (Exception, SystemExit) as error:  # sys.exit in a user's code must not end this program with 0
+            raise TeacherError(
+                f"the factory {shown(self.factory)} of teacher {self.name} failed: "
+                f"{type(error).__name__}: {shown(error)}"
+            ) from error
+        check_teacher(self.name, teacher)
+        return teacher
+
+
+def parse_teacher(text: str) -> TeacherSpec:
+    """``NAME=module:factory[,ckpt=PATH]``, or a file: ``NAME=path/to/file.py:factory``.
+
+    With ``NAME[,ckpt=PATH]`` the factory is the entry point of that name.
+    """
+    head, separator, tail = text.partition(",")
+    name, named, factory = head.partition("=")
+    checkpoint = tail.removeprefix("ckpt=")
+    if separator and (checkpoint == tail or not checkpoint):
+        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found ,{shown(tail)}")
+    if not is_teacher_name(name):
+        raise UsageError(
+            f'--teacher {shown(text)}: "{shown(name)}" cannot be a teacher\'s name (letters, digits, _ . -)'
+        )
+    if name == "ckpt":  # a list in a settings file splits at its commas
+        raise UsageError(f"--teacher {shown(text)}: a teacher cannot be called ckpt; put NAME=…,ckpt=PATH in quotes")
+    if named and not factory:
+        raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=, or path/to/file.py:factory")
+    return TeacherSpec(name, factory or name, Path(checkpoint).expanduser() if separator else None)
+
+
+def check_teacher(name: str, teacher: Any) -> None:
+    """Raise `TeacherError` if an object does not satisfy the `Teacher` contract."""
+    classes, kind = getattr(teacher, "num_classes", None), getattr(teacher, "value_kind", None)
+    if not callable(teacher) or type(classes) is not int or classes < 1:
+        raise TeacherError(
+            f"teacher {name} must be callable and have num_classes, an integer ≥ 1; found {shown(classes)}"
+        )
+    if kind not in VALUE_KINDS:
+        raise TeacherError(f"teacher {name}: value_kind is {shown(kind)!r}, expected one of {', '.join(VALUE_KINDS)}")
+    if not callable(getattr(teacher, "fingerprint_parts", None)):
+        raise TeacherError(
+            f"teacher {name} has no fingerprint_parts(): without it, nobody could tell when its logits are stale",
+            hint='Return at least {"architecture": "mine/1"}; weights are added from state_dict().',
+        )
+    class_names = getattr(teacher, "class_names", None)
+    if class_names is not None and not (
+        isinstance(class_names, list | tuple) and all(isinstance(item, str) for item in class_names)
+    ):
+        raise TeacherError(f"teacher {name}: class_names must be a list of texts, one per class")
+    if not isinstance(getattr(teacher, "provenance", None), Provenance | None):
+        raise TeacherError(f"teacher {name}: provenance must be a kd_cache.Provenance, or None")
+    teacher_fingerprint(teacher)
+
+
+def teacher_fingerprint(teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Fingerprint:
+    """The fingerprint of the rows this teacher makes when computing in ``precision`` and stored as ``dtype``."""
+    parts = _own_parts(teacher)
+    names = getattr(teacher, "class_names", None)
+    ours = (
+        teacher.value_kind,
+        str(teacher.num_classes),
+        class_order(names, teacher.num_classes),
+        precision,
+        dtype,
+        str(FORMAT_VERSION),
+    )
+    return Fingerprint(parts | dict(zip(_OURS, ours, strict=True)))
+
+
+def _own_parts(teacher: Teacher) -> dict[str, str]:
+    """What a teacher says of itself, and its weights."""
+    who = f"fingerprint_parts() of {type(teacher).__name__}"
+    state_dict = getattr(teacher, "state_dict", None)
+    try:
+        parts = dict(teacher.fingerprint_parts())
+        if "weights" not in parts and callable(state_dict):
+            parts["weights"] = weights_digest(state_dict())
+    except KDCacheError:
+        raise
+    except Exception as error:
+        raise TeacherError(f"{who} failed: {type(error).__name__}: {shown(error)}") from error
+    for part in ("weights", "architecture"):
+        if not parts.get(part):
+            raise TeacherError(f"{who} must name {part!r}")
+    parts.setdefault("feature_spec", "unstated")
+    if any(not isinstance(text, str) for item in parts.items() for text in item):
+        raise TeacherError(f"{who} must map names to texts")
+    # A name that kd-cache fills in itself is kept beside its own: whatever a teacher names must count.
+    return {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
+
+
+def teacher_origin(name: str, teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Origin:
+    """What the store keeps with this teacher's rows."""
+    if dtype not in STORED:
+        raise UsageError(f"dtype is {shown(dtype)!r}, expected one of {', '.join(STORED)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision is {shown(precision)!r}, expected one of {', '.join(PRECISIONS)}")
+    names = getattr(teacher, "class_names", None)
+    return Origin(
+        name,
+        teacher_fingerprint(teacher, precision=precision, dtype=dtype),
+        teacher.value_kind,
+        teacher.num_classes,
+        dtype,
+        None if names is None else tuple(names),
+    )

@@ -1,0 +1,1 @@
+"""Rows to students: an opened cache, and loaders that hand its rows out with the samples."""

@@ -1,0 +1,334 @@
+"""Serving logits: open a cache, resolve files to rows once, gather a batch per step.
+
+cache = LogitCache.open("cache/A2b")
+data = cache.attach(train_set, keys=train_set.files)
+loader = DataLoader(data, batch_size=256, shuffle=True, collate_fn=data.collate)
+for batch, logits in loader:  # logits [B, T, C], teachers in the order of cache.teachers
+    ...
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate, get_worker_info
+
+from kd_cache.dataset.task import DCASE
+from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
+from kd_cache.serve.attach import CachedDataset as CachedDataset
+from kd_cache.serve.attach import Gathered as Gathered
+from kd_cache.serve.gather import Gatherer
+from kd_cache.serve.generation import look, older_rows, refuse_mixture, refuse_unexpected
+from kd_cache.serve.placement import checked, choose
+from kd_cache.serve.resolve import Resolver
+from kd_cache.serve.rows import TeacherRows
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.index import Index
+from kd_cache.store.origin import Fingerprint
+from kd_cache.store.pack import CHECKS
+from kd_cache.store.snapshot import Snapshot
+
+_INT64 = np.dtype(np.int64)
+
+
+class LogitCache:
+    """An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
+
+    Attributes:
+        teachers: their names; the second axis of every batch.
+        files: the files that all opened teachers hold.
+        num_classes: C.
+        target: the target device of the adaptation, or ``None`` where the folder's name does not say.
+        misses: how many files without logits were resolved, to be served as NaN (only with ``on_miss="nan"``).
+        preloaded: where batches come from: ``table`` (one table in memory), ``warmed`` (mapped packs that the kernel
+            reads ahead) or ``mapped`` (mapped packs, read as rows are asked for).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tables: Sequence[TeacherRows],
+        index: Index | None,
+        on_miss: str,
+        verify: str,
+        preload: bool | str = "auto",
+        *,
+        in_worker: bool = False,
+    ) -> None:
+        self.path = path
+        self._opened_with = (on_miss, verify, preload)
+        self.misses = 0
+        self._rows_of = tables
+        self._index = index
+        self._on_miss = on_miss
+        self.teachers = tuple(rows.name for rows in tables)
+        self.num_classes = tables[0].num_classes
+        self.dtype = tables[0].dtype
+        self._resolver = Resolver(path, tables, index)
+        self._count = len(self._resolver)
+        self.preloaded = choose(
+            preload,
+            self._count * len(tables) * self.num_classes * self.dtype.itemsize,
+            is_lazy=any(rows.is_lazy for rows in tables),
+            in_worker=in_worker,
+        )
+        self._gatherer = Gatherer(tables, self._resolver.positions, self._count, self.preloaded)
+        if preload is True and not in_worker:
+            self.prepare()
+        adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
+        self.target = DCASE.target_in(adaptation)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        teachers: Sequence[str] | None = None,
+        expect: Mapping[str, str | Fingerprint] | None = None,
+        *,
+        value_kind: str = "logits",
+        on_miss: str = "raise",
+        verify: str = "auto",
+        preload: bool | str = "auto",
+    ) -> LogitCache:
+        """Open ``cache/A2b``. Every byte is checked against its digest before a value is believed.
+
+        Args:
+            path: the cache's folder, or the ``cache_index.json`` in it.
+            teachers: which to open, in this order; all by default.
+            expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
+            value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
+            on_miss: ``raise``, or ``nan`` to get NaN rows for files without logits, counted in ``misses``.
+            verify: ``full`` checks every byte now; ``lazy`` checks each block of rows when it is first read; ``off``
+                believes the disk; ``auto`` is full up to 1 GB of packs (or with ``preload=True``) and lazy above.
+            preload: ``True`` reads all rows into one table in memory now; ``False`` gathers from the mapped packs;
+                ``auto`` makes a table of up to 1 GiB when files are first resolved (unless rows are checked lazily),
+                and has larger packs read ahead where they fit into free memory. ``preloaded`` says what it came to.
+                For a table on an accelerator see `tensor`.
+
+        Raises:
+            MissingLogitsError: no cache there, an unfinished one, or a teacher it does not hold.
+            CorruptError: a damaged index or pack.
+            StaleError: a fingerprint other than expected, naming the parts that differ.
+            UsageError: teachers of different size or dtype together, or another value kind.
+        """
+        if on_miss not in ("raise", "nan"):
+            raise UsageError(f"on_miss is {on_miss!r}, expected raise or nan")
+        if verify not in ("auto", *CHECKS):
+            raise UsageError(f"verify is {verify!r}, expected auto, {', '.join(CHECKS)}")
+        checked(preload)
+        path = Path(path).expanduser()
+        folder = CacheFolder(path.parent if path.is_file() else path)
+        snapshot = Snapshot(folder)
+        if snapshot.is_older:
+            warnings.warn(
+                f"{snapshot.trouble}. Nothing can be checked: not the teachers' weights, the features, the split or "
+                f"the bytes.",
+                stacklevel=2,
+            )
+            return cls(folder.path, older_rows(folder, teachers, expect), None, on_miss, verify, preload)
+        generation = look(snapshot, teachers, verify, preload)
+        origins = generation.origins
+        refuse_unexpected(generation.index, origins, expect or {})
+        refuse_mixture(origins, value_kind)
+        for name in origins:
+            if "adopted" in generation.index.record["teachers"][name]:
+                warnings.warn(
+                    f"the rows of {name} were adopted from elsewhere and never verified; kd-cache repair --recompute "
+                    "does that",
+                    stacklevel=2,
+                )
+        return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
+
+    @property
+    def files(self) -> list[str]:
+        """Files that every opened teacher holds, ordered by key. (Built when asked for.)"""
+        return self._resolver.files(np.arange(len(self)))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """``{teacher: sha256}``, as ``expect`` takes them; empty for a cache of an older script."""
+        origins = {} if self._index is None else self._index.origins
+        return {name: origins[name].fingerprint.digest for name in self.teachers if name in origins}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def rows(self, files: Iterable[str]) -> torch.Tensor:
+        """Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
+
+        Raises:
+            MissingLogitsError: listing every missing file and why. With ``on_miss="nan"`` a missing file has row -1.
+        """
+        if isinstance(files, str):
+            raise UsageError(f"expected a list of files, found the one text {shown(files)}; put it in a list")
+        asked = list(files)
+        found = self._resolver.find(asked)
+        missing = np.flatnonzero(found < 0)
+        if len(missing) and self._on_miss == "raise":
+            raise self._resolver.missing([asked[number] for number in missing.tolist()], len(asked))
+        if len(missing):
+            self.misses += len(missing)
+            warnings.warn(
+                f"{len(missing)} of {len(asked)} files have no logits in {shown(self.path)}; they are served as NaN",
+                stacklevel=2,
+            )
+        if self.preloaded == "table" and get_worker_info() is None:
+            self.prepare()  # whoever resolves files gathers next, and may fork workers before
+        return torch.from_numpy(found)
+
+    def batch(
+        self,
+        rows: torch.Tensor | np.ndarray | Sequence[str],
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
+
+        Args:
+            out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
+                counts.
+
+        Raises:
+            MissingLogitsError, IndexError: a file without logits, a row that is none.
+            UsageError: ``out`` has another shape or dtype.
+        """
+        if not isinstance(rows, (torch.Tensor, np.ndarray)):
+            rows = self.rows(rows)
+        if out is not None:
+            self._refuse_misfit(out, rows, dtype)
+        if isinstance(rows, torch.Tensor):
+            try:
+                logits = self._gatherer.few(rows, out)
+            except (IndexError, RuntimeError):
+                logits = None  # what is wrong with these rows is said below
+            if logits is not None:
+                return logits if dtype is None else logits.to(dtype)
+        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        if self._on_miss == "nan" and (numbers < 0).any():
+            return self._with_nan(numbers, dtype, out)
+        return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
+
+    def prepare(self) -> None:
+        """Make the table in memory now, or have the maps read whole, as ``preloaded`` says. `attach` does it.
+
+        Without it, a table is made when files are first resolved, and maps are read as rows are asked for.
+        """
+        self._gatherer.prepare()
+
+    def tensor(
+        self,
+        teachers: Sequence[str] | None = None,
+        files: Sequence[str] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """The whole table ``[N, T, C]`` on a device: of ``files`` in their order (all by default) and ``teachers``."""
+        wanted = self.teachers if teachers is None else tuple(teachers)
+        unknown = [name for name in wanted if name not in self.teachers]
+        if unknown:
+            raise MissingLogitsError(f"not opened: {', '.join(map(shown, unknown))}; open: {', '.join(self.teachers)}")
+        logits = self.batch(torch.arange(len(self)) if files is None else self.rows(files))
+        if wanted != self.teachers:
+            logits = logits[:, [self.teachers.index(name) for name in wanted]]
+        return logits.to(device)
+
+    def input_digests(self, rows: torch.Tensor) -> np.ndarray | None:
+        """``[B, teachers, 16]`` u1: the digest of the features that each teacher scored, by rows from `rows`.
+
+        `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
+        script, which kept none. Raises IndexError for a row that is none.
+        """
+        numbers = self._numbers(rows)
+        parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
+        known = [part for part in parts if part is not None]
+        return np.stack(known, axis=1) if len(known) == len(parts) else None
+
+    def attach(
+        self,
+        dataset: Dataset[Any],
+        keys: Sequence[str],
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> CachedDataset:
+        """``dataset`` with logits beside each item; ``keys[i]`` is the manifest's ``file`` of item i.
+
+        Raises:
+            UsageError: not as many keys as items.
+            MissingLogitsError: as `rows`, at once rather than in the middle of an epoch.
+        """
+        return CachedDataset(self, dataset, keys, dtype, collate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers open the packs themselves; the signature makes sure that row numbers mean the same there.
+        return _reopen, (self.path, self.teachers, *self._opened_with, self._signature())
+
+    def _signature(self) -> tuple[str, ...]:
+        permitted = None if self._index is None else self._index.record.get("permitted")
+        chosen = () if permitted is None else (str(permitted["file"]),)
+        return (*(name for rows in self._rows_of for name in rows.signature), *chosen)
+
+    @property
+    def _table(self) -> np.ndarray | None:
+        return self._gatherer._table if self._gatherer.has_table else None
+
+    def _numbers(self, rows: torch.Tensor | np.ndarray, first: int = 0) -> np.ndarray:
+        """Row numbers int64 ``[B]``, each of a row (with ``first`` -1 also of a miss). Raises `IndexError`."""
+        numbers = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else rows
+        if numbers.ndim != 1 or numbers.dtype.kind != "i":
+            raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
+        if numbers.dtype is not _INT64:
+            numbers = numbers.astype(_INT64)
+        if not len(numbers):
+            return numbers
+        # As unsigned numbers the negative ones are the largest: one look finds both ends.
+        unsigned = (numbers - first if first else numbers).view(np.uint64)
+        if np.maximum.reduce(unsigned) >= self._count - first:
+            raise IndexError(f"rows must lie in [0, {self._count}), found {numbers.min()} to {numbers.max()}")
+        return numbers
+
+    def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:
+        expected = (math.prod(rows.shape), len(self.teachers), self.num_classes)
+        if out.shape != expected or not out.is_floating_point() or dtype not in (None, out.dtype):
+            raise UsageError(
+                f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
+            )
+
+    def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
+        present = np.flatnonzero(rows >= 0)
+        if out is None:
+            shape = (len(rows), len(self.teachers), self.num_classes)
+            out = torch.empty(shape, dtype=dtype or self._gatherer.torch_dtype)
+        out.fill_(float("nan"))
+        out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)
+        return out
+
+
+def _reopen(
+    path: Path,
+    teachers: tuple[str, ...],
+    on_miss: str,
+    verify: str,
+    preload: bool | str,
+    signature: tuple[str, ...],
+) -> LogitCache:
+    """The same cache in another process: the packs' maps are shared with it, a large table is not made again."""
+    snapshot = Snapshot(CacheFolder(path))
+    index: Index | None
+    if snapshot.is_older:
+        index, tables = None, older_rows(snapshot.folder, teachers, None)
+    else:
+        generation = look(snapshot, teachers, verify, preload)
+        index, tables = generation.index, generation.rows
+    cache = LogitCache(path, tables, index, on_miss, verify, preload, in_worker=True)
+    if cache._signature() != signature:
+        raise StaleError(
+            f"{shown(path)} changed while it was being read: row numbers resolved before no longer hold",
+            hint="Open it anew; do not dump into a cache that a running training reads with worker processes.",
+        )
+    return cache

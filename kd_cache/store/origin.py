@@ -1,0 +1,121 @@
+"""What made a number: the fingerprint of a teacher, and the digest of the features it saw.
+
+A row is only as good as the answer to "which weights, which network, which input made it?". The *fingerprint* is a
+SHA-256 over named parts, kept with the rows, so that a difference can be reported by name. The *input digest* is an
+xxh3-128 over the feature array; it finds accidents (a regenerated file), not an attacker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kd_cache.errors import TeacherError, UsageError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+STORED = {"fp32": "<f4", "fp16": "<f2"}
+VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
+FORMAT_VERSION = 1
+"""Version of the bytes on disk. It is a part of every fingerprint: a new format never serves old rows as its own."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Named parts, and one digest over all of them.
+
+    ``parts`` maps a part's name (``weights``, ``architecture``, ``precision``, …) to its value as text.
+    """
+
+    parts: Mapping[str, str]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, 64 hex digits, over the canonical JSON of ``parts`` (sorted keys, no spaces, UTF-8)."""
+        return hashlib.sha256(canonical_json(dict(self.parts))).hexdigest()
+
+    def differing_parts(self, other: Fingerprint) -> list[str]:
+        """Names of the parts in which the two differ, sorted; ``[]`` when they are equal."""
+        names = set(self.parts) | set(other.parts)
+        return sorted(name for name in names if self.parts.get(name) != other.parts.get(name))
+
+    def difference(self, other: Fingerprint) -> str:
+        """Each differing part as ``name: mine → theirs`` for a message; long values are shortened."""
+        return "; ".join(
+            f"{name}: {_short(self.parts.get(name))} → {_short(other.parts.get(name))}"
+            for name in self.differing_parts(other)
+        )
+
+
+def _short(value: str | None, most: int = 40) -> str:
+    if value is None:
+        return "absent"
+    return value if len(value) <= most else f"{value[: most // 2]}…"
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of ``value``: sorted keys, no spaces, no NaN, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in name order.
+
+    Counters of seen batches (``num_batches_tracked``) are left out: inference does not use them. The file format,
+    the order of the entries and the device do not matter.
+
+    Raises:
+        TeacherError: an entry is not a tensor (a module's ``get_extra_state``), so it has no bytes to digest.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.rsplit(".", 1)[-1] == "num_batches_tracked":
+            continue
+        if not isinstance(state[name], torch.Tensor):
+            raise TeacherError(
+                f"the state dict's {shown(name)} is not a tensor but {type(state[name]).__name__}",
+                hint='Name the digest of all that inference uses in fingerprint_parts() as "weights".',
+            )
+        tensor = state[name].detach().cpu().contiguous()
+        record = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(canonical_json(record))
+        # bfloat16 has no numpy dtype: hash the bytes themselves. A 0-d tensor must be flattened before viewing.
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def class_order(names: Iterable[str] | None, num_classes: int) -> str:
+    """The class order as a fingerprint part: the names joined, a digest when that is long, or the bare indices."""
+    if names is None:
+        return f"0..{num_classes - 1}"
+    listed = list(names)
+    if len(listed) != num_classes:
+        raise UsageError(f"expected {num_classes} class names, one per class, found {len(listed)}")
+    joined = json.dumps(listed, ensure_ascii=False)
+    return joined if len(joined) <= 1000 else "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made the rows of a pack; ``dtype`` is ``fp32`` or ``fp16``."""
+
+    teacher: str
+    fingerprint: Fingerprint
+    value_kind: str
+    num_classes: int
+    dtype: str
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        return np.dtype(STORED[self.dtype])

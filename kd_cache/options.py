@@ -24,7 +24,7 @@ ExportFormat = Literal["npy", "pt", "tsv"]
 
 DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run", "Limits", "Output"
 
-# As kd_cache.dataset.manifest, kd_cache.dataset.features, kd_cache.train.checkpoint_file and kd_cache.store.plan have them.
+# As dataset.manifest, dataset.features, train.checkpoint_file, exchange.imported and store.plan have them.
 MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT, MAX_SOURCE, MAX_BATCH = 1 << 30, 1 << 24, 4 << 30, 1 << 35, 1 << 16
 MAX_SEED = 2**63 - 1
 PREFIX = "KD_CACHE_"

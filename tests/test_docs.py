@@ -120,19 +120,3 @@ def test_the_version_is_the_packages() -> None:
     assert f'version = "{kd_cache.__version__}"' in (REPO / "pyproject.toml").read_text()
     assert kd_cache.__version__ in (REPO / "CHANGELOG.md").read_text()
     assert kd_cache.__version__ in CliRunner().invoke(app, ["--version"]).stdout
-
-
-def imports(path: Path) -> set[str]:
-    return set(re.findall(r"^\s*(?:from|import) ((?:kd_cache|teachers)[\w.]*)", path.read_text(), re.MULTILINE))
-
-
-def test_imports_point_down() -> None:
-    for path in (REPO / "kd_cache/store").glob("*.py"):
-        above = {name for name in imports(path) if not name.startswith("kd_cache.store")}
-        assert above <= {"kd_cache.errors", "kd_cache.store.origin"}, path
-    for path in (REPO / "kd_cache").rglob("*.py"):
-        # Built-in teachers come through the same door as a user's own; the command line alone knows what loads them.
-        joins = "cli" in path.parts
-        assert joins or not any(name.startswith("teachers") for name in imports(path)), path
-        if "cli" not in path.parts:
-            assert not any(name.startswith("kd_cache.cli") for name in imports(path)), path

@@ -40,10 +40,10 @@ from torch.utils.data import (
     random_split,
 )
 
+from kd_cache import keys as keys_module
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError
 from kd_cache.serve import placement as placement_module
 from kd_cache.serve.logit_cache import CachedDataset, LogitCache
-from kd_cache.store import keys as keys_module
 from kd_cache.store.origin import Fingerprint
 from kd_cache.store.pack import write_pack
 

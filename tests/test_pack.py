@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, checksums, forge, md5, names, origin, plain_pack, seal_bytes
 
 from kd_cache.errors import CorruptError, KDCacheError, StoreError
-from kd_cache.store import hdf5_file
+from kd_cache.files import hdf5 as hdf5_file
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.origin import Fingerprint, Origin

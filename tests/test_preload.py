@@ -16,8 +16,8 @@ from store_fixtures import MadeCache, Rows, forks, names, origin, two_teachers
 
 from kd_cache import LogitCache, StaleError, UsageError
 from kd_cache.cli.info import _reading
+from kd_cache.files import page_cache
 from kd_cache.serve import placement
-from kd_cache.store import page_cache
 from kd_cache.store.pack import CHECKED_AT_ONCE
 from kd_cache.store.take import take_rows
 from kd_cache.store.union import Union

@@ -17,10 +17,10 @@ from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
 
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError
+from kd_cache.files import atomic
 from kd_cache.files.atomic import remove_files
 from kd_cache.keys import KeyFinder, are_ascending, keys_of, sorted_order
-from kd_cache.store import atomic
-from kd_cache.store import folder as folder_module
+from kd_cache.store import cache as folder_module
 from kd_cache.store.cache import CacheFolder, find_caches
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, open_pack

@@ -24,7 +24,7 @@ from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.dataset.guard import Selection, select
 from kd_cache.dataset.manifest import Manifest, load_manifest
 from kd_cache.keys import keys_of, sorted_order
-from kd_cache.score.shard import Shard
+from kd_cache.score.commits import Shard
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import row_file_bytes, view_names, write_view

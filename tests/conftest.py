@@ -20,7 +20,7 @@ import typer.testing
 from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
-import kd_cache.score.feature_notes
+import kd_cache.score.unchanged
 from kd_cache.cli import app
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.task import DCASE
@@ -122,7 +122,7 @@ class World:
 @pytest.fixture(autouse=True)
 def _no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No feature is old enough to be noted: whether ``seen.bin`` is there must not depend on how fast a test is."""
-    monkeypatch.setattr(kd_cache.score.feature_notes, "SETTLED", 1 << 62)
+    monkeypatch.setattr(kd_cache.score.unchanged, "SETTLED", 1 << 62)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from fault_disk import ROW_FILE, Tree, is_temporary, put_tree, tree
 from fault_tools import FULL, Fault, Outcome, Rows, compare, host
 
 from kd_cache.errors import MissingLogitsError
-from kd_cache.score.feature_notes import SEEN_NAME
+from kd_cache.score.unchanged import SEEN_NAME
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store.cache import CacheFolder
 

@@ -491,7 +491,7 @@ def other_weights_begun(world: World, dump: Run) -> None:
 
 def stop_after(dump: Run, commits: int, *args: object, teachers: tuple[object, ...] = CLEAR) -> None:
     """Interrupt a dump after so many commits."""
-    from kd_cache.score.shard import Shard
+    from kd_cache.score.commits import Shard
 
     whole, done = Shard.commit, []
 

@@ -16,7 +16,7 @@ from kd_cache.errors import FeatureError, UsageError
 from kd_cache.score.batcher import Batcher
 from kd_cache.score.device import numerics, resolve_device
 from kd_cache.score.engine import Engine
-from kd_cache.score.places import Places, count_shapes, places_of
+from kd_cache.score.planning import Places, count_shapes, places_of
 from kd_cache.store.plan import BatchPlan, Place, load_plan
 
 CPU = torch.device("cpu")

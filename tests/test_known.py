@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from store_fixtures import Rows, names, origin
 
-from kd_cache.score.existing_rows import FEATURE_CHANGED, FRESH, NEW, Known
+from kd_cache.score.existing import FEATURE_CHANGED, FRESH, NEW, Known
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.snapshot import Snapshot
 

@@ -16,7 +16,7 @@ from conftest import TINY, Run, World
 from store_fixtures import snapshot
 from tiny_teachers import Linear
 
-import kd_cache.score.shard
+import kd_cache.score.commits
 from kd_cache import LogitCache, UsageError
 from kd_cache.cli.parts import part_of
 from kd_cache.score.dump import DumpJob, dump_logits, plan_dump
@@ -323,7 +323,7 @@ def test_an_interrupted_part_goes_on_and_ends_as_one_process_does(
     files, index = taken(world.cache)
     dump(*arguments, "--shard", "0/2")
     with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.score.shard, "write_pack", _interrupting(kd_cache.score.shard.write_pack, after=4))
+        patched.setattr(kd_cache.score.commits, "write_pack", _interrupting(kd_cache.score.commits.write_pack, after=4))
         assert dump(*arguments, "--shard", "1/2", "--shard-size", 1).exit_code == 130
     committed = len(_packs(world, "tiny"))
     assert run("seal", "--target", "b").exit_code == 3

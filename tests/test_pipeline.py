@@ -20,18 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_teachers import Linear
 
-import kd_cache.score.batch_size
-import kd_cache.score.shard
+import kd_cache.score.commits
+import kd_cache.score.planning
 from kd_cache import FeatureSource, LogitCache, StoreError, TeacherError
 from kd_cache.dataset.features import Feature
 from kd_cache.errors import FeatureError
-from kd_cache.score.batch_size import best_batch_size
 from kd_cache.score.batcher import Batcher
 from kd_cache.score.device import full_precision, numerics
 from kd_cache.score.dump import DumpJob, dump_logits
 from kd_cache.score.engine import Batch, Engine
-from kd_cache.score.places import Places
-from kd_cache.score.planning import Ranks
+from kd_cache.score.planning import Places, Ranks, best_batch_size
 from kd_cache.score.reading import CHUNK, read_ahead
 from kd_cache.score.stages import READING, SCORING, Busy
 from kd_cache.score.storage_cost import StorageCost, kl_divergence
@@ -325,7 +323,7 @@ def test_busy_shares_are_parts_of_the_time_over_all_workers() -> None:
 def test_the_largest_batch_that_still_gains_is_chosen(
     rates: dict[int, float], count: int, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kd_cache.score.batch_size, "_rate", lambda engine, shape, size: rates[size])
+    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size: rates[size])
     assert best_batch_size(Engine({}, CPU), (5, 20), count) == chosen
 
 
@@ -336,13 +334,13 @@ def test_measuring_survives_teachers_that_refuse_or_need_too_much() -> None:
 
 
 def test_a_measured_batch_size_is_kept_by_the_rerun(dump: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kd_cache.score.batch_size, "_rate", lambda engine, shape, size: min(size, 16))
+    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size: min(size, 16))
     first = dump("--batch-size", "auto")
     assert first.exit_code == 0, first.output
     assert "batch size 16, measured" in first.stderr
     assert json.loads((world.cache / "plan.json").read_bytes())["batch_size"] == 16
     before = world.packs("tiny")
-    monkeypatch.setattr(kd_cache.score.batch_size, "_rate", lambda engine, shape, size: size)
+    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size: size)
     again = dump("--batch-size", "auto", "--no-skip-existing")
     assert again.exit_code == 0, again.output
     world.add(90, "A", "train")
@@ -405,7 +403,7 @@ def _dumped(world: World, teacher: Linear, **options: object) -> tuple[object, l
 def test_a_commit_that_fails_beside_the_scoring_stops_the_dump_and_is_not_told_as_saved(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, count = kd_cache.score.shard.write_pack, 0
+    write, count = kd_cache.score.commits.write_pack, 0
 
     def failing(directory: Path, *rest: object, **named: object) -> Path:
         nonlocal count
@@ -414,7 +412,7 @@ def test_a_commit_that_fails_beside_the_scoring_stops_the_dump_and_is_not_told_a
             raise StoreError(f"cannot write a pack into {directory}: the disk is full")
         return write(directory, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kd_cache.score.shard, "write_pack", failing)
+    monkeypatch.setattr(kd_cache.score.commits, "write_pack", failing)
     watcher = Listening()
     with pytest.raises(StoreError, match="the disk is full"):
         dump_logits(_job(world, Linear(1), batch_size=2, shard_size=2), watcher)
@@ -427,7 +425,7 @@ def test_a_commit_that_fails_beside_the_scoring_stops_the_dump_and_is_not_told_a
 
 def test_commits_do_not_hold_up_scoring(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a shard is written, the next batches are scored: the teacher runs during a commit."""
-    write, during = kd_cache.score.shard.write_pack, threading.Event()
+    write, during = kd_cache.score.commits.write_pack, threading.Event()
     scored_meanwhile = threading.Event()
 
     class Noticing(Linear):
@@ -442,7 +440,7 @@ def test_commits_do_not_hold_up_scoring(world: World, monkeypatch: pytest.Monkey
         during.clear()
         return write(*rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kd_cache.score.shard, "write_pack", slow)
+    monkeypatch.setattr(kd_cache.score.commits, "write_pack", slow)
     dump_logits(_job(world, Noticing(1), batch_size=2, shard_size=2), Listening())
     assert scored_meanwhile.is_set()
 

@@ -18,7 +18,7 @@ import torch
 from conftest import TINY, Run, World
 from store_fixtures import snapshot
 
-import kd_cache.score.shard
+import kd_cache.score.commits
 import kd_cache.store.index
 import kd_cache.store.publish
 from kd_cache import LogitCache, load_manifest
@@ -827,14 +827,14 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
 def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
     dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, seen = kd_cache.score.shard.write_pack, []
+    write, seen = kd_cache.score.commits.write_pack, []
 
     def looking(directory: Path, origin: Any, *rest: Any) -> Path:
         (index,) = read_pending(CacheFolder(world.cache))[0]
         seen.append(index.origins[origin.teacher] == origin)
         return write(directory, origin, *rest)
 
-    monkeypatch.setattr(kd_cache.score.shard, "write_pack", looking)
+    monkeypatch.setattr(kd_cache.score.commits, "write_pack", looking)
     assert dump("--shard-size", 4).exit_code == 0
     assert len(seen) > 4
     assert all(seen)
@@ -959,7 +959,7 @@ def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
 ) -> None:
     """A part with new weights runs just when a dump with the old ones, begun before, scores or ends."""
     command = weighing(world, 1)
-    write, done = kd_cache.score.shard.write_pack, []
+    write, done = kd_cache.score.commits.write_pack, []
 
     def scoring(*args: Any) -> Path:
         if not done:
@@ -969,7 +969,7 @@ def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
 
     if when == "while it scores":
         with monkeypatch.context() as patched:
-            patched.setattr(kd_cache.score.shard, "write_pack", scoring)
+            patched.setattr(kd_cache.score.commits, "write_pack", scoring)
             assert run(*command).exit_code == 0
     else:
         with meanwhile(monkeypatch, lambda: run(*weighing(world, 2), "--shard", "0/2")):

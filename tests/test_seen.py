@@ -10,10 +10,10 @@ import pytest
 from conftest import World
 from store_fixtures import Rows, names
 
-import kd_cache.score.feature_notes
+import kd_cache.score.unchanged
 from kd_cache.dataset.features import FeatureSource
 from kd_cache.keys import keys_of
-from kd_cache.score.feature_notes import SEEN_NAME, SETTLED, Seen
+from kd_cache.score.unchanged import SEEN_NAME, SETTLED, Seen
 
 ROWS = Rows.of(names(9))
 SHAPES = np.arange(18, dtype=np.int32).reshape(9, 2) + 1
@@ -23,7 +23,7 @@ MOMENT = 10_000_000_000
 @pytest.fixture(autouse=True)
 def _notes(_no_notes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here notes are taken as ever."""
-    monkeypatch.setattr(kd_cache.score.feature_notes, "SETTLED", SETTLED)
+    monkeypatch.setattr(kd_cache.score.unchanged, "SETTLED", SETTLED)
 
 
 def stats(ctime: int = 0) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from store_fixtures import Rows, names, origin
 
-from kd_cache.score.shard import Shard
+from kd_cache.score.commits import Shard
 
 ROWS = Rows.of(names(20), 3, "fp16")
 ORIGINS = {"scene": origin("scene", 3, "fp16"), "city": origin("city", 3, "fp16")}

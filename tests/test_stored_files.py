@@ -14,7 +14,7 @@ from store_fixtures import Rows, flipping, names, origin
 from test_index import MAPS, record
 
 from kd_cache.errors import CorruptError, StoreError
-from kd_cache.score.feature_notes import SEEN_NAME, Seen
+from kd_cache.score.unchanged import SEEN_NAME, Seen
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import open_pack
 from kd_cache.store.permitted import Permitted, read_permitted

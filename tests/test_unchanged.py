@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 
-import kd_cache.score.feature_notes
+import kd_cache.score.unchanged
 from kd_cache import FeatureSource
 from kd_cache.dataset.features import Feature
 
@@ -18,7 +18,7 @@ from kd_cache.dataset.features import Feature
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose features were read. Files are believed at once, however new: the tests cannot wait."""
-    monkeypatch.setattr(kd_cache.score.feature_notes, "SETTLED", 0)
+    monkeypatch.setattr(kd_cache.score.unchanged, "SETTLED", 0)
     return counted(monkeypatch)
 
 

@@ -26,7 +26,7 @@ from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin, canonical_json
-from kd_cache.store.pack import USER_BLOCK, Pack, write_pack
+from kd_cache.store.pack import USER_BLOCK, Pack, write_part
 from kd_cache.store.pending import PendingRecord, begun
 from kd_cache.store.plan import BatchPlan
 from kd_cache.store.snapshot import GO_ON, Snapshot
@@ -306,14 +306,7 @@ def _put(pack: Pack, rows: np.ndarray, directory: Path) -> None:
     if len(rows) == len(pack):
         _copy(pack.path, directory)
         return
-    write_pack(
-        directory,
-        pack.origin,
-        pack.keys[rows],
-        pack.inputs[rows],
-        [pack.file_bytes(row) for row in rows.tolist()],
-        lambda part: pack.logits[rows[part]],
-    )
+    write_part(directory, pack, rows)
 
 
 def _copy(source: Path, directory: Path) -> None:

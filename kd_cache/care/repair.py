@@ -37,7 +37,7 @@ from kd_cache.score.dump import DumpJob, dump_logits
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import Pack, write_pack
+from kd_cache.store.pack import write_part
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
 
@@ -309,18 +309,6 @@ def drop_rows(folder: CacheFolder, origin: Origin, files: Collection[str] = ()) 
         if keep.all():
             continue
         if keep.any():
-            _write_rows_of(pack, np.flatnonzero(keep), folder.packs_path)
+            write_part(folder.packs_path, pack, np.flatnonzero(keep))
         superfluous.append(pack.path)
     remove_files(folder.packs_path, superfluous)
-
-
-def _write_rows_of(pack: Pack, rows: np.ndarray, directory: Path) -> None:
-    """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
-    write_pack(
-        directory,
-        pack.origin,
-        pack.keys[rows],
-        pack.inputs[rows],
-        [pack.file_bytes(row) for row in rows.tolist()],
-        lambda part: pack.logits[rows[part]],
-    )

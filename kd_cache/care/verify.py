@@ -37,7 +37,7 @@ from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.guard import leaked, tell_of_untold
 from kd_cache.errors import CorruptError, FeatureError, shown
 from kd_cache.keys import keys_of
-from kd_cache.score.places import places_of
+from kd_cache.score.planning import places_of
 from kd_cache.score.reading import read_ahead
 from kd_cache.score.teacher import Teacher, teacher_fingerprint
 from kd_cache.store.accuracy import alarm, changed_labels, stored_accuracy

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import posixpath
 import re
 import stat
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, listed, shown
+from kd_cache.files.strict_json import strict_json
 
 LISTS = ("train", "val", "test")
 IGNORED = -100
@@ -150,23 +149,11 @@ def _without_collection() -> Iterator[None]:
 def parse_json(raw: bytes, name: str) -> Any:
     """Strict JSON: UTF-8 without byte-order mark, no duplicate keys, no NaN or Infinity. Raises `ManifestError`."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return strict_json(raw)
     except RecursionError as error:
         raise ManifestError(f"{name} is not a manifest: it is nested too deeply") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise ManifestError(f"{name} is not valid UTF-8 JSON: {shown(error)}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {shown(twice)} occurs twice in one object")
-    return row
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:

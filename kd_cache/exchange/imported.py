@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, UsageError, listed, shown
 from kd_cache.files.atomic import open_file, store_errors
 from kd_cache.files.pickle_scan import PickleScan, unlisted
+from kd_cache.files.strict_json import strict_json
 from kd_cache.files.torch_zip import NotFromTorchError, pickle_in
 from kd_cache.serve.rows import OlderRows
 from kd_cache.store.cache import CacheFolder
@@ -306,18 +306,11 @@ def _read_list(path: Path, list_path: Path) -> dict[str, Any]:
     if list_path.suffix.lower() != ".json":
         return {"files": _lines(list_path, text)}
     with _refusing(list_path, "it is not JSON"):
-        content = json.loads(text, object_pairs_hook=_once)
+        content = strict_json(text)
     if isinstance(content, list):
         return {"files": content}
     if not isinstance(content, dict) or "files" not in content or not set(content) <= set(_KNOWN):
         raise UsageError(f"{shown(list_path)}: expected a list of files, or what kd-cache export wrote beside a tensor")
-    return content
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name stands in it twice")
     return content
 
 

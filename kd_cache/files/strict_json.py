@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -23,21 +24,24 @@ class Entries(dict[str, Any]):
         raise self.missing(name)
 
 
-def strict_json(raw: bytes, missing: Callable[[str], Exception]) -> Any:
-    """The value in ``raw``, its objects as `Entries`. Raises ``ValueError`` or ``RecursionError``."""
+def strict_json(raw: bytes | str, missing: Callable[[str], Exception] | None = None) -> Any:
+    """The value in ``raw``: UTF-8, no key twice in one object, no NaN or Infinity.
 
-    class Asked(Entries):
-        pass
+    With ``missing`` its objects are `Entries`. Raises ``ValueError`` or ``RecursionError``.
+    """
+    kind: type[dict[str, Any]] = (
+        dict if missing is None else type("Asked", (Entries,), {"missing": staticmethod(missing)})
+    )
 
-    Asked.missing = staticmethod(missing)
-
-    def entries(pairs: list[tuple[str, Any]]) -> Entries:
-        made = Asked(pairs)
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = kind(pairs)
         if len(made) != len(pairs):
-            raise ValueError("a key occurs twice in one object")
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"key {shown(twice)} occurs twice in one object")
         return made
 
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=entries, parse_constant=_refuse)
+    text = raw if isinstance(raw, str) else raw.decode("utf-8")
+    return json.loads(text, object_pairs_hook=unique, parse_constant=_refuse)
 
 
 def _refuse(text: str) -> NoReturn:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.score.existing_rows import NEW
 from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import Teacher, teacher_origin
 from kd_cache.store.cache import CacheFolder
@@ -21,6 +20,8 @@ from kd_cache.store.snapshot import Snapshot
 if TYPE_CHECKING:
     import torch
 
+NEW = "new"
+"""Why a sample is scored that has no row yet."""
 DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
 
 

@@ -17,9 +17,8 @@ from kd_cache.score.batcher import Batcher
 from kd_cache.score.commits import Commits
 from kd_cache.score.device import numerics
 from kd_cache.score.engine import Engine, Scored
-from kd_cache.score.existing import Found
-from kd_cache.score.existing_rows import ASKED, FRESH, NEW, Known
-from kd_cache.score.job import DumpJob, DumpReport
+from kd_cache.score.existing import ASKED, FRESH, Found, Known
+from kd_cache.score.job import NEW, DumpJob, DumpReport
 from kd_cache.score.planning import Planner, Ranks
 from kd_cache.score.reading import Read, read_ahead
 from kd_cache.score.stages import Busy

@@ -1,15 +1,139 @@
-"""Features that need not be read: nobody touched their files since a dump read them, and their rows are fresh."""
+"""``seen.bin``: features as the last dump found them, so that the next one need not read again what nobody touched.
+
+A note of a feature is the file's device, inode, size, mtime and ctime, its shape and its digest. It is believed where
+all five numbers are still the same, and only notes are taken of files whose last change (ctime) was clearly past when
+they were looked at: what is written within the granularity of a file system's clock would leave them as they are.
+Whoever sets a clock back, or goes on writing into a mapped file, can still deceive it. So no audit goes by these notes.
+They only save a dump the reading of features whose rows it has; a cache is complete without them, or with damaged ones.
+
+Layout: magic ``b"KDCSEEN\\n"``, format version (little-endian u4), xxh3-128 of what follows (16 bytes, big-endian),
+then 80 bytes per sample, keys ascending: key (16), device, inode, size, mtime, ctime (little-endian i8, the times in
+nanoseconds), frames and bins (i4), digest (16).
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
+import struct
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import xxhash
 
+from kd_cache.errors import StoreError
+from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.keys import KeyFinder, are_ascending, sorted_order
 from kd_cache.score.existing import Found
-from kd_cache.score.feature_notes import Seen
 from kd_cache.score.job import DumpJob
+from kd_cache.store.origin import FORMAT_VERSION
+
+SEEN_NAME = "seen.bin"
+SETTLED = 2_000_000_000
+"""Nanoseconds since the last change before a file is believed not to change unnoticed."""
+_MAGIC = b"KDCSEEN\n"
+_HEAD = struct.Struct("<8sI16s")
+_NOTE = np.dtype([("key", "u1", 16), ("stat", "<i8", 5), ("shape", "<i4", 2), ("digest", "u1", 16)])
+_CTIME = 4
+_MOST = 1 << 34
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Notes, keys ascending; read-only."""
+
+    notes: np.ndarray  # [N] of _NOTE
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+    @classmethod
+    def nothing(cls) -> Seen:
+        return cls(np.empty(0, _NOTE))
+
+    @classmethod
+    def load(cls, path: Path) -> Seen:
+        """The notes in a file; none where it is missing, damaged, of another version or cannot be read."""
+        try:
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if not _HEAD.size < size < _MOST or (size - _HEAD.size) % _NOTE.itemsize:
+                    return cls.nothing()
+                content = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        except OSError:  # it only ever saves time
+            return cls.nothing()
+        magic, version, digest = _HEAD.unpack_from(content)
+        rest = content[_HEAD.size :]
+        if (magic, version) != (_MAGIC, FORMAT_VERSION) or xxhash.xxh3_128_digest(rest) != digest:
+            return cls.nothing()
+        notes = np.frombuffer(rest, _NOTE)
+        return cls(notes) if are_ascending(np.ascontiguousarray(notes["key"])) else cls.nothing()
+
+    def lookup(self, keys: np.ndarray, stats: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is known of features as they are now.
+
+        Args:
+            keys: ``[n, 16]`` u1.
+            stats: ``[n, 5]`` i8 as `FeatureSource.stat_many` gives them, -1 where nothing can be said.
+
+        Returns:
+            believed ``[n]`` bool; where it is true, digests ``[n, 16]`` u1 and shapes ``[n, 2]`` i4 of the features
+            (zeros elsewhere).
+        """
+        at = self._finder.find(keys)
+        held = np.flatnonzero((at >= 0) & (stats[:, 0] >= 0))
+        held = held[(self.notes["stat"][at[held]] == stats[held]).all(axis=1)]
+        believed = np.zeros(len(keys), bool)
+        digests, shapes = np.zeros((len(keys), 16), np.uint8), np.zeros((len(keys), 2), np.int32)
+        believed[held] = True
+        digests[held], shapes[held] = self.notes["digest"][at[held]], self.notes["shape"][at[held]]
+        return believed, digests, shapes
+
+    @cached_property
+    def _finder(self) -> KeyFinder:
+        return KeyFinder(np.ascontiguousarray(self.notes["key"]))
+
+    def record(self, keys: np.ndarray, stats: np.ndarray, shapes: np.ndarray, digests: np.ndarray, moment: int) -> Seen:
+        """These notes and further ones, which replace those of the same samples.
+
+        Args:
+            keys, stats, shapes, digests: of features that were read, as `lookup` gives and takes them. The stats are
+                of before the reading.
+            moment: a time, in nanoseconds since the epoch, at which none of them had been looked at yet. A file that
+                changed less than `SETTLED` before it, or in the future, is not noted: it will be read again.
+        """
+        settled = (stats[:, 0] >= 0) & (stats[:, _CTIME] <= moment - SETTLED)
+        further = np.empty(int(settled.sum()), _NOTE)
+        for name, column in (("key", keys), ("stat", stats), ("shape", shapes), ("digest", digests)):
+            further[name] = column[settled]
+        kept = np.ones(len(self), bool)
+        replaced = self._finder.find(keys)
+        kept[replaced[replaced >= 0]] = False
+        return _ordered(np.concatenate([self.notes[kept], further]))
+
+    def only(self, keys: np.ndarray) -> Seen:
+        """The notes of these samples (``[n, 16]``): what is no longer permitted is forgotten."""
+        at = self._finder.find(keys)
+        return Seen(self.notes[np.unique(at[at >= 0])])
+
+    def save(self, path: Path) -> bool:
+        """Write them; whether that went well: a dump that ends with a full disk has not failed for this."""
+        content = self.notes.tobytes()
+        head = _HEAD.pack(_MAGIC, FORMAT_VERSION, xxhash.xxh3_128_digest(content))
+        try:
+            write_atomic(path, [head, content])
+        except StoreError:
+            return False
+        return True
+
+
+def _ordered(notes: np.ndarray) -> Seen:
+    return Seen(notes[sorted_order(np.ascontiguousarray(notes["key"]))])
+
 
 _AT_ONCE = 65_536
 

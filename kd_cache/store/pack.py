@@ -199,6 +199,13 @@ def write_pack(
     return final
 
 
+def write_part(directory: Path, pack: Pack, rows: np.ndarray) -> Path:
+    """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
+    files = [pack.file_bytes(row) for row in rows.tolist()]
+    keys, inputs = pack.keys[rows], pack.inputs[rows]
+    return write_pack(directory, pack.origin, keys, inputs, files, lambda part: pack.logits[rows[part]])
+
+
 def _write_hdf5(
     file: io.FileIO,
     origin: Origin,

@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes share the tests; who is ready takes over from who is not. For one file, .venv/bin/pytest alone is quicker.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test faults bench sample-teachers clean
+.PHONY: demo test faults mutations bench sample-teachers clean
 
 demo: .venv/installed  ## dump the sample's logits, verify them, and let a student read them
 	$(BIN)/kd-cache dump --target b
@@ -20,6 +20,9 @@ test: .venv/installed-dev  ## the gate: ruff, mypy --strict, every test, one dra
 
 faults: .venv/installed-dev  ## the fault tests with larger draws: 20 minutes
 	KD_CACHE_FAULTS=more $(PYTEST) -m faults
+
+mutations: .venv/installed-dev  ## break the product in 31 places, one after the other: does the gate notice? half an hour
+	$(BIN)/python tests/mutations.py
 
 bench: .venv/installed-bench  ## measure against real alternatives
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -256,9 +256,8 @@ MUTANTS = (
 
 def main(names: Iterable[str]) -> int:
     wanted = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
-    if subprocess.run(
-        ("git", "status", "--porcelain", "--", "kd_cache", "teachers"), cwd=REPO, capture_output=True, check=True
-    ).stdout:
+    status = ("git", "status", "--porcelain", "--", "kd_cache", "teachers")
+    if subprocess.run(status, cwd=REPO, capture_output=True, check=True).stdout:
         print("the working tree has changes in kd_cache or teachers: commit them first", file=sys.stderr)
         return 2
     results = [(mutant.name, *tried(mutant)) for mutant in wanted]

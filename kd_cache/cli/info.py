@@ -10,7 +10,7 @@ from typing import Any
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
 from kd_cache.commands import Report, Table
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import is_adaptation
 from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import PLACES, check_of, choose
@@ -30,11 +30,11 @@ def info(screen: Screen, path: Path) -> Report:
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path, DCASE.is_adaptation)
+    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path, is_adaptation)
     if CacheFolder(path).index_path.is_file():
         folders = [CacheFolder(path)]
     if not folders and not trained and not pretrained:
-        raise no_finished_cache(path, DCASE.is_adaptation)
+        raise no_finished_cache(path, is_adaptation)
     described = []
     for folder in folders:
         snapshot = Snapshot(folder, maps=True)

@@ -9,7 +9,7 @@ from kd_cache.cli.console import Screen
 from kd_cache.cli.saved import Saved, saved_data, saved_in
 from kd_cache.cli.seal import sealed_lines
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import adaptation
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
 from kd_cache.options import Target
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root
@@ -28,7 +28,7 @@ def merge(
 ) -> Report:
     """Bring the rows of other caches into the target's, and seal it."""
     refuse_file_as_root(cache_root)
-    snapshot = Snapshot(CacheFolder(cache_root / DCASE.adaptation(target)))
+    snapshot = Snapshot(CacheFolder(cache_root / adaptation(target)))
     job = MergeJob(
         snapshot,
         saved_data(run, _saved(snapshot, sources[0]), target),

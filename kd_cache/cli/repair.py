@@ -9,7 +9,7 @@ from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import Saved, run_record, saved_data, saved_teachers, saved_with
 from kd_cache.cli.verify import chosen_caches
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import target_in
 from kd_cache.errors import UsageError, shown, worst_exit_code
 from kd_cache.score.device import environment, resolve_device
 from kd_cache.store.cache import CacheFolder
@@ -28,7 +28,7 @@ def repair(run: Run, screen: Screen) -> Report:
 
 def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
     options = run.values
-    target = DCASE.target_in(folder.path.name) or folder.path.name
+    target = target_in(folder.path.name) or folder.path.name
     snapshot = Snapshot(folder, maps=True)
     saved = saved_with(snapshot, screen)
     _refuse_to_guess(run, folder, saved)

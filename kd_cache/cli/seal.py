@@ -10,7 +10,7 @@ from kd_cache.cli.console import Screen, size
 from kd_cache.cli.report import missing_lines
 from kd_cache.cli.saved import run_record, saved_data, saved_with
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import adaptation
 from kd_cache.errors import shown
 from kd_cache.options import Target
 from kd_cache.store.cache import CacheFolder
@@ -22,7 +22,7 @@ UNKNOWN_ENVIRONMENT = {"device": "not known", "torch": "not known"}
 
 def seal(run: Run, screen: Screen, target: Target, cache_root: Path, files: bool | None, workers: int) -> Report:
     """Merge packs, write view and index."""
-    snapshot = Snapshot(CacheFolder(cache_root / DCASE.adaptation(target)))
+    snapshot = Snapshot(CacheFolder(cache_root / adaptation(target)))
     data = saved_data(run, saved_with(snapshot, screen), target)
     job = SealJob(
         snapshot,

@@ -10,7 +10,7 @@ from kd_cache.cli.console import Screen
 from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import adaptation, is_adaptation, target_in
 from kd_cache.errors import worst_exit_code
 from kd_cache.score.device import resolve_device
 from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
@@ -35,20 +35,20 @@ def chosen_caches(run: Run, screen: Screen) -> list[CacheFolder]:
     """The cache of ``--target``, or every finished one under the root."""
     root, target = run.values["cache_root"], run.values["target"]
     if target is not None:
-        return [CacheFolder(root / DCASE.adaptation(target))]
-    found = find_caches(root, DCASE.is_adaptation)
-    folders = [folder for folder in found if DCASE.target_in(folder.path.name)]
+        return [CacheFolder(root / adaptation(target))]
+    found = find_caches(root, is_adaptation)
+    folders = [folder for folder in found if target_in(folder.path.name)]
     for folder in found:
         if folder not in folders:
-            screen.note(f"{folder.path} is not named after a target ({', '.join(DCASE.targets)}) and is passed over")
+            screen.note(f"{folder.path} is not named after a target and is passed over")
     if not folders:
-        raise no_finished_cache(root, DCASE.is_adaptation)
+        raise no_finished_cache(root, is_adaptation)
     return folders
 
 
 def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> VerifyReport:
     options = run.values
-    target = DCASE.target_in(folder.path.name) or folder.path.name
+    target = target_in(folder.path.name) or folder.path.name
     snapshot = Snapshot(folder, maps=True)
     problem = state_problem(snapshot)
     if problem is not None and not run.given("json_path"):

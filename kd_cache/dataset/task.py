@@ -92,3 +92,21 @@ DCASE = Task(
     ),
     spellings={"a": "A"},
 )
+
+TASKS = (DCASE,)
+"""All that there are. Their adaptations have names of their own."""
+
+
+def adaptation(target: str) -> str:
+    """What the adaptation to a target is called, and its cache's folder."""
+    return next((task for task in TASKS if target in task.targets), TASKS[0]).adaptation(target)
+
+
+def is_adaptation(name: str) -> bool:
+    """Whether a folder is named as the cache of an adaptation is, whatever its target."""
+    return any(task.is_adaptation(name) for task in TASKS)
+
+
+def target_in(name: str) -> str | None:
+    """The target of an adaptation, by its name; ``None`` where that names none."""
+    return next((target for task in TASKS if (target := task.target_in(name)) is not None), None)

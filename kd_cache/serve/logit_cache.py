@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import target_in
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.serve.attach import CachedDataset as CachedDataset
 from kd_cache.serve.attach import Gathered as Gathered
@@ -82,7 +82,7 @@ class LogitCache:
         if preload is True and not in_worker:
             self.prepare()
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
-        self.target = DCASE.target_in(adaptation)
+        self.target = target_in(adaptation)
 
     @classmethod
     def open(

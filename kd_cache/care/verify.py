@@ -92,7 +92,7 @@ def verify_cache(job: VerifyJob, watcher: Watcher | None = None) -> VerifyReport
 
 def state_problem(snapshot: Snapshot) -> Problem | None:
     """What keeps everything else of a cache from being checked; ``None`` where it is finished and in its place."""
-    error = snapshot.refusal or (snapshot.renamed if snapshot.index is not None else None)
+    error = snapshot.refusal or snapshot.renamed
     if error is None:
         return None
     kind = {3: MISS, 4: CORRUPT, 5: STALE}.get(error.exit_code, UNCHECKED)

@@ -7,7 +7,7 @@ pending record that was written anew is another file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,8 +102,11 @@ class Snapshot:
 
     @property
     def renamed(self) -> StaleError | None:
-        """Set where this is the cache of another adaptation under a new name."""
-        for record in ([] if self.index is None else [self.index]) + self.pending:
+        """Set where the index is of another adaptation than the folder's name says."""
+        return self._of_another([] if self.index is None else [self.index])
+
+    def _of_another(self, records: Iterable[Index]) -> StaleError | None:
+        for record in records:
             adaptation = record.record.get("adaptation", self.folder.path.name)
             if adaptation != self.folder.path.name:
                 return StaleError(
@@ -141,7 +144,8 @@ class Snapshot:
             watcher.note(f"{self.trouble.message}; it is written anew from the packs")
         elif self.trouble is not None:
             raise self.refusal or self.trouble
-        if (renamed := self.renamed) is not None:
+        renamed = self.renamed or self._of_another(self.pending)
+        if renamed is not None:
             raise renamed
         return self.index
 

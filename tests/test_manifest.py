@@ -65,7 +65,7 @@ def test_a_flat_list_reads_each_rows_split_and_keeps_the_order() -> None:
 
 def test_every_field_of_a_row_arrives() -> None:
     assert parse([row("x/y.npy", identifier="vienna-12")]) == (
-        Sample("x/y.npy", 3, 7, 1, "b", "train", None, "vienna-12"),
+        Sample("x/y.npy", 3, 7, 1, "b", "train", None, "vienna-12", ("vienna-12",)),
     )
 
 
@@ -140,8 +140,8 @@ def test_load_keeps_path_and_digest_of_the_bytes(tmp_path: Path) -> None:
         ({"identifier": "vienna-12"}, "vienna-12"),
         ({"identifier": "Vienna-012 "}, "vienna-12"),
         ({"location": "vienna-12"}, "vienna-12"),
-        ({"location": 12}, "7-12"),
-        ({"location": "12"}, "7-12"),
+        ({"location": 12}, "milan-12"),
+        ({"location": "12"}, "milan-12"),
         ({"location": 12, "city_label": ...}, "-12"),
         ({"location": 12, "city_label": None}, "-12"),
         ({"identifier": "vienna-12", "location": "outdoors"}, "vienna-12"),

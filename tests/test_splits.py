@@ -310,8 +310,8 @@ def test_a_location_in_train_and_test_fields_is_leakage(train: Row, test: Row) -
 
 def test_a_numbered_location_counts_with_its_city() -> None:
     train = row("tr.npy", location=5)
-    assert "tr.npy: location 2-5" in leak(train, row("te.npy", split="test", location=5))
-    assert "tr.npy: location 2-5" in leak(train, row("te.npy", split="test", location="05"))
+    assert "tr.npy: location helsinki-5" in leak(train, row("te.npy", split="test", location=5))
+    assert "tr.npy: location helsinki-5" in leak(train, row("te.npy", split="test", location="05"))
     assert select(manifest(*PAIR, train, row("te.npy", split="test", location=5, city_label=3)), "b")
 
 

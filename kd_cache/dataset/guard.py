@@ -126,7 +126,7 @@ def select_source(
 def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
     task = manifest.task
     train = [sample for sample in manifest if sample.split == "train"]
-    test = [sample for sample in manifest if sample.split.strip().casefold() in task.held_out]
+    test = [sample for sample in manifest if sample.split != "train" and task.held_out.search(sample.split)]
     _refuse_contradictions(manifest)
     _refuse_unseen_devices(train, task)
     _refuse_files_in_two_splits(manifest, data_root)
@@ -161,7 +161,13 @@ def location(sample: Sample, task: Task = DCASE) -> str | None:
 def location_in_name(file: str, task: Task = DCASE) -> str | None:
     """``city-location`` of a file named as the task's clips are, else ``None``."""
     found = task.place_in_name.findall(file)
-    return place_name("-".join(found[-1])) if found else None
+    return place_name("-".join(found[-1][:2])) if found else None
+
+
+def device_in_name(file: str, task: Task = DCASE) -> str | None:
+    """The device of a file named as the task's clips are, else ``None``."""
+    found = task.place_in_name.findall(file)
+    return task.device(found[-1][2].lower()) if found else None
 
 
 def _refuse_contradictions(manifest: Manifest) -> None:
@@ -176,6 +182,11 @@ def _refuse_contradictions(manifest: Manifest) -> None:
 
 def _refuse_unseen_devices(train: list[Sample], task: Task) -> None:
     wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in task.unseen]
+    wrong += [
+        f"{sample.file}: its name says {named}, its row {sample.device_id}"
+        for sample in train
+        if sample.device_id not in task.unseen and (named := device_in_name(sample.file, task)) in task.unseen
+    ]
     if wrong:
         raise DataLeakageError(
             f"{len(wrong)} train samples come from the unseen devices {', '.join(task.unseen)}, "
@@ -234,11 +245,11 @@ def _shared_locations(train: list[Sample], test: list[Sample], task: Task) -> tu
     A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
     """
     held_out = {place for sample in test for place in places_of_sample(sample, task)}
-    located = sum(1 for sample in test if places_of_sample(sample, task))
+    located = sum(1 for sample in test if location(sample, task) is not None)
     shared = []
     for sample in train:
         places = places_of_sample(sample, task)
-        located += bool(places)
+        located += location(sample, task) is not None
         common = places & held_out
         if common:
             shared.append(f"{sample.file}: location {min(common)}")
@@ -246,8 +257,9 @@ def _shared_locations(train: list[Sample], test: list[Sample], task: Task) -> tu
 
 
 def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
-    """Its recording location by its field and by its name: none, one, or two that contradict each other."""
-    return {place for place in (sample.location, location_in_name(sample.file, task)) if place is not None}
+    """All that its fields and its name say of where it was recorded: none, one, or several."""
+    named = (sample.location, location_in_name(sample.file, task), *sample.places)
+    return {place for place in named if place is not None}
 
 
 def _refuse_empty(chosen: tuple[Sample, ...], target: str, task: Task) -> None:

@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ IGNORED = -100
 MAX_BYTES = 1 << 30
 """A manifest above this is refused by default: a million samples take about 200 MB."""
 
-_CITY_AND_NUMBER = re.compile(r"(.*)-([0-9]+)\Z", re.DOTALL)
-
 
 class Sample(NamedTuple):
-    """One manifest row. ``file`` is its identity; labels are class indices or ``None`` where the manifest has none."""
+    """One manifest row. ``file`` is its identity; labels are class indices or ``None`` where the manifest has none.
+
+    ``location`` is where it was recorded; ``places`` are all names that the row's fields give to that.
+    """
 
     file: str
     scene_label: int | None
@@ -44,6 +46,7 @@ class Sample(NamedTuple):
     split: str
     listed_in: str | None
     location: str | None
+    places: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class _RowReader:
             device,
             _split(row, in_list),
             in_list,
-            _location(row),
+            *_location(row, self.task),
         )
 
 
@@ -269,36 +272,51 @@ def _split(row: dict[str, Any], in_list: str | None) -> str:
     return split
 
 
-def _location(row: dict[str, Any]) -> str | None:
-    """The recording location where the row names one: ``city-location``.
+def _location(row: dict[str, Any], task: Task) -> tuple[str | None, tuple[str, ...]]:
+    """The recording location where the row names one, and every place that the row names.
 
-    TAU calls it ``identifier``. That word may also mean something else: it counts first only where it looks like one.
+    TAU calls the location ``identifier``. That word may also mean something else, such as a recording: with a number
+    in it, it is a location where it begins with a city of the task. Otherwise it is a place all the same: two rows that
+    have it in common were recorded together.
     """
     if row.get("identifier") is None and row.get("location") is None:
-        return None
-    named = {field: _place(field, row) for field in ("identifier", "location") if row.get(field) is not None}
-    identifier = named.get("identifier")
-    return identifier if identifier and _CITY_AND_NUMBER.match(identifier) else named.get("location", identifier)
+        return None, ()
+    named = {field: _place(field, row, task) for field in ("identifier", "location") if row.get(field) is not None}
+    identifier, location = named.get("identifier"), named.get("location")
+    bare = str(row.get("identifier")).strip()
+    if location is not None and (bare.isdecimal() or not any(map(str.isdigit, bare))):
+        identifier = None  # a word or a counter, where the place is named beside it
+    is_known = identifier is not None and (
+        identifier.rpartition("-")[0] in task.cities or not any(map(str.isdigit, identifier))
+    )
+    places = tuple(dict.fromkeys(place for place in (identifier, location) if place is not None))
+    return (identifier if is_known else location), places
 
 
-def _place(field: str, row: dict[str, Any]) -> str:
+def _place(field: str, row: dict[str, Any], task: Task) -> str | None:
+    """The place that a field names; ``None`` for an identifier that is a bare number and could be anything's."""
     value = row[field]
-    if type(value) is int or (isinstance(value, str) and value.isascii() and value.isdigit()):
+    if type(value) is int or (isinstance(value, str) and value.strip().isdecimal()):
         # A bare number identifies a place only together with its city.
         city = row.get("city_label")
-        return place_name(f"{'' if city is None else city}-{value}")
+        if city is None and field == "identifier":
+            return None
+        return place_name(f"{'' if city is None else task.city(city)}-{value}")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{field} must be a name or a number, found {_kind(value)}")
     return place_name(value)
 
 
+_NAME_AND_NUMBER = re.compile(r"(.*?)[\W_]*([0-9]+)\Z", re.DOTALL)
+
+
 @lru_cache(maxsize=16_384)  # many samples are of one place
 def place_name(text: str) -> str:
-    """One spelling for a location's name: ``Vienna-07`` and ``vienna_7`` are ``vienna-7``."""
-    name = text.strip().casefold()
-    before = name.rstrip("0123456789")
-    city, number = before.rstrip("-_ \t"), name[len(before) :]
-    return f"{city}-{number.lstrip('0') or '0'}" if number and city != before else name
+    """One spelling for a location's name: ``Vienna-07``, ``vienna_7``, ``vienna.7``, ``Vienna7`` are ``vienna-7``."""
+    name = unicodedata.normalize("NFKC", text).strip().casefold()
+    name = "".join(str(unicodedata.digit(letter, letter)) for letter in name)
+    found = _NAME_AND_NUMBER.match(name)
+    return f"{found[1]}-{found[2].lstrip('0') or '0'}" if found else name
 
 
 def _refuse_duplicates(samples: Sequence[Sample], name: str) -> None:

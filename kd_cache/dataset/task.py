@@ -24,8 +24,8 @@ class Task:
         source: the device whose labels may be used.
         targets: devices that can be adapted to; ``unseen`` ones are never trained on, cached or distilled.
         spellings: other ways to write a device.
-        held_out: what people call the split that is held out.
-        place_in_name: finds ``(city, number)`` of a recording location in a file's name.
+        held_out: finds what people call the split that is held out in a split's name.
+        place_in_name: finds ``(city, number, device)`` of a recording in a file's name.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Task:
     source: str
     targets: tuple[str, ...]
     unseen: tuple[str, ...]
-    held_out: tuple[str, ...]
+    held_out: re.Pattern[str]
     place_in_name: re.Pattern[str]
     spellings: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,11 +82,11 @@ DCASE = Task(
     source="A",
     targets=("b", "c", "s1", "s2", "s3"),
     unseen=("s4", "s5", "s6"),
-    held_out=("test", "eval", "evaluate", "evaluation"),
+    held_out=re.compile(r"test|eval|hold[\W_]*out|held[\W_]*out", re.IGNORECASE),
     # TAU names: scene-city-location-segment-device.wav (2019, 2020), …-segment-part-device.wav (2022 and later). People
     # put words and folders around them, and other suffixes behind.
     place_in_name=re.compile(
-        rf"(?<![a-z])(?:{'|'.join(_SCENES)})-({'|'.join(_CITIES)})-([0-9]+)-[0-9]+(?:-[0-9]+)?-(?:a|b|c|s[1-6])"
+        rf"(?<![a-z])(?:{'|'.join(_SCENES)})-({'|'.join(_CITIES)})-([0-9]+)-[0-9]+(?:-[0-9]+)?-(a|b|c|s[1-6])"
         r"(?![a-z0-9])",
         re.IGNORECASE | re.ASCII,
     ),

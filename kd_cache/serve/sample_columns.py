@@ -26,7 +26,7 @@ class SampleColumns(Sequence[Sample]):
         numbers = [(sample.scene_label, sample.city_label, sample.domain) for sample in samples]
         labels = [[_NO_LABEL if number is None else number for number in row] for row in numbers]
         self._numbers = np.array(labels, np.int64).reshape(len(samples), 3)
-        texts = [(sample.device_id, sample.split, sample.listed_in, sample.location) for sample in samples]
+        texts = [tuple(sample[4:]) for sample in samples]
         self._rest = list(dict.fromkeys(texts))
         code = {text: number for number, text in enumerate(self._rest)}
         self._codes = np.array([code[text] for text in texts], np.int32)

@@ -1,9 +1,13 @@
-"""How long work tells what it is doing, without knowing who listens."""
+"""How long work tells what it is doing, without knowing who listens; and how it is told to stop."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+
+class Stopped(SystemExit):
+    """A signal asked this process to end. Any other ``SystemExit`` comes from somebody's code."""
 
 
 class Watcher:

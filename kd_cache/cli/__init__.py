@@ -14,6 +14,7 @@ import typer
 
 import kd_cache
 from kd_cache.cli.parser import PROGRAM, SETTINGS, TableGroup
+from kd_cache.watch import Stopped
 
 app = typer.Typer(
     name=PROGRAM,
@@ -52,7 +53,7 @@ def _stop(number: int, frame: object) -> None:
     _stopped_at = time.monotonic()
     for each in _STOPPING:
         signal.signal(each, _already_stopping)  # a second one would interrupt that
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
 
 
 def _already_stopping(number: int, frame: object) -> None:

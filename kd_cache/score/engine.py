@@ -16,8 +16,10 @@ import torch
 
 from kd_cache.errors import KDCacheError, TeacherError, shown
 from kd_cache.score.device import full_precision
+from kd_cache.score.factory import users_code
 from kd_cache.score.stages import COPYING, SCORING, Busy
 from kd_cache.score.teacher import Teacher
+from kd_cache.watch import Stopped
 
 AHEAD = 2
 """Batches that a GPU has before it when the next is made ready: it must never wait for Python."""
@@ -85,7 +87,7 @@ class Engine:
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.device = device
-        self.teachers = {name: _placed(teacher, device) for name, teacher in teachers.items()}
+        self.teachers = {name: _placed(name, teacher, device) for name, teacher in teachers.items()}
         self.most_rows: int | None = None
         self._calls = {name: _compiled(teacher) if compiled else teacher for name, teacher in self.teachers.items()}
         self._compare = compare
@@ -217,7 +219,9 @@ class Engine:
             logits = self.forward(name, features)
         except KDCacheError as error:
             raise _UnscoredError(f"teacher {name}: {error.message}") from error
-        except Exception as error:
+        except (KeyboardInterrupt, Stopped, GeneratorExit):
+            raise
+        except BaseException as error:  # sys.exit(0) in a teacher's code must not end this program with 0
             if is_out_of_memory(error):
                 raise _OutOfMemoryError(error) from error
             raise TeacherError(
@@ -240,19 +244,20 @@ class _OutOfMemoryError(Exception):
     """Memory, the device's or the host's, was too small."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, on a GPU or on a CPU, or Python could not get the memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 
 
-def _placed(teacher: Teacher, device: torch.device) -> Teacher:
+def _placed(name: str, teacher: Teacher, device: torch.device) -> Teacher:
     moved: Any = teacher
-    if callable(getattr(moved, "to", None)):
-        moved = moved.to(device)
-    if callable(getattr(moved, "eval", None)):
-        moved = moved.eval()
+    with users_code(lambda why: TeacherError(f"teacher {name} cannot be made ready on {device}: {why}")):
+        if callable(getattr(moved, "to", None)):
+            moved = moved.to(device)
+        if callable(getattr(moved, "eval", None)):
+            moved = moved.eval()
     return moved  # type: ignore[no-any-return]
 
 

@@ -13,11 +13,13 @@ import importlib.util
 import pkgutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import KDCacheError, UsageError, shown
+from kd_cache.watch import Stopped
 
 ENTRY_POINTS = "kd_cache.teachers"
 PRIVATE = "_kd_cache_file_"
@@ -77,6 +79,20 @@ def load_file(path: Path) -> types.ModuleType:
     return module
 
 
+@contextmanager
+def users_code(as_error: Callable[[str], KDCacheError]) -> Iterator[None]:
+    """Run a user's code: whatever it raises is an error of ours, ``sys.exit(0)`` too; errors of ours stay as they are.
+
+    Ctrl-C and the end that a signal asks for are nobody's error. ``as_error`` is given the kind and the text.
+    """
+    try:
+        yield
+    except (KDCacheError, KeyboardInterrupt, Stopped, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise as_error(f"{type(error).__name__}: {shown(error)}") from error
+
+
 def _in_file(path: Path, attribute: str) -> Any:
     found: Any = load_file(path)
     for name in attribute.split("."):
@@ -107,12 +123,8 @@ def _import(name: str) -> Any:
 
 
 def _callable(name: str, load: Callable[[], Any]) -> Callable[..., Any]:
-    try:
+    with users_code(lambda why: UsageError(f"cannot import {shown(name)}: {why}")):
         factory = load()
-    except KDCacheError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"cannot import {shown(name)}: {type(error).__name__}: {shown(error)}") from error
     if not callable(factory):
         raise UsageError(
             f"{shown(name)} is not callable; expected factory(ckpt) for a teacher, factory(num_classes) for a net"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.errors import KDCacheError, TeacherError, UsageError, shown
-from kd_cache.score.factory import resolve_factory
+from kd_cache.errors import TeacherError, UsageError, shown
+from kd_cache.score.factory import resolve_factory, users_code
 from kd_cache.store.index import is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, class_order, weights_digest
 
@@ -64,15 +64,9 @@ class TeacherSpec:
     def load(self) -> Teacher:
         """Import the factory and call it. Raises `UsageError`, `TeacherError` or what the factory raises of ours."""
         factory: Factory = resolve_factory(self.factory)
-        try:
+        what = f"the factory {shown(self.factory)} of teacher {self.name} failed"
+        with users_code(lambda why: TeacherError(f"{what}: {why}")):
             teacher = factory(self.checkpoint)
-        except KDCacheError:
-            raise
-        except (Exception, SystemExit) as error:  # sys.exit in a user's code must not end this program with 0
-            raise TeacherError(
-                f"the factory {shown(self.factory)} of teacher {self.name} failed: "
-                f"{type(error).__name__}: {shown(error)}"
-            ) from error
         check_teacher(self.name, teacher)
         return teacher
 
@@ -141,14 +135,10 @@ def _own_parts(teacher: Teacher) -> dict[str, str]:
     """What a teacher says of itself, and its weights."""
     who = f"fingerprint_parts() of {type(teacher).__name__}"
     state_dict = getattr(teacher, "state_dict", None)
-    try:
+    with users_code(lambda why: TeacherError(f"{who} failed: {why}")):
         parts = dict(teacher.fingerprint_parts())
         if "weights" not in parts and callable(state_dict):
             parts["weights"] = weights_digest(state_dict())
-    except KDCacheError:
-        raise
-    except Exception as error:
-        raise TeacherError(f"{who} failed: {type(error).__name__}: {shown(error)}") from error
     for part in ("weights", "architecture"):
         if not parts.get(part):
             raise TeacherError(f"{who} must name {part!r}")

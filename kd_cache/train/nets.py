@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.errors import CheckpointError, KDCacheError, TeacherError, UsageError, listed, shown
-from kd_cache.score.factory import resolve_factory
+from kd_cache.errors import CheckpointError, TeacherError, UsageError, listed, shown
+from kd_cache.score.factory import resolve_factory, users_code
 from kd_cache.train.architectures import architectures
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
@@ -40,12 +40,8 @@ def _own_net(arch: str, num_classes: int) -> nn.Module:
             hint="Name a factory of your own as module:factory, or as path/to/file.py:factory.",
         )
     factory = resolve_factory(arch)
-    try:
+    with users_code(lambda why: TeacherError(f"the factory {shown(arch)} failed: {why}")):
         net = factory(num_classes)
-    except KDCacheError:
-        raise
-    except Exception as error:
-        raise TeacherError(f"the factory {shown(arch)} failed: {type(error).__name__}: {shown(error)}") from error
     if not isinstance(net, nn.Module):
         raise TeacherError(f"the factory {shown(arch)} must return a torch.nn.Module, found {type(net).__name__}")
     return net

@@ -156,6 +156,15 @@ class LogitCache:
         origins = {} if self._index is None else self._index.origins
         return {name: origins[name].fingerprint.digest for name in self.teachers if name in origins}
 
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """``num_scenes`` and ``num_cities`` as the dump was given them, for `kd_cache.load_manifest`."""
+        values = {} if self._index is None else self._index.record.get("settings", {}).get("values", {})
+        return {
+            "num_scenes": int(values.get("num_scenes", max(10, self.num_classes))),
+            "num_cities": int(values.get("num_cities", 12)),
+        }
+
     def __len__(self) -> int:
         return self._count
 

@@ -143,8 +143,9 @@ def student_loader(
         MissingLogitsError: the cache lacks a sample.
         StaleError: while iterating, a feature changed since the dump.
     """
-    manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
+    if not isinstance(manifest, Manifest):
+        manifest = load_manifest(manifest, **cache.label_counts)
     target = _target(cache, target, manifest.task)
     root = Path(data_root).expanduser()
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)

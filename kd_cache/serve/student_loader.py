@@ -145,7 +145,8 @@ def student_loader(
     """
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
     if not isinstance(manifest, Manifest):
-        manifest = load_manifest(manifest, **cache.label_counts)
+        counts = cache.label_counts
+        manifest = load_manifest(manifest, num_scenes=counts["num_scenes"], num_cities=counts["num_cities"])
     target = _target(cache, target, manifest.task)
     root = Path(data_root).expanduser()
     selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)

@@ -228,3 +228,27 @@ def no_file_over(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class DeadError(BaseException):
+    """The process is gone: nothing it would still do happens."""
+
+
+@contextmanager
+def dying(at: int = 1 << 62) -> Iterator[list[str]]:
+    """From call number ``at`` on, no name changes any more. Yields what was called until then."""
+    did: list[str] = []
+
+    def mortal(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if len(did) >= at:
+                raise DeadError
+            did.append(f"{name} {args[1] if name in ('replace', 'rename') else args[0]}")
+            return real(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, mortal(name, getattr(os, name)))
+        yield did

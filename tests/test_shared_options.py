@@ -1,0 +1,71 @@
+"""Options that several commands have mean the same in all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY, Run, World
+from store_fixtures import snapshot
+
+DATA = ("--target", "b", "--json-path", "dataset.json")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "dump": ("dump", *DATA, *TINY, "--only", "tiny", "--only", "other"),
+    "verify": ("verify", *DATA, *TINY),
+    "info": ("info", "cache/A2b"),
+    "seal": ("seal", *DATA),
+    "merge": ("merge", "whole/A2b", *DATA),
+    "repair": ("repair", *DATA, *TINY),
+    "diff": ("diff", "whole/A2b", "cache/A2b"),
+    "gc": ("gc", "cache/A2b"),
+    "export": ("export", "cache/A2b", "--to", "tsv", "--output", "out"),
+    "adopt": ("adopt", "rows.tsv", *DATA),
+}
+
+
+@pytest.fixture
+def world(cached: World) -> World:
+    """A finished cache; a copy and rows to adopt beside it."""
+    shutil.copytree(cached.cache.parent, cached.root / "whole")
+    rows = "".join(f"{file}\t0.5\t-1\n" for file in cached.permitted())
+    (cached.root / "rows.tsv").write_text("file\ta\tb\n" + rows)
+    return cached
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_prints_one_object_and_nothing_else(run: Run, world: World, command: str) -> None:
+    result = run(*COMMANDS[command], "--json")
+    assert result.exit_code == 0, result.output
+    assert isinstance(json.loads(result.stdout), dict)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
+def test_quiet_prints_nothing_where_nothing_is_wrong(run: Run, world: World, command: str) -> None:
+    result = run(*COMMANDS[command], "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(("command", "code"), [("dump", 2), ("merge", 3), ("diff", 3), ("export", 3)])
+def test_a_teacher_that_nobody_has_is_named_and_nothing_changes(
+    run: Run, world: World, command: str, code: int
+) -> None:
+    before = snapshot(world.root)
+    result = run(*COMMANDS[command], "--only", "ghost")
+    assert (result.exit_code, "ghost" in result.stderr) == (code, True), result.output
+    assert snapshot(world.root) == before
+
+
+@pytest.mark.parametrize("command", ["verify", "repair", "gc"])
+def test_where_nothing_is_named_and_no_cache_is_there_it_is_a_miss(run: Run, world: World, command: str) -> None:
+    options = [part for part in COMMANDS[command][1:] if part not in (*DATA, "cache/A2b")]
+    result = run(command, *options, "--cache-root", "nowhere")
+    assert (result.exit_code, "there is no cache under nowhere" in result.stderr) == (3, True), result.output
+
+
+@pytest.mark.parametrize("command", ["verify", "info", "repair", "gc"])
+def test_without_a_target_every_cache_under_the_root_is_meant(run: Run, world: World, command: str) -> None:
+    run("dump", "--target", "c", "--json-path", "dataset.json", *TINY, "--only", "tiny")
+    options = [part for part in COMMANDS[command][1:] if part not in (*DATA, "cache/A2b")]
+    assert '"cache/A2b"' in (said := run(command, *options, "--json").stdout)
+    assert '"cache/A2c"' in said

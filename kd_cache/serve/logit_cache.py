@@ -244,9 +244,10 @@ class LogitCache:
         script, which kept none. Raises IndexError for a row that is none.
         """
         numbers = self._numbers(rows)
+        if self._index is None:
+            return None
         parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
-        known = [part for part in parts if part is not None]
-        return np.stack(known, axis=1) if len(known) == len(parts) else None
+        return np.stack(parts, axis=1)
 
     def attach(
         self,

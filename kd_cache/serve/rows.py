@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_cache.files.page_cache import expect_random, populate, read_ahead
+from kd_cache.files.page_cache import expect_random
 from kd_cache.keys import KeyFinder
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
@@ -83,15 +83,8 @@ class TeacherRows:
         """The same into contiguous ``[Q, C]``. Positions are not checked: they must be some."""
         self._union.take_into(self._positions(positions), out)
 
-    def read_ahead(self) -> None:
-        for pack in self._union.packs:
-            read_ahead(pack.logits)
-
-    def populate(self) -> None:
-        for pack in self._union.packs:
-            populate(pack.logits)
-
     def expect_random(self) -> None:
+        """Have no more of mapped files read than is asked for."""
         for pack in self._union.packs:
             expect_random(pack.logits)
 

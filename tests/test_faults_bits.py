@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.cli import app
-from kd_cache.errors import CorruptError, KDCacheError
+from kd_cache.errors import KDCacheError
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
@@ -571,27 +571,6 @@ def test_damage_to_a_mapped_pack_is_refused(
     told(capsys, "a mapped pack", tally)
     assert tally.of("full") == {REFUSED: len(damages)}, tally.notes
     assert tally.of("lazy").keys() <= {RIGHT, REFUSED}, tally.notes
-
-
-@pytest.mark.parametrize("name", ROW_DATASETS)
-def test_lazily_a_damaged_row_is_refused_whenever_it_is_read_and_others_are_served(
-    mapped: MadeCache, name: str
-) -> None:
-    (path,) = (mapped.path / "packs").iterdir()
-    rows = mapped.rows["scene"]
-    start, width = row_bytes(path)[name]
-    for row in (0, 1, 511, 512, 5_000, MANY - 1):
-        block = row // 512
-        others = np.array([one for one in range(MANY) if one // 512 != block])
-        with damaging(path) as damage:
-            # The last byte: a key stays where it is in the order, so that its neighbours are found.
-            damage(flip(path.read_bytes(), 8 * (start + (row + 1) * width - 1)))
-            cache = LogitCache.open(mapped.path, verify="lazy")
-            np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
-            for _ in range(2):
-                with pytest.raises(CorruptError, match=path.name):
-                    cache.batch(np.array([3 * 512, row]))
-            np.testing.assert_array_equal(cache.batch(others[::-1].copy())[:, 0].numpy(), rows.logits[others[::-1]])
 
 
 def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

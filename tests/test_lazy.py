@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kd_cache.serve.placement as placement_module
 import kd_cache.store.pack as pack_module
-from kd_cache import CorruptError, LogitCache, MissingLogitsError, StaleError, StoreError, UsageError
+from kd_cache import CorruptError, LogitCache, MissingLogitsError, StoreError
 from kd_cache.store.cache import CacheFolder, PackSet
 from kd_cache.store.pack import CHECKED_AT_ONCE, open_pack
 from kd_cache.store.permitted import Permitted
@@ -109,7 +109,7 @@ def test_full_hashes_every_byte_at_once_and_nothing_later(made: MadeCache, hashe
 
 def test_lazy_hashes_nothing_at_open_and_each_block_once(made: MadeCache, hashed: list[int]) -> None:
     cache = LogitCache.open(made.path, verify="lazy")
-    assert cache.preloaded == "warmed"
+    assert cache.preloaded == "mapped"
     rows = cache.rows(made.rows["scene"].files)
     assert hashed == []
     np.testing.assert_array_equal(cache.batch(rows[700:702])[:, 0].numpy(), made.rows["scene"].logits[700:702])
@@ -132,41 +132,22 @@ def test_off_hashes_nothing_ever(made: MadeCache, hashed: list[int]) -> None:
     assert np.flatnonzero((served != made.rows["scene"].logits).any(axis=1)).tolist() == [5]
 
 
-def test_auto_is_full_up_to_a_limit_and_lazy_above(
-    made: MadeCache, hashed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = only_pack(made).stat().st_size
-    assert placement_module.FULLY_CHECKED == 10**9
-    monkeypatch.setattr(placement_module, "FULLY_CHECKED", size)
-    assert LogitCache.open(made.path).preloaded == "table"
-    assert hashed == [size - 512]
-    hashed.clear()
-    monkeypatch.setattr(placement_module, "FULLY_CHECKED", size - 1)
-    cache = LogitCache.open(made.path)
-    assert hashed == []
-    assert cache.preloaded == "warmed", "a table of everything would check everything at once, row by row"
-    cache.batch(torch.tensor([0]))
-    assert hashed == [-CHECKED_AT_ONCE]
-
-
-def test_the_limit_is_for_the_packs_of_the_opened_teachers_together(
-    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("teachers", [["scene"], None])
+def test_auto_is_full_up_to_a_limit_of_the_opened_teachers_packs_and_lazy_above(
+    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch, teachers: list[str] | None
 ) -> None:
     made = two_teachers(tmp_path / "A2b", packs=2)
-    packs = list((made.path / "packs").iterdir())
-    sizes = [sum(path.stat().st_size for path in packs if path.name.startswith(name)) for name in made.rows]
-    monkeypatch.setattr(placement_module, "FULLY_CHECKED", max(sizes))
-    hashed.clear()
-    assert LogitCache.open(made.path, ["scene"]).preloaded == "table"
-    assert len(hashed) == 2
-    hashed.clear()
-    assert LogitCache.open(made.path).preloaded == "warmed"
-    assert hashed == []
-
-
-def test_a_way_of_checking_that_is_none_is_refused(made: MadeCache) -> None:
-    with pytest.raises(UsageError, match="verify is 'lax', expected auto, full, lazy, off"):
-        LogitCache.open(made.path, verify="lax")
+    chosen = teachers or list(made.rows)
+    sizes = [path.stat().st_size for path in (made.path / "packs").iterdir() if path.name.partition("-")[0] in chosen]
+    assert placement_module.FULLY_CHECKED == 10**9
+    for limit, place in ((sum(sizes), "table"), (sum(sizes) - 1, "mapped")):
+        hashed.clear()
+        monkeypatch.setattr(placement_module, "FULLY_CHECKED", limit)
+        cache = LogitCache.open(made.path, teachers)
+        assert cache.preloaded == place, "a table of everything would check everything at once, row by row"
+        assert sorted(hashed) == (sorted(size - 512 for size in sizes) if place == "table" else [])
+    cache.batch(torch.arange(40))
+    assert sum(hashed) == -40 * len(chosen)
 
 
 def test_a_pack_is_checked_in_the_way_that_is_asked_for(made: MadeCache) -> None:
@@ -185,25 +166,28 @@ def test_a_pack_is_checked_in_the_way_that_is_asked_for(made: MadeCache) -> None
 # -- what a damaged row does ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", ["logits", "inputs", "checksums"])
-def test_a_damaged_block_is_refused_when_it_is_read_and_the_others_are_served(made: MadeCache, dataset: str) -> None:
-    path, rows = only_pack(made), made.rows["scene"]
-    damage(path, dataset, 600)
+@pytest.mark.parametrize("row", [0, 511, 600, ROWS - 1])
+@pytest.mark.parametrize("dataset", ["keys", "logits", "inputs", "checksums"])
+def test_a_damaged_block_is_refused_whenever_it_is_read_and_the_others_are_served(
+    made: MadeCache, dataset: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_module, "MAPPED", 1)
+    path, rows, start = only_pack(made), made.rows["scene"], row // 512 * 512
+    damage(path, dataset, row)
     with pytest.raises(CorruptError, match=path.name):
         LogitCache.open(made.path, verify="full")
     cache = LogitCache.open(made.path, verify="lazy")
-    others = np.r_[0:512, 1024:ROWS]
+    others = np.r_[0:start, start + 512 : ROWS]
     np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
-    for asked in ([600], [512], [0, 1023], range(ROWS)):
-        with pytest.raises(CorruptError, match=rf"{path.name}.*row 600 does not match its checksum"):
-            cache.batch(np.array(asked))
-    with pytest.raises(CorruptError, match="row 600"):
-        cache.tensor()
-    with pytest.raises(CorruptError, match="row 600"):
-        cache.input_digests(torch.tensor([1, 600]))
-    with pytest.raises(CorruptError, match="row 600"):
-        cache.batch([rows.files[600]])
-    np.testing.assert_array_equal(cache.batch(others)[:, 0].numpy(), rows.logits[others])
+    refused: list[Callable[[], object]] = [
+        *(lambda asked=asked: cache.batch(np.array(asked)) for asked in ([row], [start], [0, row], range(ROWS))),
+        cache.tensor,
+        lambda: cache.input_digests(torch.tensor([1, row])),
+    ]
+    for ask in refused:
+        with pytest.raises(CorruptError, match=rf"{path.name}.*row {row} does not match its checksum"):
+            ask()
+    np.testing.assert_array_equal(cache.batch(others[::-1].copy())[:, 0].numpy(), rows.logits[others[::-1]])
 
 
 def test_a_damaged_file_name_is_damage_and_no_collision(made: MadeCache) -> None:
@@ -259,66 +243,28 @@ def test_several_packs_are_checked_block_by_block_too(tmp_path: Path, hashed: li
         cache.batch(np.array([others[0], bad]))
 
 
-def test_rows_of_repeated_and_ambiguous_samples_are_the_same_lazily(tmp_path: Path) -> None:
-    made = two_teachers(tmp_path / "A2b", packs=3)
-    made.rows["scene"].part([1, 5, 6]).write(made.path / "packs", made.origins["scene"])
-    Rows.of(names(2), seed=1, inputs=1).write(made.path / "packs", made.origins["scene"])
-    caches = [LogitCache.open(made.path, verify=verify) for verify in ("full", "lazy", "off")]
-    files = names(40)[2:]
-    for cache in caches:
-        assert len(cache) == 38
-        np.testing.assert_array_equal(cache.batch(files).numpy(), made.stacked(files))
-        with pytest.raises(MissingLogitsError, match="its feature changed"):
-            cache.rows(names(1))
-
-
-def test_what_lies_around_the_rows_is_checked_at_open_or_harmless(tmp_path: Path) -> None:
-    """Every bit of a pack but those of its rows: lazily it is refused, missed, or every served value is right."""
-    made = two_teachers(tmp_path / "A2b", count=2, classes=1)
-    expected = made.stacked(names(2))
-    path = next(iter((made.path / "packs").iterdir()))
-    content = path.read_bytes()
-    refused = 0
-    for at in range(0, len(content), 7):
-        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
-        try:
-            served = LogitCache.open(made.path, verify="lazy").batch(names(2)).numpy()
-        except (CorruptError, MissingLogitsError, StoreError):
-            refused += 1
-            continue
-        assert served.tobytes() == expected.tobytes(), f"byte {at}"
-    assert refused > 0
-
-
 # -- in workers -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @forks
 def test_workers_check_what_they_read(made: MadeCache, start: str) -> None:
-    """Those that inherit an opened cache, and those that open it anew: right rows, and damage found by either."""
-    rows = made.rows["scene"]
-
-    def read(batch: Any) -> int:
-        (numbers,), logits = batch
-        np.testing.assert_array_equal(logits[:, 0].numpy(), rows.logits[numbers.numpy()])
-        return len(numbers)
-
-    cache = LogitCache.open(made.path, verify="lazy")
-    data = cache.attach(TensorDataset(torch.arange(ROWS)), rows.files)
+    """Those that inherit an opened cache, and those that open it anew: right rows until the damaged block."""
+    path, rows = only_pack(made), made.rows["scene"]
+    damage(path, "logits", ROWS - 1)
+    data = LogitCache.open(made.path, verify="lazy").attach(TensorDataset(torch.arange(ROWS)), rows.files)
     loader: DataLoader[Any] = DataLoader(
         data, 400, collate_fn=data.collate, num_workers=1, multiprocessing_context=start
     )
-    assert sum(map(read, loader)) == ROWS
-
-    path = only_pack(made)
-    damage(path, "logits", ROWS - 1)
-    cache = LogitCache.open(made.path, verify="lazy")
-    data = cache.attach(TensorDataset(torch.arange(ROWS)), rows.files)
-    loader = DataLoader(data, 400, collate_fn=data.collate, num_workers=1, multiprocessing_context=start)
     seen: list[int] = []
+
+    def read() -> None:
+        for (numbers,), logits in loader:
+            np.testing.assert_array_equal(logits[:, 0].numpy(), rows.logits[numbers.numpy()])
+            seen.append(len(numbers))
+
     with pytest.raises(CorruptError, match=path.name):
-        seen.extend(map(read, loader))
+        read()
     assert seen
 
 
@@ -451,53 +397,3 @@ def test_a_reader_that_always_comes_too_late_says_so(generations: Generations, m
     monkeypatch.setattr(CacheFolder, "packs", restless)
     with pytest.raises(StoreError, match="keeps changing"):
         LogitCache.open(generations.cache)
-
-
-def test_new_weights_show_when_the_index_says_so_and_for_all_samples_at_once(
-    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real parts and a real seal, just when a reader has read the index."""
-    weights = world.root / "weights.txt"
-    weights.write_text("1")
-    teacher = ("--teacher", f"tiny=tiny_teachers:linear,ckpt={weights}", "--only", "tiny")
-    command = ("dump", "--target", "b", "--json-path", world.json_path, *teacher)
-    assert run(*command).exit_code == 0
-    files = world.permitted()
-    old = LogitCache.open(world.cache).tensor(files=files)
-    weights.write_text("2")
-    for part in ("0/2", "1/2"):
-        assert run(*command, "--shard", part).exit_code == 0
-    packs, sealed = CacheFolder.packs, []
-
-    def sealing(self: CacheFolder, *args: Any, **kwargs: Any) -> PackSet:
-        if not sealed:
-            sealed.append(True)
-            assert run("seal", "--target", "b").exit_code == 0
-        return packs(self, *args, **kwargs)
-
-    assert torch.equal(LogitCache.open(world.cache).tensor(files=files), old)
-    with monkeypatch.context() as patched:
-        patched.setattr(CacheFolder, "packs", sealing)
-        between = LogitCache.open(world.cache).tensor(files=files)
-    new = LogitCache.open(world.cache).tensor(files=files)
-    assert sealed
-    assert not torch.equal(old, new)
-    assert torch.equal(between, old) or torch.equal(between, new)
-
-
-def test_rows_that_a_reader_resolved_are_no_others_after_a_seal(
-    cached: World, dump: Run, run: Run, world: World
-) -> None:
-    """An opened cache keeps what it opened; a worker that must open it anew refuses."""
-    cache = LogitCache.open(world.cache, verify="lazy")
-    files = world.permitted()
-    rows, before = cache.rows(files), LogitCache.open(world.cache).tensor(files=files)
-    sent = pickle.dumps(cache)
-    world.rows = world.rows[3:]
-    world.write()
-    dump("--shard", "0/2")
-    dump("--shard", "1/2")
-    assert run("seal", "--target", "b").exit_code == 0
-    assert torch.equal(cache.batch(rows), before)
-    with pytest.raises(StaleError, match="changed while it was being read"):
-        pickle.loads(sent)  # noqa: S301 (our own)

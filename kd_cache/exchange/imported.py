@@ -24,9 +24,9 @@ from kd_cache.files.atomic import open_file, store_errors
 from kd_cache.files.pickle_scan import PickleScan, unlisted
 from kd_cache.files.strict_json import strict_json
 from kd_cache.files.torch_zip import NotFromTorchError, pickle_in
-from kd_cache.serve.rows import OlderRows
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import INDEX_NAME, read_older_maps
+from kd_cache.store.older import older_row
 from kd_cache.store.origin import STORED, VALUE_KINDS
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
@@ -448,7 +448,7 @@ def _older(folder: CacheFolder, name: str, paths: Mapping[str, str], permitted: 
     for file in wanted:
         try:
             # Its paths hold only where that script ran; the files are found beside the index, wherever it was moved.
-            row = OlderRows(name, {file: folder.view_path(name) / Path(paths[file]).name}).all()[0]
+            row = older_row(folder.view_path(name) / Path(paths[file]).name, file)
         except (CorruptError, MissingLogitsError) as error:
             bad[file] = error
         else:

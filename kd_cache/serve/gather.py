@@ -37,11 +37,8 @@ class Gatherer:
         self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
         self._is_narrow_table = self._is_table and self._width * self.dtype.itemsize < WIDE
         self._is_near = self.nbytes <= _NEAR
-        self._is_warmed = place == "warmed"
-        for rows in tables:
-            if place == "warmed":
-                rows.read_ahead()
-            elif place == "mapped" and not fits(self.nbytes):
+        if not self._is_table and not fits(self.nbytes):
+            for rows in tables:
                 rows.expect_random()  # what the kernel would read around them pushes out what was read before
 
     @cached_property
@@ -75,13 +72,9 @@ class Gatherer:
         return "_table" in self.__dict__
 
     def prepare(self) -> None:
-        """Make the table now, if there is to be one, or have all of the maps at hand, if they are to be."""
+        """Make the table now, if there is to be one."""
         if self._is_table:
             self._table  # noqa: B018 (reading it makes it)
-        elif self._is_warmed:
-            self._is_warmed = False  # once is enough
-            for rows in self._teachers:
-                rows.populate()
 
     def few(self, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
         """The quickest way for small batches and tables, else ``None``. Torch checks these rows: `IndexError`."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import check_of
-from kd_cache.serve.rows import OlderRows, PackRows, TeacherRows
+from kd_cache.serve.rows import TeacherRows
 from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index, read_older_maps
+from kd_cache.store.older import older_pack
 from kd_cache.store.origin import Fingerprint, Origin
 from kd_cache.store.snapshot import Snapshot
 
@@ -121,7 +122,7 @@ def _pack_rows(
     for path, damage in packs.damaged.items():
         if teacher_in_name(path) in origins:
             raise damage
-    tables: list[PackRows] = []
+    tables: list[TeacherRows] = []
     for name, origin in origins.items():
         mine = packs.of(origin)
         if not mine:
@@ -129,8 +130,8 @@ def _pack_rows(
                 f"{shown(folder.path)} holds no rows of {name} as its index describes them",
                 hint="Restore its packs, or run kd-cache dump again.",
             )
-        tables.append(PackRows(mine, permitted, tables[0] if tables else None))
-    return list(tables)
+        tables.append(TeacherRows(mine, permitted, tables[0] if tables else None))
+    return tables
 
 
 def pack_bytes(folder: CacheFolder, teachers: Collection[str]) -> int:
@@ -159,10 +160,11 @@ def older_rows(
             f"{shown(folder.path)} holds no logits of {', '.join(map(shown, unknown)) or 'any teacher'}"
         )
     # Its paths hold only where that script ran; the files are found beside the index, wherever it was moved.
-    tables: list[TeacherRows] = [
-        OlderRows(name, {file: folder.view_path(name) / Path(path).name for file, path in maps[name].items()})
+    packs = [
+        older_pack(name, {file: folder.view_path(name) / Path(path).name for file, path in maps[name].items()})
         for name in names
     ]
+    tables = [TeacherRows([pack]) for pack in packs]
     if len({(table.num_classes, table.dtype) for table in tables}) > 1:
         raise UsageError("these teachers do not fit into one tensor", hint="Open them separately: teachers=[…].")
     return tables

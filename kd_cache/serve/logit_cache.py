@@ -46,8 +46,8 @@ class LogitCache:
         num_classes: C.
         target: the target device of the adaptation, or ``None`` where the folder's name does not say.
         misses: how many files without logits were resolved, to be served as NaN (only with ``on_miss="nan"``).
-        preloaded: where batches come from: ``table`` (one table in memory), ``warmed`` (mapped packs that the kernel
-            reads ahead) or ``mapped`` (mapped packs, read as rows are asked for).
+        preloaded: where batches come from: ``table`` (one table in memory) or ``mapped`` (mapped packs, read as rows
+            are asked for).
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class LogitCache:
             verify: ``full`` checks every byte now; ``lazy`` checks each block of rows when it is first read; ``off``
                 believes the disk; ``auto`` is full up to 1 GB of packs (or with ``preload=True``) and lazy above.
             preload: ``True`` reads all rows into one table in memory now; ``False`` gathers from the mapped packs;
-                ``auto`` makes a table of up to 1 GiB when files are first resolved (unless rows are checked lazily),
-                and has larger packs read ahead where they fit into free memory. ``preloaded`` says what it came to.
+                ``auto`` makes a table of up to 1 GiB when files are first resolved (unless rows are checked lazily).
+                ``preloaded`` says what it came to.
                 For a table on an accelerator see `tensor`.
 
         Raises:
@@ -224,10 +224,7 @@ class LogitCache:
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
 
     def prepare(self) -> None:
-        """Make the table in memory now, or have the maps read whole, as ``preloaded`` says. `attach` does it.
-
-        Without it, a table is made when files are first resolved, and maps are read as rows are asked for.
-        """
+        """Make the table in memory now, if there is to be one. Else it is made when files are first resolved."""
         self._gatherer.prepare()
 
     def tensor(
@@ -253,9 +250,10 @@ class LogitCache:
         script, which kept none. Raises IndexError for a row that is none.
         """
         numbers = self._numbers(rows)
+        if self._index is None:
+            return None
         parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
-        known = [part for part in parts if part is not None]
-        return np.stack(known, axis=1) if len(known) == len(parts) else None
+        return np.stack(parts, axis=1)
 
     def attach(
         self,

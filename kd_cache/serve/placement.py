@@ -14,7 +14,6 @@ WORKER_TABLE_BYTES = 1 << 26
 
 PLACES = {
     "table": "one table in memory",
-    "warmed": "mapped packs, read ahead",
     "mapped": "mapped packs, read as rows are asked for",
 }
 
@@ -47,7 +46,7 @@ def choose(preload: bool | str, table_bytes: int, *, is_lazy: bool, in_worker: b
         return "table" if table_bytes <= WORKER_TABLE_BYTES and not is_lazy else "mapped"
     if preload is True or (table_bytes <= TABLE_BYTES and not is_lazy):
         return "table"
-    return "warmed" if fits(table_bytes) else "mapped"
+    return "mapped"
 
 
 def fits(size: int) -> bool:

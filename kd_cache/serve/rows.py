@@ -1,24 +1,17 @@
-"""One teacher's rows as a reader sees them, whether packed or left by an older script."""
+"""One teacher's rows as a reader sees them."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kd_cache.errors import CorruptError, MissingLogitsError, shown
-from kd_cache.files.npy import parse_header
-from kd_cache.files.page_cache import expect_random, populate, read_ahead
-from kd_cache.keys import KeyFinder, keys_of, sample_key, sorted_order
+from kd_cache.files.page_cache import expect_random
+from kd_cache.keys import KeyFinder
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
-from kd_cache.store.take import take_rows
 from kd_cache.store.union import Union
-from kd_cache.store.view import read_row_file, view_name
 
 _BLOCK = 16_384
 
@@ -55,68 +48,14 @@ class Names:
 
 
 class TeacherRows:
-    """One teacher's rows, whatever they are stored in. A *position* counts in key order."""
-
-    name: str
-    num_classes: int
-    dtype: np.dtype[Any]
-    keys: np.ndarray
-    finder: KeyFinder
-    signature: tuple[str, ...]
-    is_lazy = False  # rows are checked when they are first read
-
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """``[Q, C]`` logits."""
-        raise NotImplementedError
-
-    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
-        """The same into contiguous ``[Q, C]``. Positions are not checked: they must be some."""
-        raise NotImplementedError
-
-    def all(self) -> np.ndarray:
-        """``[N, C]`` logits of all positions."""
-        raise NotImplementedError
-
-    def read_ahead(self) -> None:
-        """Have mapped files read from start to end while we go on."""
-
-    def populate(self) -> None:
-        """Have all of mapped files at hand, when this returns."""
-
-    def expect_random(self) -> None:
-        """Have no more of mapped files read than is asked for."""
-
-    def files(self, positions: np.ndarray) -> list[str]:
-        raise NotImplementedError
-
-    def names(self, positions: np.ndarray) -> Names:
-        """The same as `files`, without an object for each."""
-        raise NotImplementedError
-
-    def has_names_of(self, other: TeacherRows) -> bool:
-        """Whether all positions have the same names as in another, as far as that is quickly seen."""
-        return False
-
-    def is_ambiguous(self, key: np.ndarray) -> bool:
-        raise NotImplementedError
-
-    def is_promised(self, key: np.ndarray) -> bool:
-        """Whether the index permits this sample, so that its row should be there."""
-        return False
-
-    def inputs(self, positions: np.ndarray) -> np.ndarray | None:
-        """``[Q, 16]`` u1, the digests of the features that were scored; ``None`` where nobody knows them."""
-        return None
-
-
-class PackRows(TeacherRows):
     """Rows of packs of one origin: of those the ``permitted``, of a sample scored from two inputs none.
 
-    What is the same in ``other`` (another teacher's rows under the same permission) is shared with it.
+    A *position* counts in key order. What is the same in ``other`` (another teacher's rows under the same permission)
+    is shared with it.
     """
 
     def __init__(
-        self, packs: Sequence[Pack], permitted: Permitted | None = None, other: PackRows | None = None
+        self, packs: Sequence[Pack], permitted: Permitted | None = None, other: TeacherRows | None = None
     ) -> None:
         self._union = union = Union(packs)
         self._permitted = permitted
@@ -126,6 +65,8 @@ class PackRows(TeacherRows):
         self.signature = tuple(pack.path.name for pack in union.packs)
         self.is_lazy = any(pack.unchecked is not None for pack in union.packs)
         self._kept: np.ndarray | None
+        self.keys: np.ndarray
+        self.finder: KeyFinder
         if other is not None and _same_keys(union, other._union):
             self._kept, self.keys, self.finder = other._kept, other.keys, other.finder
         else:
@@ -135,30 +76,27 @@ class PackRows(TeacherRows):
         self._pack = union.packs[0] if self._kept is None else None
 
     def take(self, positions: np.ndarray) -> np.ndarray:
+        """``[Q, C]`` logits."""
         return self._union.take(self._positions(positions))
 
     def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
+        """The same into contiguous ``[Q, C]``. Positions are not checked: they must be some."""
         self._union.take_into(self._positions(positions), out)
 
-    def read_ahead(self) -> None:
-        for pack in self._union.packs:
-            read_ahead(pack.logits)
-
-    def populate(self) -> None:
-        for pack in self._union.packs:
-            populate(pack.logits)
-
     def expect_random(self) -> None:
+        """Have no more of mapped files read than is asked for."""
         for pack in self._union.packs:
             expect_random(pack.logits)
 
     def inputs(self, positions: np.ndarray) -> np.ndarray:
+        """``[Q, 16]`` u1, the digests of the features that were scored."""
         mine = self._positions(positions)
         self._union.touch(mine)
         found: np.ndarray = self._union.inputs[mine]
         return found
 
     def all(self) -> np.ndarray:
+        """``[N, C]`` logits of all positions."""
         if self._pack is not None and self._pack.unchecked is None:
             return self._pack.logits
         return self._union.take(self._positions(np.arange(len(self.keys))))
@@ -174,13 +112,15 @@ class PackRows(TeacherRows):
         return found
 
     def names(self, positions: np.ndarray) -> Names:
+        """The same as `files`, without an object for each."""
         if self._pack is None:
             return Names.of(self._union.file_bytes(self._positions(positions)))
         starts, ends = (self._pack.file_offsets[part].astype(np.int64) for part in (positions, positions + 1))
         return Names(self._pack.files_blob, starts, ends - starts)
 
     def has_names_of(self, other: TeacherRows) -> bool:
-        mine, its = self._pack, other._pack if isinstance(other, PackRows) else None
+        """Whether all positions have the same names as in another, as far as that is quickly seen."""
+        mine, its = self._pack, other._pack
         return (
             mine is not None
             and its is not None
@@ -193,6 +133,7 @@ class PackRows(TeacherRows):
         return position >= 0 and bool(self._union.ambiguous[position])
 
     def is_promised(self, key: np.ndarray) -> bool:
+        """Whether the index permits this sample, so that its row should be there."""
         return self._permitted is not None and bool(KeyFinder(self._permitted.keys).find(key)[0] >= 0)
 
 
@@ -212,58 +153,3 @@ def _kept(union: Union, permitted: Permitted | None) -> np.ndarray | None:
     if not allowed and permitted is not None:
         kept &= KeyFinder(permitted.keys).find(union.keys) >= 0
     return None if len(union.packs) == 1 and kept.all() else np.flatnonzero(kept)
-
-
-class OlderRows(TeacherRows):
-    """Rows of a cache written by an older script: plain files, nothing to check them by."""
-
-    def __init__(self, name: str, paths: Mapping[str, Path]) -> None:
-        self.name = name
-        names = list(paths)
-        keys = keys_of(names)
-        order = sorted_order(keys)
-        self.keys = keys[order]
-        self.finder = KeyFinder(self.keys)
-        self._names = [names[number] for number in order]
-        rows = [_older_row(paths[file], file) for file in self._names]
-        if len({(len(row), row.dtype) for row in rows}) != 1:
-            raise CorruptError(f"the rows of {shown(name)} differ in length or dtype, or there are none")
-        self._logits = np.stack(rows)
-        self.num_classes = self._logits.shape[1]
-        self.dtype = self._logits.dtype
-        self.signature = (hashlib.sha256(self.keys.tobytes() + self._logits.tobytes()).hexdigest(),)
-
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        return self._logits.take(positions, axis=0)
-
-    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
-        take_rows(self._logits, positions, out)
-
-    def all(self) -> np.ndarray:
-        return self._logits
-
-    def files(self, positions: np.ndarray) -> list[str]:
-        return [self._names[number] for number in positions.tolist()]
-
-    def names(self, positions: np.ndarray) -> Names:
-        return Names.of([file.encode("utf-8") for file in self.files(positions)])
-
-    def is_ambiguous(self, key: np.ndarray) -> bool:
-        return False
-
-
-def _older_row(path: Path, file: str) -> np.ndarray:
-    """``[C]`` from a plain ``.npy`` of an older cache."""
-    if path.name != view_name(bytes.fromhex(sample_key(file))):
-        raise CorruptError(f"the index names {shown(path.name)} for {shown(file)}, which is another sample's row")
-    content = read_row_file(path)
-    if content is None:
-        raise MissingLogitsError(f"{shown(path)} is in the index, but not on disk")
-    try:
-        header = parse_header(content)
-        if len(header.shape) != 1 or not header.shape[0] or header.size != len(content):
-            raise ValueError(f"its shape is {list(header.shape)} and it has {len(content)} bytes, expected [classes]")
-    except ValueError as error:
-        raise CorruptError(f"{shown(path)}: {error}") from None
-    row: np.ndarray = np.frombuffer(content, header.dtype, offset=header.offset)
-    return row

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from kd_cache.train.checkpoint_file import checkpoint_limit
     from kd_cache.train.cp_resnet import CPResNet
     from teachers.cnn14 import CNN14
-    from teachers.factories import city, city2scene, scene
-    from teachers.loading import LoadedTeacher, load_teacher
-    from teachers.own_net import own_teacher
+    from teachers.loading import LoadedTeacher, city, city2scene, load_teacher, own_teacher, scene
     from teachers.two_parts import City2Scene
 
 _MODULE_OF = {
@@ -26,12 +24,12 @@ _MODULE_OF = {
     "City2Scene": "teachers.two_parts",
     "LoadedTeacher": "teachers.loading",
     "checkpoint_limit": "kd_cache.train.checkpoint_file",
-    "city": "teachers.factories",
-    "city2scene": "teachers.factories",
+    "city": "teachers.loading",
+    "city2scene": "teachers.loading",
     "load_teacher": "teachers.loading",
-    "own_teacher": "teachers.own_net",
+    "own_teacher": "teachers.loading",
     "save_checkpoint": "kd_cache.train.checkpoint",
-    "scene": "teachers.factories",
+    "scene": "teachers.loading",
 }
 
 __all__ = [

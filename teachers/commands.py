@@ -172,7 +172,7 @@ ALL = Command(
 )
 EXTRACT = Command(
     "train extract",
-    "teachers.extraction:extract",
+    "teachers.training_runs:extract",
     "Embed the permitted train samples with the backbones of teachers, once, for heads that train on them.",
     (
         "target",

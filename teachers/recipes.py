@@ -20,13 +20,11 @@ from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import architecture_of, architectures
 from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_PREFIX, read_weights
 from kd_cache.train.clips import Clips
-from kd_cache.train.head import Standardised, make_head
-from kd_cache.train.inference import embedded
+from kd_cache.train.evaluation import embedded
 from kd_cache.train.job import TrainJob, TrainReport
-from kd_cache.train.loop import Learner
-from kd_cache.train.nets import WarmStart, embedding_dim, make_net, warm_start
+from kd_cache.train.loop import Learner, Progress
+from kd_cache.train.nets import Standardised, WarmStart, embedding_dim, make_head, make_net, warm_start
 from kd_cache.train.pretraining import key_of
-from kd_cache.train.progress import Progress
 from kd_cache.train.run_folder import RunFolder
 from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE, Settings
 from kd_cache.train.training import Training

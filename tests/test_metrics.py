@@ -26,7 +26,7 @@ from sklearn.metrics import (
 )
 
 from kd_cache.errors import TeacherError, UsageError
-from kd_cache.train.metrics import BINS, THRESHOLDS, Metrics, measure, measure_groups
+from kd_cache.train.evaluation import BINS, THRESHOLDS, Metrics, measure, measure_groups
 
 Case = tuple[np.ndarray, np.ndarray]
 near = {"rel": 1e-6, "abs": 1e-6}

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
 from kd_cache.store.origin import weights_digest
-from kd_cache.train.head import Standardised
 
 HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"
 TRAINED: Final[Mapping[int, frozenset[str]]] = {
@@ -105,7 +104,7 @@ class Frozen:
             )
 
     def __str__(self) -> str:
-        if isinstance(self.net, Standardised):
+        if getattr(self.net, "classifier_prefix", None) == "":  # all of it is a head
             return f"a head alone, {self.trainable:,} parameters, on embeddings of a frozen backbone that are at hand"
         if not self.names:
             return f"level {self.level}: nothing is frozen, {self.trainable:,} parameters train"

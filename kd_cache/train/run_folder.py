@@ -10,6 +10,8 @@ outputs/teacher_city/A2b/
     ├── history.csv           one row per epoch
     ├── steps.csv             one row per step: learning rate and loss
     └── results.json          written last: a run without it is unfinished
+
+from __future__ import annotations
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import copy
 import csv
 import fcntl
+import filecmp
 import io
 import json
 import os
@@ -34,9 +37,11 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, write_atomic
-from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, net_names, save_checkpoint
+from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, net_names, read_weights, save_checkpoint
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
-from kd_cache.train.progress import EPOCH_COLUMNS, Progress, Step
+from kd_cache.train.job import TrainJob
+from kd_cache.train.loop import EPOCH_COLUMNS, Progress, Step
+from kd_cache.watch import Watcher
 
 BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
     "best.safetensors",
@@ -279,3 +284,34 @@ def _place(row: list[str]) -> tuple[int, int] | None:
     """Stage and step of a row; ``None`` for what is none."""
     plain = len(row) == len(_STEP_COLUMNS) and row[0].isdecimal() and row[2].isdecimal()
     return (int(row[0]), int(row[2])) if plain else None
+
+
+def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: Watcher) -> Path:
+    """Put ``weights`` beside the runs as ``best.safetensors`` (and ``best.pth``), each whole. Raises `StoreError`."""
+    home = job.home
+    make_directory(home)
+    checkpoint = home / BEST
+    with store_errors(weights, "read"):
+        content = weights.read_bytes()
+    if checkpoint.is_file() and not same_bytes(checkpoint, weights):
+        watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
+    write_atomic(checkpoint, content)
+    if not job.pth:  # one of other weights must not stand beside it
+        with store_errors(home / "best.pth", "remove"):
+            (home / "best.pth").unlink(missing_ok=True)
+    else:
+        held = read_weights(checkpoint)
+        beside = {
+            "epoch": results.get("best_epoch", 0),
+            "optimizer_state_dict": {},
+            "val_acc": results["validation"].get("accuracy"),
+            "val_loss": results["validation"].get("log_loss"),
+        }
+        save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
+    return checkpoint
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two files are equal. Raises `StoreError`."""
+    with store_errors(one, "read"):
+        return filecmp.cmp(one, other, shallow=False)

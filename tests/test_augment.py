@@ -15,7 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 from kd_cache.errors import UsageError
-from kd_cache.train.augment import LEVELS, Augmentation, Mixed, augmented
+from kd_cache.train.augment import Mixed, augmented
+from kd_cache.train.settings import LEVELS, Augmentation
 
 ONE_CHANGE = {
     "time_roll": 0.5,

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_cache.errors import UsageError
-from kd_cache.train.augment import LEVELS, Augmentation
 from kd_cache.train.pretraining import key_of
 from kd_cache.train.settings import (
     AUTO,
@@ -21,10 +20,12 @@ from kd_cache.train.settings import (
     CITY2SCENE,
     FROZEN,
     FULL_MODEL,
+    LEVELS,
     PRESETS,
     ROLES,
     SCENE,
     SCRATCH,
+    Augmentation,
     Settings,
     Stage,
     parse_stage,
@@ -316,6 +317,7 @@ OF_STAGES = {"epochs", "lr", "preset", "stages", "direct_unfreeze"}
 ALLOWED: dict[str, list[Any]] = {
     "mlp_hidden_dims": [(), (5,), (6, 5), (5, 6, 7)],
     "epochs": [1, 8],
+    "feature_dim": [2, 3],
     "momentum": [0.0, 0.9 + 1e-9],
     "dropout": [0.0, 0.3 + 1e-9],
     "label_smoothing": [0.5, 1e-9],

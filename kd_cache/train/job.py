@@ -1,6 +1,4 @@
-"""What a training is told, what it writes down (its key's parts, its settings, its checkpoints' record), and what it tells
-afterwards.
-"""
+"""What a training is told, what it writes down of itself (key, settings, record), and what it tells afterwards."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.score.device import AUTOCAST
-from kd_cache.train.augment import Augmentation, Mixed, augmented
+from kd_cache.train.augment import Mixed, augmented
 from kd_cache.train.clips import Clips
 from kd_cache.train.evaluation import measure, score
 from kd_cache.train.freezing import Frozen, trainable_parameters
 from kd_cache.train.optimiser import Schedule, average, class_weights, cross_entropy, make_optimiser, restore, state_of
-from kd_cache.train.settings import Settings, Stage
+from kd_cache.train.settings import Augmentation, Settings, Stage
 from kd_cache.watch import Watcher
 
 DIVERGED: Final = 3.0

@@ -1,6 +1,4 @@
-"""What a step is made of: the loss, the optimiser of a stage with its learning rates and its state to go on from, and the
-average of the weights it makes.
-"""
+"""What a step is made of: loss, optimiser and learning rate, and the average of the weights that come of it."""
 
 from __future__ import annotations
 

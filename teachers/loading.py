@@ -89,18 +89,14 @@ class LoadedTeacher(nn.Module):
         The weights' digest covers the tensors that inference uses, under canonical names: file format,
         prefixes and record do not matter, and neither does the city classifier of a City2Scene file.
         """
+        unused = getattr(self.net, "unused_prefixes", ())
+        used = {name: tensor for name, tensor in self.net.state_dict().items() if not name.startswith(unused)}
         composition = "+city2scene" if isinstance(self.net, City2Scene) else ""
         return {
             "architecture": f"{self.architecture}/{ARCHITECTURE_VERSION}{composition}",
             "feature_spec": str(self.record.get("feature_spec") or UNSTATED_FRONT_END),
-            "weights": weights_digest(self._inference_tensors()),
+            "weights": weights_digest(used),
         }
-
-    def _inference_tensors(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.net.state_dict()
-        if not isinstance(self.net, City2Scene):
-            return state
-        return {name: tensor for name, tensor in state.items() if not name.startswith(self.net.unused_prefixes)}
 
     def _class_names(self) -> tuple[str, ...] | None:
         names = self.record.get("class_names")

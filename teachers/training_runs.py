@@ -17,6 +17,7 @@ from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import TrainingError, UsageError, shown, worst_exit_code
 from kd_cache.score.device import resolve_device
@@ -27,7 +28,7 @@ from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.evaluation import headline
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net
-from kd_cache.train.run_folder import publish
+from kd_cache.train.run_folder import published
 from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, Settings, parse_stage, stages_of
 from teachers.embeddings import FOLDER, EmbeddingTeacher, source_name
 from teachers.loading import load_teacher, own_teacher
@@ -187,18 +188,23 @@ def settings_of(role: str, run: Run) -> Settings:
 
 
 def _dumped(run: Run, target: str, checkpoints: dict[str, Path], screen: Screen) -> tuple[int, dict[str, Any]]:
-    values = run.values
-    data = data_of(target, values)
     specs = [TeacherSpec(name, _factory(run, name), path) for name, path in checkpoints.items()]
-    teachers = _loaded(run, specs)
+    data = data_of(target, run.values)
+    return _scored(run, data, specs, _loaded(run, specs), screen, cache_root=run.values["cache_root"])
+
+
+def _scored(
+    run: Run, data: Dataset, specs: Sequence[TeacherSpec], teachers: dict[str, Any], screen: Screen, **more: Any
+) -> tuple[int, dict[str, Any]]:
+    """Dump with these teachers, and verify ten samples; ``more`` are further fields of the job."""
     job = DumpJob(
-        cache_root=values["cache_root"],
         data=data,
         teachers=teachers,
-        device=resolve_device(values["device"]),
-        workers=values["workers"],
+        device=resolve_device(run.values["device"]),
+        workers=run.values["workers"],
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
         record=run_record(run, data),
+        **more,
     )
     return dump_and_report(job, 10, screen)
 
@@ -256,15 +262,8 @@ def swept(text: str, job: TrainJob, screen: Screen) -> TrainReport:
     if not made:
         raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
     screen.result(Table("Sweep", [*choices, "Validation", "Log loss"], rows), "")
-    return _published(*max(made, key=lambda pair: _rank(pair[1])), screen)
-
-
-def _published(job: TrainJob, best: TrainReport, screen: Screen) -> TrainReport:
-    if job.settings.quick_experiment < 1:
-        screen.note(f"a quick experiment publishes nothing: its weights are {shown(best.checkpoint)}")
-    elif not job.settings.shuffle_labels:
-        return replace(best, checkpoint=publish(job, best.checkpoint, best.results, screen), published=True)
-    return best
+    one, best = max(made, key=lambda pair: _rank(pair[1]))
+    return published(replace(one, publish=True), best, screen)
 
 
 def _rank(report: TrainReport) -> tuple[float, float]:
@@ -345,24 +344,12 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def extract(
-    run: Run, screen: Screen, target: str, checkpoint: list[str], output_dir: Path, device: str, workers: int
-) -> Report:
+def extract(run: Run, screen: Screen, target: str, checkpoint: list[str], output_dir: Path) -> Report:
     """Guard, load, embed, verify."""
     data = data_of(target, run.values)
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
         specs, sources = _sources(checkpoint)
-    job = DumpJob(
-        cache_root=output_dir / FOLDER,
-        data=data,
-        teachers=sources,
-        device=resolve_device(device),
-        files=False,
-        workers=workers,
-        notes={spec.name: {"source": described(spec, sources[spec.name])} for spec in specs},
-        record=run_record(run, data),
-    )
-    code, content = dump_and_report(job, 10, screen)
+    code, content = _scored(run, data, specs, sources, screen, cache_root=output_dir / FOLDER, files=False)
     lines = ["", f"Embeddings: {', '.join(f'--embeddings {name}' for name in sources)}"]
     return Report({**content, "embeddings": list(sources)}, lines, code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -20,7 +21,12 @@ from kd_cache.dataset.guard import select
 from kd_cache.dataset.manifest import Sample, load_manifest
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, UsageError
-from kd_cache.train.division import Division, divide, locations_of, subsample
+from kd_cache.train import division
+from kd_cache.train.division import Division
+
+divide, subsample, locations_of = (
+    functools.partial(call, task=DCASE) for call in (division.divide, division.subsample, division.locations_of)
+)
 
 
 def sample(
@@ -253,7 +259,7 @@ def test_one_file_under_two_spellings_is_one_location(tmp_path: Path, spelled: s
     samples = [sample("x/1.npy", location="k-1"), sample(spelled.format(root=tmp_path), location="k-2")]
     samples += [sample(f"x/{n}.npy", location=f"k-{n}") for n in range(3, 6)]
     assert len(locations_of(samples)) == 5
-    assert len(locations_of(samples, tmp_path)) == 4
+    assert len(locations_of(samples, data_root=tmp_path)) == 4
     for fold in range(4):
         made = divide(samples, ratio=0.25, fold=fold, data_root=tmp_path)
         assert len({each in made.validation for each in samples[:2]}) == 1

@@ -13,56 +13,46 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_cache.dataset.features import FeatureSource
-from kd_cache.dataset.manifest import Manifest, Sample
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.manifest import Sample
+from kd_cache.dataset.task import Task
 from kd_cache.errors import TeacherError, UsageError
 from kd_cache.score.storage_cost import log_softmax
 from kd_cache.train.clips import Clips, class_names
-from kd_cache.train.settings import Settings
+from kd_cache.train.job import TrainJob
 from kd_cache.watch import Watcher
 
 GROUPS: Final = ("source", "target", "other", "unseen")
-"""Devices by what they are to the teacher: A, the target, the other devices of the training sets, s4 to s6."""
+"""Devices by what they are to the teacher: source, target, others of the training sets, never trained on."""
 
 
-def evaluated(net: nn.Module, clips: Clips, settings: Settings, target: str, device: torch.device) -> dict[str, Any]:
+def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
     """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city."""
+    settings, data = job.settings, job.data
     labels = clips.labels(settings.label).numpy()
     labelled = clips.part(np.flatnonzero(labels >= 0).tolist())
     if not len(labelled):
         return {"samples": 0}
-    logits = score(net, labelled, device, settings.batch_size)
+    logits = score(net, labelled, job.device, settings.batch_size)
     labels = labelled.labels(settings.label).numpy()
     groups = {
         "device": [sample.device_id for sample in labelled.samples],
-        "device_group": [group_of(sample, target) for sample in labelled.samples],
-        "city": [_city(sample) for sample in labelled.samples],
+        "device_group": [group_of(sample, data.task, data.target) for sample in labelled.samples],
+        "city": ["not known" if s.city_label is None else data.task.city(s.city_label) for s in labelled.samples],
     }
     return {
         **measure(logits, labels).as_json(),
-        "class_names": class_names(settings.label, settings.num_classes),
+        "class_names": class_names(data.task, settings.label, settings.num_classes),
         "by": measure_groups(logits, labels, groups),
     }
 
 
-def group_of(sample: Sample, target: str) -> str:
+def group_of(sample: Sample, task: Task, target: str) -> str:
     """One of `GROUPS`."""
-    if sample.device_id == DCASE.source:
+    if sample.device_id == task.source:
         return "source"
     if sample.device_id == target:
         return "target"
-    return "unseen" if sample.device_id in DCASE.unseen else "other"
-
-
-def _city(sample: Sample) -> str:
-    label = sample.city_label
-    return "not known" if label is None else DCASE.city(label)
-
-
-def test_clips(manifest: Manifest, source: FeatureSource, workers: int, watcher: Watcher) -> Clips:
-    """The manifest's test samples, for the report after everything is chosen. Raises `FeatureError`."""
-    return Clips.read(source, [sample for sample in manifest if sample.split == "test"], workers, watcher)
+    return "unseen" if sample.device_id in task.unseen else "other"
 
 
 def headline(results: Mapping[str, Any], what: str = "accuracy") -> dict[str, float | None]:

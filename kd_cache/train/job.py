@@ -79,10 +79,10 @@ class TrainJob:
     def division(self) -> Division:
         """Who trains and who validates. Raises as `divide`."""
         settings = self.settings
-        samples, root = self.data.selection.samples, self.data.root
+        samples, task, root = self.data.selection.samples, self.data.task, self.data.root
         if settings.quick_experiment < 1:
-            samples = subsample(samples, settings.quick_experiment, data_root=root)
-        division = divide(samples, ratio=settings.val_ratio, fold=settings.fold, data_root=root)
+            samples = subsample(samples, settings.quick_experiment, task=task, data_root=root)
+        division = divide(samples, task=task, ratio=settings.val_ratio, fold=settings.fold, data_root=root)
         # Nothing learns the target's scene labels. A city teacher and the head on it hold out the same locations.
         return division.only([self.data.task.source]) if settings.label == "scene" else division
 
@@ -173,7 +173,7 @@ def checkpoint_record(
         "architecture": architecture,
         "architecture_version": ARCHITECTURE_VERSION,
         "role": settings.role,
-        "class_names": class_names(settings.label, settings.num_classes),
+        "class_names": class_names(job.data.task, settings.label, settings.num_classes),
         "value_kind": "logits",
         "feature_spec": settings.feature_spec or None,
         "provenance": made.as_json(),

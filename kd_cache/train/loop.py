@@ -12,8 +12,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from kd_cache.train.clips import Clips
 from kd_cache.train.evaluation import measure, score
 from kd_cache.train.freezing import Frozen, trainable_parameters
 from kd_cache.train.optimiser import Schedule, average, class_weights, cross_entropy, make_optimiser, restore, state_of
+from kd_cache.train.run_folder import Progress, RunFolder, Step
 from kd_cache.train.settings import Augmentation, Settings, Stage
 from kd_cache.watch import Watcher
 
@@ -34,19 +35,6 @@ DIVERGED: Final = 3.0
 DRIFT: Final = 0.2
 _LOOK: Final = 50
 """Batches between two looks at the loss: each makes a GPU wait."""
-
-
-class Keeper(Protocol):
-    """Where a training keeps what it makes. See `kd_cache.train.run_folder.RunFolder`."""
-
-    def keep_best(self, net: nn.Module) -> None:
-        """The weights with the best validation so far."""
-
-    def keep_last(self, net: nn.Module, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Everything that is needed to go on after this epoch."""
-
-    def keep_steps(self, steps: Sequence[Step]) -> None:
-        """The epoch's steps."""
 
 
 @dataclass
@@ -78,7 +66,7 @@ class Loop:
         settings: Settings,
         stages: Sequence[Stage],
         device: torch.device,
-        keeper: Keeper,
+        keeper: RunFolder,
         watcher: Watcher,
     ) -> None:
         self._name = f"{learner.name}, " if learner.name else ""
@@ -314,91 +302,3 @@ class Loop:
 def _seed(*parts: int | str) -> int:
     """A seed that says what it is for, so that no two streams are the same."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-EPOCH_COLUMNS: Final = (
-    "stage",
-    "epoch",
-    "train_loss",
-    "val_accuracy",
-    "val_macro_accuracy",
-    "val_log_loss",
-    "seconds",
-)
-"""What is told of each epoch."""
-
-Rank = tuple[bool, float, float]
-
-
-@dataclass
-class Progress:
-    """Where a training is: epochs done in the current stage, and what was measured so far.
-
-    ``best`` is the `rank` of the epoch that is kept. ``stage_best`` and ``stage_loss`` are the best rank and the lowest
-    loss of the stage, ``since_best`` the epochs since either improved: over few clips accuracy moves in steps.
-    ``averaged`` counts the steps that are in the averaged weights.
-    """
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0
-    best: Rank | None = None
-    stage_best: Rank | None = None
-    stage_loss: float | None = None
-    since_best: int = 0
-    averaged: int = 0
-    random_loss: float | None = None
-    start_loss: float | None = None
-    diverging: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    frozen: list[str] = field(default_factory=list)
-    drifted: list[str] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Progress:
-        """Raises ``TypeError`` for what is no progress."""
-        found = cls(**content)
-        for name in ("best", "stage_best"):
-            rank = getattr(found, name)
-            setattr(found, name, None if rank is None else tuple(rank))
-        return found
-
-    def add(self, measured: dict[str, Any]) -> bool:
-        """Count an epoch; whether it is the best so far."""
-        self.history.append(measured)
-        rank, loss = self.rank(measured), measured["val_log_loss"]
-        self.since_best += 1
-        if self.stage_loss is None or loss < self.stage_loss:
-            self.stage_loss, self.since_best = loss, 0
-        if self.stage_best is None or rank > self.stage_best:
-            self.stage_best, self.since_best = rank, 0
-        is_best = self.best is None or rank > self.best
-        if is_best:
-            self.best = rank
-        return is_best
-
-    def end_stage(self) -> None:
-        self.stage, self.epoch, self.step, self.since_best = self.stage + 1, 0, 0, 0
-        self.stage_best = self.stage_loss = None
-
-    @property
-    def best_epoch(self) -> int:
-        """Counted over all stages, from 1; 0 before there is any."""
-        ranks = [self.rank(row) for row in self.history]
-        return ranks.index(max(ranks)) + 1 if ranks else 0
-
-    def rank(self, measured: Mapping[str, Any]) -> Rank:
-        """An epoch's validation: below random weights' loss or not, accuracy, −log loss. The higher the better."""
-        loss = measured["val_log_loss"]
-        return self.random_loss is None or loss < self.random_loss, measured["val_accuracy"], -loss
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the optimiser, for the log."""
-
-    stage: int
-    epoch: int
-    step: int
-    lr: float
-    loss: Tensor

@@ -19,11 +19,19 @@ CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 ROLES: Final = (SCENE, CITY2SCENE, CITY)
 SCRATCH, FROZEN, FULL_MODEL, BACKBONE, AUTO = "scratch", "frozen", "full-model", "backbone", "auto"
 PRESETS: Final = (AUTO, SCRATCH, FROZEN, FULL_MODEL, BACKBONE)
-EPOCHS: Final = {SCRATCH: 40, FROZEN: 200, FULL_MODEL: 30, BACKBONE: 30}
-"""What a preset takes where nothing is said. A head over embeddings computed once learns in no time."""
 GENTLE: Final = 1e-4
 """Above this learning rate a pre-trained model is untrained before it is tuned."""
-RATES: Final = {SCRATCH: 3e-3, FROZEN: 1e-2, FULL_MODEL: GENTLE, BACKBONE: GENTLE}
+_PRESETS: Final[Mapping[str, tuple[int, float, tuple[tuple[int, int, float, str, str], ...]]]] = {
+    SCRATCH: (40, 3e-3, ((0, 0, 1, "moderate", "cosine"),)),
+    FROZEN: (200, 1e-2, ((2, 0, 1, "off", "cosine"),)),  # a head over embeddings computed once learns in no time
+    FULL_MODEL: (30, GENTLE, ((2, 5, 1, "off", "constant"), (1, 8, 0.5, "moderate", "constant"),
+                              (0, 0, 0.3, "moderate", "constant"))),
+    BACKBONE: (30, GENTLE, ((2, 10, 1, "off", "constant"), (1, 2, 2, "moderate", "constant"),
+                            (0, 0, 2, "moderate", "cosine"))),
+}  # fmt: skip
+"""By where the weights come from: the epochs and the first learning rate that it takes where nothing is said, and its
+stages: level, epochs (of the last one those that are left), learning rate as a multiple of the first, augmentation,
+schedule."""
 _LEVEL_AUGMENT: Final = {2: "off", 1: "moderate", 0: "moderate"}
 NET, STAGES, AUGMENT, OPTIMISER = "Net", "Stages", "Augmentation", "Optimiser"
 """Panels of help."""
@@ -96,22 +104,15 @@ class Stage:
     schedule: str = "cosine"
 
     def __post_init__(self) -> None:
-        wrong = next(
-            (
-                f"{name} is {shown(value)}, expected {expected}"
-                for name, value, good, expected in (
-                    ("level", self.level, self.level in (0, 1, 2), "0, 1 or 2"),
-                    ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
-                    ("lr", self.lr, 0 < self.lr <= 10, "more than 0 and at most 10"),
-                    ("augment", self.augment, self.augment in LEVELS, ", ".join(LEVELS)),
-                    ("schedule", self.schedule, self.schedule in _SCHEDULES, " or ".join(_SCHEDULES)),
-                )
-                if not good
-            ),
-            None,
-        )
-        if wrong:
-            raise UsageError(f"a stage's {wrong}")
+        for name, good, expected in (
+            ("level", self.level in (0, 1, 2), "0, 1 or 2"),
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("lr", 0 < self.lr <= 10, "more than 0 and at most 10"),
+            ("augment", self.augment in LEVELS, ", ".join(LEVELS)),
+            ("schedule", self.schedule in _SCHEDULES, " or ".join(_SCHEDULES)),
+        ):
+            if not good:
+                raise UsageError(f"a stage's {name} is {shown(getattr(self, name))}, expected {expected}")
 
 
 def parse_stage(text: str) -> Stage:
@@ -287,10 +288,6 @@ _GROUPS: Final[Mapping[str, Sequence[str]]] = {
 def stages_of(settings: Settings, start: str) -> tuple[Stage, ...]:
     """The stages of a training whose weights come from ``start`` (`SCRATCH`, `FROZEN`, `FULL_MODEL`, `BACKBONE`).
 
-    From a whole model: 5 epochs of the head at 1e-4, 8 of neck and head at 5e-5, the rest of everything at 3e-5. From
-    a backbone: 10 epochs of the head at 1e-4, 2 of neck and head at 2e-4, the rest of everything from 2e-4 down a
-    cosine.
-
     Raises:
         UsageError: too few epochs for the preset, or everything is unfrozen straight after the head.
     """
@@ -298,27 +295,20 @@ def stages_of(settings: Settings, start: str) -> tuple[Stage, ...]:
         _refuse_direct_unfreeze(settings)
         return settings.stages
     preset = start if settings.preset == AUTO else settings.preset
-    if preset not in EPOCHS:
+    if preset not in _PRESETS:
         raise UsageError(f"no preset is called {shown(preset)}; known: {', '.join(PRESETS)}")
-    epochs = EPOCHS[preset] if settings.epochs is None else settings.epochs
-    first = RATES[preset] if settings.lr is None else settings.lr
-    if preset == SCRATCH:
-        return (Stage(0, epochs, first, "moderate"),)
-    if preset == FROZEN:
-        return (Stage(2, epochs, first, "off"),)
-    if preset == FULL_MODEL:
-        fixed = [Stage(2, 5, first, "off", "constant"), Stage(1, 8, first / 2, "moderate", "constant")]
-        last, schedule = 0.3 * first, "constant"
-    else:
-        fixed = [Stage(2, 10, first, "off", "constant"), Stage(1, 2, 2 * first, "moderate", "constant")]
-        last, schedule = 2 * first, "cosine"
-    rest = epochs - sum(stage.epochs for stage in fixed)
-    if rest < 1:
+    epochs, first, plan = _PRESETS[preset]
+    epochs, first = settings.epochs or epochs, first if settings.lr is None else settings.lr
+    before = sum(stage[1] for stage in plan)
+    if epochs <= before:
         raise UsageError(
-            f"--preset {preset} needs more than {epochs - rest} epochs, found --epochs {epochs}",
+            f"--preset {preset} needs more than {before} epochs, found --epochs {epochs}",
             hint="Give more epochs, or the stages one by one with --stage.",
         )
-    return (*fixed, Stage(0, rest, last, "moderate", schedule))
+    return tuple(
+        Stage(level, count or epochs - before, share * first, augment, schedule)
+        for level, count, share, augment, schedule in plan
+    )
 
 
 def _refuse_direct_unfreeze(settings: Settings) -> None:

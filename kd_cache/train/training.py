@@ -35,12 +35,12 @@ from kd_cache.score.engine import is_out_of_memory
 from kd_cache.train.architectures import architecture_of
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips
-from kd_cache.train.evaluation import evaluated, measure, score, test_clips
+from kd_cache.train.evaluation import evaluated, measure, score
 from kd_cache.train.job import FRESH, TrainJob, TrainReport, checkpoint_record, key_parts, run_config
-from kd_cache.train.loop import Learner, Loop, Progress
+from kd_cache.train.loop import Learner, Loop
 from kd_cache.train.nets import WarmStart, make_net, own_code, warm_start
 from kd_cache.train.pretraining import Pretrained, code_version, key_of
-from kd_cache.train.run_folder import BEST, Last, RunFolder, publish, same_bytes
+from kd_cache.train.run_folder import BEST, Last, Progress, RunFolder, published
 from kd_cache.train.settings import AUTO, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
 from kd_cache.watch import Watcher
 
@@ -116,7 +116,7 @@ class Training:
 
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         """Metrics of ``best`` on ``clips``, which are called ``which``."""
-        return evaluated(best, clips, self.settings, self.job.data.target, self.job.device)
+        return evaluated(best, clips, self.job)
 
     # -- for recipes --------------------------------------------------------------------------------------------------
 
@@ -352,7 +352,8 @@ class Training:
         job = self.job
         try:
             if "test" not in job.shared:
-                job.shared["test"] = test_clips(job.data.manifest, job.data.features, job.workers, self.watcher)
+                samples = [sample for sample in job.data.manifest if sample.split == "test"]
+                job.shared["test"] = Clips.read(job.data.features, samples, job.workers, self.watcher)
             if not len(job.shared["test"]):
                 return None
             return self.measured(best, job.shared["test"], "test")
@@ -370,22 +371,8 @@ class Training:
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def _reported(self, how: str, weights: Path, run: Path | None, results: dict[str, Any]) -> TrainReport:
-        """What became of it, after its weights are published if they are to be."""
-        job, settings = self.job, self.settings
-        published = job.publish and not settings.shuffle_labels and settings.quick_experiment == 1
-        if job.publish and settings.quick_experiment < 1:
-            self.watcher.note(f"a quick experiment publishes nothing: its weights are {shown(weights)}")
-        checkpoint, there = weights, job.home / BEST
-        if published and not job.replace and there.is_file():
-            published = same_bytes(there, weights)
-            checkpoint = there if published else weights
-            if not published:
-                self.watcher.note(
-                    f"{shown(there)} is of another training and stays; to stand on it, pass --city-teacher-ckpt"
-                )
-        elif published:
-            checkpoint = publish(job, weights, results, self.watcher)
-        return TrainReport(settings.role, job.place, how, checkpoint, run, results, published)
+        report = TrainReport(self.settings.role, self.job.place, how, weights, run, results, published=False)
+        return published(self.job, report, self.watcher)
 
     def _keep_weights(self, weights: Path, results: Mapping[str, Any]) -> None:
         try:

@@ -25,7 +25,7 @@ CACHED, TRUNK = "head on cached embeddings", "trunk and head"
 def job(folder: Path, arch: str, epochs: int, *, cached: bool) -> TrainJob:
     """City2Scene over a random backbone, on the sample: what an epoch costs does not depend on the weights."""
     # All locations; but a quick experiment only remarks that it learnt nothing, as a random backbone may have it.
-    settings = Settings("city2scene", arch, epochs=epochs, patience=0, quick_experiment=0.999)
+    settings = Settings("city2scene", arch=arch, epochs=epochs, patience=0, quick_experiment=0.999)
     checkpoint = folder / f"{arch}.safetensors"
     if not checkpoint.exists():
         city = make_net(settings, settings.num_cities, seed=0)

@@ -11,42 +11,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kd_cache.train.checkpoint import save_checkpoint
-    from kd_cache.train.checkpoint_file import checkpoint_limit
-    from kd_cache.train.cp_resnet import CPResNet
-    from teachers.cnn14 import CNN14
-    from teachers.factories import city, city2scene, scene
-    from teachers.loading import LoadedTeacher, load_teacher
-    from teachers.own_net import own_teacher
-    from teachers.two_parts import City2Scene
+    from kd_cache.train.checkpoint import save_checkpoint as save_checkpoint
+    from kd_cache.train.checkpoint_file import checkpoint_limit as checkpoint_limit
+    from kd_cache.train.cp_resnet import CPResNet as CPResNet
+    from teachers.cnn14 import CNN14 as CNN14
+    from teachers.loading import LoadedTeacher as LoadedTeacher
+    from teachers.loading import city as city
+    from teachers.loading import city2scene as city2scene
+    from teachers.loading import load_teacher as load_teacher
+    from teachers.loading import own_teacher as own_teacher
+    from teachers.loading import scene as scene
+    from teachers.two_parts import City2Scene as City2Scene
 
 _MODULE_OF = {
     "CNN14": "teachers.cnn14",
     "CPResNet": "kd_cache.train.cp_resnet",
     "City2Scene": "teachers.two_parts",
-    "LoadedTeacher": "teachers.loading",
     "checkpoint_limit": "kd_cache.train.checkpoint_file",
-    "city": "teachers.factories",
-    "city2scene": "teachers.factories",
-    "load_teacher": "teachers.loading",
-    "own_teacher": "teachers.own_net",
     "save_checkpoint": "kd_cache.train.checkpoint",
-    "scene": "teachers.factories",
+    **dict.fromkeys(
+        ("LoadedTeacher", "city", "city2scene", "load_teacher", "own_teacher", "scene"), "teachers.loading"
+    ),
 }
 
-__all__ = [
-    "CNN14",
-    "CPResNet",
-    "City2Scene",
-    "LoadedTeacher",
-    "checkpoint_limit",
-    "city",
-    "city2scene",
-    "load_teacher",
-    "own_teacher",
-    "save_checkpoint",
-    "scene",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -14,8 +14,7 @@ from typing import ClassVar, Final, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_cache.train.backbone import Backbone
-from kd_cache.train.layers import mlp, mlp_widths, require_log_mel, rows
+from kd_cache.train.layers import Backbone, mlp, mlp_widths, require_log_mel, rows
 
 CHANNELS: Final = (64, 128, 256, 512, 1024, 2048)
 EMBEDDING: Final = 2048

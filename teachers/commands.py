@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kd_cache.commands import Command, Group, Plugin
-from kd_cache.errors import UsageError
-from kd_cache.options import DATA, DATA_LIMITS, DATASET, MAX_SEED, OUTPUT, RUN, SHOWING, TEACHERS, Option, changed
+from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, changed
+from kd_cache.train.settings import OPTIMISER, STAGES
+from kd_cache.train.settings import OPTIONS as SETTINGS
 
-START, NET, STAGES, AUGMENT, OPTIMISER = "Start", "Net", "Stages", "Augmentation", "Optimiser"
-
-
-def widths(text: str) -> tuple[int, ...]:
-    """``1024,1024``, or ``none`` for a linear head. Raises `UsageError`."""
-    parts = [] if text.strip().lower() == "none" else [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() and 0 < int(part) <= 1 << 16 for part in parts):
-        raise UsageError(f"expected widths such as 1024,1024, or none, found {text!r}")
-    return tuple(map(int, parts))
+START = "Start"
 
 
 TARGET = changed("target", kind=Literal["b", "c", "s1", "s2", "s3", "all"], help="Target device; all for each of them.")
@@ -45,80 +38,35 @@ SWEEP = Option("sweep", str | None, "Train a head for each combination over one 
                "kept.", OPTIMISER, None, metavar="lr=1e-3/1e-2,dropout=0/0.3")  # fmt: skip
 
 
-def _share(name: str, text: str) -> Option:
-    return Option(name, float | None, text, AUGMENT, None, low=0, high=1)
-
+RESUME = Option("resume", Literal["auto", "fresh"],
+                "Go on with an unfinished run and use cached pre-training (auto), or neither.", START,
+                "auto")  # fmt: skip
+STAGE = Option("stage", list[str], "One stage of your own, in place of a preset; repeatable, in order.", STAGES, [],
+               metavar="level=2,epochs=5,lr=1e-4[,augment=off][,schedule=constant]", keyed=True)  # fmt: skip
 
 _TRAINING: tuple[str | Option, ...] = (
     TARGET,
     *DATASET,
-    Option("val_ratio", float, "The share of each city's locations that is held out for validation.", DATA, 0.1, low=0),
-    Option("fold", int, "Which locations: 0, 1, … hold out different ones.", DATA, 0, low=0),
-    Option("quick_experiment", float, "Use only this share of each city's locations; publishes nothing.", DATA, 1.0,
-           low=0, high=1),
-    Option("feature_spec", str, "The front end in words; kept with the teacher and its logits.", DATA, ""),
     OUTPUT_DIR,
     CACHE_ROOT,
     CITY_TEACHER,
     EMBEDDINGS,
     INIT,
-    Option("resume", Literal["auto", "fresh"],
-           "Go on with an unfinished run and use cached pre-training (auto), or neither.", START, "auto"),
-    Option("arch", str, "cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory.", NET,
-           "cp_resnet"),
-    Option("feature_dim", int | None, "Width of the embedding.", NET, None, "92 or 2048", low=2),
-    Option("mlp_hidden_dims", Any, "Hidden widths of the classifier (cnn14) or of the scene head.", NET, None,
-           "1024,1024; a linear scene head", metavar="W,W|none", parse=widths),
-    Option("dropout", float, "Between the layers of a classifier or head with hidden ones.", NET, 0.3, low=0,
-           high=0.95),
-    Option("preset", Literal["auto", "scratch", "frozen", "full-model", "backbone"],
-           "What the stages are; auto goes by where the weights come from.", STAGES, "auto"),
-    Option("stage", list[str], "One stage of your own, in place of a preset; repeatable, in order.", STAGES, [],
-           metavar="level=2,epochs=5,lr=1e-4[,augment=off][,schedule=constant]", keyed=True),
-    Option("direct_unfreeze", bool, "Permit a stage at level 0 straight after one at level 2.", STAGES, False),
-    Option("epochs", int | None, "Of all stages of a preset together.", STAGES, None,
-           "40, 200 of a frozen backbone's head", low=1),
-    Option("patience", int, "Epochs without a better validation that end a stage; 0 never.", STAGES, 10, low=0),
+    RESUME,
+    *SETTINGS,
+    STAGE,
     CACHED_FEATURES,
-    Option("mixup", float | None, "α of mixup (0.1 to 0.4 is usual): clips and labels are blended in pairs.", AUGMENT,
-           None, low=0),
-    _share("time_mask", "Largest share of frames that is masked."),
-    _share("freq_mask", "Largest share of mel bins that is masked."),
-    _share("time_roll", "Largest share of a clip that it is rolled by."),
-    _share("freq_mixstyle", "Probability that a batch trades frequency statistics."),
-    Option("device_response", float | None, "Height of the random frequency responses that clips get.", AUGMENT, None,
-           low=0, high=10),
-    Option("batch_size", int, "Clips in a batch.", OPTIMISER, 32, low=1),
-    Option("lr", float | None, "Learning rate of the first stage; later ones keep their proportion.", OPTIMISER, None,
-           low=0),
     SWEEP,
-    Option("optimizer", Literal["adamw", "sgd"], "AdamW, or SGD with momentum.", OPTIMISER, "adamw"),
-    Option("weight_decay", float, "Of matrices and kernels, not of biases and norms.", OPTIMISER, 1e-2, low=0),
-    Option("momentum", float, "Of sgd (Nesterov).", OPTIMISER, 0.9, low=0, high=0.999),
-    Option("warmup_epochs", float, "The learning rate rises for so long (at most a third of a stage).", OPTIMISER, 6.0,
-           low=0),
-    Option("label_smoothing", float, "Spread over all classes.", OPTIMISER, 0.0, low=0, high=0.9),
-    Option("class_weights", Literal["none", "balanced"], "Weigh rare classes up.", OPTIMISER, "none"),
-    Option("ema", float, "Decay of averaged weights, which are then the ones kept; 0: none.", OPTIMISER, 0.97, low=0,
-           high=0.99999),
-    Option("accumulate", int, "Batches for one step.", OPTIMISER, 1, low=1),
-    Option("clip", float, "Largest norm of the gradient; 0: any.", OPTIMISER, 0.0, low=0),
-    Option("drop_last", bool, "Leave out an epoch's incomplete batch.", OPTIMISER, False),
-    changed("seed", help="Of everything random.", high=MAX_SEED),
-    Option("deterministic", bool, "Only algorithms that repeat to the bit on this machine.", RUN, False),
-    changed("precision", help="Mixed precision of forward and backward pass; weights stay float32."),
-    changed("compile", help="Train through torch.compile (implies --drop-last)."),
     "device",
     "workers",
     Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
     Option("half", bool, "Store weights as float16.", OUTPUT, False),
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
-    Option("shuffle_labels", bool, "A control on chance: train on shuffled labels, publish nothing.", RUN, False),
     *DATA_LIMITS,
     "max_checkpoint_bytes",
     "config",
     *SHOWING,
-)  # fmt: skip
+)
 
 _ONLY_A_HEAD = (CITY_TEACHER, CACHED_FEATURES, EMBEDDINGS, SWEEP, CACHE_ROOT)
 _FIRST = ("output_dir", "arch", "epochs", "init")
@@ -172,7 +120,7 @@ ALL = Command(
 )
 EXTRACT = Command(
     "train extract",
-    "teachers.extraction:extract",
+    "teachers.training_runs:extract",
     "Embed the permitted train samples with the backbones of teachers, once, for heads that train on them.",
     (
         "target",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import DCASE
-from kd_cache.errors import CheckpointError
+from kd_cache.errors import CheckpointError, shown
+from kd_cache.score.factory import without_folder
 from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, backbone_from
-from kd_cache.train.backbone import Backbone
-from kd_cache.train.checkpoint import naming, read_weights
+from kd_cache.train.checkpoint import HEAD_PREFIX, Weights, naming, read_record, read_weights, under
 from kd_cache.train.checkpoint_file import AGAIN
-from kd_cache.train.settings import CITY, CITY2SCENE, ROLES, SCENE
+from kd_cache.train.layers import Backbone, mlp_widths
+from kd_cache.train.nets import embedding_dim, fill_matching, make_head, make_net, source_digest
+from kd_cache.train.settings import CITY, CITY2SCENE, FULL_MODEL, ROLES, SCENE, Settings
 from teachers.two_parts import City2Scene, backbone_name, city2scene_from
 
 UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
@@ -85,18 +89,14 @@ class LoadedTeacher(nn.Module):
         The weights' digest covers the tensors that inference uses, under canonical names: file format,
         prefixes and record do not matter, and neither does the city classifier of a City2Scene file.
         """
+        unused = getattr(self.net, "unused_prefixes", ())
+        used = {name: tensor for name, tensor in self.net.state_dict().items() if not name.startswith(unused)}
         composition = "+city2scene" if isinstance(self.net, City2Scene) else ""
         return {
             "architecture": f"{self.architecture}/{ARCHITECTURE_VERSION}{composition}",
             "feature_spec": str(self.record.get("feature_spec") or UNSTATED_FRONT_END),
-            "weights": weights_digest(self._inference_tensors()),
+            "weights": weights_digest(used),
         }
-
-    def _inference_tensors(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.net.state_dict()
-        if not isinstance(self.net, City2Scene):
-            return state
-        return {name: tensor for name, tensor in state.items() if not name.startswith(self.net.unused_prefixes)}
 
     def _class_names(self) -> tuple[str, ...] | None:
         names = self.record.get("class_names")
@@ -163,3 +163,85 @@ def _check_counts(teacher: LoadedTeacher, num_classes: int | None, num_cities: i
                 f"expected {wanted} outputs ({option} {wanted}), found {found} in the weights",
                 hint=f"Use {option} {found}, or give the checkpoint that was trained for {wanted}.",
             )
+
+
+class OwnTeacher(nn.Module):
+    """A trained net of a user's own, as something that a dump can score with: [B, T, F] → logits [B, C]."""
+
+    value_kind = "logits"
+
+    def __init__(self, net: nn.Module, weights: Weights, settings: Settings) -> None:
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.num_classes = settings.num_classes
+        self.class_names = tuple(weights.record.get("class_names") or ()) or None
+        self.provenance, self.source, self.checkpoint_sha256 = weights.provenance, weights.source, weights.sha256
+        code = source_digest(settings.arch, net)[:16]
+        self._parts = {"architecture": f"{without_folder(settings.arch)}/{code}"}
+        if isinstance(weights.record.get("feature_spec"), str):
+            self._parts["feature_spec"] = weights.record["feature_spec"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def fingerprint_parts(self) -> dict[str, str]:
+        return dict(self._parts)
+
+
+def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12) -> OwnTeacher:
+    """The teacher of a net of one's own in a checkpoint that ``kd-cache train --arch module:factory`` wrote.
+
+    For ``--teacher``: ``def scene(ckpt): return own_teacher("my_nets:small", ckpt)``.
+
+    Args:
+        arch: the factory, as it was given to ``--arch``.
+        num_cities: what a City2Scene teacher's city teacher was made for.
+
+    Raises:
+        CheckpointError: the file does not say which teacher it is, or its names and shapes are not this net's.
+    """
+    title, record = shown(os.fspath(path)), read_record(path)
+    role, names = record.get("role"), record.get("class_names")
+    if role not in ROLES or not names:
+        raise CheckpointError(
+            f"{title} does not say which teacher of which classes it is",
+            hint="kd-cache train writes that into its checkpoints.",
+        )
+    cities = num_cities if role == CITY2SCENE else len(names)
+    settings = Settings(role, arch=arch, num_scenes=len(names), num_cities=cities)
+    net = make_net(settings, cities, settings.seed)
+    weights = read_weights(path, frozenset(net.state_dict()))
+    if role == CITY2SCENE:
+        head = under(weights.tensors, HEAD_PREFIX)
+        hidden = mlp_widths(head, "", (embedding_dim(net), len(names)))[:-1] if "weight" not in head else []
+        settings = replace(settings, mlp_hidden_dims=tuple(hidden))
+        net = City2Scene(net, make_head(embedding_dim(net), settings, settings.seed))
+    kind, told = fill_matching(net, dict(weights.tensors), title, whole=True)
+    if kind != FULL_MODEL:
+        raise CheckpointError(f"{title} is no whole {arch}: {told}")
+    return OwnTeacher(net, weights, settings)
+
+
+def scene(ckpt: Path | None) -> LoadedTeacher:
+    """A scene classifier, trained on the source device."""
+    return _loaded("scene", ckpt)
+
+
+def city2scene(ckpt: Path | None) -> LoadedTeacher:
+    """A city teacher's frozen backbone with a linear scene head."""
+    return _loaded("city2scene", ckpt)
+
+
+def city(ckpt: Path | None) -> LoadedTeacher:
+    """A city classifier, trained on source and target device."""
+    return _loaded("city", ckpt)
+
+
+def _loaded(role: str, ckpt: Path | None) -> LoadedTeacher:
+    if ckpt is None:
+        raise CheckpointError(
+            f"the {role} teacher has no checkpoint",
+            hint="Give its path; outputs/teacher_…/best.safetensors is where training leaves it.",
+        )
+    return load_teacher(ckpt, role=role)

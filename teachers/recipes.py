@@ -16,18 +16,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, TrainingError, UsageError, shown
-from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import architecture_of, architectures
 from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_PREFIX, read_weights
 from kd_cache.train.clips import Clips
-from kd_cache.train.head import Standardised, make_head
-from kd_cache.train.inference import embedded
+from kd_cache.train.evaluation import embedded
+from kd_cache.train.freezing import digest_of
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Learner
-from kd_cache.train.nets import WarmStart, embedding_dim, make_net, warm_start
+from kd_cache.train.nets import Standardised, WarmStart, embedding_dim, make_head, make_net, warm_start
 from kd_cache.train.pretraining import key_of
-from kd_cache.train.progress import Progress
-from kd_cache.train.run_folder import RunFolder
+from kd_cache.train.run_folder import Progress, RunFolder
 from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE, Settings
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
@@ -185,7 +183,7 @@ def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn
 
 def _backbone_digest(net: nn.Module) -> str:
     """SHA-256 of the tensors of a City2Scene teacher's backbone."""
-    return weights_digest({name: value for name, value in net.state_dict().items() if name.startswith(CITY_PREFIX)})
+    return digest_of(net, [name for name in net.state_dict() if name.startswith(CITY_PREFIX)])
 
 
 def _teacher_tensors(backbone: nn.Module, net: nn.Module) -> dict[str, Tensor]:

@@ -1,34 +1,38 @@
-"""What ``kd-cache train city``, ``city2scene``, ``scene`` and ``all`` do, once their options are read."""
+"""What ``kd-cache train city``, ``city2scene``, ``scene``, ``all`` and ``extract`` do, once their options are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kd_cache.cli.console import Screen
+from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.dump import dump_and_report
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
-from kd_cache.commands import Report, Run
+from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.task import DCASE
-from kd_cache.errors import UsageError, worst_exit_code
+from kd_cache.errors import TrainingError, UsageError, shown, worst_exit_code
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob
 from kd_cache.score.teacher import TeacherSpec
+from kd_cache.store.index import is_teacher_name
 from kd_cache.train.checkpoint_file import checkpoint_limit
+from kd_cache.train.evaluation import headline
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net
+from kd_cache.train.run_folder import published
 from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, Settings, parse_stage, stages_of
-from teachers.own_net import own_teacher
+from teachers.embeddings import FOLDER, EmbeddingTeacher, source_name
+from teachers.loading import load_teacher, own_teacher
 from teachers.recipes import is_city2scene, train_teacher
-from teachers.sweep import swept
-from teachers.training_report import report_lines
 
 SHARED = frozenset({
     "json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside",
@@ -184,18 +188,23 @@ def settings_of(role: str, run: Run) -> Settings:
 
 
 def _dumped(run: Run, target: str, checkpoints: dict[str, Path], screen: Screen) -> tuple[int, dict[str, Any]]:
-    values = run.values
-    data = data_of(target, values)
     specs = [TeacherSpec(name, _factory(run, name), path) for name, path in checkpoints.items()]
-    teachers = _loaded(run, specs)
+    data = data_of(target, run.values)
+    return _scored(run, data, specs, _loaded(run, specs), screen, cache_root=run.values["cache_root"])
+
+
+def _scored(
+    run: Run, data: Dataset, specs: Sequence[TeacherSpec], teachers: dict[str, Any], screen: Screen, **more: Any
+) -> tuple[int, dict[str, Any]]:
+    """Dump with these teachers, and verify ten samples; ``more`` are further fields of the job."""
     job = DumpJob(
-        cache_root=values["cache_root"],
         data=data,
         teachers=teachers,
-        device=resolve_device(values["device"]),
-        workers=values["workers"],
+        device=resolve_device(run.values["device"]),
+        workers=run.values["workers"],
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
         record=run_record(run, data),
+        **more,
     )
     return dump_and_report(job, 10, screen)
 
@@ -215,3 +224,148 @@ def _loaded(run: Run, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
             arch = run.section(spec.name).values["arch"]
             loaded[spec.name] = own_teacher(arch, spec.checkpoint, num_cities=values["num_cities"])
     return loaded
+
+
+SWEPT = {"lr": float, "weight_decay": float, "dropout": float, "label_smoothing": float, "batch_size": int,
+         "epochs": int, "seed": int}  # fmt: skip
+
+
+def swept(text: str, job: TrainJob, screen: Screen) -> TrainReport:
+    """Train them all and show a table; the best is published.
+
+    Of validation alone: a person must not choose by ``test`` either.
+    """
+    choices = parse_sweep(text)
+    if job.settings.stages and (useless := {"lr", "epochs"} & set(choices)):
+        raise UsageError(
+            f"--sweep {shown(text)}: {' and '.join(sorted(useless))} of stages that are given one by one are theirs",
+            hint="Leave out --stage, or what it says from the sweep.",
+        )
+    if "dropout" in choices and not job.settings.mlp_hidden_dims:
+        screen.note("a linear scene head has no dropout: give --mlp-hidden-dims for it to matter")
+    base = replace(job, publish=False, shared={})
+    made: list[tuple[TrainJob, TrainReport]] = []
+    rows = []
+    for values in product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        one = replace(base, settings=replace(base.settings, **chosen))
+        try:
+            report = train_teacher(one, screen)
+        except TrainingError as error:
+            rows.append([*(f"{value:g}" for value in values), "failed", "–"])
+            screen.note(f"{', '.join(f'{name}={value:g}' for name, value in chosen.items())}: {error.message}")
+            continue
+        made.append((one, report))
+        validation = report.results["validation"]
+        scores = [percent(validation["accuracy"]), number(validation["log_loss"])]
+        rows.append([*(f"{value:g}" for value in values), *scores])
+    if not made:
+        raise TrainingError("no combination of the sweep learnt anything", hint="See the notes above.")
+    screen.result(Table("Sweep", [*choices, "Validation", "Log loss"], rows), "")
+    one, best = max(made, key=lambda pair: _rank(pair[1]))
+    return published(replace(one, publish=True), best, screen)
+
+
+def _rank(report: TrainReport) -> tuple[float, float]:
+    validation = report.results["validation"]
+    return validation["accuracy"], -validation["log_loss"]
+
+
+def parse_sweep(text: str) -> dict[str, list[Any]]:
+    """``lr=1e-3/1e-2,dropout=0/0.3``: values by setting. Raises `UsageError`."""
+    found: dict[str, list[Any]] = {}
+    for item in text.split(","):
+        name, separator, values = item.strip().partition("=")
+        name = name.replace("-", "_")
+        if not separator or name not in SWEPT or name in found:
+            raise UsageError(
+                f"--sweep {shown(text)}: found {shown(item)}, expected NAME=VALUE/VALUE/…, each name once, of "
+                f"{', '.join(SWEPT)}"
+            )
+        try:
+            found[name] = [SWEPT[name](value) for value in values.split("/")]
+        except ValueError as error:
+            raise UsageError(f"--sweep {shown(text)}: {shown(error)}") from error
+    return found
+
+
+def report_lines(reports: Sequence[TrainReport]) -> list[str | Table]:
+    """A table of all, then what there is to say of each."""
+    made: list[str | Table] = [_headlines(reports)]
+    for report in reports:
+        made += ["", *_details(report)]
+    return made
+
+
+def _headlines(reports: Sequence[TrainReport]) -> Table:
+    rows = []
+    for report in reports:
+        found = headline(report.results)
+        chance = report.results["chance"]
+        validation = report.results["validation"]
+        rows.append(
+            [
+                f"{report.role} {report.place}",
+                report.how,
+                percent(found["validation"]),
+                number(validation.get("log_loss")),
+                number(validation.get("ece")),
+                *(percent(found[where]) for where in ("test, source", "test, target")),
+                percent(chance),
+            ]
+        )
+    columns = ["Teacher", "", "Validation", "its log loss", "its ECE", "Test, A", "Test, target", "Chance"]
+    return Table("Accuracy on locations that were not trained on", columns, rows)
+
+
+def _details(report: TrainReport) -> list[str]:
+    lines = [f"{report.role} {report.place}: {shown(report.checkpoint)}"]
+    lines += [f"  {said}" for said in report.results.get("frozen", [])]
+    split = "Test" if report.results.get("test") else "Validation"
+    test = report.results.get("test") or report.results["validation"]
+    if test.get("samples"):
+        sure = next(one for one in test["early_exit"] if one["threshold"] == 0.9)
+        lines.append(
+            f"  {split}, {test['samples']} clips: macro accuracy {percent(test['macro_accuracy'])}, log loss "
+            f"{number(test['log_loss'])}, ECE {number(test['ece'])} (equal mass {number(test['ece_equal_mass'])}), "
+            f"Brier {number(test['brier'])}; {percent(sure['coverage'])} are at least 0.9 sure, of those "
+            f"{percent(sure['accuracy'])} right"
+        )
+    for kind, name in (("device_group", "Devices"), ("device", "Device"), ("city", "City")):
+        groups = test.get("by", {}).get(kind, {})
+        told = ", ".join(f"{group} {percent(one['accuracy'])} of {one['samples']}" for group, one in groups.items())
+        if told:
+            lines.append(f"  {name}: {told}")
+    return lines
+
+
+def number(value: float | None) -> str:
+    """A figure for a person; a dash where it is not known."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def extract(run: Run, screen: Screen, target: str, checkpoint: list[str], output_dir: Path) -> Report:
+    """Guard, load, embed, verify."""
+    data = data_of(target, run.values)
+    with checkpoint_limit(run.values["max_checkpoint_bytes"]):
+        specs, sources = _sources(checkpoint)
+    code, content = _scored(run, data, specs, sources, screen, cache_root=output_dir / FOLDER, files=False)
+    lines = ["", f"Embeddings: {', '.join(f'--embeddings {name}' for name in sources)}"]
+    return Report({**content, "embeddings": list(sources)}, lines, code)
+
+
+def _sources(texts: list[str]) -> tuple[list[TeacherSpec], dict[str, Any]]:
+    """What to embed with: where it is from, and loaded, by name."""
+    specs, found = [], {}
+    for text in texts:
+        name, named, rest = text.partition("=")
+        path = Path(rest if named else text).expanduser()
+        teacher = load_teacher(path)
+        name = name if named else source_name(teacher)
+        if not is_teacher_name(name):
+            raise UsageError(f"--checkpoint {shown(text)}: {shown(name)} cannot be a name (letters, digits, _ . -)")
+        if name in found:
+            raise UsageError(f"two sources are called {name}; give --checkpoint NAME=PATH another NAME")
+        specs.append(TeacherSpec(name, "", path))
+        found[name] = EmbeddingTeacher(teacher)
+    return specs, found

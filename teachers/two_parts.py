@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, shown
-from kd_cache.train.architectures import architecture_of, backbone_from
-from kd_cache.train.backbone import Backbone
-from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX
+from kd_cache.train.architectures import architecture_of, backbone_from, fill
+from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX, under
 from kd_cache.train.checkpoint_file import AGAIN
-from kd_cache.train.layers import mlp, mlp_widths, rows
-from kd_cache.train.state_dict import fill, under
+from kd_cache.train.layers import Backbone, mlp, mlp_widths, rows
 
 _SEVERAL: Final = "backbones."
 _MOST_BACKBONES: Final = 9

@@ -26,7 +26,7 @@ from sklearn.metrics import (
 )
 
 from kd_cache.errors import TeacherError, UsageError
-from kd_cache.train.metrics import BINS, THRESHOLDS, Metrics, measure, measure_groups
+from kd_cache.train.evaluation import BINS, THRESHOLDS, Metrics, measure, measure_groups
 
 Case = tuple[np.ndarray, np.ndarray]
 near = {"rel": 1e-6, "abs": 1e-6}
@@ -131,15 +131,6 @@ def test_bins_of_equal_mass_have_equally_many_samples_where_they_can(seed: int, 
     assert measure(*case).ece_equal_mass == pytest.approx(expected, abs=1e-9)
 
 
-@given(st.integers(0, 2**32), st.integers(1, 15))
-def test_of_few_samples_each_has_a_bin_of_equal_mass_of_its_own(seed: int, samples: int) -> None:
-    case = random_case(seed, samples, 5)
-    pairs = judged(*case)
-    assume(len({round(confidence, 9) for confidence, _ in pairs}) == samples)
-    expected = sum(abs(right - confidence) for confidence, right in pairs) / samples
-    assert measure(*case).ece_equal_mass == pytest.approx(expected, abs=1e-9)
-
-
 @given(st.integers(0, 2**32), st.integers(1, 80), st.integers(1, 80))
 def test_bins_of_equal_mass_end_at_quantiles_and_never_part_equal_confidences(
     seed: int, samples: int, different: int
@@ -171,32 +162,6 @@ def test_calibration_errors_do_not_depend_on_the_order_of_the_samples(seed: int,
     assert other.ece_equal_mass == pytest.approx(one.ece_equal_mass, abs=1e-12)
     ranked = np.argsort(labels * 1000 + logits.argmax(axis=1), kind="stable")
     assert measure(logits[ranked], labels[ranked]).ece_equal_mass == pytest.approx(one.ece_equal_mass, abs=1e-12)
-
-
-@given(cases())
-def test_calibration_errors_lie_between_the_mean_gap_and_the_worst(case: Case) -> None:
-    found = measure(*case)
-    pairs = judged(*case)
-    least = abs(sum(right - confidence for confidence, right in pairs)) / len(pairs)
-    most = sum(abs(right - confidence) for confidence, right in pairs) / len(pairs)
-    for error in (found.ece, found.ece_equal_mass):
-        assert least - 1e-9 <= error <= most + 1e-9
-
-
-def with_confidences(*confidences: float) -> np.ndarray:
-    """Logits of three classes whose first has these probabilities."""
-    return np.array([[math.log(share), *[math.log((1 - share) / 2)] * 2] for share in confidences])
-
-
-@pytest.mark.parametrize("number", range(5, 15))
-def test_two_gaps_cancel_out_within_a_bin_of_equal_width_only(number: int) -> None:
-    low, high, next_low = number / 15 + 1e-4, (number + 1) / 15 - 1e-4, (number + 1) / 15 + 1e-4
-    labels = np.array([0, 1])
-    assert measure(with_confidences(low, high), labels).ece == pytest.approx(abs(1 - low - high) / 2, abs=1e-9)
-    if number < 14:
-        assert measure(with_confidences(high, next_low), labels).ece == pytest.approx(
-            (1 - high + next_low) / 2, abs=1e-9
-        )
 
 
 # -- early exit --------------------------------------------------------------------------------------------------------
@@ -234,21 +199,6 @@ def test_constant_logits_decide_for_the_first_class_with_its_fair_share(classes:
     assert found.ece_equal_mass == pytest.approx(0, abs=1e-9)
 
 
-def test_equal_confidences_share_a_bin_whether_right_or_wrong() -> None:
-    labels = np.array([0] * 30 + [1] * 10)
-    found = measure(np.tile(np.array([2.0, 0.0, 0.0]), (40, 1)), labels)
-    confidence = math.exp(2) / (math.exp(2) + 2)
-    assert found.ece == found.ece_equal_mass == pytest.approx(abs(0.75 - confidence), abs=1e-9)
-
-
-@pytest.mark.parametrize("label", [0, 2])
-def test_one_sample_is_measured(label: int) -> None:
-    found = check_against_scikit_learn(np.array([[1.0, 3.0, 0.5]], np.float32), np.array([label]))
-    confidence = math.exp(3) / (math.exp(1) + math.exp(3) + math.exp(0.5))
-    assert found.ece == found.ece_equal_mass == pytest.approx(confidence, abs=1e-6)
-    assert found.per_class == [0.0 if number == label else None for number in range(3)]
-
-
 def test_perfect_logits_are_perfect() -> None:
     labels = np.arange(20) % 4
     found = check_against_scikit_learn((200 * np.eye(4, dtype=np.float32))[labels], labels)
@@ -256,14 +206,6 @@ def test_perfect_logits_are_perfect() -> None:
     assert [found.log_loss, found.ece, found.ece_equal_mass, found.brier] == pytest.approx([0] * 4, abs=1e-9)
     assert found.confusion == (5 * np.eye(4, dtype=int)).tolist()
     assert all(step["coverage"] == step["accuracy"] == 1.0 for step in found.early_exit)
-
-
-def test_surely_wrong_logits_are_as_bad_as_can_be() -> None:
-    labels = np.arange(20) % 4
-    found = measure((100 * np.eye(4, dtype=np.float32))[(labels + 1) % 4], labels)
-    assert (found.accuracy, found.macro_accuracy) == (0.0, 0.0)
-    assert found.log_loss == pytest.approx(100, **near)
-    assert [found.brier, found.ece, found.ece_equal_mass] == pytest.approx([2, 1, 1], abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30, float(np.finfo(np.float32).max)])
@@ -282,18 +224,6 @@ def test_a_constant_added_to_all_logits_changes_nothing(shift: float) -> None:
     one, other = measure(logits, labels), measure(logits + shift, labels)
     for name in ("accuracy", "macro_accuracy", "log_loss", "ece", "ece_equal_mass", "brier", "per_class"):
         assert getattr(other, name) == pytest.approx(getattr(one, name), **near)
-
-
-def test_of_equal_logits_the_first_counts() -> None:
-    found = measure(np.array([[0.0, 5, 5], [5, 0, 5]], np.float32), np.array([1, 2]))
-    assert found.confusion == [[0, 0, 0], [0, 1, 0], [1, 0, 0]]
-
-
-def test_labels_of_one_class_only_are_measured() -> None:
-    logits, _ = random_case(3, 40, 5)
-    found = check_against_scikit_learn(logits, np.full(40, 3))
-    assert [share is None for share in found.per_class] == [True, True, True, False, True]
-    assert found.macro_accuracy == found.accuracy
 
 
 def test_one_class_alone_is_always_right() -> None:
@@ -351,10 +281,6 @@ def test_groups_are_measured_as_their_samples_alone_would_be(case: Case, chance:
                 "accuracy": pytest.approx(accuracy_score(labels[mine], decisions), **near),
                 "log_loss": pytest.approx(log_loss(labels[mine], probs, labels=range(logits.shape[1])), **near),
             }
-
-
-def test_without_groups_there_is_nothing_to_measure() -> None:
-    assert measure_groups(*random_case(0, 5, 3), {}) == {}
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -39,17 +39,15 @@ from kd_cache.score.teacher import teacher_fingerprint
 from kd_cache.train import pretraining
 from kd_cache.train.augment import Mixed
 from kd_cache.train.checkpoint import read_weights, save_checkpoint
-from kd_cache.train.failures import foreseen
 from kd_cache.train.freezing import Frozen
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Loop
-from kd_cache.train.loss import cross_entropy
 from kd_cache.train.nets import warm_start
-from kd_cache.train.optimiser import Schedule, average
+from kd_cache.train.optimiser import Schedule, average, cross_entropy
 from kd_cache.train.settings import Stage, parse_stage
+from kd_cache.train.training import foreseen
 from teachers.cnn14 import CNN14
-from teachers.loading import load_teacher
-from teachers.own_net import own_teacher
+from teachers.loading import load_teacher, own_teacher
 from teachers.recipes import RECIPES, train_teacher
 from teachers.two_parts import City2Scene
 
@@ -1326,7 +1324,7 @@ def test_provenance_covers_training_and_validation(town: World) -> None:
 def test_more_samples_than_a_checkpoint_can_name_are_refused_before_training(
     town: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd_cache.train.record.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
+    monkeypatch.setattr("kd_cache.train.job.MOST_RECORD", {".safetensors": 22 * 1030, ".pth": 22 * 1030})
     with pytest.raises(UsageError, match="a checkpoint can name 30"):
         trained(town)
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, listed, shown
-from kd_cache.train.backbone import Backbone
 from kd_cache.train.cp_resnet import CPResNet
-from kd_cache.train.state_dict import fill
+from kd_cache.train.layers import Backbone
 
 ENTRY_POINTS: Final = "kd_cache.nets"
 ARCHITECTURE_VERSION: Final = "1"
@@ -73,3 +72,37 @@ def backbone_from(tensors: Mapping[str, Tensor], stated: str | None, entry: str)
             ) from error
     fill(net, tensors, f"{architecture} ({entry})")
     return net
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], title: str) -> None:
+    """Give the meta-device ``net`` its tensors, without a copy, after comparing every name and shape."""
+    expected = net.state_dict()
+    counters = {name for name in expected if is_counter(name)}
+    problems = {
+        "missing": [name for name in expected if name not in tensors and name not in counters],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{shown(name)}: expected {list(expected[name].shape)}, found {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name in expected and name not in counters and tensor.shape != expected[name].shape
+        ],
+    }
+    if any(problems.values()):
+        raise _misfit(problems, title)
+    # Inference uses no counters, so theirs are zero whether the file has them or not.
+    zeros = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    net.load_state_dict({**tensors, **zeros}, assign=True)
+
+
+def _misfit(problems: Mapping[str, list[str]], title: str) -> CheckpointError:
+    counts = ", ".join(f"{len(names)} {what}" for what, names in problems.items() if names)
+    lists = "\n".join(f"{what}:\n{listed(names)}" for what, names in problems.items() if names)
+    return CheckpointError(
+        f"the weights do not fit {title}: {counts}\n{lists}",
+        hint="Check that this is the whole checkpoint of this architecture; a partial load is never used.",
+    )
+
+
+def is_counter(name: str) -> bool:
+    """Of batch norm; some exports have it as a float."""
+    return name.rsplit(".", 1)[-1] == "num_batches_tracked"

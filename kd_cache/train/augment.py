@@ -2,62 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kd_cache.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How strongly clips are changed; 0 leaves a change out.
-
-    Attributes:
-        time_roll: clips are rolled in time by up to this share of their length.
-        time_mask, freq_mask: one stretch of up to this share of the frames (mel bins) takes the clip's mean
-            (SpecAugment, Park et al. 2019, arXiv 1904.08779).
-        mixup: α of the Beta(α, α) that two clips and their labels are mixed by (Zhang et al. 2018, arXiv 1710.09412).
-        freq_mixstyle: the probability that a batch's frequency-wise statistics are mixed between its clips (MixStyle,
-            Zhou et al. 2021, arXiv 2104.02008, over frequency bins as Schmid et al. have it for DCASE 2022).
-        mixstyle_alpha: α of the Beta(α, α) they are mixed by.
-        device_response: largest height, in the features' unit, of each of three random smooth bumps over frequency that
-            are added, as another microphone would; three clips in ten get a noise floor too.
-    """
-
-    time_roll: float = 0.0
-    time_mask: float = 0.0
-    freq_mask: float = 0.0
-    mixup: float = 0.0
-    freq_mixstyle: float = 0.0
-    mixstyle_alpha: float = 0.3
-    device_response: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, most = getattr(self, field.name), _MOST.get(field.name, 1.0)
-            if not 0 <= value <= most:
-                raise UsageError(f"{field.name} is {value}, expected 0 to {most}")
-
-    @property
-    def is_off(self) -> bool:
-        return self == Augmentation(mixstyle_alpha=self.mixstyle_alpha)
-
-    def changed(self, **values: Any) -> Augmentation:
-        """With other values where they are not ``None``."""
-        return replace(self, **{name: value for name, value in values.items() if value is not None})
-
-
-_MOST: Final = {"mixup": 10.0, "mixstyle_alpha": 10.0, "device_response": 10.0}
-_MODERATE: Final = Augmentation(time_roll=1.0, freq_mixstyle=0.4, device_response=1.0)
-LEVELS: Final = {
-    "off": Augmentation(),
-    "moderate": _MODERATE,
-    "full": _MODERATE.changed(time_mask=0.1, freq_mask=0.1, mixup=0.2),
-}
-"""Names for what a stage of training asks for."""
+from kd_cache.train.settings import Augmentation
 
 
 class Mixed(NamedTuple):

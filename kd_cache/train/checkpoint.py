@@ -3,7 +3,7 @@
 A ``.safetensors`` file holds plain names and, in its metadata under ``kd_cache``, a JSON record. A ``.pth`` file is a
 dict written by ``torch.save``; it is only ever read with ``weights_only=True``, and there is no fallback. What is in a
 file is decided by its content, never by its suffix. A net of two parts, a backbone ``city_model`` and a ``scene_head``
-on it, is kept as two state dicts.
+on it, is kept as two state dicts. What is read are plain finite tensors under bare names.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.errors import CheckpointError, StoreError, shown
+from kd_cache.errors import CheckpointError, StoreError, listed, shown
 from kd_cache.files.atomic import write_atomic
-from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, known_names
+from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, is_counter, known_names
 from kd_cache.train.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
 from kd_cache.train.settings import ROLES
-from kd_cache.train.state_dict import clean_tensors, under
 
 CITY_ENTRY: Final = "city_model_state_dict"
 HEAD_ENTRY: Final = "scene_head_state_dict"
@@ -246,3 +245,115 @@ def _record(note: object) -> dict[str, Any]:
                 hint="A newer kd-cache may have written this file: update kd-cache.",
             )
     return record
+
+
+WRAPPERS: Final = ("module.", "_orig_mod.")  # DistributedDataParallel and averaged models; torch.compile
+LIGHTNING: Final = ("model.", "net.")  # the attribute a LightningModule keeps its network in
+FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
+
+
+def clean_tensors(
+    entries: Mapping[Any, Any], known: frozenset[str], size: int, *, integers: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Finite float32 tensors under bare names, and what was done to the names, in words.
+
+    ``integers``: whole numbers and truth values too, as they are; no built-in net has them.
+    """
+    tensors, notes = dict(entries), []
+    if "n_averaged" in tensors:  # the counter of torch.optim.swa_utils.AveragedModel
+        del tensors["n_averaged"]
+        notes.append("counter n_averaged dropped")
+    _check_tensors(tensors, size, FLOATS | INTEGERS if integers else FLOATS)
+    tensors, removed = _unprefixed(tensors, known)
+    notes += removed
+    unused = [name for name in tensors if name.startswith("adapt_layer.")]
+    if unused:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in set(unused)}
+        notes.append("adapt_layer.* dropped (unused at inference)")
+    return _finite(tensors), notes
+
+
+def _check_tensors(tensors: Mapping[Any, Any], size: int, kinds: frozenset[torch.dtype]) -> None:
+    """Every value a plain dense tensor of one of these kinds, and together no larger than the file they came from."""
+    wrong = [f"{shown(name)}: {what}" for name, value in tensors.items() if (what := _flaw(name, value, kinds))]
+    if wrong or not tensors:
+        raise CheckpointError(
+            f"expected a state dict of dense float tensors, found\n{listed(wrong or ['nothing'])}",
+            hint="Save model.state_dict() as {'model_state_dict': …}, or with teachers.save_checkpoint.",
+        )
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > size:
+        raise CheckpointError(
+            f"the tensors claim {claimed} bytes, the file has {size}: some are expanded from fewer numbers",
+            hint="Save the state dict of the model itself, without expand() or tied views.",
+        )
+
+
+def _flaw(name: object, value: object, kinds: frozenset[torch.dtype]) -> str | None:
+    if not isinstance(name, str):
+        return "a name that is not text"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if type(value) not in {Tensor, nn.Parameter} or value.layout != torch.strided or value.is_quantized:
+        return f"a {type(value).__name__}, {value.layout}"
+    if value.device.type != "cpu":
+        return f"no data ({value.device.type})"
+    if not value.numel():
+        return f"an empty tensor {list(value.shape)}"
+    if not is_counter(name) and value.dtype not in kinds:
+        return str(value.dtype).removeprefix("torch.")
+    return None
+
+
+def _unprefixed(
+    tensors: dict[str, Tensor], known: frozenset[str], depth: int = 6
+) -> tuple[dict[str, Tensor], list[str]]:
+    """``tensors`` without the prefixes that training frameworks add, also stacked, and which were removed.
+
+    A wrapper's prefix must lead every name. Lightning keeps losses and metrics beside the network, so of
+    its prefixes it is enough that the names after them are ``known``. ``depth`` bounds what a hostile file
+    can stack.
+    """
+    if known & tensors.keys():
+        return tensors, []
+    for prefix in WRAPPERS if depth else ():
+        if all(name.startswith(prefix) for name in tensors):
+            inner, notes = _unprefixed(under(tensors, prefix), known, depth - 1)
+            return inner, [f"prefix '{prefix}' removed", *notes]
+    if not depth:
+        return tensors, []
+    found = []
+    for prefix in LIGHTNING:
+        part = under(tensors, prefix)
+        inner, notes = _unprefixed(part, known, depth - 1) if part else ({}, [])
+        if known & inner.keys():
+            beside = len(tensors) - len(part)
+            left = [f"{beside} tensors beside it left out"] if beside else []
+            found.append((inner, [f"prefix '{prefix}' removed", *left, *notes]))
+    if len(found) > 1:
+        raise CheckpointError(
+            "two networks, under 'model.' and under 'net.', and nothing says which is the teacher",
+            hint="Save the teacher's own state_dict() with teachers.save_checkpoint.",
+        )
+    return found[0] if found else (tensors, [])
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    whole = {name for name, tensor in tensors.items() if tensor.dtype in INTEGERS and not is_counter(name)}
+    full = {
+        name: tensor.detach().to(tensor.dtype if name in whole else torch.float32).contiguous()
+        for name, tensor in tensors.items()
+    }
+    bad = [name for name, tensor in full.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise CheckpointError(
+            f"expected finite weights, found NaN or Inf in {len(bad)} tensors:\n{listed(bad)}",
+            hint="The training diverged or the file is damaged: use an earlier checkpoint.",
+        )
+    return full
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.manifest import IGNORED, Sample
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import Task
 from kd_cache.errors import FeatureError, StaleError, shown
 from kd_cache.score.reading import read_ahead
 from kd_cache.serve.placement import fits
@@ -215,7 +215,7 @@ def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def class_names(what: str, count: int) -> list[str]:
+def class_names(task: Task, what: str, count: int) -> list[str]:
     """Names of ``count`` scenes or cities: the field's where they are as many, else their numbers."""
-    known = DCASE.cities if what == "city" else DCASE.scenes
+    known = task.cities if what == "city" else task.scenes
     return list(known) if len(known) == count else [str(number) for number in range(count)]

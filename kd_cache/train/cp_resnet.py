@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_cache.errors import UsageError
-from kd_cache.train.backbone import Backbone
-from kd_cache.train.layers import require_log_mel, rows
+from kd_cache.train.layers import Backbone, require_log_mel, rows
 
 CHANNELS: Final = (32, 32, 64, 92)
 """Output channels of the four residual blocks; the stem has as many as the first."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 
 from kd_cache.dataset.guard import Places, places_of_sample
 from kd_cache.dataset.manifest import Sample
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.task import Task
 from kd_cache.errors import DataLeakageError, UsageError, listed
 
 
@@ -32,36 +31,37 @@ class Location:
 
 @dataclass(frozen=True)
 class Division:
-    """Training and validation samples, each in manifest order, with the name of each one's location."""
+    """Training and validation samples, each in manifest order, and the name of each one's location."""
 
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
-    train_places: tuple[str, ...]
-    validation_places: tuple[str, ...]
+    place_of: Mapping[Sample, str]
 
     @property
     def train_locations(self) -> int:
-        return len(set(self.train_places))
+        return len({self.place_of[sample] for sample in self.train})
 
     @property
     def validation_locations(self) -> int:
-        return len(set(self.validation_places))
+        return len({self.place_of[sample] for sample in self.validation})
 
     def only(self, devices: Iterable[str]) -> Division:
         """The samples of these devices; every location stays on its side."""
         kept = set(devices)
-        train = [sample.device_id in kept for sample in self.train]
-        validation = [sample.device_id in kept for sample in self.validation]
-        return Division(
-            tuple(compress(self.train, train)),
-            tuple(compress(self.validation, validation)),
-            tuple(compress(self.train_places, train)),
-            tuple(compress(self.validation_places, validation)),
+        train, validation = (
+            tuple(sample for sample in side if sample.device_id in kept) for side in (self.train, self.validation)
         )
+        return Division(train, validation, self.place_of)
 
 
 def divide(
-    samples: Sequence[Sample], *, ratio: float, fold: int = 0, seed: int = 0, data_root: Path | None = None
+    samples: Sequence[Sample],
+    *,
+    task: Task,
+    ratio: float,
+    fold: int = 0,
+    seed: int = 0,
+    data_root: Path | None = None,
 ) -> Division:
     """Hold out about ``ratio`` of each city's locations, spread over the scenes.
 
@@ -81,7 +81,7 @@ def divide(
     if not 0 < ratio <= 0.5:
         raise UsageError(f"the validation ratio is {ratio}, expected more than 0 and at most 0.5")
     chosen: set[str] = set()
-    locations = locations_of(samples, data_root)
+    locations = locations_of(samples, task, data_root)
     by_city = _in_turn(locations, seed)
     for city, mine in by_city.items():
         if len(mine) < 2:
@@ -93,20 +93,13 @@ def divide(
         count = min(max(round(ratio * len(mine)), 1), len(mine) - 1)
         chosen.update(mine[(fold * count + number) % len(mine)].name for number in range(count))
     _keep_every_scene_in_training(by_city, chosen)
-    place_of = {number: place.name for place in locations for number in place.samples}
-    places = [place_of[number] for number in range(len(samples))]
-    out = [place in chosen for place in places]
-    kept = [not held_out for held_out in out]
-    return Division(
-        tuple(compress(samples, kept)),
-        tuple(compress(samples, out)),
-        tuple(compress(places, kept)),
-        tuple(compress(places, out)),
-    )
+    place_of = {samples[number]: place.name for place in locations for number in place.samples}
+    train = tuple(sample for sample in samples if place_of[sample] not in chosen)
+    return Division(train, tuple(sample for sample in samples if place_of[sample] in chosen), place_of)
 
 
 def subsample(
-    samples: Sequence[Sample], share: float, *, seed: int = 0, data_root: Path | None = None
+    samples: Sequence[Sample], share: float, *, task: Task, seed: int = 0, data_root: Path | None = None
 ) -> tuple[Sample, ...]:
     """The samples of about ``share`` of each city's locations (two at least), for a quick experiment.
 
@@ -115,13 +108,13 @@ def subsample(
     if not 0 < share <= 1:
         raise UsageError(f"the share of locations is {share}, expected more than 0 and at most 1")
     kept: set[int] = set()
-    for mine in _in_turn(locations_of(samples, data_root), seed).values():
+    for mine in _in_turn(locations_of(samples, task, data_root), seed).values():
         for place in mine[: max(round(share * len(mine)), 2)]:
             kept.update(place.samples)
     return tuple(sample for number, sample in enumerate(samples) if number in kept)
 
 
-def locations_of(samples: Sequence[Sample], data_root: Path | None = None) -> list[Location]:
+def locations_of(samples: Sequence[Sample], task: Task, data_root: Path | None = None) -> list[Location]:
     """The samples by location. One that has a field and a telling name ties the two together. Raises as `divide`."""
     ties = _Ties()
     plain = Places(data_root).plain if data_root is not None else None
@@ -146,7 +139,7 @@ def locations_of(samples: Sequence[Sample], data_root: Path | None = None) -> li
     together: dict[str, list[int]] = defaultdict(list)
     for number, place in enumerate(place_of):
         together[ties.first(place)].append(number)
-    return [_location(name, numbers, samples) for name, numbers in together.items()]
+    return [_location(name, numbers, samples, task) for name, numbers in together.items()]
 
 
 class _Ties:
@@ -173,7 +166,7 @@ class _Ties:
             self._above[high] = first = low
 
 
-def _location(name: str, numbers: list[int], samples: Sequence[Sample]) -> Location:
+def _location(name: str, numbers: list[int], samples: Sequence[Sample], task: Task) -> Location:
     labels = {samples[number].city_label for number in numbers} - {None}
     if len(labels) > 1:
         found = listed(f"{samples[n].file}: city {samples[n].city_label}" for n in numbers)
@@ -182,9 +175,9 @@ def _location(name: str, numbers: list[int], samples: Sequence[Sample]) -> Locat
             hint="One of location and city_label is wrong; mend the manifest.",
         )
     label = next(iter(labels), None)
-    city = name.rpartition("-")[0] if label is None else DCASE.city(label)
+    city = name.rpartition("-")[0] if label is None else task.city(label)
     # The least of its scenes on A: order and number of samples do not matter, and a target's labels are not looked at.
-    scenes = {samples[number].scene_label for number in numbers if samples[number].device_id == DCASE.source}
+    scenes = {samples[number].scene_label for number in numbers if samples[number].device_id == task.source}
     scene = min((each for each in scenes if each is not None), default=None)
     return Location(name, city, scene, tuple(numbers))
 

@@ -1,64 +1,58 @@
-"""What a trained teacher is worth, by group: on the validation locations, and on ``test``, which chose nothing."""
+"""How good a net is: accuracy, calibration, and what an early exit at some confidence would give; of all and by group.
+
+On the validation locations, and on ``test``, which chose nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kd_cache.dataset.features import FeatureSource
-from kd_cache.dataset.manifest import Manifest, Sample
-from kd_cache.dataset.task import DCASE
+from kd_cache.dataset.manifest import Sample
+from kd_cache.dataset.task import Task
+from kd_cache.errors import TeacherError, UsageError
+from kd_cache.score.storage_cost import log_softmax
 from kd_cache.train.clips import Clips, class_names
-from kd_cache.train.inference import score
-from kd_cache.train.metrics import measure, measure_groups
-from kd_cache.train.settings import Settings
+from kd_cache.train.job import TrainJob
 from kd_cache.watch import Watcher
 
 GROUPS: Final = ("source", "target", "other", "unseen")
-"""Devices by what they are to the teacher: A, the target, the other devices of the training sets, s4 to s6."""
+"""Devices by what they are to the teacher: source, target, others of the training sets, never trained on."""
 
 
-def evaluated(net: nn.Module, clips: Clips, settings: Settings, target: str, device: torch.device) -> dict[str, Any]:
+def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
     """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city."""
+    settings, data = job.settings, job.data
     labels = clips.labels(settings.label).numpy()
     labelled = clips.part(np.flatnonzero(labels >= 0).tolist())
     if not len(labelled):
         return {"samples": 0}
-    logits = score(net, labelled, device, settings.batch_size)
+    logits = score(net, labelled, job.device, settings.batch_size)
     labels = labelled.labels(settings.label).numpy()
     groups = {
         "device": [sample.device_id for sample in labelled.samples],
-        "device_group": [group_of(sample, target) for sample in labelled.samples],
-        "city": [_city(sample) for sample in labelled.samples],
+        "device_group": [group_of(sample, data.task, data.target) for sample in labelled.samples],
+        "city": ["not known" if s.city_label is None else data.task.city(s.city_label) for s in labelled.samples],
     }
     return {
         **measure(logits, labels).as_json(),
-        "class_names": class_names(settings.label, settings.num_classes),
+        "class_names": class_names(data.task, settings.label, settings.num_classes),
         "by": measure_groups(logits, labels, groups),
     }
 
 
-def group_of(sample: Sample, target: str) -> str:
+def group_of(sample: Sample, task: Task, target: str) -> str:
     """One of `GROUPS`."""
-    if sample.device_id == DCASE.source:
+    if sample.device_id == task.source:
         return "source"
     if sample.device_id == target:
         return "target"
-    return "unseen" if sample.device_id in DCASE.unseen else "other"
-
-
-def _city(sample: Sample) -> str:
-    label = sample.city_label
-    return "not known" if label is None else DCASE.city(label)
-
-
-def test_clips(manifest: Manifest, source: FeatureSource, workers: int, watcher: Watcher) -> Clips:
-    """The manifest's test samples, for the report after everything is chosen. Raises `FeatureError`."""
-    return Clips.read(source, [sample for sample in manifest if sample.split == "test"], workers, watcher)
+    return "unseen" if sample.device_id in task.unseen else "other"
 
 
 def headline(results: Mapping[str, Any], what: str = "accuracy") -> dict[str, float | None]:
@@ -68,3 +62,149 @@ def headline(results: Mapping[str, Any], what: str = "accuracy") -> dict[str, fl
     for group in ("source", "target"):
         found[f"test, {group}"] = groups.get(group, {}).get(what)
     return found
+
+
+@torch.inference_mode()
+def score(net: nn.Module, clips: Clips, device: torch.device, batch_size: int) -> np.ndarray:
+    """Logits ``[N, C]`` float32 in evaluation mode, in the order of the clips."""
+    net.eval()
+    found: np.ndarray | None = None
+    for rows, features in clips.load(clips.in_order(batch_size), device):
+        logits = net(features.to(device)).float().cpu().numpy()
+        if found is None:
+            found = np.empty((len(clips), logits.shape[1]), np.float32)
+        found[rows] = logits
+    return np.empty((0, 0), np.float32) if found is None else found
+
+
+def embedded(net: nn.Module, clips: Clips, device: torch.device, batch_size: int, watcher: Watcher) -> Clips:
+    """The same samples with their embeddings ``[D]`` for features: what a head over a frozen backbone sees."""
+    watcher.stage("embedding", len(clips))
+    rows = score(_Embedding(net), clips, device, batch_size)
+    watcher.advance(len(clips))
+    return Clips.of_rows(clips.samples, rows)
+
+
+class _Embedding(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = self.net.embed(features)  # type: ignore[operator]
+        return found
+
+
+BINS: Final = 15
+THRESHOLDS: Final = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Over N samples of C classes; probabilities are the softmax of the logits.
+
+    Attributes:
+        accuracy: the share of samples whose highest logit is their label's (of equal ones the first counts).
+        macro_accuracy: the mean of ``per_class`` over the classes that occur.
+        log_loss: mean negative log probability of the label, in nats.
+        ece: expected calibration error over 15 bins of equal width of the highest probability: Σ (n_b/N)·|accuracy_b
+            − confidence_b| (Guo et al. 2017, arXiv 1706.04599).
+        ece_equal_mass: the same over 15 bins of (nearly) equally many samples; equal confidences share a bin.
+        brier: mean over samples of the sum over classes of (probability − 1[label])², from 0 to 2 (Brier 1950).
+        per_class: of each class's samples the share that is right; ``None`` for a class without samples.
+        confusion: ``[C][C]`` counts, rows are labels, columns are decisions.
+        early_exit: for each threshold the share of samples at least as confident (``coverage``) and their accuracy
+            (``None`` where there are none).
+    """
+
+    samples: int
+    accuracy: float
+    macro_accuracy: float
+    log_loss: float
+    ece: float
+    ece_equal_mass: float
+    brier: float
+    per_class: list[float | None]
+    confusion: list[list[int]]
+    early_exit: list[dict[str, float | None]]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
+    """Metrics of logits ``[N, C]`` float against ``labels`` ``[N]`` integers in [0, C).
+
+    Raises:
+        UsageError: no samples, or a label that is no class.
+        TeacherError: logits that are not finite.
+    """
+    if not len(labels):
+        raise UsageError("there are no samples to measure")
+    samples, classes = logits.shape
+    if labels.shape != (samples,):
+        raise UsageError(f"expected one label per row of logits: {samples} rows, labels {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UsageError(f"labels must lie in [0, {classes}), found {labels.min()} to {labels.max()}")
+    if not np.isfinite(logits).all():
+        raise TeacherError("the logits to measure are not finite")
+    labels = labels.astype(np.int64)  # narrower ones would overflow below
+    log_probs = log_softmax(logits.astype(np.float64))
+    probs = np.exp(log_probs)
+    decisions = logits.argmax(axis=1)
+    right = decisions == labels
+    confidence = probs[np.arange(samples), decisions]
+    confusion = np.bincount(labels * classes + decisions, minlength=classes * classes).reshape(classes, classes)
+    occurring = confusion.sum(axis=1)
+    recall = np.divide(confusion.diagonal(), occurring, out=np.zeros(classes), where=occurring > 0)
+    truth = np.zeros((samples, classes))
+    truth[np.arange(samples), labels] = 1
+    return Metrics(
+        samples=samples,
+        accuracy=float(right.mean()),
+        macro_accuracy=float(recall[occurring > 0].mean()),
+        log_loss=float(-log_probs[np.arange(samples), labels].mean()),
+        ece=_calibration_error(confidence, right, _bins_of_equal_width(confidence)),
+        ece_equal_mass=_calibration_error(confidence, right, _bins_of_equal_mass(confidence)),
+        brier=float(((probs - truth) ** 2).sum(axis=1).mean()),
+        per_class=[float(share) if count else None for share, count in zip(recall, occurring, strict=True)],
+        confusion=confusion.tolist(),
+        early_exit=[_early_exit(confidence, right, threshold) for threshold in THRESHOLDS],
+    )
+
+
+def measure_groups(
+    logits: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy, log loss and count by group: ``groups`` maps a kind (device, city) to each sample's group of it."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, of_sample in groups.items():
+        names = np.array(of_sample)
+        found[kind] = {}
+        for name in sorted(set(of_sample)):
+            mine = measure(logits[names == name], labels[names == name])
+            found[kind][name] = {"samples": mine.samples, "accuracy": mine.accuracy, "log_loss": mine.log_loss}
+    return found
+
+
+def _bins_of_equal_width(confidence: np.ndarray) -> np.ndarray:
+    """Which of the bins [0, 1/15), …, [14/15, 1] each confidence is in."""
+    edges = np.linspace(0, 1, BINS + 1)
+    return np.searchsorted(edges[1:-1], confidence, side="right")
+
+
+def _bins_of_equal_mass(confidence: np.ndarray) -> np.ndarray:
+    edges = np.quantile(confidence, np.linspace(0, 1, BINS + 1))
+    return np.searchsorted(edges[1:-1], confidence, side="right")
+
+
+def _calibration_error(confidence: np.ndarray, right: np.ndarray, bins: np.ndarray) -> float:
+    # Of each bin n_b · |accuracy_b − confidence_b| is the absolute sum of what its samples differ by.
+    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def _early_exit(confidence: np.ndarray, right: np.ndarray, threshold: float) -> dict[str, float | None]:
+    sure = confidence >= threshold
+    accuracy = float(right[sure].mean()) if sure.any() else None
+    return {"threshold": threshold, "coverage": float(sure.mean()), "accuracy": accuracy}

@@ -7,7 +7,7 @@ classifier is used by nothing (``unused_prefixes``) and trained at no level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError, listed
 from kd_cache.store.origin import weights_digest
-from kd_cache.train.head import Standardised
 
 HEAD, NECK, BACKBONE, UNUSED = "head", "neck", "backbone", "unused"
 TRAINED: Final[Mapping[int, frozenset[str]]] = {
@@ -76,7 +75,7 @@ class Frozen:
                 f"{type(net).__name__} has no part to train at freeze level {level}",
                 hint="An architecture of your own says what its parts are: classifier_prefix and neck_prefixes.",
             )
-        return cls(net, level, frozen, _digest(net, frozen), trainable)
+        return cls(net, level, frozen, digest_of(net, frozen), trainable)
 
     def train(self) -> None:
         """Training mode, but for modules that are frozen as a whole: batch norm must not move its statistics."""
@@ -98,14 +97,14 @@ class Frozen:
         if averaged is not None:
             state, own = averaged.state_dict(), self.net.state_dict()
             loose += [name for name in self.names if not torch.equal(state[name], own[name])]
-        if loose or _digest(self.net, self.names) != self.digest:
+        if loose or digest_of(self.net, self.names) != self.digest:
             raise TrainingError(
                 f"what is frozen at level {self.level} changed while it was frozen\n{listed(loose)}".rstrip(),
                 hint="The architecture's own code may write into its tensors; the run is not to be used.",
             )
 
     def __str__(self) -> str:
-        if isinstance(self.net, Standardised):
+        if getattr(self.net, "classifier_prefix", None) == "":  # all of it is a head
             return f"a head alone, {self.trainable:,} parameters, on embeddings of a frozen backbone that are at hand"
         if not self.names:
             return f"level {self.level}: nothing is frozen, {self.trainable:,} parameters train"
@@ -115,7 +114,8 @@ class Frozen:
         )
 
 
-def _digest(net: nn.Module, names: frozenset[str]) -> str:
+def digest_of(net: nn.Module, names: Collection[str]) -> str:
+    """SHA-256 of these tensors of a net."""
     state: dict[str, Any] = net.state_dict()
     return weights_digest({name: tensor for name, tensor in state.items() if name in names})
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.score.device import AUTOCAST
-from kd_cache.train.augment import Augmentation, Mixed, augmented
+from kd_cache.train.augment import Mixed, augmented
 from kd_cache.train.clips import Clips
+from kd_cache.train.evaluation import measure, score
 from kd_cache.train.freezing import Frozen, trainable_parameters
-from kd_cache.train.inference import score
-from kd_cache.train.loss import class_weights, cross_entropy
-from kd_cache.train.metrics import measure
-from kd_cache.train.optimiser import Schedule, average, make_optimiser, restore, state_of
-from kd_cache.train.progress import Progress, Step
-from kd_cache.train.settings import Settings, Stage
+from kd_cache.train.optimiser import Schedule, average, class_weights, cross_entropy, make_optimiser, restore, state_of
+from kd_cache.train.run_folder import Progress, RunFolder, Step
+from kd_cache.train.settings import Augmentation, Settings, Stage
 from kd_cache.watch import Watcher
 
 DIVERGED: Final = 3.0
@@ -37,19 +35,6 @@ DIVERGED: Final = 3.0
 DRIFT: Final = 0.2
 _LOOK: Final = 50
 """Batches between two looks at the loss: each makes a GPU wait."""
-
-
-class Keeper(Protocol):
-    """Where a training keeps what it makes. See `kd_cache.train.run_folder.RunFolder`."""
-
-    def keep_best(self, net: nn.Module) -> None:
-        """The weights with the best validation so far."""
-
-    def keep_last(self, net: nn.Module, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Everything that is needed to go on after this epoch."""
-
-    def keep_steps(self, steps: Sequence[Step]) -> None:
-        """The epoch's steps."""
 
 
 @dataclass
@@ -81,7 +66,7 @@ class Loop:
         settings: Settings,
         stages: Sequence[Stage],
         device: torch.device,
-        keeper: Keeper,
+        keeper: RunFolder,
         watcher: Watcher,
     ) -> None:
         self._name = f"{learner.name}, " if learner.name else ""

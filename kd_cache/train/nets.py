@@ -1,23 +1,34 @@
-"""The net that a training begins with: built from settings, then given weights whose every name is accounted for."""
+"""The net that a training begins with: built from settings, then given weights whose every name is accounted for.
+
+Also heads over embeddings, whose inputs are standardised while they train and not when kept, and the code of a net of
+a user's own, which a key or a fingerprint must change with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+import copy
+import functools
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, TeacherError, UsageError, listed, shown
-from kd_cache.score.factory import resolve_factory, users_code
-from kd_cache.train.architectures import architectures
+from kd_cache.score.factory import PRIVATE, is_file, load_file, resolve_factory, users_code
+from kd_cache.store.origin import weights_digest
+from kd_cache.train.architectures import architectures, is_counter
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
+from kd_cache.train.layers import mlp
 from kd_cache.train.settings import BACKBONE as FROM_BACKBONE
 from kd_cache.train.settings import FULL_MODEL, Settings, label_of
-from kd_cache.train.state_dict import is_counter
 
 
 def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
@@ -146,3 +157,129 @@ def _described(tensor: Tensor) -> str:
 
 def _few(names: list[str]) -> str:
     return f"{', '.join(map(shown, names[:6]))}{', …' if len(names) > 6 else ''}"
+
+
+def make_head(inputs: int, settings: Settings, seed: int) -> nn.Linear | nn.Sequential:
+    """An untrained scene head over embeddings ``[B, inputs]``: linear, or with hidden layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.mlp_hidden_dims:
+            return mlp(inputs, settings.mlp_hidden_dims, settings.num_classes, settings.dropout)
+        linear = nn.Linear(inputs, settings.num_classes)
+    # A convex problem: where it begins does not matter, and at zero every class is as likely as any other.
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Standardised(nn.Module):
+    """``head((x − mean) / scale)``: embeddings ``[B, D]`` → logits ``[B, C]``.
+
+    The embedding of a frozen backbone has directions of very different size, in which a linear layer learns at very
+    different speed. ``mean`` and ``scale`` ``[D]`` are constants of the training embeddings; `folded` is the same
+    function as a plain head.
+    """
+
+    classifier_prefix = ""  # all of it is a head
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, head: nn.Linear | nn.Sequential, embeddings: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        exact = embeddings.double()
+        mean, deviation = exact.mean(dim=0), exact.std(dim=0, correction=0)
+        # What is constant in training says nothing: scaled up, its first other value would drown everything else.
+        scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1.0)
+        self.register_buffer("mean", mean.to(embeddings.dtype))
+        self.register_buffer("scale", scale.to(embeddings.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head((x - self.mean) / self.scale)
+        return logits
+
+    @property
+    def out_features(self) -> int:
+        return _layers(self.head)[-1].out_features
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear | nn.Sequential:
+        """A plain head that takes embeddings as they are; equal up to rounding."""
+        plain = copy.deepcopy(self.head)
+        first = _layers(plain)[0]
+        weight = first.weight.double() / self.scale.double()
+        first.bias.copy_(first.bias.double() - weight @ self.mean.double())
+        first.weight.copy_(weight)
+        return plain
+
+
+def _layers(head: nn.Linear | nn.Sequential) -> list[nn.Linear]:
+    return [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+
+
+_VERSIONED = {"torch", "kd_cache", "teachers"}
+"""A training's key has their versions."""
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def own_code(arch: str, net: nn.Module) -> list[str] | None:
+    """What a net of a user's own is, as far as that can be told: its code's SHA-256, and its tensors' before training.
+
+    ``None`` for a built-in architecture, which the code version covers.
+    """
+    if arch in architectures():
+        return None
+    return [source_digest(arch, net), weights_digest(net.state_dict())]
+
+
+def source_digest(arch: str, net: nn.Module) -> str:
+    """SHA-256 over the files of the net's own code: of its factory, its modules, and what those import beside them.
+
+    By what the files say, not by what happens to be imported: one net has one digest in every process, in any folder.
+    """
+    factory: Any = resolve_factory(arch)
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    where = arch.rpartition(":")[0]
+    first = load_file(Path(where)).__name__ if is_file(where) else where
+    names = {first, str(factory.__module__), *(type(part).__module__ for part in net.modules())}
+    starts = []
+    for name in sorted(names):
+        path = Path(getattr(sys.modules.get(name), "__file__", None) or "").resolve()
+        if path.suffix == ".py" and path.is_file() and name.partition(".")[0] not in _VERSIONED:
+            depth = 0 if name.startswith(PRIVATE) else name.count(".") + (path.name == "__init__.py")
+            starts.append((path.parents[depth], path.relative_to(path.parents[depth])))
+    digest = hashlib.sha256()
+    for name, source in sorted(imported_sources(starts).items()):
+        digest.update(f"{name} {len(source)}\n".encode() + source)
+    return digest.hexdigest()
+
+
+def imported_sources(starts: Iterable[tuple[Path, Path]]) -> dict[str, bytes]:
+    """The files at ``starts``, each a root and a path below it, and all that they import from below their roots."""
+    sources: dict[str, bytes] = {}
+    waiting = list(starts)
+    while waiting:
+        root, place = waiting.pop()
+        if place.as_posix() in sources or not (root / place).is_file():
+            continue
+        sources[place.as_posix()] = (root / place).read_bytes()
+        try:
+            tree = ast.parse(sources[place.as_posix()])
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            named = []
+            if isinstance(node, ast.Import):
+                named = [Path(*alias.name.split(".")) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                package = place.parents[node.level - 1] if 0 < node.level <= len(place.parents) else Path()
+                module = package.joinpath(*(node.module or "").split("."))
+                named = [module, *(module / alias.name for alias in node.names)]
+            for imported in named:
+                top = imported.parts[0] if imported.parts else ""
+                # Of what is installed just the package itself: its neighbours are others' packages.
+                others = _INSTALLED & set(root.parts) and top != place.parts[0]
+                if top and top not in _VERSIONED and not others:
+                    waiting += [(root, imported.with_suffix(".py")), (root, imported / "__init__.py")]
+    return sources

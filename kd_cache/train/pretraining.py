@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -164,19 +164,18 @@ def _read(path: Path, *, check: bool = True) -> Entry:
             raise ValueError("its parts are no settings by name")
         if entry["measured"] and not isinstance(entry["measured"].get("validation"), dict):
             raise ValueError("it does not say how good the weights are")
-        parts, created, measured = entry["parts"], str(entry["created"]), dict(entry["measured"])
-        if key_of(parts) != entry["key"] or not entry["key"].startswith(path.name):
-            return Entry(path, parts, created, measured, "its key is not that of its parts")
-        if not check:
-            return Entry(path, parts, created, measured)
-        with open_file(path / WEIGHTS) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                return Entry(path, parts, created, measured, "its weights are not the bytes that were saved")
+        found = Entry(path, entry["parts"], str(entry["created"]), dict(entry["measured"]))
+        if key_of(found.parts) != entry["key"] or not entry["key"].startswith(path.name):
+            return replace(found, damage="its key is not that of its parts")
+        if check:
+            with open_file(path / WEIGHTS) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return replace(found, damage="its weights are not the bytes that were saved")
+        return found
     except OSError as error:
         return Entry(path, {}, "", {}, f"it cannot be read: {error.strerror or error}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Entry(path, {}, "", {}, f"{ENTRY} is damaged: {shown(error)}")
-    return Entry(path, parts, created, measured)
 
 
 def differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,8 @@ outputs/teacher_city/A2b/
     ├── history.csv           one row per epoch
     ├── steps.csv             one row per step: learning rate and loss
     └── results.json          written last: a run without it is unfinished
+
+from __future__ import annotations
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from __future__ import annotations
 import copy
 import csv
 import fcntl
+import filecmp
 import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -34,9 +38,10 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, write_atomic
-from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, net_names, save_checkpoint
+from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, naming, net_names, read_weights, save_checkpoint
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
-from kd_cache.train.progress import EPOCH_COLUMNS, Progress, Step
+from kd_cache.train.job import TrainJob, TrainReport
+from kd_cache.watch import Watcher
 
 BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
     "best.safetensors",
@@ -53,6 +58,94 @@ LOCK: Final = ".lock"
 _MOST_CONFIG: Final = 1 << 20
 _COUNTS: Final = ("stage", "epoch")
 _STEP_COLUMNS: Final = ("stage", "epoch", "step", "lr", "loss")
+
+
+EPOCH_COLUMNS: Final = (
+    "stage",
+    "epoch",
+    "train_loss",
+    "val_accuracy",
+    "val_macro_accuracy",
+    "val_log_loss",
+    "seconds",
+)
+"""What is told of each epoch."""
+
+Rank = tuple[bool, float, float]
+
+
+@dataclass
+class Progress:
+    """Where a training is: epochs done in the current stage, and what was measured so far.
+
+    ``best`` is the `rank` of the epoch that is kept. ``stage_best`` and ``stage_loss`` are the best rank and the lowest
+    loss of the stage, ``since_best`` the epochs since either improved: over few clips accuracy moves in steps.
+    ``averaged`` counts the steps that are in the averaged weights.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    best: Rank | None = None
+    stage_best: Rank | None = None
+    stage_loss: float | None = None
+    since_best: int = 0
+    averaged: int = 0
+    random_loss: float | None = None
+    start_loss: float | None = None
+    diverging: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    drifted: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Progress:
+        """Raises ``TypeError`` for what is no progress."""
+        found = cls(**content)
+        for name in ("best", "stage_best"):
+            rank = getattr(found, name)
+            setattr(found, name, None if rank is None else tuple(rank))
+        return found
+
+    def add(self, measured: dict[str, Any]) -> bool:
+        """Count an epoch; whether it is the best so far."""
+        self.history.append(measured)
+        rank, loss = self.rank(measured), measured["val_log_loss"]
+        self.since_best += 1
+        if self.stage_loss is None or loss < self.stage_loss:
+            self.stage_loss, self.since_best = loss, 0
+        if self.stage_best is None or rank > self.stage_best:
+            self.stage_best, self.since_best = rank, 0
+        is_best = self.best is None or rank > self.best
+        if is_best:
+            self.best = rank
+        return is_best
+
+    def end_stage(self) -> None:
+        self.stage, self.epoch, self.step, self.since_best = self.stage + 1, 0, 0, 0
+        self.stage_best = self.stage_loss = None
+
+    @property
+    def best_epoch(self) -> int:
+        """Counted over all stages, from 1; 0 before there is any."""
+        ranks = [self.rank(row) for row in self.history]
+        return ranks.index(max(ranks)) + 1 if ranks else 0
+
+    def rank(self, measured: Mapping[str, Any]) -> Rank:
+        """An epoch's validation: below random weights' loss or not, accuracy, −log loss. The higher the better."""
+        loss = measured["val_log_loss"]
+        return self.random_loss is None or loss < self.random_loss, measured["val_accuracy"], -loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimiser, for the log."""
+
+    stage: int
+    epoch: int
+    step: int
+    lr: float
+    loss: Tensor
 
 
 Last = tuple[dict[str, Tensor], dict[str, Tensor], Progress]
@@ -208,10 +301,8 @@ class RunFolder:
         return net_names(content)
 
     def _read(self, name: str) -> dict[Any, Any]:
-        try:
+        with naming(self.path / name):
             return read_content(self.path / name)[0]
-        except CheckpointError as error:
-            raise CheckpointError(f"{shown(self.path / name)}: {error.message}", hint=error.hint) from error
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -279,3 +370,48 @@ def _place(row: list[str]) -> tuple[int, int] | None:
     """Stage and step of a row; ``None`` for what is none."""
     plain = len(row) == len(_STEP_COLUMNS) and row[0].isdecimal() and row[2].isdecimal()
     return (int(row[0]), int(row[2])) if plain else None
+
+
+def published(job: TrainJob, report: TrainReport, watcher: Watcher) -> TrainReport:
+    """What became of a training, after its weights are published if they are to be. Raises as `publish`."""
+    settings, there = job.settings, job.home / BEST
+    if job.publish and settings.quick_experiment < 1:
+        watcher.note(f"a quick experiment publishes nothing: its weights are {shown(report.checkpoint)}")
+    if not job.publish or settings.shuffle_labels or settings.quick_experiment < 1:
+        return report
+    if job.replace or not there.is_file():
+        publish(job, report.checkpoint, report.results, watcher)
+    elif not same_bytes(there, report.checkpoint):
+        watcher.note(f"{shown(there)} is of another training and stays; to stand on it, pass --city-teacher-ckpt")
+        return report
+    return replace(report, checkpoint=there, published=True)
+
+
+def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: Watcher) -> None:
+    """Put ``weights`` beside the runs as ``best.safetensors`` (and ``best.pth``), each whole. Raises `StoreError`."""
+    home = job.home
+    make_directory(home)
+    checkpoint = home / BEST
+    with store_errors(weights, "read"):
+        content = weights.read_bytes()
+    if checkpoint.is_file() and not same_bytes(checkpoint, weights):
+        watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
+    write_atomic(checkpoint, content)
+    if not job.pth:  # one of other weights must not stand beside it
+        with store_errors(home / "best.pth", "remove"):
+            (home / "best.pth").unlink(missing_ok=True)
+    else:
+        held = read_weights(checkpoint)
+        beside = {
+            "epoch": results.get("best_epoch", 0),
+            "optimizer_state_dict": {},
+            "val_acc": results["validation"].get("accuracy"),
+            "val_loss": results["validation"].get("log_loss"),
+        }
+        save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two files are equal. Raises `StoreError`."""
+    with store_errors(one, "read"):
+        return filecmp.cmp(one, other, shallow=False)

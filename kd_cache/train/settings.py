@@ -1,26 +1,40 @@
-"""Everything a training is told, and what it means: stages with a freeze level, a learning rate and an augmentation."""
+"""Everything a training is told, and what it means: stages with a freeze level, a learning rate and an augmentation.
+
+`OPTIONS` says it on the command line. Importing this imports no torch, because help is made of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, Literal, get_type_hints
 
 from kd_cache.errors import UsageError, shown
+from kd_cache.options import DATA, MAX_SEED, RUN, Option
+from kd_cache.options import OPTIONS as COMMON
 from kd_cache.score.factory import without_folder
-from kd_cache.train.augment import LEVELS, Augmentation
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 ROLES: Final = (SCENE, CITY2SCENE, CITY)
 SCRATCH, FROZEN, FULL_MODEL, BACKBONE, AUTO = "scratch", "frozen", "full-model", "backbone", "auto"
 PRESETS: Final = (AUTO, SCRATCH, FROZEN, FULL_MODEL, BACKBONE)
-EPOCHS: Final = {SCRATCH: 40, FROZEN: 200, FULL_MODEL: 30, BACKBONE: 30}
-"""What a preset takes where nothing is said. A head over embeddings computed once learns in no time."""
 GENTLE: Final = 1e-4
 """Above this learning rate a pre-trained model is untrained before it is tuned."""
-RATES: Final = {SCRATCH: 3e-3, FROZEN: 1e-2, FULL_MODEL: GENTLE, BACKBONE: GENTLE}
+_PRESETS: Final[Mapping[str, tuple[int, float, tuple[tuple[int, int, float, str, str], ...]]]] = {
+    SCRATCH: (40, 3e-3, ((0, 0, 1, "moderate", "cosine"),)),
+    FROZEN: (200, 1e-2, ((2, 0, 1, "off", "cosine"),)),  # a head over embeddings computed once learns in no time
+    FULL_MODEL: (30, GENTLE, ((2, 5, 1, "off", "constant"), (1, 8, 0.5, "moderate", "constant"),
+                              (0, 0, 0.3, "moderate", "constant"))),
+    BACKBONE: (30, GENTLE, ((2, 10, 1, "off", "constant"), (1, 2, 2, "moderate", "constant"),
+                            (0, 0, 2, "moderate", "cosine"))),
+}  # fmt: skip
+"""By where the weights come from: the epochs and the first learning rate that it takes where nothing is said, and its
+stages: level, epochs (of the last one those that are left), learning rate as a multiple of the first, augmentation,
+schedule."""
 _LEVEL_AUGMENT: Final = {2: "off", 1: "moderate", 0: "moderate"}
+NET, STAGES, AUGMENT, OPTIMISER = "Net", "Stages", "Augmentation", "Optimiser"
+"""Panels of help."""
 _STAGE_KEYS: Final = ("level", "epochs", "lr", "augment", "schedule")
 _SCHEDULES: Final = ("cosine", "constant")
 
@@ -28,6 +42,55 @@ _SCHEDULES: Final = ("cosine", "constant")
 def label_of(role: str) -> str:
     """Which label a role learns: a city teacher cities, all others scenes."""
     return "city" if role == CITY else "scene"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly clips are changed; 0 leaves a change out.
+
+    Attributes:
+        time_roll: clips are rolled in time by up to this share of their length.
+        time_mask, freq_mask: one stretch of up to this share of the frames (mel bins) takes the clip's mean
+            (SpecAugment, Park et al. 2019, arXiv 1904.08779).
+        mixup: α of the Beta(α, α) that two clips and their labels are mixed by (Zhang et al. 2018, arXiv 1710.09412).
+        freq_mixstyle: the probability that a batch's frequency-wise statistics are mixed between its clips (MixStyle,
+            Zhou et al. 2021, arXiv 2104.02008, over frequency bins as Schmid et al. have it for DCASE 2022).
+        mixstyle_alpha: α of the Beta(α, α) they are mixed by.
+        device_response: largest height, in the features' unit, of each of three random smooth bumps over frequency that
+            are added, as another microphone would; three clips in ten get a noise floor too.
+    """
+
+    time_roll: float = 0.0
+    time_mask: float = 0.0
+    freq_mask: float = 0.0
+    mixup: float = 0.0
+    freq_mixstyle: float = 0.0
+    mixstyle_alpha: float = 0.3
+    device_response: float = 0.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, most = getattr(self, each.name), _MOST.get(each.name, 1.0)
+            if not 0 <= value <= most:
+                raise UsageError(f"{each.name} is {value}, expected 0 to {most}")
+
+    @property
+    def is_off(self) -> bool:
+        return self == Augmentation(mixstyle_alpha=self.mixstyle_alpha)
+
+    def changed(self, **values: Any) -> Augmentation:
+        """With other values where they are not ``None``."""
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+
+_MOST: Final = {"mixup": 10.0, "mixstyle_alpha": 10.0, "device_response": 10.0}
+_MODERATE: Final = Augmentation(time_roll=1.0, freq_mixstyle=0.4, device_response=1.0)
+LEVELS: Final = {
+    "off": Augmentation(),
+    "moderate": _MODERATE,
+    "full": _MODERATE.changed(time_mask=0.1, freq_mask=0.1, mixup=0.2),
+}
+"""Names for what a stage of training asks for."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +104,15 @@ class Stage:
     schedule: str = "cosine"
 
     def __post_init__(self) -> None:
-        wrong = next(
-            (
-                f"{name} is {shown(value)}, expected {expected}"
-                for name, value, good, expected in (
-                    ("level", self.level, self.level in (0, 1, 2), "0, 1 or 2"),
-                    ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
-                    ("lr", self.lr, 0 < self.lr <= 10, "more than 0 and at most 10"),
-                    ("augment", self.augment, self.augment in LEVELS, ", ".join(LEVELS)),
-                    ("schedule", self.schedule, self.schedule in _SCHEDULES, " or ".join(_SCHEDULES)),
-                )
-                if not good
-            ),
-            None,
-        )
-        if wrong:
-            raise UsageError(f"a stage's {wrong}")
+        for name, good, expected in (
+            ("level", self.level in (0, 1, 2), "0, 1 or 2"),
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("lr", 0 < self.lr <= 10, "more than 0 and at most 10"),
+            ("augment", self.augment in LEVELS, ", ".join(LEVELS)),
+            ("schedule", self.schedule in _SCHEDULES, " or ".join(_SCHEDULES)),
+        ):
+            if not good:
+                raise UsageError(f"a stage's {name} is {shown(getattr(self, name))}, expected {expected}")
 
 
 def parse_stage(text: str) -> Stage:
@@ -79,75 +135,102 @@ def parse_stage(text: str) -> Stage:
     return Stage(level, epochs, lr, augment, found.get("schedule", "cosine"))
 
 
+def widths(text: str) -> tuple[int, ...]:
+    """``1024,1024``, or ``none`` for a linear head. Raises `UsageError`."""
+    parts = [] if text.strip().lower() == "none" else [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and 0 < int(part) <= 1 << 16 for part in parts):
+        raise UsageError(f"expected widths such as 1024,1024, or none, found {text!r}")
+    return tuple(map(int, parts))
+
+
+def _of(panel: str, default: Any, text: str, **more: Any) -> Any:
+    """A field that a person can set: what its option says beyond name and type."""
+    return field(default=default, metadata={"panel": panel, "help": text, **more})
+
+
+def _share(text: str) -> Any:
+    return _of(AUGMENT, None, text, low=0, high=1)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what a training's weights come to, besides the data.
 
-    Attributes:
-        role: one of `ROLES`: what the net is to be, and what its folder is called after.
-        arch: ``cp_resnet``, another of `architectures`, ``module:factory`` or ``path/to/file.py:factory``.
-        epochs: of all stages together, ``None`` for the preset's own; a preset gives each its part.
-        lr: of the preset's first stage, ``None`` for the preset's own; later ones keep their proportion to it.
-        feature_dim: width of the embedding, ``None`` for the architecture's own.
-        mlp_hidden_dims: hidden widths of the classifier, or of a City2Scene teacher's scene head; ``None`` for the
-            architecture's own (a linear scene head).
-        stages: given one by one, in place of a preset.
-        mixup … device_response: in place of what a stage's augmentation has for them.
-        ema: decay of the averaged weights, which then validate and are kept; 0 leaves them out. Over few clips they
-            make validation much less a matter of luck.
-        accumulate: batches whose gradients are added up for one step.
-        clip: largest norm of the gradient; 0 does not clip.
-        patience: epochs of a stage without a better validation before it ends; 0 goes on to the end.
-        precision: fp32, tf32, bf16 or fp16 (mixed, with float32 weights).
-        quick_experiment: the share of the locations that is used.
+    ``role`` is one of `ROLES`: what the net is to be, and what its folder is called after. ``epochs`` and ``lr`` are
+    those of a preset, which gives each stage its part; ``stages`` are given one by one, in its place. A ``None`` stands
+    for what the architecture, the preset or the stage's augmentation has of its own. Over few clips averaged weights
+    (``ema``) make validation much less a matter of luck.
     """
 
     role: str
-    arch: str = "cp_resnet"
-    epochs: int | None = None
-    batch_size: int = 32
-    lr: float | None = None
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-2
-    momentum: float = 0.9
-    warmup_epochs: float = 6.0
-    seed: int = 42
-    val_ratio: float = 0.1
-    fold: int = 0
-    feature_dim: int | None = None
-    mlp_hidden_dims: tuple[int, ...] | None = None
-    dropout: float = 0.3
-    preset: str = AUTO
-    stages: tuple[Stage, ...] = ()
-    direct_unfreeze: bool = False
-    mixup: float | None = None
-    time_mask: float | None = None
-    freq_mask: float | None = None
-    time_roll: float | None = None
-    freq_mixstyle: float | None = None
-    device_response: float | None = None
-    label_smoothing: float = 0.0
-    class_weights: str = "none"
-    ema: float = 0.97
-    accumulate: int = 1
-    clip: float = 0.0
-    patience: int = 10
-    precision: str = "fp32"
-    compile: bool = False
-    drop_last: bool = False
-    deterministic: bool = False
-    quick_experiment: float = 1.0
-    feature_spec: str = ""
+    val_ratio: float = _of(DATA, 0.1, "The share of each city's locations that is held out for validation.", low=0)
+    fold: int = _of(DATA, 0, "Which locations: 0, 1, … hold out different ones.", low=0)
+    quick_experiment: float = _of(
+        DATA, 1.0, "Use only this share of each city's locations; publishes nothing.", low=0, high=1
+    )
+    feature_spec: str = _of(DATA, "", "The front end in words; kept with the teacher and its logits.")
     num_scenes: int = 10
     num_cities: int = 12
-    shuffle_labels: bool = False
+    arch: str = _of(
+        NET, "cp_resnet", "cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory."
+    )
+    feature_dim: int | None = _of(NET, None, "Width of the embedding.", otherwise="92 or 2048", low=2)
+    mlp_hidden_dims: tuple[int, ...] | None = _of(
+        NET, None, "Hidden widths of the classifier (cnn14) or of the scene head.", kind=Any,
+        otherwise="1024,1024; a linear scene head", metavar="W,W|none", parse=widths,
+    )  # fmt: skip
+    dropout: float = _of(NET, 0.3, "Between the layers of a classifier or head with hidden ones.", low=0, high=0.95)
+    preset: Literal["auto", "scratch", "frozen", "full-model", "backbone"] = _of(
+        STAGES, "auto", "What the stages are; auto goes by where the weights come from."
+    )
+    stages: tuple[Stage, ...] = ()
+    direct_unfreeze: bool = _of(STAGES, False, "Permit a stage at level 0 straight after one at level 2.")
+    epochs: int | None = _of(
+        STAGES, None, "Of all stages of a preset together.", otherwise="40, 200 of a frozen backbone's head", low=1
+    )
+    patience: int = _of(STAGES, 10, "Epochs without a better validation that end a stage; 0 never.", low=0)
+    mixup: float | None = _of(
+        AUGMENT, None, "α of mixup (0.1 to 0.4 is usual): clips and labels are blended in pairs.", low=0, high=10
+    )
+    time_mask: float | None = _share("Largest share of frames that is masked.")
+    freq_mask: float | None = _share("Largest share of mel bins that is masked.")
+    time_roll: float | None = _share("Largest share of a clip that it is rolled by.")
+    freq_mixstyle: float | None = _share("Probability that a batch trades frequency statistics.")
+    device_response: float | None = _of(
+        AUGMENT, None, "Height of the random frequency responses that clips get.", low=0, high=10
+    )
+    batch_size: int = _of(OPTIMISER, 32, "Clips in a batch.", low=1)
+    lr: float | None = _of(
+        OPTIMISER, None, "Learning rate of the first stage; later ones keep their proportion.", low=0
+    )
+    optimizer: Literal["adamw", "sgd"] = _of(OPTIMISER, "adamw", "AdamW, or SGD with momentum.")
+    weight_decay: float = _of(OPTIMISER, 1e-2, "Of matrices and kernels, not of biases and norms.", low=0)
+    momentum: float = _of(OPTIMISER, 0.9, "Of sgd (Nesterov).", low=0, high=0.999)
+    warmup_epochs: float = _of(
+        OPTIMISER, 6.0, "The learning rate rises for so long (at most a third of a stage).", low=0
+    )
+    label_smoothing: float = _of(OPTIMISER, 0.0, "Spread over all classes.", low=0, high=0.9)
+    class_weights: Literal["none", "balanced"] = _of(OPTIMISER, "none", "Weigh rare classes up.")
+    ema: float = _of(
+        OPTIMISER, 0.97, "Decay of averaged weights, which are then the ones kept; 0: none.", low=0, high=0.99999
+    )
+    accumulate: int = _of(OPTIMISER, 1, "Batches for one step.", low=1)
+    clip: float = _of(OPTIMISER, 0.0, "Largest norm of the gradient; 0: any.", low=0)
+    drop_last: bool = _of(OPTIMISER, False, "Leave out an epoch's incomplete batch.")
+    seed: int = _of(RUN, 42, "Of everything random.", high=MAX_SEED)
+    deterministic: bool = _of(RUN, False, "Only algorithms that repeat to the bit on this machine.")
+    precision: str = _of(RUN, "fp32", "Mixed precision of forward and backward pass; weights stay float32.")
+    compile: bool = _of(RUN, False, "Train through torch.compile (implies --drop-last).")
+    shuffle_labels: bool = _of(RUN, False, "A control on chance: train on shuffled labels, publish nothing.")
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise UsageError(f"{name} is {value}, expected {least:g} to {most:g}")
-        self.augmentation(Stage(0, 1, 1.0, "moderate"))  # raises for what is out of its range
+        for option in OPTIONS:
+            value, low, high = getattr(self, option.name), option.low, option.high
+            if value is None or low is None:
+                continue
+            if not low <= value <= (_NO_LIMIT if high is None else high):  # not-a-number is in no range
+                bounds = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+                raise UsageError(f"{option.name} is {value}, expected {bounds}")
 
     @property
     def label(self) -> str:
@@ -182,23 +265,14 @@ class Settings:
         return {**groups, "optimiser": values}
 
 
-_RANGES: Final[Mapping[str, tuple[float, float]]] = {
-    "epochs": (1, 1_000_000),
-    "batch_size": (1, 1 << 20),
-    "weight_decay": (0, 1000),
-    "momentum": (0, 0.999),
-    "warmup_epochs": (0, 1_000_000),
-    "seed": (0, 2**63 - 1),
-    "fold": (0, 2**63 - 1),
-    "dropout": (0, 0.95),
-    "label_smoothing": (0, 0.9),
-    "ema": (0, 0.99999),
-    "accumulate": (1, 1 << 20),
-    "clip": (0, 1e30),
-    "patience": (0, 1_000_000),
-    "quick_experiment": (0, 1),
-}
-"""Smallest and largest; not-a-number is in no range."""
+_NO_LIMIT: Final = 10**30
+_KINDS = get_type_hints(Settings)
+OPTIONS: Final = tuple(
+    replace(COMMON.get(each.name, Option(each.name, _KINDS[each.name], "", "")), default=each.default, **each.metadata)
+    for each in fields(Settings)
+    if each.metadata
+)
+"""The settings as a command line has them, with their limits: one table for both."""
 
 _OF_STAGES: Final = {"epochs", "lr", "preset", "stages", "direct_unfreeze"}
 _GROUPS: Final[Mapping[str, Sequence[str]]] = {
@@ -214,10 +288,6 @@ _GROUPS: Final[Mapping[str, Sequence[str]]] = {
 def stages_of(settings: Settings, start: str) -> tuple[Stage, ...]:
     """The stages of a training whose weights come from ``start`` (`SCRATCH`, `FROZEN`, `FULL_MODEL`, `BACKBONE`).
 
-    From a whole model: 5 epochs of the head at 1e-4, 8 of neck and head at 5e-5, the rest of everything at 3e-5. From
-    a backbone: 10 epochs of the head at 1e-4, 2 of neck and head at 2e-4, the rest of everything from 2e-4 down a
-    cosine.
-
     Raises:
         UsageError: too few epochs for the preset, or everything is unfrozen straight after the head.
     """
@@ -225,27 +295,20 @@ def stages_of(settings: Settings, start: str) -> tuple[Stage, ...]:
         _refuse_direct_unfreeze(settings)
         return settings.stages
     preset = start if settings.preset == AUTO else settings.preset
-    if preset not in EPOCHS:
+    if preset not in _PRESETS:
         raise UsageError(f"no preset is called {shown(preset)}; known: {', '.join(PRESETS)}")
-    epochs = EPOCHS[preset] if settings.epochs is None else settings.epochs
-    first = RATES[preset] if settings.lr is None else settings.lr
-    if preset == SCRATCH:
-        return (Stage(0, epochs, first, "moderate"),)
-    if preset == FROZEN:
-        return (Stage(2, epochs, first, "off"),)
-    if preset == FULL_MODEL:
-        fixed = [Stage(2, 5, first, "off", "constant"), Stage(1, 8, first / 2, "moderate", "constant")]
-        last, schedule = 0.3 * first, "constant"
-    else:
-        fixed = [Stage(2, 10, first, "off", "constant"), Stage(1, 2, 2 * first, "moderate", "constant")]
-        last, schedule = 2 * first, "cosine"
-    rest = epochs - sum(stage.epochs for stage in fixed)
-    if rest < 1:
+    epochs, first, plan = _PRESETS[preset]
+    epochs, first = settings.epochs or epochs, first if settings.lr is None else settings.lr
+    before = sum(stage[1] for stage in plan)
+    if epochs <= before:
         raise UsageError(
-            f"--preset {preset} needs more than {epochs - rest} epochs, found --epochs {epochs}",
+            f"--preset {preset} needs more than {before} epochs, found --epochs {epochs}",
             hint="Give more epochs, or the stages one by one with --stage.",
         )
-    return (*fixed, Stage(0, rest, last, "moderate", schedule))
+    return tuple(
+        Stage(level, count or epochs - before, share * first, augment, schedule)
+        for level, count, share, augment, schedule in plan
+    )
 
 
 def _refuse_direct_unfreeze(settings: Settings) -> None:

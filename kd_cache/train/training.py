@@ -24,28 +24,23 @@ from kd_cache.errors import (
     StaleError,
     StoreError,
     TeacherError,
+    TrainingError,
     UsageError,
     listed,
     shown,
 )
 from kd_cache.keys import KeyFinder, sample_key
 from kd_cache.score.device import refuse_training_precision, training_numerics
+from kd_cache.score.engine import is_out_of_memory
 from kd_cache.train.architectures import architecture_of
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips
-from kd_cache.train.evaluation import evaluated, test_clips
-from kd_cache.train.failures import foreseen
-from kd_cache.train.inference import score
-from kd_cache.train.job import FRESH, TrainJob, TrainReport
+from kd_cache.train.evaluation import evaluated, measure, score
+from kd_cache.train.job import FRESH, TrainJob, TrainReport, checkpoint_record, key_parts, run_config
 from kd_cache.train.loop import Learner, Loop
-from kd_cache.train.metrics import measure
-from kd_cache.train.nets import WarmStart, make_net, warm_start
-from kd_cache.train.own_net import own_code
+from kd_cache.train.nets import WarmStart, make_net, own_code, warm_start
 from kd_cache.train.pretraining import Pretrained, code_version, key_of
-from kd_cache.train.progress import Progress
-from kd_cache.train.publishing import publish, same_bytes
-from kd_cache.train.record import checkpoint_record, key_parts, run_config
-from kd_cache.train.run_folder import BEST, Last, RunFolder
+from kd_cache.train.run_folder import BEST, Last, Progress, RunFolder, published
 from kd_cache.train.settings import AUTO, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
 from kd_cache.watch import Watcher
 
@@ -121,7 +116,7 @@ class Training:
 
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         """Metrics of ``best`` on ``clips``, which are called ``which``."""
-        return evaluated(best, clips, self.settings, self.job.data.target, self.job.device)
+        return evaluated(best, clips, self.job)
 
     # -- for recipes --------------------------------------------------------------------------------------------------
 
@@ -357,7 +352,8 @@ class Training:
         job = self.job
         try:
             if "test" not in job.shared:
-                job.shared["test"] = test_clips(job.data.manifest, job.data.features, job.workers, self.watcher)
+                samples = [sample for sample in job.data.manifest if sample.split == "test"]
+                job.shared["test"] = Clips.read(job.data.features, samples, job.workers, self.watcher)
             if not len(job.shared["test"]):
                 return None
             return self.measured(best, job.shared["test"], "test")
@@ -375,22 +371,8 @@ class Training:
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def _reported(self, how: str, weights: Path, run: Path | None, results: dict[str, Any]) -> TrainReport:
-        """What became of it, after its weights are published if they are to be."""
-        job, settings = self.job, self.settings
-        published = job.publish and not settings.shuffle_labels and settings.quick_experiment == 1
-        if job.publish and settings.quick_experiment < 1:
-            self.watcher.note(f"a quick experiment publishes nothing: its weights are {shown(weights)}")
-        checkpoint, there = weights, job.home / BEST
-        if published and not job.replace and there.is_file():
-            published = same_bytes(there, weights)
-            checkpoint = there if published else weights
-            if not published:
-                self.watcher.note(
-                    f"{shown(there)} is of another training and stays; to stand on it, pass --city-teacher-ckpt"
-                )
-        elif published:
-            checkpoint = publish(job, weights, results, self.watcher)
-        return TrainReport(settings.role, job.place, how, checkpoint, run, results, published)
+        report = TrainReport(self.settings.role, self.job.place, how, weights, run, results, published=False)
+        return published(self.job, report, self.watcher)
 
     def _keep_weights(self, weights: Path, results: Mapping[str, Any]) -> None:
         try:
@@ -414,3 +396,31 @@ def random_loss(net: nn.Module, clips: Clips, settings: Settings, device: torch.
                 reset()
     logits = score(blank.to(device), clips, device, settings.batch_size)
     return measure(logits, clips.labels(settings.label).numpy()).log_loss
+
+
+def foreseen(error: Exception, settings: Settings) -> KDCacheError | None:
+    """What a person can do about an error of torch's; ``None`` for one that nobody foresaw."""
+    first = (shown(error).splitlines() or [""])[0]
+    if is_out_of_memory(error):
+        return TrainingError(
+            f"there is not enough memory for batches of {settings.batch_size} clips ({first})",
+            hint="Give a smaller --batch-size, with --accumulate if the steps are to stay as large.",
+        )
+    if "more than 1 value per channel" in str(error):
+        return TrainingError("batch norm learns nothing from a batch of one clip", hint="Give --batch-size 2 or more.")
+    if settings.deterministic and "deterministic" in str(error):
+        return TrainingError(
+            f"this device cannot repeat this net's training to the bit: {first}",
+            hint="Leave out --deterministic, or train on the CPU.",
+        )
+    if settings.compile and type(error).__module__.startswith("torch._"):
+        return TrainingError(
+            f"torch.compile failed: {type(error).__name__}: {first}",
+            hint="It needs a C++ compiler; or leave out --compile.",
+        )
+    if ":" in settings.arch:
+        return TeacherError(
+            f"{shown(settings.arch)} failed: {type(error).__name__}: {first}",
+            hint="It gets features [B, T, F], of one shape in a batch. Run again with --debug to see where it failed.",
+        )
+    return None

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from teachers.own_net import OwnTeacher, own_teacher
+from teachers.loading import OwnTeacher, own_teacher
 
 __all__ = ["OwnTeacher", "own_teacher"]

@@ -198,7 +198,8 @@ _TABLE = (
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),
     Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
-    Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True, off=True),
+    Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
+           off=True),
     Option("files", bool, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, True, off=True),
     # Run
     Option("device", str, "Where the teachers run.", RUN, "auto", metavar="auto|cpu|cuda[:i]"),

@@ -8,10 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from conftest import REPO
 from typer.testing import CliRunner
@@ -106,6 +108,15 @@ class Root:
         return done.stdout
 
 
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Root]:
+    """With one thread: several would only wait for each other where other tests run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Root(tmp_path, monkeypatch)
+    torch.set_num_threads(threads)
+
+
 def lasting(line: str) -> str:
     """A line of output without what differs from run to run: times, rates, seeds."""
     line = re.sub(r"^busy: .*", "busy: …", line)
@@ -113,8 +124,7 @@ def lasting(line: str) -> str:
 
 
 @pytest.mark.timeout(900)  # some forty commands, each with its own start
-def test_what_the_readme_and_the_docs_print_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Root(tmp_path, monkeypatch)
+def test_what_the_readme_and_the_docs_print_runs(root: Root) -> None:
     root.done.update(command for command, _ in printed(TRAINING.read_text()))  # those run below
     for document in OTHERS:
         if document.name != "commands.md":
@@ -127,8 +137,8 @@ def test_what_the_readme_and_the_docs_print_runs(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.timeout(900)  # it trains seven nets
-def test_what_the_training_doc_prints_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Root(tmp_path, monkeypatch).run(TRAINING)
+def test_what_the_training_doc_prints_runs(root: Root) -> None:
+    root.run(TRAINING)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:

@@ -1,11 +1,11 @@
 # `make demo` shows the product, `make test` is the gate, `make faults` draws more faults than the gate does,
-# `make bench` measures (BENCH=--quick: in 3 minutes).
+# `make bench` measures (BENCH=--quick: in 3 minutes), `make gpu` checks what only a GPU can show (without one: a dry run).
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes share the tests; who is ready takes over from who is not. For one file, .venv/bin/pytest alone is quicker.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test faults mutations bench sample-teachers clean
+.PHONY: demo test faults mutations bench gpu sample-teachers clean
 
 demo: .venv/installed  ## dump the sample's logits, verify them, and let a student read them
 	$(BIN)/kd-cache dump --target b
@@ -26,6 +26,9 @@ mutations: .venv/installed-dev  ## break the product in 31 places, one after the
 
 bench: .venv/installed-bench  ## measure against real alternatives
 	$(BIN)/python -m benchmarks $(BENCH)
+
+gpu: .venv/installed  ## parity with the CPU, precisions, lack of memory, --compile, --deterministic: 8 minutes
+	$(BIN)/python -m benchmarks.gpu_checks $(GPU)
 
 sample-teachers: .venv/installed  ## train the committed teachers of the sample again, and a control on shuffled labels
 	$(BIN)/kd-cache train all --target all --half --resume fresh --output-dir outputs/sample --cache-root outputs/sample/cache

@@ -166,7 +166,7 @@ def changed(name: str, **differences: Any) -> Option:
 
 _TABLE = (
     # Data
-    Option("target", Target, "Target device; the cache holds train samples of A and of it.", DATA,
+    Option("target", Target, "Target device; the cache holds the train samples of A and of this device.", DATA,
            also=("--target-name",)),
     Option("json_path", Path | None, "Dataset JSON (manifest).", DATA, None, "data/sample/dataset.json",
            recalled=True),
@@ -194,20 +194,21 @@ _TABLE = (
            "A further teacher of your own; repeatable. A file is found by its path, and imports others beside it as "
            "'from .other import …'. Its code runs, so it is never taken from a cache.", TEACHERS, [],
            metavar="NAME=module:factory|file.py:factory[,ckpt=PATH]", kept=False),
-    Option("only", list[str], "Just this teacher; repeatable.", TEACHERS, [], metavar="NAME"),
+    Option("only", list[str], "Use this teacher only; repeatable.", TEACHERS, [], metavar="NAME"),
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),
     Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
-    Option("skip_existing", bool, "Keep fresh rows, or score everything again.", CACHE, True, off=True),
+    Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
+           off=True),
     Option("files", bool, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, True, off=True),
     # Run
     Option("device", str, "Where the teachers run.", RUN, "auto", metavar="auto|cpu|cuda[:i]"),
     Option("precision", Precision,
-           "Compute precision; a part of the fingerprint. fp32 turns TF32 off; below it the KL against fp32 is "
+           "Compute precision; a part of the fingerprint. fp32 turns TF32 off; for the others the KL against fp32 is "
            "measured, reported and kept.", RUN, "fp32"),
     Option("compile", bool,
-           "Run the teachers through torch.compile: minutes to begin with, faster afterwards, other last bits; needs "
-           "a C++ compiler.", RUN, False, off=True),
+           "Run the teachers through torch.compile: it takes minutes to start, is faster afterwards, and changes "
+           "last bits; needs a C++ compiler.", RUN, False, off=True),
     Option("workers", int, "Threads that read features ahead.", RUN, 2, low=0),
     Option("seed", int, "Seed of torch's random numbers, for teachers that use any.", RUN, 42, low=0, high=MAX_SEED),
     Option("config", Path | None, "YAML file with settings, such as 'target: b'; unknown keys are errors.", RUN, None,

@@ -586,8 +586,8 @@ def test_a_student_reads_the_packed_features(dump: Run, world: World, packed: Pa
             assert torch.equal(one["teacher_logits"], other["teacher_logits"])
 
 
-def test_the_readmes_snippet_makes_such_a_file(tmp_path: Path) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+def test_the_documented_snippet_makes_such_a_file(tmp_path: Path) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (REPO / "docs/features.md").read_text(), re.DOTALL)
     (snippet,) = [text for text in snippets if "h5py" in text]
     (tmp_path / "data").symlink_to(REPO / "data")
     subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)

@@ -56,17 +56,18 @@ DUMP = Command(
         "skip_existing", "files",
         Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
                CACHE, 10, low=0),
-        Option("reread", bool, "Read every feature, also where nobody touched its file since the last dump read it.",
-               RUN, False, off=True),
+        Option("reread", bool,
+               "Read every feature, also those whose files look unchanged since the last dump read them.", RUN, False,
+               off=True),
         "device", "precision", "compile",
         Option("batch_size", int | str | None,
-               "Most samples scored at once; auto measures the largest that still makes it faster.", RUN, None,
+               "Largest batch; auto measures the largest that fits and is still faster.", RUN, None,
                "32 on a CPU, 256 on a GPU", metavar="N|auto", parse=batch_size),
         "workers", "seed",
         Option("shard_size", int, "Commit finished rows after this many samples …", RUN, 4096, low=1),
         Option("shard_seconds", float, "… or after so many seconds, whichever comes first.", RUN, 5.0, low=0),
         Option("shard", str | None,
-               "Score part i of n (from 0/n) and leave the rest to others; kd-cache seal makes all parts current.",
+               "Score part i of n (the first is 0/n); when all parts are done, run kd-cache seal.",
                RUN, None, "RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything", metavar="i/n",
                kept=False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
@@ -104,12 +105,12 @@ SEAL = Command(
 VERIFY = Command(
     "verify",
     "kd_cache.cli.verify:verify",
-    "Check that everything promised is there, intact, fresh and permitted. Changes nothing.",
+    "Check that every permitted sample has a row, and that rows are intact, fresh and permitted. Changes nothing.",
     (
         _ANY_TARGET,
-        Option("n", int, "How many random samples of those the manifest promises.", CACHE, 100, also=("-n",), low=1),
-        Option("everything", bool, "Every sample, and also rows and files without a manifest entry.", CACHE, False,
-               flag="--all", variable="KD_CACHE_ALL"),
+        Option("n", int, "How many permitted samples to draw at random.", CACHE, 100, also=("-n",), low=1),
+        Option("everything", bool, "Check every sample, and also rows and files without a manifest entry.", CACHE,
+               False, flag="--all", variable="KD_CACHE_ALL"),
         Option("recompute", bool, "Score the samples again and compare.", CACHE, False),
         # Not "seed": in a settings file that is the dump's, and would take the freshness out of every draw.
         Option("verify_seed", int | None, "Which samples to draw.", CACHE, None, "fresh randomness, printed",
@@ -134,11 +135,11 @@ VERIFY = Command(
 REPAIR = Command(
     "repair",
     "kd_cache.cli.repair:repair",
-    "Verify everything, mend what is wrong, verify again. What is whole is not touched.",
+    "Verify everything, score again or rebuild what is wrong, verify again. Intact rows are not touched.",
     (
         _ANY_TARGET,
-        Option("recompute", bool, "Score every sample again first: rows that come out otherwise are replaced, adopted "
-               "ones confirmed.", CACHE, False),
+        Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
+               "agree are confirmed.", CACHE, False),
         "cache_root", *DATASET,
         changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
                 help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
@@ -155,14 +156,14 @@ REPAIR = Command(
 INFO = Command(
     "info",
     "kd_cache.cli.info:info",
-    "Tell what a cache holds, made from what, when, by which settings.",
+    "Show what a cache holds, what made it, when, and with which settings.",
     (
-        Option("path", Path, "A cache, a folder of caches, or train's outputs.", ARGUMENTS, Path("cache"),
+        Option("path", Path, "A cache, a folder of caches, or the output folder of train.", ARGUMENTS, Path("cache"),
                positional=True),
         "as_json", "debug",
     ),
-    "Of what kd-cache train wrote: which teachers are there, how good they are, and which city teachers' weights are "
-    "cached under which settings.",
+    "Of a folder that kd-cache train wrote: its teachers, their accuracy, and the city teachers whose weights are "
+    "cached, with their settings.",
     ("kd-cache info", "kd-cache info cache/A2b --json"),
     exit_codes=(0, 1, 2, 3, 4),
 )  # fmt: skip
@@ -198,7 +199,7 @@ EXPORT = Command(
         Option("overwrite", bool, "Replace the files of an earlier export.", OUTPUT, False),
         *SHOWING,
     ),
-    "Rows are those that a student would be served, in the order of their keys (the MD5 of their file).",
+    "The rows are those that LogitCache serves, in the order of their keys (the MD5 of their file).",
     (
         "kd-cache export cache/A2b --to tsv --output cache/exported",
         "kd-cache export cache/A2b --to pt --output cache/exported --overwrite",
@@ -212,7 +213,7 @@ EXPORT = Command(
 ADOPT = Command(
     "adopt",
     "kd_cache.cli.adopt:adopt",
-    "Bring rows that something else made into a cache. They stay marked as unverified.",
+    "Bring rows that another program made into a cache. They stay marked as unverified.",
     (
         Option("source", Path, "The folder of an older script's cache, a tensor (.pt) with its files, or a .tsv.",
                ARGUMENTS, positional=True),
@@ -227,10 +228,10 @@ ADOPT = Command(
         Option("text_dtype", DType | None, "What the numbers of a .tsv are stored as.", DATA, None, "fp32",
                flag="--dtype"),
         *DATASET,
-        changed("on_bad_sample", help="Stop at a feature or a row that cannot be used, or skip it, list it as missing "
-                "and exit 3."),
+        changed("on_bad_sample", help="Stop at a feature that cannot be read or a row that is damaged or not finite, "
+                "or skip it, list it as missing and exit 3."),
         "cache_root",
-        replace(_HAS_VIEW, otherwise="as it is, or yes"),
+        replace(_HAS_VIEW, otherwise="as the cache is, or yes"),
         "workers", *DATA_LIMITS,
         Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB",
                low=1),
@@ -254,13 +255,13 @@ GC = Command(
         Option("cache", Path | None, "A cache.", ARGUMENTS, None, "every cache under the root", positional=True),
         "cache_root",
         Option("older_than", int,
-               "Leave what is younger: a running dump or seal may be making it. With 0, nothing else may run.", CACHE,
-               3600, low=0, high=10**10, metavar="SECONDS"),
+               "Keep files younger than this: a running dump or seal may need them. With 0, no other kd-cache may run.",
+               CACHE, 3600, low=0, high=10**10, metavar="SECONDS"),
         "config",
         changed("dry_run", help="Only say what would be removed, and why."),
         *SHOWING,
     ),
-    "A row that the index or an unfinished dump needs is never removed, nor is a file that does not look like ours.",
+    "Rows that the index or an unfinished dump needs, and files that kd-cache did not name, are never removed.",
     ("kd-cache gc cache/A2b --dry-run", "kd-cache gc cache/A2b", "kd-cache gc --older-than 86400 --json"),
     ("older_than", "dry_run"),
     (0, 1, 2, 4),
@@ -272,7 +273,7 @@ MERGE = Command(
     "kd_cache.cli.merge:merge",
     "Bring the rows of other caches, finished or not, into the cache of a target, and seal it. Needs no teacher.",
     (
-        Option("sources", list[Path], "Caches of the same target; only read.", ARGUMENTS, metavar="SOURCE...",
+        Option("sources", list[Path], "Caches of the same target; they are only read.", ARGUMENTS, metavar="SOURCE...",
                positional=True),
         "target", "cache_root", "only", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING,
     ),

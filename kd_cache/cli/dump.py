@@ -187,9 +187,8 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
         )
         for name, kept in done.accuracy.items():
             if kept["rows"]:
-                lines.append(
-                    f"{name}: {Accuracy(kept['correct'], kept['rows'])} of labelled source rows name their scene"
-                )
+                accuracy = Accuracy(kept["correct"], kept["rows"])
+                lines.append(f"{name}: accuracy on labelled source rows: {accuracy}")
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():

@@ -15,51 +15,10 @@ the same bytes.
 - **`--batch-size auto`** measures the largest size that fits and still makes it faster, before anything is stored.
 - **`--compile`** is kept in the index (`kd_cache.teachers.<name>.compiled`), as is the KL against fp32 of a lower
   `--precision`, measured on batches 1, 2, 4, 8, … of the run.
-- **Parts.** Any number of dumps may fill one cache at the same time, without a lock: a cache is the union of its
-  packs. Split the work with `--shard`, then `kd-cache seal`. A part commits packs and leaves view and index alone.
-  Without `--shard`, `RANK` of `WORLD_SIZE` (torchrun) or `SLURM_ARRAY_TASK_ID` of `SLURM_ARRAY_TASK_COUNT` say
-  which part it is; a job array must be evenly spaced (`0-7`, `1-9:2`). `--shard 0/1` does everything whatever they
-  say. Give all parts the same `--batch-size`."""
+- **`--shard`**, launchers and job arrays: [several.md](several.md). Your own teachers: [teachers.md](teachers.md)."""
 
-VERIFY = """\
-It draws random samples out of those the manifest promises and checks that each has a row, that the row is intact,
-fresh and permitted, and that the view equals the packs. `--all` takes every sample and also looks the other way,
-for rows and files without a manifest entry. `--recompute` scores again and compares. A teacher of your own is code,
-so it must be given again (`--teacher`), or its fingerprint is said to be unchecked.
-
-It also notices what no checksum can. The dump keeps each teacher's accuracy on labelled source rows, and the
-labels; `verify` measures it again. Same labels and another accuracy: logits were joined to wrong rows (exit 4; a
-dump or seal refuses to keep them). Labels that changed since the dump are named, with the accuracy before and after
-(exit 5)."""
-
-SEAL = """\
-Packs, view and plan are byte for byte those of one process. Missing rows keep it from doing anything (exit 3, with
-the parts that have not run)."""
-
-MERGE = """\
-For machines that share no disk. It checks every pack of the sources, copies it whole, leaves out rows that the
-manifest does not permit (counted), and then seals; the result has the bytes of one dump. It refuses caches of
-another target, damaged sources, and rows of one teacher that were made differently (exit 5, naming the parts;
-`--only NAME` merges the other teachers). If rows are still missing (exit 3), what was merged is kept: merge the
-rest, or dump it."""
-
-REPAIR = """\
-It scores again or rebuilds only what the first verification reports. `--recompute` scores every sample first,
-replaces rows that come out otherwise, and confirms adopted ones."""
-
-DIFF = """\
-Teacher by teacher: rows in either and in both, bit-equal rows, changed argmax, and KL(A ‖ B) at temperature 1 (mean
-and largest; for `probs` and `sigmoid` the largest difference). It says which parts of the fingerprints differ and
-how many samples were scored from other features. Rows are joined by key. `--json` lists up to 1,000 files whose
-argmax changed, the table 20. Other class counts, class orders or value kinds are said and not compared."""
-
-GC = """\
-It removes temporaries of killed processes, packs of superseded fingerprints or of teachers no longer in the index,
-permitted lists the index does not name, and row files without an index entry. What is younger than `--older-than`
-stays: a running dump's temporaries are seconds old, and superseded files count from when the index that superseded
-them was written. What the index or an unfinished dump needs, damaged packs (they are listed), links, and files that
-do not look like ours are never touched. Without a sound index only temporaries go; a newer format is refused.
-`--dry-run` lists it all with size and reason."""
+VERIFY = REPAIR = DIFF = GC = "What it looks at, and what it does: [care.md](care.md)."
+SEAL = MERGE = "How it is used: [several.md](several.md)."
 
 EXPORT = """\
 | `--to` | written | |
@@ -68,14 +27,8 @@ EXPORT = """\
 whose row is whose, the fingerprint, and the SHA-256 of the rows |
 | `tsv` | `<teacher>.tsv` | `file` and one column per class, through the csv module (a tab between cells); every \
 number reads back exactly |
-| `npy` | `<teacher>/<md5>.npy`, `index.json` | the view elsewhere; without `kd_cache`, its index says no more than an \
-older script's |
+| `npy` | `<teacher>/<md5>.npy`, `index.json` | the view in another folder; its index has no `kd_cache` entry, \
+as an older script's |
 | `npy`, no `--output` | the cache's own view | what `dump --no-files` left out |"""
 
-ADOPT = """\
-It takes the folder of an older script's cache (in place, or from elsewhere), a `.pt` tensor with its list of files
-(`<stem>.files.json` beside it, `--files-list` as JSON or one file a line, or a dict of `logits` and `files`), or a
-`.tsv` whose first column is `file`. The guard runs first. Rows of samples that are not permitted are, in place,
-removed; permitted samples without a row are listed as missing (exit 3). Nothing is converted or run. Adopted rows
-have a fingerprint of their own, `verify` exits 1 and `LogitCache.open` warns until `kd-cache repair --recompute`
-has scored them again. Give them their teacher's name so that it can; a name that is taken is refused (`--name`)."""
+ADOPT = "What a source may be, and what becomes of its rows: [exchange.md](exchange.md)."

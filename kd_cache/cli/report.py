@@ -25,7 +25,7 @@ def verify_table(report: VerifyReport) -> Table:
         checks["Recomputed"] = _recomputed
     rows = [[name, *map(check, report.teachers.values())] for name, check in checks.items()]
     what = "all" if report.everything else f"{report.checked:,} of"
-    title = f"{shown(report.cache)}: {what} {report.promised:,} promised samples, seed {report.seed}"
+    title = f"{shown(report.cache)}: {what} {report.promised:,} permitted samples, seed {report.seed}"
     return Table(title, ["", *report.teachers], rows)
 
 

@@ -260,7 +260,7 @@ def anew(file: h5py.File, name: str, **options: Any) -> None:
 
 
 def dataset(name: str, shape: tuple[int, ...], dtype: str, **options: Any) -> Build:
-    """This dataset is created anew with these settings and never written."""
+    """A dataset created anew with these settings and never written."""
     return good_but(lambda file, _: anew(file, name, shape=shape, dtype=dtype, **options))
 
 

@@ -38,8 +38,10 @@ def npy(header: str | bytes, payload: bytes = b"", version: int = 1) -> bytes:
     return b"\x93NUMPY" + bytes([version, 0]) + length + written + payload
 
 
-def described(shape: object, descr: object = "<f4", fortran: object = False, payload: bytes = bytes(24)) -> bytes:
-    return npy(f"{{'descr': {descr!r}, 'fortran_order': {fortran!r}, 'shape': {shape!r}}}\n", payload)
+def described(
+    shape: object, descr: object = "<f4", fortran: object = False, extra: str = "", payload: bytes = bytes(24)
+) -> bytes:
+    return npy(f"{{'descr': {descr!r}, 'fortran_order': {fortran!r}, 'shape': {shape!r}{extra}}}\n", payload)
 
 
 def raw(content: bytes) -> Callable[[Path], object]:

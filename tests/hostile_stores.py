@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,56 +246,51 @@ def forged(build: Build, version: int = 1) -> Callable[[World], object]:
     return make
 
 
-def dataset(name: str, *shape: Any, **options: Any) -> Callable[[World], object]:
-    """The good content, but this dataset is created anew with these settings and never written."""
-
+def good_but(change: Callable[[h5py.File, Rows], object]) -> Build:
     def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
         plain_pack(file, rows, made_by)
-        del file[name]
-        file.create_dataset(name, *shape, **options)
+        change(file, rows)
 
-    return forged(build)
-
-
-def filtered(**options: Any) -> Callable[[World], object]:
-    def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
-        plain_pack(file, rows, made_by)
-        del file["logits"]
-        file.create_dataset("logits", data=rows.logits, **options)
-
-    return forged(build)
+    return build
 
 
-def changed(name: str, value: Callable[[np.ndarray], np.ndarray]) -> Callable[[World], object]:
-    def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
-        plain_pack(file, rows, made_by)
-        made = value(file[name][:])
-        del file[name]
-        file[name] = made
-
-    return forged(build)
+def anew(file: h5py.File, name: str, **options: Any) -> None:
+    del file[name]
+    file.create_dataset(name, **options)
 
 
-def attribute(name: str, value: Any, version: int = 1) -> Callable[[World], object]:
-    def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
-        plain_pack(file, rows, made_by)
-        del file.attrs[name]
-        file.attrs[name] = value
-
-    return forged(build, version)
+def dataset(name: str, shape: tuple[int, ...], dtype: str, **options: Any) -> Build:
+    """A dataset created anew with these settings and never written."""
+    return good_but(lambda file, _: anew(file, name, shape=shape, dtype=dtype, **options))
 
 
-def linked(name: str, link: Any) -> Callable[[World], object]:
-    def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
-        plain_pack(file, rows, made_by)
+def filtered(**options: Any) -> Build:
+    return good_but(lambda file, rows: anew(file, "logits", data=rows.logits, **options))
+
+
+def changed(name: str, value: Callable[[np.ndarray], Any]) -> Build:
+    return good_but(lambda file, _: anew(file, name, data=value(file[name][:])))
+
+
+def attribute(name: str, value: Any) -> Build:
+    """Another value, or ``None`` for none at all."""
+    return good_but(lambda file, _: file.attrs.__delitem__(name) if value is None else set_attribute(file, name, value))
+
+
+def set_attribute(file: h5py.File, name: str, value: Any) -> None:
+    del file.attrs[name]
+    file.attrs[name] = value
+
+
+def linked(name: str, link: Any) -> Build:
+    def change(file: h5py.File, _: Rows) -> None:
         del file[name]
         file[name] = link
 
-    return forged(build)
+    return good_but(change)
 
 
-def external_storage(file: h5py.File, rows: Rows, made_by: Origin) -> None:
-    plain_pack(file, rows, made_by)
+def external_storage(file: h5py.File, rows: Rows) -> None:
     del file["logits"]
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_layout(h5py.h5d.CONTIGUOUS)
@@ -303,12 +299,20 @@ def external_storage(file: h5py.File, rows: Rows, made_by: Origin) -> None:
     h5py.h5d.create(file.id, b"logits", h5py.h5t.IEEE_F32LE, space, settings)
 
 
-def virtual(file: h5py.File, rows: Rows, made_by: Origin) -> None:
-    plain_pack(file, rows, made_by)
+def virtual(file: h5py.File, rows: Rows) -> None:
     del file["logits"]
     layout = h5py.VirtualLayout(rows.logits.shape, "<f4")
     layout[:] = h5py.VirtualSource("/elsewhere.h5", "logits", rows.logits.shape)
     file.create_virtual_dataset("logits", layout)
+
+
+def parts_of(value: Any) -> Build:
+    """Parts that are not names and texts, under the fingerprint that they have."""
+
+    def build(file: h5py.File, rows: Rows, made_by: Origin) -> None:
+        plain_pack(file, rows, replace(made_by, fingerprint=Fingerprint(value)))
+
+    return build
 
 
 def torn(share: float) -> Callable[[World], object]:
@@ -369,55 +373,88 @@ PLAIN = "is not a plain contiguous dataset"
 LIES = "does not lie in the file"
 COUNTS = "its datasets disagree about the number of rows"
 
+
+def refused_pack(build: Build, says: str, read: tuple[int, int, int] = ABSENT, dump: int = 0) -> Store:
+    return Store(forged(build), says, read, dump)
+
+
+STRING = "not a fixed-length string"
+STRUCTURES: dict[str, tuple[Build, str]] = {
+    "doubles": (changed("logits", lambda logits: logits.astype("<f8")), PLAIN),
+    "big-endian": (changed("logits", lambda logits: logits.astype(">f4")), PLAIN),
+    "halves where floats are promised": (changed("logits", lambda logits: logits.astype("<f2")), PLAIN),
+    "integers": (changed("logits", lambda logits: logits.astype("<i4")), PLAIN),
+    "flat logits": (changed("logits", lambda logits: logits.reshape(-1)), PLAIN),
+    "one logit": (changed("logits", lambda logits: np.float32(1)), PLAIN),
+    "strings": (changed("logits", lambda logits: np.array([b"abc"] * len(logits))), PLAIN),
+    "a group": (good_but(lambda file, _: (file.__delitem__("logits"), file.create_group("logits"))), PLAIN),
+    "one dataset too many": (good_but(lambda file, _: file.create_dataset("more", data=np.zeros(3))), "more"),
+    "a dataset missing": (good_but(lambda file, _: file.__delitem__("inputs")), "expected the datasets"),
+    "no rows": (lambda file, rows, made_by: plain_pack(file, rows.part([]), made_by), ""),
+    "keys of 15 bytes": (changed("keys", lambda keys: keys[:, :15]), COUNTS),
+    "checksums of one row less": (changed("checksums", lambda sums: sums[1:]), COUNTS),
+    "checksums of 32 bits": (changed("checksums", lambda sums: sums.astype("<u4")), PLAIN),
+    "offsets one too few": (changed("file_offsets", lambda offsets: offsets[:-1]), COUNTS),
+    "offsets that do not begin at 0": (changed("file_offsets", lambda offsets: offsets + np.uint64(1)), "not laid out"),
+    "signed offsets": (changed("file_offsets", lambda offsets: offsets.astype("<i8")), PLAIN),
+    "a forged fingerprint": (attribute("fingerprint", np.bytes_(b"0" * 64)), "fingerprint is not that of its parts"),
+    "parts that are no JSON": (attribute("parts", np.bytes_(b"{")), "HDF5 cannot read it"),
+    "parts that are numbers": (parts_of({"weights": 3}), "parts are not texts"),
+    "a teacher that is not UTF-8": (attribute("teacher", np.bytes_(b"\xff\xfe")), "HDF5 cannot read it"),
+    "an unknown dtype": (attribute("dtype", np.bytes_(b"bf16")), "unknown"),
+    "another dtype": (attribute("dtype", np.bytes_(b"fp16")), PLAIN),
+    "an unknown value kind": (attribute("value_kind", np.bytes_(b"softmax")), "unknown"),
+    "too few class names": (attribute("class_names", np.bytes_(b'["bus"]')), "class names do not fit"),
+    "class names that are no list": (attribute("class_names", np.bytes_(b'{"a":0,"b":1,"c":2}')), "class names"),
+    "an attribute missing": (attribute("value_kind", None), STRING),
+    "an array of strings": (attribute("value_kind", np.array([b"logits"])), STRING),
+    "a number": (attribute("value_kind", 3), STRING),
+}
+"""Structures that a reader of packs refuses (test_pack), beside those of `PACKS`, which meet the commands as well."""
+
 PACKS: dict[str, Store] = {
-    "external storage": Store(forged(external_storage), PLAIN, ABSENT),
-    "an external link": Store(
-        linked("logits", h5py.ExternalLink("/etc/passwd", "/logits")), "logits is a link to elsewhere", ABSENT
+    "external storage": refused_pack(good_but(external_storage), PLAIN),
+    "an external link": refused_pack(
+        linked("logits", h5py.ExternalLink("/etc/passwd", "/logits")), "a link to elsewhere"
     ),
-    "a soft link": Store(linked("inputs", h5py.SoftLink("/keys")), "inputs is a link to elsewhere", ABSENT),
-    "a virtual dataset": Store(forged(virtual), PLAIN, ABSENT),
-    "never written": Store(dataset("logits", (6, 10), "<f4"), LIES, ABSENT),
-    "2^40 rows": Store(dataset("keys", (1 << 40, 16), "u1"), LIES, ABSENT),
-    "2^62 rows": Store(dataset("keys", (1 << 62, 16), "u1"), LIES, ABSENT),
-    "gzip": Store(filtered(compression="gzip"), PLAIN, ABSENT),
-    "a bomb": Store(
-        dataset("logits", (1 << 22, 10), "<f4", chunks=(1 << 16, 10), compression="gzip", fillvalue=1), PLAIN, ABSENT
+    "a soft link": refused_pack(linked("inputs", h5py.SoftLink("/keys")), "inputs is a link to elsewhere"),
+    "a virtual dataset": refused_pack(good_but(virtual), PLAIN),
+    "never written": refused_pack(dataset("logits", (6, 10), "<f4"), LIES),
+    "2^40 rows": refused_pack(dataset("keys", (1 << 40, 16), "u1"), LIES),
+    "2^62 rows": refused_pack(dataset("keys", (1 << 62, 16), "u1"), LIES),
+    "gzip": refused_pack(filtered(compression="gzip"), PLAIN),
+    "a bomb": refused_pack(
+        dataset("logits", (1 << 22, 10), "<f4", chunks=(1 << 16, 10), compression="gzip", fillvalue=1), PLAIN
     ),
-    "shuffled": Store(filtered(shuffle=True), PLAIN, ABSENT),
-    "a checksum filter": Store(filtered(fletcher32=True), PLAIN, ABSENT),
-    "chunks": Store(filtered(chunks=(1, 10)), PLAIN, ABSENT),
-    "resizable": Store(filtered(maxshape=(None, 10)), PLAIN, ABSENT),
-    "compact": Store(changed("logits", lambda logits: logits[:, :, None]), PLAIN, ABSENT),
-    "more keys than rows": Store(
-        changed("keys", lambda keys: np.vstack([keys, np.full((1, 16), 255, "u1")])), COUNTS, ABSENT
+    "shuffled": refused_pack(filtered(shuffle=True), PLAIN),
+    "a checksum filter": refused_pack(filtered(fletcher32=True), PLAIN),
+    "chunks": refused_pack(filtered(chunks=(1, 10)), PLAIN),
+    "resizable": refused_pack(filtered(maxshape=(None, 10)), PLAIN),
+    "compact": refused_pack(changed("logits", lambda logits: logits[:, :, None]), PLAIN),
+    "more keys than rows": refused_pack(changed("keys", lambda keys: np.vstack([keys, keys[:1] * 0 + 255])), COUNTS),
+    "fewer rows than keys": refused_pack(changed("logits", lambda logits: logits[:5]), COUNTS),
+    "fewer inputs than keys": refused_pack(changed("inputs", lambda inputs: inputs[:5]), COUNTS),
+    "unsorted keys": refused_pack(changed("keys", lambda keys: keys[::-1].copy()), "its keys are not sorted"),
+    "a key twice": refused_pack(changed("keys", lambda keys: keys[[0, 0, 2, 3, 4, 5]]), "its keys are not sorted"),
+    "names beyond the names": refused_pack(
+        changed("file_offsets", lambda offsets: offsets * np.uint64(1 << 40)), "not laid out one after the other"
     ),
-    "fewer rows than keys": Store(changed("logits", lambda logits: logits[:5]), COUNTS, ABSENT),
-    "fewer inputs than keys": Store(changed("inputs", lambda inputs: inputs[:5]), COUNTS, ABSENT),
-    "unsorted keys": Store(changed("keys", lambda keys: keys[::-1].copy()), "its keys are not sorted", ABSENT),
-    "a key twice": Store(changed("keys", lambda keys: keys[[0, 0, 2, 3, 4, 5]]), "its keys are not sorted", ABSENT),
-    "names beyond the names": Store(
-        changed("file_offsets", lambda offsets: offsets * np.uint64(1 << 40)),
-        "not laid out one after the other",
-        ABSENT,
+    "names that go back": refused_pack(
+        changed("file_offsets", lambda offsets: offsets[[0, 2, 1, 3, 4, 5, 6]]), "not laid out"
     ),
-    "names that go back": Store(
-        changed("file_offsets", lambda offsets: offsets[[0, 2, 1, 3, 4, 5, 6]]), "not laid out", ABSENT
+    "parts nested 50,000 deep": refused_pack(attribute("parts", np.bytes_(b"[" * 50_000)), "HDF5 cannot read it"),
+    "parts of an integer of 10k digits": refused_pack(
+        attribute("parts", np.bytes_(b'{"a":' + b"9" * 10_000 + b"}")), "HDF5 cannot read it"
     ),
-    "parts nested 50,000 deep": Store(attribute("parts", np.bytes_(b"[" * 50_000)), "HDF5 cannot read it", ABSENT),
-    "parts of an integer of 10k digits": Store(
-        attribute("parts", np.bytes_(b'{"a":' + b"9" * 10_000 + b"}")), "HDF5 cannot read it", ABSENT
+    "parts of another fingerprint": refused_pack(
+        attribute("parts", np.bytes_(b'{"weights":"others"}')), "fingerprint is not that of its parts"
     ),
-    "parts of another fingerprint": Store(
-        attribute("parts", np.bytes_(b'{"weights":"others"}')), "fingerprint is not that of its parts", ABSENT
-    ),
-    "another teacher's": Store(attribute("teacher", np.bytes_(b"other")), "name does not carry its teacher", ABSENT),
-    "a teacher with escapes": Store(attribute("teacher", np.bytes_(b"\x1b[2J")), r"\x1b[2J", ABSENT),
-    "a variable-length string": Store(attribute("value_kind", "logits"), "not a fixed-length string", ABSENT),
-    "an object reference": Store(attribute("value_kind", h5py.h5r.Reference()), "not a fixed-length string", ABSENT),
-    "format 2": Store(attribute("format_version", np.bytes_(b"2"), 2), "has format version 2", (1, 1, 0), 1),
-    "format 2 in its first bytes alone": Store(
-        forged(lambda file, rows, made_by: plain_pack(file, rows, made_by), 2), "name a newer one", ABSENT
-    ),
+    "another teacher's": refused_pack(attribute("teacher", np.bytes_(b"other")), "name does not carry its teacher"),
+    "a teacher with escapes": refused_pack(attribute("teacher", np.bytes_(b"\x1b[2J")), r"\x1b[2J"),
+    "a variable-length string": refused_pack(attribute("value_kind", "logits"), STRING),
+    "an object reference": refused_pack(attribute("value_kind", h5py.h5r.Reference()), STRING),
+    "format 2": Store(forged(attribute("format_version", np.bytes_(b"2")), 2), "has format version 2", (1, 1, 0), 1),
+    "format 2 in its first bytes alone": Store(forged(plain_pack, 2), "name a newer one", ABSENT),
     "empty": Store(torn(0), "truncated within its first 512 bytes", ABSENT),
     "torn in its first bytes": Store(torn(0.02), "truncated within its first 512 bytes", ABSENT),
     "torn": Store(torn(0.5), "found", ABSENT),
@@ -446,7 +483,7 @@ def permitted(make: Callable[[Path], object]) -> Callable[[World], object]:
     return spoil
 
 
-def anew(make: Callable[[Path], object]) -> Callable[[Path], object]:
+def instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
     def remake(path: Path) -> None:
         path.unlink()
         make(path)
@@ -498,10 +535,10 @@ OTHERS: dict[str, Store] = {
     "permitted samples in a pickle": Store(
         permitted(lambda path: path.write_bytes(pickle.dumps(Touch()))), "do not match its name", (4, 4, 0)
     ),
-    "permitted samples in a FIFO": Store(permitted(anew(os.mkfifo)), "not a regular file", (1, 1, 0), 1),
-    "permitted samples in a folder": Store(permitted(anew(Path.mkdir)), "Is a directory", (1, 1, 0), 1),
+    "permitted samples in a FIFO": Store(permitted(instead(os.mkfifo)), "not a regular file", (1, 1, 0), 1),
+    "permitted samples in a folder": Store(permitted(instead(Path.mkdir)), "Is a directory", (1, 1, 0), 1),
     "permitted samples elsewhere": Store(
-        permitted(anew(lambda path: path.symlink_to("/etc/passwd"))), "do not match its name", (4, 4, 0)
+        permitted(instead(lambda path: path.symlink_to("/etc/passwd"))), "do not match its name", (4, 4, 0)
     ),
     "1 TB of permitted samples": Store(
         permitted(lambda path: os.truncate(path, 1 << 40)), "expected at most", (4, 4, 0)

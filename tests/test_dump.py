@@ -596,3 +596,15 @@ def test_a_home_folder_is_found_by_every_command(
     assert exported.exit_code == 0, exported.output
     assert (world.root / "home" / "rows.pt").exists()
     assert not (world.root / "~").exists()
+
+
+def test_rescoring_a_finished_cache_in_several_shards_leaves_it_whole(run: Run, dump: Run, world: World) -> None:
+    """Equal rows give packs of equal names: what is replaced must not go with what has just been written."""
+    dump("--shard-size", 4)
+    before = LogitCache.open(world.cache)
+    rows = before.batch(before.files)
+    for size in (4, 7, 4096):
+        assert dump("--no-skip-existing", "--shard-size", size).exit_code == 0
+        after = LogitCache.open(world.cache)
+        assert after.files == before.files
+        assert torch.equal(after.batch(after.files), rows)

@@ -8,10 +8,12 @@ import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+from store_fixtures import forks
 
 from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.dataset.packed import PackedFeatures
@@ -30,9 +32,26 @@ def as_files(root: Path, values: np.ndarray, files: list[str] = FILES, **options
 
 
 def as_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+    return _datasets(root, values, files, options, {})
+
+
+def as_shuffled_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+    return _datasets(root, values, files, options, {"compression": "gzip", "compression_opts": 9, "shuffle": True})
+
+
+def _datasets(
+    root: Path, values: np.ndarray, files: list[str], options: dict[str, int], stored: dict[str, Any]
+) -> FeatureSource:
     with h5py.File(root / "f.h5", "w") as file:
         for name, value in zip(files, values, strict=True):
-            file[name] = value
+            file.create_dataset(name, data=value, **stored)
+    return PackedFeatures(root / "f.h5", **options)
+
+
+def as_contiguous_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+    """With names of one length, as numpy writes them."""
+    with h5py.File(root / "f.h5", "w") as file:
+        file["features"], file["files"] = values, np.array([name.encode() for name in files])
     return PackedFeatures(root / "f.h5", **options)
 
 
@@ -43,7 +62,10 @@ def as_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options:
     return PackedFeatures(root / "f.h5", **options)
 
 
-@pytest.fixture(params=[as_files, as_datasets, as_rows], ids=["files", "datasets", "rows"])
+WAYS = [as_files, as_datasets, as_shuffled_datasets, as_rows, as_contiguous_rows]
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
 def make(request: pytest.FixtureRequest) -> Make:
     made: Make = request.param
     return made
@@ -112,6 +134,7 @@ def test_five_numbers_tell_the_versions_of_a_feature_apart(tmp_path: Path, make:
     assert source.stat_many([]).shape == (0, 5)
 
 
+@forks
 def test_threads_forks_and_pickles_share_a_source(tmp_path: Path, make: Make) -> None:
     files = [f"d{number % 7}/{number}.npy" for number in range(40)]
     values = np.stack([np.full((3, 2), number, np.float32) for number in range(40)])
@@ -121,6 +144,11 @@ def test_threads_forks_and_pickles_share_a_source(tmp_path: Path, make: Make) ->
     def work(of: FeatureSource) -> None:
         wrong.extend(file for file, value in zip(files, values, strict=True) if (of.read(file).array != value).any())
 
+    child = os.fork()
+    if child == 0:
+        work(source)
+        os._exit(len(wrong))
+    assert os.waitpid(child, 0)[1] == 0
     threads = [threading.Thread(target=work, args=(sources[number % 2],)) for number in range(4)]
     for thread in threads:
         thread.start()

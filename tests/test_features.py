@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
-import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hostile_data import FEATURES
+from conftest import World
+from hostile_data import FEATURES, PATHS, described, npy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -32,18 +30,6 @@ def saved(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version, allow_pickle=True)
     return buffer.getvalue()
-
-
-def npy(header: str | bytes, payload: bytes = b"", version: int = 1) -> bytes:
-    """A file with any header at all."""
-    text = header.encode("latin1") if isinstance(header, str) else header
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + payload
-
-
-def described(
-    shape: object = (2, 3), descr: object = "<f4", fortran: object = False, extra: str = "", payload: bytes = bytes(24)
-) -> bytes:
-    return npy(f"{{'descr': {descr!r}, 'fortran_order': {fortran!r}, 'shape': {shape!r}{extra}}}\n", payload)
 
 
 GOOD = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -66,47 +52,28 @@ def outside(tmp_path: Path) -> Path:
 
 
 def refusal(source: FeatureSource, file: str) -> str:
-    """The message that both `read` and `shape` refuse with (or `read` alone, where values are at fault)."""
+    """The message that `read` refuses with, and `shape` too unless the values alone are at fault."""
     with pytest.raises(FeatureError) as caught:
         source.read(file)
     message = caught.value.message
     assert caught.value.exit_code == 1
     assert isinstance(caught.value, ValueError)
-    assert len(message) < 1000
+    assert len(message) < 1000 + min(len(file), 4096)
     assert all(c.isprintable() or c == "\n" for c in message)
+    if "value at frame" not in message:
+        with pytest.raises(FeatureError):
+            source.shape(file)
     return message
 
 
-def refused(root: Path, content: bytes, *, shape_too: bool = True) -> str:
+def refused(root: Path, content: bytes) -> str:
     (root / "bad.npy").write_bytes(content)
-    source = FeatureSource(root)
-    message = refusal(source, "bad.npy")
+    message = refusal(FeatureSource(root), "bad.npy")
     assert message.startswith("feature bad.npy (under ")
-    if shape_too:
-        with pytest.raises(FeatureError):
-            source.shape("bad.npy")
     return message
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
-@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-def test_what_numpy_writes_is_read_as_numpy_reads_it(
-    root: Path, version: tuple[int, int], dtype: str, order: Any
-) -> None:
-    array = np.random.default_rng(0).normal(size=(101, 64)).astype(dtype, order=order)
-    (root / "f.npy").write_bytes(saved(array, version))
-    feature = FeatureSource(root).read("f.npy")
-    expected = np.load(root / "f.npy")
-    assert feature.array.dtype == expected.dtype == np.dtype(dtype)
-    np.testing.assert_array_equal(feature.array, expected)
-    assert feature.array.flags.c_contiguous
-    assert not feature.array.flags.writeable
-    assert feature.digest == input_digest(array)
-    assert FeatureSource(root).shape("f.npy") == (101, 64)
 
 
 @small
@@ -151,8 +118,7 @@ def test_each_flipped_bit_is_refused_or_read_as_numpy_reads_it() -> None:
         assert read.tobytes() == np.load(io.BytesIO(bytes(content))).tobytes()
 
 
-def test_an_array_that_starts_at_an_odd_byte_is_read(root: Path) -> None:
-    (root / "odd.npy").write_bytes(described((4, 3), extra="  ", payload=GOOD.tobytes()))
+def test_an_array_that_starts_at_an_odd_byte_is_read() -> None:
     for padding in range(4):
         content = described((4, 3), extra=" " * padding, payload=GOOD.tobytes())
         np.testing.assert_array_equal(read_array(content), GOOD)
@@ -167,52 +133,6 @@ def test_a_feature_without_its_last_newline_or_padding_is_read() -> None:
 # -- hostile and broken content ----------------------------------------------------------------------------------------
 
 
-class Bomb:
-    """Unpickling this makes a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
-def test_object_arrays_and_pickles_are_refused_and_never_run(root: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "ran"
-    objects = np.empty((1, 1), object)
-    objects[0, 0] = Bomb(mark)
-    assert "dtype is not float32" in refused(root, saved(objects))
-    assert "not a .npy file" in refused(root, pickle.dumps(Bomb(mark)))
-    assert not mark.exists()
-    pickle.loads(pickle.dumps(Bomb(mark)))  # noqa: S301 (the bomb does work)
-    assert mark.exists()
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "__import__('pathlib').Path('{mark}').touch()",
-        "(lambda: 0)()",
-        "[open('{mark}', 'w')]",
-        "f'{{1}}'",
-        "a",
-        "1+1j+x",
-    ],
-)
-def test_code_in_a_header_is_never_run(root: Path, tmp_path: Path, expression: str) -> None:
-    mark = tmp_path / "ran"
-    code = expression.format(mark=mark)
-    assert "header" in refused(root, npy(code, bytes(24)))
-    assert "header" in refused(root, npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {code}}}", bytes(24)))
-    assert not mark.exists()
-
-
-def test_an_npz_renamed_is_refused(root: Path) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, a=GOOD)
-    assert "not a .npy file" in refused(root, buffer.getvalue())
-
-
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "zeros": (bytes(200), "not a .npy file"),
     "text": (b"1.0 2.0\n", "not a .npy file"),
@@ -220,9 +140,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "version 0": (npy("{}", version=0), "unknown .npy version"),
     "version 1.1": (saved(GOOD).replace(b"NUMPY\x01\x00", b"NUMPY\x01\x01"), "unknown .npy version"),
     "header is empty": (npy(""), "not a plain description"),
+    **{
+        f"header is {code}": (npy(code, bytes(24)), "header")
+        for code in ("__import__('os').abort()", "(lambda: 0)()", "[open('x', 'w')]", "f'{1}'", "a", "1+1j+x")
+    },
     "header is no dict": (npy("[1, 2]"), "must hold descr, fortran_order and shape"),
     "header lacks a field": (npy("{'descr': '<f4', 'shape': (2, 3)}", bytes(24)), "must hold"),
-    "header has more": (described(extra=", 'more': 1"), "and nothing else"),
+    "header has more": (described((2, 3), extra=", 'more': 1"), "and nothing else"),
     "header is a set": (npy("{'descr', 'fortran_order', 'shape'}"), "must hold"),
     "header with NUL": (npy("{'descr': '<f4'\0}"), "not a plain description"),
     "header nested in lists": (npy("[" * 90 + "]" * 90), "header"),
@@ -239,17 +163,17 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0x" + "f" * 9000 + ",)}"),
         "not a tuple of at most",
     ),
-    "fortran_order is 1": (described(fortran=1), "must be True or False"),
-    "fortran_order is a text": (described(fortran="False"), "must be True or False"),
+    "fortran_order is 1": (described((2, 3), fortran=1), "must be True or False"),
+    "fortran_order is a text": (described((2, 3), fortran="False"), "must be True or False"),
     "int16": (saved(np.zeros((2, 3), "<i2")), "dtype is not"),
     "complex": (saved(np.zeros((2, 3), "<c8")), "dtype is not"),
     "big-endian half": (saved(np.zeros((2, 3), ">f2")), "dtype is not"),
-    "structured, many fields": (described(descr=[(f"f{n}", "<f4") for n in range(300)]), "dtype is not"),
-    "void": (described(descr="|V4"), "dtype is not"),
+    "structured, many fields": (described((2, 3), descr=[(f"f{n}", "<f4") for n in range(300)]), "dtype is not"),
+    "void": (described((2, 3), descr="|V4"), "dtype is not"),
     "texts": (saved(np.array([["a", "b"]])), "dtype is not"),
-    "dtype is an alias": (described(descr="float32"), "dtype is not"),
-    "dtype is no text": (described(descr=4), "dtype is not"),
-    "dtype is unhashable": (described(descr=["<f4"]), "dtype is not"),
+    "dtype is an alias": (described((2, 3), descr="float32"), "dtype is not"),
+    "dtype is no text": (described((2, 3), descr=4), "dtype is not"),
+    "dtype is unhashable": (described((2, 3), descr=["<f4"]), "dtype is not"),
     "scalar": (saved(np.zeros((), np.float32)), "its shape is [], expected [frames, bins]"),
     "two arrays in one": (saved(GOOD) * 2, "promises 176 bytes (shape (4, 3)), the file has 352"),
 }
@@ -277,27 +201,13 @@ def test_a_file_cut_anywhere_is_refused(root: Path) -> None:
         assert any(word in message for word in ("empty", "not a .npy", "unknown", "truncated", "promises"))
 
 
-def test_a_file_of_zeros_after_its_header_is_one_value_short_of_nothing(root: Path) -> None:
-    assert "promises 176 bytes" in refused(root, saved(GOOD)[:-4])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_values_that_are_not_finite_are_refused_with_their_place(
-    root: Path, value: float, dtype: str, order: Any
-) -> None:
-    array = np.zeros((5, 7), dtype, order=order)
-    array[3, 4] = value
-    assert f"value at frame 3, bin 4 is {value}" in refused(root, saved(array), shape_too=False)
-
-
 def test_a_sparse_giant_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (root / "giant.npy").open("wb") as file:
         file.write(described((1 << 20, 1 << 20), payload=b""))
         file.truncate(1 << 34)
     monkeypatch.setattr(features.os, "read", lambda *_: pytest.fail("it was read"))
-    assert "expected at most" in refusal(FeatureSource(root), "giant.npy")
+    with pytest.raises(FeatureError, match="expected at most"):
+        FeatureSource(root).read("giant.npy")
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,13 +244,9 @@ def test_equal_headers_of_unequal_files_are_kept_apart() -> None:
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["x/good.npy", "./x/good.npy", "x//good.npy", "x/../x/good.npy", "../data/x/good.npy"])
-def test_a_file_below_the_root_is_read_in_any_spelling(root: Path, file: str) -> None:
-    np.testing.assert_array_equal(FeatureSource(root).read(file).array, GOOD)
-
-
-def test_an_absolute_file_below_the_root_is_read(root: Path) -> None:
-    assert FeatureSource(root).shape(f"{root}/x/good.npy") == (4, 3)
+def test_a_file_below_the_root_is_read_in_any_spelling(root: Path) -> None:
+    for folder in ("x", "./x", "x/", "x/../x", "../data/x", f"{root}/x"):
+        np.testing.assert_array_equal(FeatureSource(root).read(f"{folder}/good.npy").array, GOOD)
 
 
 def test_a_relative_root_and_a_root_that_is_a_link_work(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,13 +264,10 @@ def test_the_root_of_the_file_system_can_be_the_data_root(root: Path) -> None:
 
 ESCAPES: dict[str, Callable[[Path, Path], str]] = {
     "dot dot": lambda root, outside: "../outside/secret.npy",
-    "dot dot in the middle": lambda root, outside: "x/../../outside/secret.npy",
     "absolute": lambda root, outside: str(outside / "secret.npy"),
     "absolute with slashes": lambda root, outside: f"//{outside}/secret.npy",
-    "absolute through the root": lambda root, outside: f"{root}/../outside/secret.npy",
     "neighbour with the root's name in front": lambda root, outside: _neighbour(root),
     "link to a file": lambda root, outside: _link(root / "l.npy", outside / "secret.npy"),
-    "relative link to a file": lambda root, outside: _link(root / "l.npy", Path("../outside/secret.npy")),
     "link to a link": lambda root, outside: (
         _link(root / _link(root / "m.npy", Path("l.npy")), root / "l.npy")
         and _link(root / "l.npy", outside / "secret.npy")
@@ -373,6 +276,7 @@ ESCAPES: dict[str, Callable[[Path, Path], str]] = {
     "link to the folder above": lambda root, outside: _link(root / "up", Path("..")) + "/outside/secret.npy",
     "missing outside": lambda root, outside: "../outside/missing.npy",
 }
+"""Beside those of `hostile_data.PATHS`, which meet the commands as well."""
 
 
 def _link(path: Path, target: Path) -> str:
@@ -396,8 +300,6 @@ def test_what_lies_outside_the_root_is_refused(root: Path, outside: Path, escape
         message = refusal(source, file)
         assert "outside the data root" in message
         assert "--allow-outside" in message
-        with pytest.raises(FeatureError, match="outside the data root"):
-            source.shape(file)
 
 
 @pytest.mark.parametrize("how", ["absolute", "dot dot", "link to a file", "link to a folder"])
@@ -425,72 +327,42 @@ def test_links_inside_the_root_are_followed(root: Path) -> None:
         np.testing.assert_array_equal(FeatureSource(root).read(file).array, GOOD)
 
 
-def _fifo(root: Path) -> str:
-    os.mkfifo(root / "pipe.npy")
-    return "pipe.npy"
-
-
-def _socket(root: Path) -> str:
-    server = socket.socket(socket.AF_UNIX)
-    here = Path.cwd()
-    os.chdir(root)  # the name of a socket must be short
-    try:
-        server.bind("s.npy")
-    finally:
-        os.chdir(here)
-        server.close()
-    return "s.npy"
-
-
-def _loop(root: Path) -> str:
-    (root / "loop.npy").symlink_to("loop.npy")
-    return "loop.npy"
-
-
-def _loop_of_folders(root: Path) -> str:
-    (root / "a").symlink_to("b")
-    (root / "b").symlink_to("a")
-    return "a/x.npy"
-
-
-STRANGE: dict[str, tuple[Callable[[Path], str], str]] = {
-    "fifo": (_fifo, "not a regular file"),
-    "link to a fifo": (lambda root: _link(root / "l.npy", root / _fifo(root)), "not a regular file"),
-    "socket": (_socket, "No such device or address"),
-    "folder": (lambda root: "x", "not a regular file"),
-    "folder with a slash": (lambda root: "x/", "not a regular file"),
-    "the root": (lambda root: ".", "not a regular file"),
-    "nothing": (lambda root: "", "not a regular file"),
-    "file as a folder": (lambda root: "x/good.npy/x.npy", "Not a directory"),
-    "file with a slash": (lambda root: "x/good.npy/", "Not a directory"),
-    "loop": (_loop, "Too many levels of symbolic links"),
-    "loop of folders": (_loop_of_folders, "Too many levels of symbolic links"),
-    "missing": (lambda root: "x/none.npy", "does not exist"),
-    "missing folder": (lambda root: "none/none.npy", "does not exist"),
-    "dangling link": (lambda root: _link(root / "l.npy", Path("none.npy")), "does not exist"),
-    "name over 255 bytes": (lambda root: "n" * 256, "File name too long"),
-    "folder over 255 bytes": (lambda root: "n" * 256 + "/x.npy", "File name too long"),
-    "path over 4096 bytes": (lambda root: "x/../" * 1000 + "x/good.npy", ""),
-    "NUL": (lambda root: "x/\0.npy", "null"),
-    "NUL in a folder": (lambda root: "\0/x.npy", "null"),
-    "lone surrogate": (lambda root: "x/\ud800.npy", "surrogates not allowed"),
-    "terminal escape": (lambda root: "x/\x1b[2J.npy", r"x/\x1b[2J.npy"),
+STRANGE: dict[str, tuple[str, str]] = {
+    "link to a fifo": ("link to a fifo.npy", "not a regular file"),
+    "folder with a slash": ("x/", "not a regular file"),
+    "nothing": ("", "not a regular file"),
+    "file with a slash": ("x/good.npy/", "Not a directory"),
+    "missing": ("x/none.npy", "does not exist"),
+    "missing folder": ("none/none.npy", "does not exist"),
+    "dangling link": ("dangling.npy", "does not exist"),
+    "folder over 255 bytes": ("n" * 256 + "/x.npy", "File name too long"),
+    "NUL": ("x/\0.npy", "null"),
+    "NUL in a folder": ("\0/x.npy", "null"),
+    "lone surrogate": ("x/\ud800.npy", "surrogates not allowed"),
 }
 
 
-@pytest.mark.parametrize(("make", "reason"), STRANGE.values(), ids=STRANGE)
-def test_each_way_to_be_no_file_is_refused_and_never_hangs(
-    root: Path, make: Callable[[Path], str], reason: str
-) -> None:
-    source = FeatureSource(root)
-    file = make(root)
-    if not reason:  # allowed to be understood, for the system makes it short
-        with contextlib.suppress(FeatureError):
-            np.testing.assert_array_equal(source.read(file).array, GOOD)
-        return
-    assert reason in refusal(source, file)
-    with pytest.raises(FeatureError):
-        source.shape(file)
+@pytest.mark.parametrize(("file", "reason"), STRANGE.values(), ids=STRANGE)
+def test_each_way_to_be_no_file_is_refused_and_never_hangs(root: Path, file: str, reason: str) -> None:
+    os.mkfifo(root / "fifo.npy")
+    (root / "link to a fifo.npy").symlink_to("fifo.npy")
+    (root / "dangling.npy").symlink_to("none.npy")
+    assert reason in refusal(FeatureSource(root), file)
+
+
+@pytest.mark.parametrize("case", [case for case, named in PATHS.items() if named.kind == "FeatureError"])
+@pytest.mark.usefixtures("outside")
+def test_each_hostile_path_is_refused_with_its_reason(tmp_path: Path, case: str) -> None:
+    world = World(tmp_path / "w")
+    for number in range(2):
+        world.add(number, "A", "train")
+    file = PATHS[case].make(world)
+    assert PATHS[case].says in refusal(FeatureSource(world.root), file)
+
+
+def test_a_path_that_the_system_makes_short_is_understood_or_refused(root: Path) -> None:
+    with contextlib.suppress(FeatureError):
+        np.testing.assert_array_equal(FeatureSource(root).read("x/../" * 1000 + "x/good.npy").array, GOOD)
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/urandom", "/dev/stdin", "/proc/self/mem"])
@@ -502,7 +374,7 @@ def test_devices_are_refused_even_where_permitted(root: Path, device: str) -> No
 
 
 def test_a_fifo_with_a_writer_is_refused_too(root: Path) -> None:
-    _fifo(root)
+    os.mkfifo(root / "pipe.npy")
     writer = os.open(root / "pipe.npy", os.O_RDWR | os.O_NONBLOCK)
     try:
         os.write(writer, saved(GOOD))
@@ -538,8 +410,9 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(root: Path, dtype:
             wrong = array.copy()
             wrong.flat[place] = value
             frame, band = divmod(place, shape[1])
-            (root / "bad.npy").write_bytes(saved(wrong))
-            assert f"frame {frame}, bin {band} is {wrong.flat[place]}" in refusal(FeatureSource(root), "bad.npy")
+            for order in "CF":
+                message = refused(root, saved(np.asarray(wrong, order=order)))  # type: ignore[call-overload]
+                assert f"value at frame {frame}, bin {band} is {wrong.flat[place]}" in message
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2"])
@@ -571,7 +444,7 @@ def test_stat_many_tells_files_apart_and_their_versions(root: Path) -> None:
 
 
 def test_stat_many_does_not_answer_for_what_only_read_can_judge(root: Path, outside: Path, tmp_path: Path) -> None:
-    _fifo(root)
+    os.mkfifo(root / "pipe.npy")
     (root / "loop.npy").symlink_to("loop.npy")
     (root / "inside.npy").symlink_to("x/good.npy")
     escapes = [escape(root, outside) for escape in ESCAPES.values()]
@@ -589,19 +462,6 @@ def test_numbers_of_a_file_system_that_uses_all_64_bits_are_kept(root: Path) -> 
     assert stat_row(os.stat_result(numbers))[1] == -5
 
 
-def test_no_descriptor_is_left_open(root: Path, outside: Path) -> None:
-    (root / "l.npy").symlink_to(outside / "secret.npy")
-    (root / "bad.npy").write_bytes(b"bad")
-    _fifo(root)
-    source = FeatureSource(root)
-    before = len(os.listdir("/proc/self/fd"))
-    for file in ("x/good.npy", "l.npy", "bad.npy", "pipe.npy", "x", "none"):
-        for look in (source.read, source.shape):
-            with contextlib.suppress(FeatureError):
-                look(file)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 # -- digests -----------------------------------------------------------------------------------------------------------
 
 
@@ -611,39 +471,6 @@ def test_the_digest_is_of_the_array_and_not_of_its_container() -> None:
     wide[::2, ::2] = array
     same = [array.copy("F"), wide[::2, ::2], array[::-1][::-1], read_array(saved(array.copy("F"), (2, 0)))]
     assert {input_digest(other) for other in same} == {input_digest(array)}
-
-
-def test_the_digest_changes_with_every_byte() -> None:
-    array = np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)
-    seen = {input_digest(array)}
-    for byte in range(array.nbytes):
-        content = bytearray(array.tobytes())
-        content[byte] ^= 1
-        seen.add(input_digest(np.frombuffer(bytes(content), np.float32).reshape(3, 4)))
-    assert len(seen) == array.nbytes + 1
-
-
-def test_the_digest_changes_with_shape_and_dtype() -> None:
-    raw = bytes(range(24))
-    views = [
-        np.frombuffer(raw, dtype).reshape(shape)
-        for dtype, shape in [
-            ("<f4", (2, 3)),
-            ("<f4", (3, 2)),
-            ("<f4", (6, 1)),
-            ("<f4", (6,)),
-            ("<f4", (1, 2, 3)),
-            (">f4", (2, 3)),
-            ("<i4", (2, 3)),
-            ("<f2", (4, 3)),
-            ("<f2", (2, 6)),
-        ]
-    ]
-    assert len({input_digest(view) for view in views}) == len(views)
-
-
-def test_negative_zero_is_another_input() -> None:
-    assert input_digest(np.zeros((1, 1), np.float32)) != input_digest(-np.zeros((1, 1), np.float32))
 
 
 def test_digests_stay_the_same() -> None:

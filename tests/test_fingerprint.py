@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,25 +43,15 @@ def state() -> dict[str, torch.Tensor]:
 # -- the weights' digest -----------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_entries_does_not_matter() -> None:
+def test_neither_order_nor_memory_layout_nor_gradients_matter() -> None:
     weights = state()
-    assert weights_digest(OrderedDict(reversed(weights.items()))) == weights_digest(weights)
-
-
-def test_neither_memory_layout_nor_gradients_matter() -> None:
-    weights = state()
-    other = {name: tensor.clone() for name, tensor in weights.items()}
+    other = {name: tensor.clone() for name, tensor in reversed(weights.items())}
     other["conv.weight"] = weights["conv.weight"].contiguous(memory_format=torch.channels_last)
     other["brain"] = weights["brain"].t().contiguous().t()
     other["bn.running_mean"] = torch.stack([weights["bn.running_mean"], torch.zeros(4)], dim=1)[:, 0]
     other["double"] = torch.nn.Parameter(weights["double"].clone())
-    assert not other["conv.weight"].is_contiguous()
-    assert not other["brain"].is_contiguous()
-    assert not other["bn.running_mean"].is_contiguous()
+    assert not any(other[name].is_contiguous() for name in ("conv.weight", "brain", "bn.running_mean"))
     assert weights_digest(other) == weights_digest(weights)
-
-
-def test_a_tensor_that_repeats_one_value_in_memory_is_digested_as_what_it_means() -> None:
     assert weights_digest({"a": torch.ones(1).expand(3, 4)}) == weights_digest({"a": torch.ones(3, 4)})
 
 
@@ -71,12 +61,6 @@ def test_the_number_of_batches_seen_does_not_matter() -> None:
     assert weights_digest(weights | {"bn.num_batches_tracked": torch.tensor(8)}) == digest
     assert weights_digest({k: v for k, v in weights.items() if k != "bn.num_batches_tracked"}) == digest
     assert weights_digest(weights | {"num_batches_tracked": torch.tensor(8)}) == digest
-
-
-def test_only_that_counter_is_left_out() -> None:
-    weights = state()
-    for name in ("num_batches_tracked.weight", "my_num_batches_tracked", "num_batches_tracked2"):
-        assert weights_digest(weights | {name: torch.zeros(1)}) != weights_digest(weights)
 
 
 def test_loading_and_saving_does_not_matter(tmp_path: Any) -> None:
@@ -89,73 +73,43 @@ def test_loading_and_saving_does_not_matter(tmp_path: Any) -> None:
     assert weights_digest(safetensors.torch.load_file(tmp_path / "w.safetensors")) == weights_digest(weights)
 
 
-@pytest.mark.parametrize("name", [name for name in state() if name not in ("bn.num_batches_tracked", "empty")])
-def test_one_bit_of_any_tensor_matters(name: str) -> None:
-    weights, other = state(), state()
-    raw = other[name].reshape(-1).view(torch.uint8).clone()
-    raw[-1] ^= 1
-    other[name] = raw.view(other[name].dtype).reshape(other[name].shape)
-    assert weights_digest(other) != weights_digest(weights)
-
-
-@pytest.mark.parametrize("name", [name for name in state() if name != "bn.num_batches_tracked"])
-def test_any_name_any_shape_any_dtype_and_any_absence_matters(name: str) -> None:
-    weights = state()
-    tensor = weights[name]
-    rest = {key: value for key, value in weights.items() if key != name}
-    alias = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.float64 if name == "count" else torch.int64}
-    others = {
-        "absent": rest,
-        "renamed": rest | {name + "_": tensor},
-        "another shape": rest | {name: tensor.unsqueeze(0)},
-        "flat": rest | {name: tensor.reshape(-1)},
-        "the same bytes as another dtype": rest | {name: tensor.view(alias[tensor.element_size()])},
-        "more": weights | {"more": torch.zeros(1)},
-        "empty more": weights | {"more": torch.zeros(0)},
-    }
-    if tensor.dim() <= 1:
-        del others["flat"]
-    digests = {weights_digest(weights), *(weights_digest(other) for other in others.values())}
-    assert len(digests) == len(others) + 1
-
-
-def test_bytes_do_not_move_between_tensors_unseen() -> None:
-    a, b = torch.tensor([1.0]), torch.tensor([2.0])
-    digests = {
-        weights_digest({"a": a, "b": b}),
-        weights_digest({"a": b, "b": a}),
-        weights_digest({"a": torch.cat([a, b]), "b": torch.zeros(0)}),
-        weights_digest({"a": torch.zeros(0), "b": torch.cat([a, b])}),
-        weights_digest({"ab": torch.cat([a, b])}),
-    }
-    assert len(digests) == 5
-
-
-def test_negative_zero_and_nan_payloads_are_other_weights() -> None:
-    assert weights_digest({"a": torch.tensor([0.0])}) != weights_digest({"a": torch.tensor([-0.0])})
-
-
-def test_an_empty_state_has_a_digest() -> None:
-    assert weights_digest({}) == hashlib.sha256().hexdigest()
-
-
 def test_an_entry_that_is_no_tensor_is_refused_by_name() -> None:
     with pytest.raises(TeacherError, match=r"net\._extra_state is not a tensor but dict") as caught:
         weights_digest({"net._extra_state": {"a": 1}})  # type: ignore[dict-item]
     assert "weights" in str(caught.value.hint)
 
 
-def test_the_weights_digest_is_what_it_is_documented_to_be() -> None:
-    weights = state()
+def documented(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over name, dtype and shape as JSON and the bytes of each tensor, but for counters of batches, by name.
+
+    So any other name, shape, dtype, byte or absence is another digest: none of these can stand for another.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        if name != "bn.num_batches_tracked":
+        if name.rpartition(".")[2] != "num_batches_tracked":
             tensor = weights[name]
             dtype = str(tensor.dtype).split(".")[1]
             digest.update(json.dumps([name, dtype, list(tensor.shape)], separators=(",", ":")).encode())
             bits = tensor.reshape(-1).view(torch.int16) if dtype == "bfloat16" else tensor.reshape(-1)
             digest.update(bits.numpy().tobytes())
-    assert weights_digest(weights) == digest.hexdigest()
+    return digest.hexdigest()
+
+
+NAMES = st.sampled_from(["a", "b", "ab", "my_num_batches_tracked", "num_batches_tracked", "bn.num_batches_tracked"])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+TENSORS = st.builds(
+    lambda values, dtype, shape: torch.tensor(values).to(dtype).reshape(shape),
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0]), min_size=4, max_size=4),
+    st.sampled_from(DTYPES),
+    st.sampled_from([(4,), (2, 2), (4, 1), (1, 4, 1)]),
+) | st.sampled_from([torch.tensor(1.0), torch.zeros(0), torch.zeros(0, 4)])
+
+
+@small
+@given(st.dictionaries(NAMES, TENSORS, max_size=4))
+def test_the_weights_digest_is_what_it_is_documented_to_be(weights: dict[str, torch.Tensor]) -> None:
+    assert weights_digest(weights) == documented(weights)
+    assert weights_digest(state() | weights) == documented(state() | weights)
 
 
 def test_weights_digests_stay_the_same() -> None:
@@ -163,18 +117,6 @@ def test_weights_digests_stay_the_same() -> None:
     # all of them must be scored again: change it with a new FORMAT_VERSION only.
     weights = {"a": torch.arange(4.0).reshape(2, 2), "b": torch.tensor(1.5).bfloat16(), "é": torch.tensor([1])}
     assert weights_digest(weights) == "45bf17fb52599a0028ff64a45aceedd73ebf368637600ec8b7a96500c7d77894"
-
-
-@small
-@given(st.dictionaries(TEXT.filter(lambda t: not t.endswith("num_batches_tracked")), st.integers(-3, 3), max_size=4))
-def test_states_are_equal_exactly_if_their_digests_are(values: dict[str, int]) -> None:
-    def digest(items: dict[str, int]) -> str:
-        return weights_digest({name: torch.tensor([value]) for name, value in items.items()})
-
-    assert digest(dict(reversed(values.items()))) == digest(values)
-    for name in values:
-        assert digest(values | {name: values[name] + 1}) != digest(values)
-        assert digest({k: v for k, v in values.items() if k != name}) != digest(values)
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------------
@@ -200,14 +142,6 @@ def test_a_digest_changes_exactly_if_a_part_does(mine: dict[str, str], theirs: d
     a, b = Fingerprint(mine), Fingerprint(theirs)
     assert (a.digest == b.digest) == (mine == theirs) == (a.differing_parts(b) == [])
     assert Fingerprint(dict(reversed(mine.items()))).digest == a.digest
-
-
-@small
-@given(PARTS, TEXT)
-def test_one_changed_part_is_named(parts: dict[str, str], name: str) -> None:
-    before, after = Fingerprint(parts), Fingerprint(parts | {name: parts.get(name, "") + "!"})
-    assert before.differing_parts(after) == after.differing_parts(before) == [name]
-    assert before.digest != after.digest
 
 
 def test_absent_and_present_parts_differ_by_name() -> None:
@@ -274,6 +208,7 @@ def test_the_divergence_is_that_of_torch(scale: float) -> None:
     draw = np.random.default_rng(0)
     of, to = draw.normal(scale=scale, size=(2, 50, 10))
     np.testing.assert_allclose(kl_divergence(of, to), torch_kl(of, to), rtol=1e-9, atol=1e-12)
+    assert kl_divergence(np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]])) == pytest.approx(1e4)
 
 
 def test_the_divergence_of_equal_rows_is_zero_and_never_below() -> None:
@@ -283,15 +218,12 @@ def test_the_divergence_of_equal_rows_is_zero_and_never_below() -> None:
     np.testing.assert_allclose(kl_divergence(rows, rows + 3), 0, atol=1e-12)
 
 
-def test_the_divergence_of_far_apart_logits_is_finite() -> None:
-    assert kl_divergence(np.array([[1e4, 0.0]]), np.array([[0.0, 1e4]])) == pytest.approx(1e4)
-
-
 def test_the_cost_of_half_precision_is_counted_over_all_rows_as_torch_counts_it() -> None:
     exact = np.random.default_rng(0).normal(scale=3, size=(300, 10)).astype(np.float32)
     exact[7, :2] = 12.0, 12.001  # half precision cannot tell these apart
     stored = exact.astype(np.float16)
     cost = StorageCost("logits")
+    assert cost.as_json() == {"rows": 0, "kl_mean": 0.0, "kl_max": 0.0, "argmax_flips": 0}
     for part in (slice(0, 1), slice(1, 100), slice(100, 100), slice(100, 300)):
         cost.add(exact[part], stored[part])
     expected = torch_kl(exact, stored)
@@ -319,7 +251,3 @@ def test_rows_that_are_no_logits_cost_their_largest_absolute_error(kind: str) ->
         "absolute_error_max": pytest.approx(error.max()),
         "argmax_flips": int((exact.argmax(1) != stored.argmax(1)).sum()),
     }
-
-
-def test_no_rows_cost_nothing() -> None:
-    assert StorageCost("logits").as_json() == {"rows": 0, "kl_mean": 0.0, "kl_max": 0.0, "argmax_flips": 0}

@@ -29,9 +29,7 @@ from typer.testing import CliRunner
 from kd_cache import options
 from kd_cache.cli import app
 from kd_cache.dataset import features, manifest
-from kd_cache.dataset.features import FeatureSource
-from kd_cache.dataset.manifest import load_manifest
-from kd_cache.errors import CheckpointError, FeatureError, ManifestError
+from kd_cache.errors import CheckpointError
 from kd_cache.keys import sample_key
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.train.checkpoint_file import MOST_BYTES
@@ -442,30 +440,26 @@ def test_hostile_manifests_are_refused(copies: Copies, cases: list[str], subtest
             assert met.after == met.before
 
 
-def put_in_place_of_a_manifest(what: str, path: Path) -> None:
-    path.unlink()
-    if what == "FIFO":
-        os.mkfifo(path)
-    elif what == "folder":
-        path.mkdir()
-    elif what in ("device", "loop"):
-        path.symlink_to("/dev/zero" if what == "device" else path.name)
-    else:
-        path.touch()
-        os.truncate(path, 4 << 30)
+NO_MANIFESTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "FIFO": (os.mkfifo, "not a regular file"),
+    "folder": (Path.mkdir, "a directory"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "loop": (lambda path: path.symlink_to(path.name), "symbolic links"),
+    "4 GB that take no room": (lambda path: (path.touch(), os.truncate(path, 4 << 30)), "--max-manifest-bytes"),
+}
 
 
 def test_what_is_no_manifest_is_refused_unread(copies: Copies, subtests: pytest.Subtests) -> None:
     def arrange(what: str, world: World) -> list[Work]:
-        put_in_place_of_a_manifest(what, world.json_path)
+        world.json_path.unlink()
+        NO_MANIFESTS[what][0](world.json_path)
         return [command(*DUMP, *OWN), command(*VERIFY)]
 
-    says = {"loop": "symbolic links", "folder": "a directory", "4 GB that take no room": "--max-manifest-bytes"}
-    for met in each_at_the_fence(copies, ["FIFO", "folder", "device", "loop", "4 GB that take no room"], arrange):
+    for met in each_at_the_fence(copies, list(NO_MANIFESTS), arrange):
         with subtests.test(case=met.case):
             assert len(met.outcomes) == 2
             for outcome in met.outcomes:
-                refused(outcome, 2, "ManifestError", says.get(met.case, "not a regular file"))
+                refused(outcome, 2, "ManifestError", NO_MANIFESTS[met.case][1])
             assert met.after == met.before
 
 
@@ -649,21 +643,6 @@ def test_a_cache_from_elsewhere_cannot_raise_a_cap(world: World, what: str) -> N
 def test_the_command_has_the_caps_of_the_library() -> None:
     library = (manifest.MAX_BYTES, features.MAX_BYTES, MOST_BYTES)
     assert library == (options.MAX_MANIFEST, options.MAX_FEATURE, options.MAX_CHECKPOINT)
-
-
-def test_a_source_of_features_has_a_cap_of_its_own(world: World) -> None:
-    file = world.permitted()[0]
-    size = world.feature(file).stat().st_size
-    assert FeatureSource(world.root, max_bytes=size).read(file).array.shape == (12, 20)
-    with pytest.raises(FeatureError, match=f"it has {size} bytes, expected at most {size - 1}; --max-feature-bytes"):
-        FeatureSource(world.root, max_bytes=size - 1).read(file)
-
-
-def test_a_manifest_is_read_up_to_its_cap(world: World) -> None:
-    size = world.json_path.stat().st_size
-    assert len(load_manifest(world.json_path, max_bytes=size)) == 7
-    with pytest.raises(ManifestError, match=f"{size} bytes, expected at most {size - 1}; --max-manifest-bytes"):
-        load_manifest(world.json_path, max_bytes=size - 1)
 
 
 def test_the_limit_of_checkpoints_holds_within_its_block_and_for_factories_too(world: World) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import xxhash
+from hostile_stores import sealed
 from hypothesis import given
 from hypothesis import strategies as st
 from store_fixtures import no_file_over, origin, snapshot
@@ -37,18 +38,11 @@ def path(tmp_path: Path) -> Path:
     return written
 
 
-def redigested(text: str) -> bytes:
-    """The text with the digest that belongs to it."""
-    head, _, _ = text.rpartition('"digest": "')
-    unset = f'{head}"digest": "{"0" * 32}"\n }}\n}}\n'.encode()
-    return unset.replace(b"0" * 32, xxhash.xxh3_128_hexdigest(unset).encode())
-
-
 def rewrite(path: Path, change: Any) -> None:
     """Change what the index says, and make the digest fit."""
     content = json.loads(path.read_text())
     change(content)
-    path.write_bytes(redigested(json.dumps(content, indent=1) + "\n"))
+    path.write_bytes(sealed(json.dumps(content, indent=1) + "\n"))
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
@@ -98,7 +92,7 @@ def test_reading_without_maps_is_the_same_whatever_the_block(
 
 def test_equal_content_gives_equal_bytes(path: Path) -> None:
     before = path.read_bytes()
-    assert redigested(before.decode()) == before
+    assert sealed(before.decode()) == before
     write_index(path, 1, MAPS, record())
     assert path.read_bytes() == before
 
@@ -129,32 +123,17 @@ def test_a_write_that_fails_leaves_the_earlier_index_and_no_temporary(
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "[]",
-        "null",
-        '"kd_cache"',
-        '{"kd_cache": 3}',
-        '{"kd_cache": {}}',
-        '{"kd_cache": {"format_version": true}}',
-        "\ufeff{}",
-        '{"kd_cache": ' + "[" * 100_000,
-        '{"num_samples": ' + "1" * 10_000 + "}",
-        "\x93NUMPY",
+        *("", "[]", "null", '"kd_cache"', "\ufeff{}", "\x93NUMPY", '{"\udcff": 1}'),
+        *('{"kd_cache": 3}', '{"kd_cache": {}}', '{"kd_cache": {"format_version": true}}'),
+        *('{"kd_cache": ' + "[" * 100_000, '{"num_samples": ' + "1" * 10_000 + "}"),
         '\n "num_samples": ',
         '{\n "num_samples": 3,\n "kd_cache": {"digest": 1}}',
     ],
     ids=lambda text: repr(text[:20]),
 )
 def test_what_is_no_index_is_refused(path: Path, text: str, maps: bool) -> None:
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(CorruptError, match=r"cache_index\.json is damaged"):
-        read_index(path, maps=maps)
-
-
-@pytest.mark.parametrize("maps", [True, False])
-def test_bytes_that_are_not_utf8_are_refused(path: Path, maps: bool) -> None:
-    path.write_bytes(b'{"\xff": 1}')
-    with pytest.raises(CorruptError, match="not JSON"):
         read_index(path, maps=maps)
 
 
@@ -163,24 +142,17 @@ def entry(**changes: Any) -> Any:
 
 
 MALFORMED = {
-    "no teachers": lambda content: content["kd_cache"].pop("teachers"),
-    "teachers as a list": lambda content: content["kd_cache"].update(teachers=["scene"]),
     "no counts": lambda content: content.pop("num_samples"),
-    "counts as text": lambda content: content.update(num_samples="many"),
     "no missing": lambda content: content["kd_cache"].pop("missing"),
     "missing as a number": lambda content: content["kd_cache"].update(missing=3),
     "an unknown dtype": entry(dtype="bf16"),
     "an unknown value kind": entry(value_kind="softmax"),
     "classes as text": entry(num_classes="3"),
-    "parts of another fingerprint": entry(parts={"weights": "others"}),
     "parts as a list": entry(parts=["weights"]),
     "no parts": lambda content: content["kd_cache"]["teachers"]["scene"].pop("parts"),
     "class names as a number": entry(class_names=3),
-    "a teacher that leads elsewhere": lambda content: content["kd_cache"]["teachers"].update(
-        {"../x": content["kd_cache"]["teachers"]["scene"]}
-    ),
-    "a teacher without a map": lambda content: content.pop("scene"),
 }
+"""Beside those of `hostile_stores.INDEXES`, which meet the commands as well."""
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -202,21 +174,6 @@ def test_a_newer_format_is_refused_and_says_to_update(path: Path, maps: bool) ->
     with pytest.raises(StoreError, match="version 2") as caught:
         read_index(path, maps=maps)
     assert "Update" in str(caught.value.hint)
-
-
-@pytest.mark.parametrize("maps", [True, False])
-@pytest.mark.parametrize("what", ["fifo", "folder", "nothing", "file in the way"])
-def test_what_is_no_file_is_an_error_at_once(path: Path, what: str, maps: bool) -> None:
-    path.unlink()
-    if what == "fifo":
-        os.mkfifo(path)
-    elif what == "folder":
-        path.mkdir()
-    elif what == "file in the way":
-        path.write_text("x")
-        path = path / "cache_index.json"
-    with pytest.raises(FileNotFoundError if what == "nothing" else StoreError, match=r"cache_index\.json"):
-        read_index(path, maps=maps)
 
 
 def test_a_cache_without_an_index_has_none(tmp_path: Path) -> None:
@@ -267,24 +224,8 @@ def test_plain_words_are_teacher_names(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *[
-            "",
-            ".",
-            "..",
-            "../x",
-            "a/b",
-            "/etc",
-            "a\\b",
-            ".hidden",
-            "-x",
-            "_x",
-            "a b",
-            "a\n",
-            "a\0",
-            "é",
-            "x" * 65,
-            "\x1b[31m",
-        ],
+        *["", ".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "-x", "_x", "a b", "a\n", "a\0", "é", "x" * 65],
+        "\x1b[31m",
         *["packs", "Packs", "PACKS", "num_samples", "kd_cache", "KD_Cache", "cache_index.json", "plan.json"],
     ],
     ids=repr,

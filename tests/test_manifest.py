@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd_cache.dataset.manifest import Manifest, Sample, load_manifest, parse_manifest, spelling
+from kd_cache.dataset.manifest import Sample, load_manifest, parse_manifest, spelling
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import ManifestError
 from kd_cache.keys import sample_key
@@ -69,24 +69,9 @@ def test_every_field_of_a_row_arrives() -> None:
     )
 
 
-@pytest.mark.parametrize("lists", [("train",), ("train", "test"), ("test", "val", "train")])
-def test_lists_may_be_absent_or_in_any_order(lists: tuple[str, ...]) -> None:
-    samples = parse({name: [row(name, split=...)] for name in lists})
-    assert [s.split for s in samples] == list(lists)
-
-
-def test_label_is_the_older_name_of_scene_label() -> None:
-    assert parse([row(scene_label=..., label=4)])[0].scene_label == 4
-    assert parse([row(scene_label=4, label=4)])[0].scene_label == 4
-
-
-@pytest.mark.parametrize(("new", "old"), [(3, None), (None, 3)])
-def test_a_null_beside_the_other_name_of_a_label_does_not_erase_it(new: int | None, old: int | None) -> None:
-    assert parse([row(scene_label=new, label=old)])[0].scene_label == 3
-
-
-def test_contradicting_labels_are_refused() -> None:
-    assert "scene_label is 3 but label is 4" in refusal([row(label=4)])
+@pytest.mark.parametrize(("new", "old"), [(..., 4), (4, 4), (4, None), (None, 4)])
+def test_label_is_the_older_name_of_scene_label_and_a_null_erases_neither(new: Any, old: Any) -> None:
+    assert parse([row(scene_label=new, label=old)])[0].scene_label == 4
 
 
 @pytest.mark.parametrize("device", DCASE.devices)
@@ -95,10 +80,6 @@ def test_device_and_domain_follow_from_one_another(device: str) -> None:
     for given_fields in ({"device_id": ...}, {"domain": ...}, {"device_id": None}, {"domain": None}, {}):
         sample = parse([row(**({"domain": domain, "device_id": device} | given_fields))])[0]
         assert (sample.domain, sample.device_id) == (domain, device)
-
-
-def test_domains_are_those_of_the_task() -> None:
-    assert DCASE.domain_of == {"A": 0, "b": 1, "c": 2, "s1": 3, "s2": 4, "s3": 5, "s4": 6, "s5": 7, "s6": 8}
 
 
 def test_both_spellings_of_the_source_device_mean_it() -> None:
@@ -118,17 +99,6 @@ def test_city_label_and_a_targets_scene_label_may_be_absent() -> None:
 
 def test_fields_of_others_are_left_alone() -> None:
     assert parse([row(duration=10.0, tags=["x", {"y": None}])])[0].file == "x/y.npy"
-
-
-def test_load_keeps_path_and_digest_of_the_bytes(tmp_path: Path) -> None:
-    import hashlib
-
-    path = tmp_path / "dataset.json"
-    path.write_text(json.dumps([row()]))
-    manifest = load_manifest(path)
-    assert manifest.path == path
-    assert manifest.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (len(manifest), [s.file for s in manifest]) == (1, ["x/y.npy"])
 
 
 # -- locations ---------------------------------------------------------------------------------------------------------
@@ -163,10 +133,54 @@ def test_a_location_of_the_wrong_type_is_refused(field: str, value: Any) -> None
 
 # -- types, ranges, contradictions -------------------------------------------------------------------------------------
 
-WRONG_TYPES = [True, False, "3", "", 3.0, 3.5, [3], {"a": 3}]
+NO_INTEGERS = [True, False, "3", "", 3.0, 3.5, [3], {"a": 3}]
 
 
-@pytest.mark.parametrize("value", WRONG_TYPES, ids=repr)
+@given(st.sampled_from(["scene_label", "city_label"]), st.integers(-3, 30), st.integers(2, 20))
+def test_labels_are_read_up_to_the_number_of_classes_and_refused_beyond(field: str, value: int, classes: int) -> None:
+    content, sizes = [row(**({"scene_label": 0, "city_label": 0} | {field: value}))], {f"num_{field[:-6]}s": classes}
+    sizes = {name.replace("citys", "cities"): size for name, size in sizes.items()}
+    if 0 <= value < classes:
+        assert getattr(parse(content, **sizes)[0], field) == value
+    else:
+        assert f"{field} is {value}, expected 0 to {classes - 1}" in refusal(content, **sizes)
+
+
+SOURCE = {"device_id": "A", "domain": 0}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "contradicting labels": ([row(label=4)], "scene_label is 3 but label is 4"),
+    "an older label out of range": ([row(scene_label=..., label=10)], "label is 10, expected 0 to 9"),
+    "a domain of none": ([row(domain=9, device_id=...)], "domain must be an integer from 0 to 8"),
+    "a domain of 30 digits": ([row(domain=10**30, device_id=...)], "domain must be an integer from 0 to 8"),
+    "another device's domain": ([row(device_id="s4")], "device_id s4 has domain 6, but domain is 1"),
+    "neither": ([row(device_id=..., domain=...)], "neither device_id nor domain"),
+    "a source row without scene": ([row(scene_label=..., **SOURCE)], "scene_label is missing"),
+    **{f"a file that is {file!r}": ([row(file=file)], "file must be a string") for file in (..., None, 3, ["x"])},
+    **{f"a row that is {item!r}": ([item], "expected an object, found") for item in (3, "x", None, [row()])},
+    **{f"all of it {item!r}": (item, "expected a list of samples or an object of lists") for item in (3, "x", None)},
+    **{f"a list that is {rows!r}": ({"train": rows}, "train must be a list of samples") for rows in ({}, "x", None)},
+    "an unknown list": ({"train": [row()], "dev": []}, "dev"),
+    "keyed by file": ({f"x/{number}.npy": row() for number in range(5000)}, "4980 more (5000 in all)"),
+    "no split": ([row("a"), row("b", split=...)], "sample[1] (b)"),
+    "no split, never train": ([row("b", split=...)], "never guessed"),
+    "empty": ([], "empty"),
+    "empty lists": ({"train": [], "val": []}, "empty"),
+    "a row by list, position and file": (
+        {"train": [row("ok")], "test": [row("fine"), row("bad/one.npy", city_label="x")]},
+        "test[1] (bad/one.npy)",
+    ),
+    "a file twice": ([row(), row("other"), row()], "x/y.npy"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), REFUSED.values(), ids=REFUSED)
+def test_each_way_to_be_no_manifest_is_refused_and_named_on_one_screen(content: Any, says: str) -> None:
+    message = refusal(content)
+    assert says in message
+    assert message.count("\n") < 25
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
 @pytest.mark.parametrize("field", ["scene_label", "city_label", "label", "domain"])
 def test_nothing_is_coerced_to_an_integer(field: str, value: Any) -> None:
     message = refusal([row(**{field: value})])
@@ -174,56 +188,11 @@ def test_nothing_is_coerced_to_an_integer(field: str, value: Any) -> None:
     assert "integer" in message
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "sizes"),
-    [
-        ("scene_label", -1, {}),
-        ("scene_label", 10, {}),
-        ("scene_label", 3, {"num_scenes": 3}),
-        ("label", 10, {}),
-        ("city_label", -1, {}),
-        ("city_label", 12, {}),
-        ("city_label", 7, {"num_cities": 7}),
-    ],
-)
-def test_labels_outside_their_range_are_refused_with_the_range(field: str, value: int, sizes: dict[str, int]) -> None:
-    top = sizes.get("num_cities", 12) if field == "city_label" else sizes.get("num_scenes", 10)
-    changes = {"scene_label": ..., field: value} if field == "label" else {field: value}
-    assert f"{field} is {value}, expected 0 to {top - 1}" in refusal([row(**changes)], **sizes)
-
-
-def test_ranges_follow_the_number_of_classes() -> None:
-    sample = parse([row(scene_label=14, city_label=19)], num_scenes=15, num_cities=20)[0]
-    assert (sample.scene_label, sample.city_label) == (14, 19)
-
-
-@pytest.mark.parametrize("domain", [-1, 9, 10**30])
-def test_an_unknown_domain_is_refused(domain: int) -> None:
-    assert "domain must be an integer from 0 to 8" in refusal([row(domain=domain, device_id=...)])
-
-
 @pytest.mark.parametrize("device", ["B", "s7", "S1", "", " b", 1, True, ["b"], {}])
 def test_an_unknown_device_is_refused_with_the_known_ones(device: Any) -> None:
     message = refusal([row(device_id=device, domain=...)])
     assert "device_id is" in message
     assert "A, b, c, s1, s2, s3, s4, s5, s6" in message
-
-
-def test_a_device_that_contradicts_its_domain_is_refused() -> None:
-    assert "device_id s4 has domain 6, but domain is 1" in refusal([row(device_id="s4")])
-
-
-def test_a_row_with_neither_device_nor_domain_is_refused() -> None:
-    assert "neither device_id nor domain" in refusal([row(device_id=..., domain=...)])
-
-
-def test_a_source_row_without_scene_label_is_refused() -> None:
-    assert "scene_label is missing" in refusal([row(device_id="A", domain=0, scene_label=...)])
-
-
-@pytest.mark.parametrize("file", [..., None, 3, True, ["x"], {}])
-def test_a_file_that_is_no_text_is_refused(file: Any) -> None:
-    assert "file must be a string" in refusal([row(file=file)])
 
 
 @pytest.mark.parametrize(
@@ -236,43 +205,7 @@ def test_a_file_that_no_path_can_be_is_refused(text: str, reason: str) -> None:
     assert message.isprintable()
 
 
-@pytest.mark.parametrize("content", [[3], ["x"], [None], [[row()]], {"train": [7]}])
-def test_a_row_that_is_no_object_is_refused(content: Any) -> None:
-    assert "expected an object, found" in refusal(content)
-
-
-@pytest.mark.parametrize("content", [3, "x", None, True, 1.5])
-def test_a_manifest_that_is_neither_list_nor_object_is_refused(content: Any) -> None:
-    assert "expected a list of samples or an object of lists" in refusal(content)
-
-
-def test_an_unknown_list_is_refused_by_name() -> None:
-    assert "dev" in refusal({"train": [row()], "dev": []})
-
-
-def test_a_manifest_keyed_by_file_is_refused_on_one_screen() -> None:
-    message = refusal({f"x/{number}.npy": row() for number in range(5000)})
-    assert "4980 more (5000 in all)" in message
-    assert message.count("\n") < 25
-
-
-@pytest.mark.parametrize("rows", [{}, "x", 3, None])
-def test_a_list_that_is_no_list_is_refused(rows: Any) -> None:
-    assert "train must be a list of samples" in refusal({"train": rows})
-
-
-def test_a_refusal_names_list_position_and_file() -> None:
-    message = refusal({"train": [row("ok")], "test": [row("fine"), row("bad/one.npy", city_label="x")]})
-    assert "test[1] (bad/one.npy)" in message
-
-
 # -- splits ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_row_without_any_split_is_refused_and_never_train() -> None:
-    message = refusal([row("a"), row("b", split=...)])
-    assert "sample[1] (b)" in message
-    assert "never guessed" in message
 
 
 @pytest.mark.parametrize("split", [None, "", 0, True, ["train"], {}])
@@ -282,16 +215,7 @@ def test_a_split_that_is_no_word_is_refused_in_either_shape(shape: str, split: A
     assert "split must be a word" in refusal(rows if shape == "flat" else {"train": rows})
 
 
-@pytest.mark.parametrize("content", [[], {}, {"train": []}, {"train": [], "val": [], "test": []}])
-def test_an_empty_manifest_is_refused(content: Any) -> None:
-    assert "empty" in refusal(content)
-
-
 # -- duplicates --------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_file_twice_is_refused() -> None:
-    assert "x/y.npy" in refusal([row(), row("other"), row()])
 
 
 @pytest.mark.parametrize(
@@ -332,27 +256,16 @@ GOOD = json.dumps([row()]).encode()
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        pytest.param(b"", "not valid UTF-8 JSON", id="empty file"),
-        pytest.param(b"\xef\xbb\xbf" + GOOD, "BOM", id="byte-order mark"),
-        pytest.param(GOOD.decode().encode("utf-16"), "not valid UTF-8 JSON", id="UTF-16"),
         pytest.param(GOOD.replace(b"x/y", b"x/\xff"), "not valid UTF-8 JSON", id="not UTF-8"),
-        pytest.param(GOOD.replace(b": 3,", b": NaN,"), "NaN is not JSON", id="NaN"),
         pytest.param(GOOD.replace(b": 3,", b": Infinity,"), "Infinity is not JSON", id="Infinity"),
-        pytest.param(GOOD.replace(b": 3,", b": -Infinity,"), "-Infinity is not JSON", id="-Infinity"),
-        pytest.param(GOOD.replace(b": 3,", b": 1e999,"), "integer", id="overflowing number"),
-        pytest.param(b'[{"file": "a", "file": "b"}]', "key file occurs twice", id="duplicate key"),
-        pytest.param(b'{"train": [], "train": []}', "key train occurs twice", id="duplicate list"),
-        pytest.param(b'[{"a\\u001b": 1, "a\\u001b": 2}]', r"key a\x1b occurs twice", id="duplicate key with escape"),
-        pytest.param(b"[" * 100_000, "nested too deeply", id="100k nesting"),
-        pytest.param(b'{"train":' * 100_000, "nested too deeply", id="100k nesting of objects"),
         pytest.param(b'[{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}]", "nested too deeply", id="closed nesting"),
         pytest.param(GOOD.replace(b": 3,", b": " + b"9" * 10_000 + b","), "4300 digits", id="10k-digit integer"),
         pytest.param(GOOD + b"[]", "Extra data", id="trailing bytes"),
-        pytest.param(b"\x80\x04\x95K\x01.", "not valid UTF-8 JSON", id="pickle"),
         pytest.param(b"\x1f\x8b\x08\x00" + bytes(20), "not valid UTF-8 JSON", id="gzip"),
     ],
 )
 def test_bytes_that_are_no_manifest_are_refused_with_the_reason(raw: bytes, reason: str) -> None:
+    """Beside those of `hostile_data.MANIFESTS`, which meet the commands."""
     message = refusal(raw)
     assert reason in message
     assert len(message) < 500
@@ -380,10 +293,6 @@ def test_terminal_escapes_in_names_are_escaped_in_messages() -> None:
     message = refusal([row("a\x1b[2J\x07\u202eb", scene_label=99)])
     assert r"a\x1b[2J\x07\u202eb" in message
     assert message.isprintable()
-
-
-def test_escapes_in_duplicates_are_escaped_too() -> None:
-    assert "\x1b" not in refusal([row("a\x1b[2J"), row("./a\x1b[2J")])
 
 
 # -- files that are not one --------------------------------------------------------------------------------------------
@@ -432,58 +341,9 @@ def test_keys_are_the_md5_of_the_path_exactly_as_written(file: str, key: str) ->
 # -- size --------------------------------------------------------------------------------------------------------------
 
 
-def test_140_000_rows_load() -> None:
-    rows = [
-        {
-            "file": f"audio/{DCASE.scenes[n % 10]}-{DCASE.cities[n % 12]}-{n // 300}-{n}-a.wav",
-            "scene_label": n % 10,
-            "city_label": n % 12,
-            "domain": 0,
-            "device_id": "A",
-            "split": "train",
-        }
-        for n in range(140_000)
-    ]
-    assert len(Manifest(parse(rows), "")) == 140_000
-
-
 # -- properties --------------------------------------------------------------------------------------------------------
 
 small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
-
-FILES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
-ROWS = st.builds(
-    lambda file, scene, city, device, split: {
-        "file": file,
-        "scene_label": scene,
-        "city_label": city,
-        "device_id": device,
-        "domain": DCASE.domain_of[device],
-        "split": split,
-    },
-    FILES,
-    st.integers(0, 9),
-    st.none() | st.integers(0, 11),
-    st.sampled_from(DCASE.devices),
-    st.sampled_from(["train", "val", "test", "unused"]),
-)
-
-
-@small
-@given(st.lists(ROWS, min_size=1, max_size=8, unique_by=lambda r: spelling(r["file"])), st.booleans())
-def test_what_is_written_is_what_is_read(rows: list[Row], ascii_only: bool) -> None:
-    samples = parse_manifest(json.dumps(rows, ensure_ascii=ascii_only).encode(), "m.json")
-    assert [
-        {
-            "file": s.file,
-            "scene_label": s.scene_label,
-            "city_label": s.city_label,
-            "device_id": s.device_id,
-            "domain": s.domain,
-            "split": s.split,
-        }
-        for s in samples
-    ] == rows
 
 
 @small

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import xxhash
+from hostile_stores import STRUCTURES, Build, changed, linked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, checksums, forge, md5, names, origin, plain_pack, seal_bytes
@@ -197,10 +197,6 @@ def refuse_opening(path: Path, *kinds: type[KDCacheError]) -> KDCacheError:
     return caught.value
 
 
-def smallest(packs: Path) -> Path:
-    return Rows.of(["a"], 1, "fp16").write(packs, origin("t", 1, "fp16"))
-
-
 def test_a_wrong_name_is_refused(packs: Path) -> None:
     path = FIVE.write(packs, SCENE)
     digest = path.stem.partition("-")[2]
@@ -210,123 +206,14 @@ def test_a_wrong_name_is_refused(packs: Path) -> None:
     open_pack(path)
 
 
-def test_a_newer_format_is_refused_and_says_to_update(packs: Path) -> None:
-    def later(file: h5py.File) -> None:
-        plain_pack(file, FIVE, SCENE)
-        file.attrs["format_version"] = np.bytes_(b"2")
-
-    def unknown(file: h5py.File) -> None:
-        file["something else"] = 1
-
-    for build in (later, unknown):
-        error = refuse_opening(forge(packs, build, version=2), StoreError)
-        assert "version 2" in error.message
-        assert error.hint is not None
-        assert "Update" in error.hint
-
-
-def test_a_newer_version_in_the_first_bytes_alone_is_damage(packs: Path) -> None:
-    error = refuse_opening(forge(packs, lambda file: plain_pack(file, FIVE, SCENE), version=2))
-    assert "its first bytes name a newer one" in error.message
-
-
-def replace(name: str, value: object) -> Callable[[h5py.File], None]:
-    def build(file: h5py.File) -> None:
-        plain_pack(file, FIVE, SCENE)
-        del file[name]
-        file[name] = value
-
-    return build
-
-
-def attribute(name: str, value: object) -> Callable[[h5py.File], None]:
-    def build(file: h5py.File) -> None:
-        plain_pack(file, FIVE, SCENE)
-        del file.attrs[name]
-        if value is not None:
-            file.attrs[name] = value
-
-    return build
-
-
-def created(name: str, *args: object, **options: object) -> Callable[[h5py.File], None]:
-    def build(file: h5py.File) -> None:
-        plain_pack(file, FIVE, SCENE)
-        del file[name]
-        file.create_dataset(name, *args, **options)
-
-    return build
-
-
-def extra(file: h5py.File) -> None:
-    plain_pack(file, FIVE, SCENE)
-    file["more"] = np.zeros(3)
-
-
-def group(file: h5py.File) -> None:
-    plain_pack(file, FIVE, SCENE)
-    del file["logits"]
-    file.create_group("logits")
-
-
-def no_rows(file: h5py.File) -> None:
-    plain_pack(file, FIVE.part([]), SCENE)
-
-
-def parts_of(value: object) -> Callable[[h5py.File], None]:
-    """Parts that are not names and texts, under the fingerprint that they have."""
-
-    def build(file: h5py.File) -> None:
-        made_by = Origin("scene", Fingerprint(value), "logits", 3, "fp32")  # type: ignore[arg-type]
-        plain_pack(file, FIVE, made_by)
-
-    return build
-
-
 SWAPPED = FIVE.part([0, 1, 2, 3, 4])
 SWAPPED.keys = FIVE.keys[[1, 0, 2, 3, 4]]
-OFFSETS = np.cumsum([0, *[len(file) for file in FIVE.files]]).astype("<u8")
-WRONG = {
-    "doubles": replace("logits", FIVE.logits.astype("<f8")),
-    "big-endian": replace("logits", FIVE.logits.astype(">f4")),
-    "halves where floats are promised": replace("logits", FIVE.logits.astype("<f2")),
-    "integers": replace("logits", FIVE.logits.astype("<i4")),
-    "flat logits": replace("logits", FIVE.logits.reshape(-1)),
-    "one logit": replace("logits", np.float32(1)),
-    "strings": replace("logits", np.array([b"abc"] * 5)),
-    "a group": group,
-    "one dataset too many": extra,
-    "a dataset missing": lambda file: (plain_pack(file, FIVE, SCENE), file.__delitem__("inputs"))[0],
-    "no rows": no_rows,
-    "keys of 15 bytes": replace("keys", FIVE.keys[:, :15]),
-    "checksums of one row less": replace("checksums", np.zeros(4, "<u8")),
-    "checksums of 32 bits": replace("checksums", np.zeros(5, "<u4")),
-    "offsets one too few": replace("file_offsets", OFFSETS[:5]),
-    "offsets that do not begin at 0": replace("file_offsets", OFFSETS + np.uint64(1)),
-    "signed offsets": replace("file_offsets", OFFSETS.astype("<i8")),
-    "a forged fingerprint": attribute("fingerprint", np.bytes_(b"0" * 64)),
-    "parts that are no JSON": attribute("parts", np.bytes_(b"{")),
-    "parts that are numbers": parts_of({"weights": 3}),
-    "a teacher that is not UTF-8": attribute("teacher", np.bytes_(b"\xff\xfe")),
-    "an unknown dtype": attribute("dtype", np.bytes_(b"bf16")),
-    "another dtype": attribute("dtype", np.bytes_(b"fp16")),
-    "an unknown value kind": attribute("value_kind", np.bytes_(b"softmax")),
-    "too few class names": attribute("class_names", np.bytes_(b'["bus"]')),
-    "class names that are no list": attribute("class_names", np.bytes_(b'{"a":0,"b":1,"c":2}')),
-    "an attribute missing": attribute("value_kind", None),
-    "an array of strings": attribute("value_kind", np.array([b"logits"])),
-    "a number": attribute("value_kind", 3),
-}
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_every_wrong_structure_is_refused_even_under_a_correct_digest(packs: Path, case: str) -> None:
-    """And those of `hostile_stores.PACKS`, which the commands meet."""
-
-    def build(file: h5py.File) -> None:
-        WRONG[case](file)
-
-    refuse_opening(forge(packs, build))
+@pytest.mark.parametrize(("build", "says"), STRUCTURES.values(), ids=STRUCTURES)
+def test_every_wrong_structure_is_refused_even_under_a_correct_digest(packs: Path, build: Build, says: str) -> None:
+    error = refuse_opening(forge(packs, lambda file: build(file, FIVE, SCENE)))
+    assert says in error.message
 
 
 def test_a_pack_made_with_plain_h5py_is_read(packs: Path) -> None:
@@ -336,16 +223,10 @@ def test_a_pack_made_with_plain_h5py_is_read(packs: Path) -> None:
     np.testing.assert_array_equal(pack.logits, FIVE.logits)
 
 
-@pytest.mark.parametrize("name", ["logits", "keys"])
-def test_an_external_link_is_refused_without_opening_what_it_names(packs: Path, tmp_path: Path, name: str) -> None:
+def test_an_external_link_is_refused_without_opening_what_it_names(packs: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer for ever
-
-    def build(file: h5py.File) -> None:
-        plain_pack(file, FIVE, SCENE)
-        del file[name]
-        file[name] = h5py.ExternalLink(str(tmp_path / "pipe"), f"/{name}")
-
-    assert "link" in refuse_opening(forge(packs, build)).message
+    link = linked("logits", h5py.ExternalLink(str(tmp_path / "pipe"), "/logits"))
+    assert "link" in refuse_opening(forge(packs, lambda file: link(file, FIVE, SCENE))).message
 
 
 def test_libhdf5_opens_no_file(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,27 +282,19 @@ def test_a_row_that_does_not_fit_its_checksum_or_its_key_is_named(packs: Path) -
 def test_a_name_that_is_not_utf8_is_an_error_and_not_another_name(packs: Path) -> None:
     blob = np.frombuffer("".join(FIVE.files).encode(), np.uint8).copy()
     blob[3] = 0xFF
-    pack = open_pack(forge(packs, replace("files", blob)))
+    pack = open_pack(forge(packs, lambda file: changed("files", lambda _: blob)(file, FIVE, SCENE)))
     with pytest.raises(CorruptError, match="UTF-8"):
         assert pack.files
 
 
-@pytest.mark.parametrize("what", ["fifo", "folder", "nothing", "no permission", "empty"])
-def test_what_is_no_file_is_an_error_at_once(packs: Path, what: str) -> None:
+def test_no_file_and_no_permission_are_told_apart(packs: Path) -> None:
     path = packs / f"scene-{'0' * 32}.h5"
-    if what == "fifo":
-        os.mkfifo(path)
-    elif what == "folder":
-        path.mkdir()
-    elif what == "empty":
-        path.touch()
-    elif what == "no permission":
-        if os.geteuid() == 0:
-            pytest.skip("root may read every file")
-        path.touch(mode=0)
-    kinds = {"nothing": FileNotFoundError, "empty": CorruptError}
-    with pytest.raises(kinds.get(what, StoreError), match=path.name):
+    with pytest.raises(FileNotFoundError, match=path.name):
         open_pack(path)
+    if os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    path.touch(mode=0)
+    refuse_opening(path, StoreError)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -451,7 +324,7 @@ def test_parts_too_long_for_an_attribute_are_refused(packs: Path) -> None:
     assert os.listdir(packs) == []
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", ["fsync", "replace", "open"])
 def test_a_failing_system_call_leaves_nothing_and_is_named(
     packs: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int

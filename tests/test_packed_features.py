@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pickle
@@ -20,11 +19,10 @@ import h5py
 import numpy as np
 import pytest
 from conftest import REPO, TINY, Run, World
-from store_fixtures import forks
 
 from kd_cache.dataset import packed as packed_features
 from kd_cache.dataset import packed_samples
-from kd_cache.dataset.features import Feature, FeatureSource, input_digest
+from kd_cache.dataset.features import Feature, FeatureSource
 from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.errors import FeatureError, UsageError
 
@@ -50,10 +48,6 @@ def as_rows(path: Path, values: np.ndarray, files: Any = FILES, **options: Any) 
     return path
 
 
-def as_rows_of_fixed_strings(path: Path, values: np.ndarray, **options: Any) -> Path:
-    return as_rows(path, values, np.array([name.encode() for name in FILES]), **options)
-
-
 def refusal(source: PackedFeatures, file: str) -> str:
     """The message that a sample is refused with, alone and among others, and by `shape` unless values are at fault."""
     with pytest.raises(FeatureError) as caught:
@@ -73,37 +67,6 @@ def file_refusal(path: Path) -> str:
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
-
-WAYS: dict[str, Callable[..., Path]] = {"datasets": as_datasets, "rows": as_rows, "fixed": as_rows_of_fixed_strings}
-STORED: dict[str, dict[str, Any]] = {
-    "contiguous": {},
-    "chunked": {"chunks": True},
-    "gzip": {"compression": "gzip"},
-    "gzip and shuffle": {"compression": "gzip", "compression_opts": 9, "shuffle": True},
-    "shuffle alone": {"shuffle": True},
-}
-
-
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
-@pytest.mark.parametrize("way", WAYS)
-def test_each_way_to_pack_gives_the_arrays_and_digests_of_single_files(
-    tmp_path: Path, way: str, dtype: str, stored: str
-) -> None:
-    values = arrays(dtype)
-    source = PackedFeatures(WAYS[way](tmp_path / "f.h5", values, **STORED[stored]))
-    single = FeatureSource(tmp_path)
-    for name, value in zip(FILES, values, strict=True):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        with (tmp_path / name).open("wb") as file:
-            np.save(file, value)
-        found, alone = source.read(name), single.read(name)
-        np.testing.assert_array_equal(found.array, value)
-        assert found.array.dtype == alone.array.dtype
-        assert found.digest == alone.digest == input_digest(value)
-        assert found.array.flags.c_contiguous
-        assert not found.array.flags.writeable
-        assert source.shape(name) == single.shape(name) == (9, 5)
 
 
 @pytest.mark.parametrize("chunks", [(1, 9, 5), (2, 9, 5), (3, 4, 2), (5, 1, 5), (5, 9, 5), (4, 8, 4), (1, 1, 1)])
@@ -330,17 +293,7 @@ def test_each_way_to_be_no_file_of_features_is_refused(
     assert reason in file_refusal(tmp_path / "f.h5")
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "kill -SEGV $$",
-        "kill -XCPU $$",
-        "exit 1",
-        "echo nonsense",
-        "printf ''",
-        "printf 'PK\\003\\004'",
-    ],
-)
+@pytest.mark.parametrize("script", ["kill -SEGV $$", "exit 1", "echo nonsense", "printf ''", "printf 'PK\\003\\004'"])
 def test_a_crash_of_libhdf5_is_an_error_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     path = as_rows(tmp_path / "f.h5", arrays())
     fake = tmp_path / "python"
@@ -389,17 +342,6 @@ def test_a_file_that_is_replaced_is_read_no_more(tmp_path: Path) -> None:
     np.testing.assert_array_equal(PackedFeatures(path).read(FILES[1]).array, arrays()[1] + 1)
 
 
-def test_the_numbers_of_a_sample_are_those_of_the_file(tmp_path: Path) -> None:
-    source = PackedFeatures(as_rows(tmp_path / "f.h5", arrays()))
-    status = (tmp_path / "f.h5").stat()
-    rows = source.stat_many(["none.npy", *FILES])
-    assert rows.shape == (6, 5)
-    assert rows.dtype == np.int64
-    assert (rows[0] == -1).all()
-    expected = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    assert (rows[1:] == np.array(expected)).all()
-
-
 # -- threads and processes ---------------------------------------------------------------------------------------------
 
 
@@ -424,33 +366,11 @@ def test_threads_share_a_source_and_its_chunks(tmp_path: Path, monkeypatch: pyte
     assert len(source._unpacked) <= 3 + len(threads)
 
 
-@forks
-def test_a_source_may_be_forked_and_pickled(tmp_path: Path) -> None:
-    source = PackedFeatures(as_rows(tmp_path / "f.h5", arrays(), chunks=True, compression="gzip"))
-    source.read(FILES[0])
-    child = os.fork()
-    if child == 0:
-        same = (source.read(FILES[3]).array == arrays()[3]).all()
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    copy = pickle.loads(pickle.dumps(source))  # noqa: S301 (what DataLoader does)
-    np.testing.assert_array_equal(copy.read(FILES[2]).array, arrays()[2])
-    kept = pickle.dumps(source)
+def test_a_pickled_source_of_a_file_that_was_changed_is_read_no_more(tmp_path: Path) -> None:
+    kept = pickle.dumps(PackedFeatures(as_rows(tmp_path / "f.h5", arrays(), chunks=True, compression="gzip")))
     with h5py.File(tmp_path / "f.h5", "r+") as file:
         file["features"][0] = 1
-    assert "was changed" in refusal(pickle.loads(kept), FILES[2])  # noqa: S301
-
-
-def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
-    path = as_rows(tmp_path / "f.h5", arrays())
-    gc.collect()  # what earlier tests left, so that it does not go in between
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        PackedFeatures(path).read(FILES[0])
-        with pytest.raises(UsageError):
-            PackedFeatures(tmp_path)
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert "was changed" in refusal(pickle.loads(kept), FILES[2])  # noqa: S301 (what DataLoader does)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from kd_cache.score.engine import Batch, Engine
 from kd_cache.score.planning import Places, Ranks, best_batch_size
 from kd_cache.score.reading import CHUNK, read_ahead
 from kd_cache.score.stages import READING, SCORING, Busy
-from kd_cache.score.storage_cost import StorageCost, kl_divergence
+from kd_cache.score.storage_cost import StorageCost
 from kd_cache.store.plan import Place, Shape
 from kd_cache.watch import Watcher
 
@@ -445,22 +445,6 @@ def test_commits_do_not_hold_up_scoring(world: World, monkeypatch: pytest.Monkey
     assert scored_meanwhile.is_set()
 
 
-def test_interrupted_scoring_keeps_what_was_scored(world: World) -> None:
-    class Interrupted(Linear):
-        calls = 0
-
-        def forward(self, features: torch.Tensor) -> torch.Tensor:
-            self.calls += 1
-            if self.calls == 4:
-                raise KeyboardInterrupt
-            return super().forward(features)
-
-    with pytest.raises(KeyboardInterrupt):
-        dump_logits(_job(world, Interrupted(1), batch_size=2), Listening())
-    report = dump_logits(_job(world, Linear(1), batch_size=2), Listening())
-    assert report.teachers["tiny"].skipped == 6
-
-
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -478,9 +462,3 @@ def test_a_gpu_gives_the_same_bits_each_time_and_the_cpus_numbers(world: World) 
 
 def _job_on(world: World, device: str) -> DumpJob:
     return DumpJob(world.root / "cache", world.data(), {"tiny": Linear(1)}, torch.device(device))
-
-
-def test_kl_is_that_of_torch() -> None:
-    a, b = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = torch.nn.functional.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction="none").sum(1)
-    np.testing.assert_allclose(kl_divergence(a.numpy(), b.numpy()), expected.numpy(), rtol=1e-9)

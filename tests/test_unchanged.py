@@ -48,18 +48,18 @@ def dumped(dump: Run, read: list[str]) -> Run:
     return call  # type: ignore[return-value]
 
 
-def test_a_rerun_reads_nothing_that_nobody_touched(dumped: Run, world: World, read: list[str]) -> None:
+def test_a_rerun_a_part_and_a_dry_run_read_nothing_that_nobody_touched(
+    dumped: Run, world: World, read: list[str]
+) -> None:
     assert sorted(read) == sorted(world.permitted())
-    result = dumped("--json")
-    assert read == []
-    told = json.loads(result.stdout)["teachers"]["tiny"]
-    assert (told["scored"], told["skipped"]) == (0, len(world.permitted()))
-
-
-def test_a_dry_run_reads_nothing_that_nobody_touched(dumped: Run, world: World, read: list[str]) -> None:
-    result = dumped("--dry-run", "--json")
-    assert read == []
-    assert json.loads(result.stdout)["teachers"]["tiny"]["skipped"] == len(world.permitted())
+    for options in (["--json"], ["--dry-run", "--json"], ["--shard", "1/2"]):
+        result = dumped(*options)
+        assert read == []
+        if "--json" in options:
+            told = json.loads(result.stdout)["teachers"]["tiny"]
+            assert (told["scored"], told["skipped"]) == (0, len(world.permitted()))
+    dumped("--reread")
+    assert sorted(read) == sorted(world.permitted())
 
 
 def test_a_feature_that_was_just_written_is_not_believed_yet(
@@ -71,11 +71,6 @@ def test_a_feature_that_was_just_written_is_not_believed_yet(
         world.write_feature(world.permitted()[0], np.zeros((12, 20), np.float32))
         assert dump("--num-verify", 0).exit_code == 0
         assert world.permitted()[0] in read
-
-
-def test_the_reread_option_reads_everything(dumped: Run, world: World, read: list[str]) -> None:
-    dumped("--reread")
-    assert sorted(read) == sorted(world.permitted())
 
 
 def test_a_touched_feature_is_read_and_still_fresh(dumped: Run, world: World, read: list[str]) -> None:
@@ -156,11 +151,6 @@ def test_another_teacher_reads_what_one_has_scored(dumped: Run, world: World, re
     dumped("--teacher", "third=tiny_teachers:other", "--only", "third")
     assert sorted(read) == sorted(world.permitted())
     dumped("--teacher", "third=tiny_teachers:other", "--only", "third")
-    assert read == []
-
-
-def test_a_part_goes_by_notes_too(dumped: Run, world: World, read: list[str]) -> None:
-    dumped("--shard", "1/2")
     assert read == []
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,12 @@ from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
 
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError
-from kd_cache.files import atomic
 from kd_cache.files.atomic import remove_files
 from kd_cache.keys import KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.store import cache as folder_module
 from kd_cache.store.cache import CacheFolder, find_caches
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import Pack, open_pack
+from kd_cache.store.pack import CHECKED_AT_ONCE, Pack, open_pack
 from kd_cache.store.union import Merged, Union, merge_packs
 
 SCENE = origin()
@@ -48,17 +44,6 @@ def seal_and_remove(directory: Path, opened: list[Pack], rows: Rows) -> Merged:
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
-
-
-def test_keys_are_the_md5_of_the_path_as_written() -> None:
-    known = {  # by md5sum
-        "": "d41d8cd98f00b204e9800998ecf8427e",
-        "x/y.npy": "3b43e1bfadcd868c5ec6e675763f6fad",
-        "./x/y.npy": "43e40ca37c2ead3bdc266991b7d8175f",
-        "métro.npy": "fc4aad6580c122ddf3d1e4602691df19",
-    }
-    assert [key.tobytes().hex() for key in keys_of(known)] == list(known.values())
-    assert keys_of([]).shape == (0, 16)
 
 
 # Keys out of few halves, so that many share their first eight bytes, which the search looks at first.
@@ -170,10 +155,33 @@ def test_negative_zero_and_other_nans_are_other_bytes(packs: Path) -> None:
 
 
 def test_a_disagreement_is_reported_once_and_also_beside_another_input(packs: Path) -> None:
-    versions = [Rows.of(["a"], seed=seed) for seed in range(3)] + [Rows.of(["a"], seed=3, inputs=1)]
+    versions = [Rows.of(["a"], seed=seed, inputs=seed == 3) for seed in range(4)]
     union = Union([open_pack(rows.write(packs, SCENE)) for rows in versions])
     assert union.ambiguous.all()
     assert union.disagreements() == ["a"]
+
+
+def test_packs_that_are_checked_already_are_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows.of(names(2 * CHECKED_AT_ONCE), 3)
+    for part in range(2):
+        rows.part(range(part, len(rows), 2)).write(tmp_path, SCENE)
+    union = Union([open_pack(path, "lazy") for path in tmp_path.iterdir()])
+    asked: list[str] = []
+    touch = Pack.touch
+
+    def counted(self: Pack, wanted: np.ndarray) -> None:
+        asked.append(self.path.name)
+        touch(self, wanted)
+
+    monkeypatch.setattr(Pack, "touch", counted)
+    first, everything = np.flatnonzero(union.pack_no == 0)[:5], np.arange(len(union))
+    np.testing.assert_array_equal(union.take(first), rows.logits[first])
+    assert asked == [union.packs[0].path.name]  # the other holds none of these
+    for _ in range(2):
+        np.testing.assert_array_equal(union.take(everything), rows.logits)
+        union.touch(everything)
+        assert asked == [pack.path.name for pack in union.packs]  # the first was a single block
+    assert union.take(everything[:0]).shape == (0, 3)
 
 
 # -- seal -------------------------------------------------------------------------------------------------------------
@@ -222,23 +230,14 @@ def test_a_seal_that_keeps_nothing_leaves_nothing(packs: Path) -> None:
     assert (sealed.path, len(sealed.absent), sealed.left_out) == (None, 0, 0)
 
 
-def test_a_sealed_pack_is_not_written_again(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("further", [[], [[0, 5], [3]]])
+def test_a_seal_whose_result_is_one_of_its_packs_keeps_that(
+    packs: Path, monkeypatch: pytest.MonkeyPatch, further: list[list[int]]
+) -> None:
     rows = Rows.of(names(9))
-    path = rows.write(packs, SCENE)
-
-    def never(*args: object) -> None:
-        raise AssertionError("nothing was to be written")
-
-    before = path.stat()
-    seal_all(packs, rows, [path])
-    assert path.stat().st_ino == before.st_ino
-    monkeypatch.setattr("kd_cache.store.union.write_pack", never)
-    assert seal_all(packs, rows, [path]).path == path
-
-
-def test_a_seal_whose_result_is_one_of_its_packs_keeps_that(packs: Path) -> None:
-    rows = Rows.of(names(9))
-    paths = [rows.write(packs, SCENE), rows.part([0, 5]).write(packs, SCENE), rows.part([3]).write(packs, SCENE)]
+    paths = [rows.write(packs, SCENE), *(rows.part(part).write(packs, SCENE) for part in further)]
+    if not further:
+        monkeypatch.setattr("kd_cache.store.union.write_pack", lambda *_: pytest.fail("nothing was to be written"))
     content = paths[0].read_bytes()
     assert seal_all(packs, rows, paths).path == paths[0]
     assert snapshot(packs) == {paths[0].name: content}
@@ -260,61 +259,6 @@ def test_a_seal_removes_exactly_what_it_merged(packs: Path) -> None:
     gone = {path.name for path in merged}
     assert set(snapshot(packs)) == kept.keys() - gone | {sealed.path.name}
     assert all(path.read_bytes() == kept[path.name] for path in others)
-
-
-def test_a_seal_that_cannot_write_removes_nothing(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows.of(names(8))
-    paths = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
-    before = snapshot(packs)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match="No space left"):
-            seal_all(packs, rows, paths)
-    assert snapshot(packs) == before
-
-
-def test_a_seal_is_durable_before_it_removes_anything(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows.of(names(8))
-    paths = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
-    calls: list[str] = []
-    fsync, unlink, replace = os.fsync, Path.unlink, Path.replace
-
-    def on_fsync(descriptor: int) -> None:
-        calls.append("fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
-        fsync(descriptor)
-
-    def on_unlink(path: Path, missing_ok: bool = False) -> None:
-        if path.name.startswith("scene-"):
-            calls.append("remove")
-        unlink(path, missing_ok)
-
-    def on_replace(path: Path, target: Path) -> Path:
-        calls.append("put in place")
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", on_fsync)
-    monkeypatch.setattr(Path, "unlink", on_unlink)
-    monkeypatch.setattr(Path, "replace", on_replace)
-    seal_all(packs, rows, paths)
-    assert calls == ["fsync file", "put in place", "fsync folder", "remove", "remove", "fsync folder"]
-
-
-def test_two_seals_at_once_leave_the_same_union(packs: Path) -> None:
-    rows = Rows.of(names(12))
-    early = [rows.part(range(4)).write(packs, SCENE), rows.part(range(4, 8)).write(packs, SCENE)]
-    first = [open_pack(path) for path in early]
-    late = rows.part(range(8, 12)).write(packs, SCENE)
-    second = [open_pack(path) for path in [*early, late]]
-    seal_and_remove(packs, first, rows.part(range(8)))
-    sealed = seal_and_remove(packs, second, rows)  # two of its packs are gone by now
-    union = CacheFolder(packs.parent).packs().union(SCENE)
-    assert union is not None
-    assert union.take(union.match(rows.keys, rows.inputs)).tobytes() == rows.logits.tobytes()
-    assert (len(os.listdir(packs)), sealed.left_out) == (2, 0)
 
 
 # -- looking while others work ----------------------------------------------------------------------------------------
@@ -360,43 +304,6 @@ def test_packs_that_never_stop_changing_are_an_error_and_no_endless_loop(
         CacheFolder(packs.parent).packs()
 
 
-def test_readers_see_every_row_while_packs_are_split_and_sealed(packs: Path) -> None:
-    rows = Rows.of(names(30))
-    rows.write(packs, SCENE)
-    stop = threading.Event()
-    wrong: list[str] = []
-    looks: list[int] = []
-
-    def read() -> None:
-        while not stop.is_set():
-            found = CacheFolder(packs.parent).packs()
-            union = found.union(SCENE)
-            held = None if union is None else union.match(rows.keys, rows.inputs)
-            if held is None or union is None or found.damaged or (held < 0).any():
-                wrong.append(f"{found}")
-            elif union.take(held).tobytes() != rows.logits.tobytes():
-                wrong.append("other rows")
-            looks.append(1)
-
-    readers = [threading.Thread(target=read) for _ in range(3)]
-    for reader in readers:
-        reader.start()
-    shuffled = np.random.default_rng(0)
-    try:
-        for _ in range(12):
-            (whole,) = packs.glob("scene-*.h5")
-            numbers = shuffled.permutation(30)
-            paths = [rows.part(numbers[start::3]).write(packs, SCENE) for start in range(3)]
-            whole.unlink()
-            seal_all(packs, rows, paths)
-    finally:
-        stop.set()
-        for reader in readers:
-            reader.join()
-    assert wrong == []
-    assert len(looks) > 3
-
-
 def test_a_damaged_pack_is_listed_with_its_error_beside_the_good_ones(packs: Path) -> None:
     good = Rows.of(names(4)).write(packs, SCENE)
     bad = Rows.of(names(4, 9)).write(packs, SCENE)
@@ -426,17 +333,6 @@ def test_a_folder_without_packs_has_none_and_an_unreadable_one_is_an_error(tmp_p
     (tmp_path / "packs").write_text("a file")
     with pytest.raises(StoreError, match="packs"):
         CacheFolder(tmp_path).packs()
-
-
-def test_new_folders_are_durable_before_anything_is_put_into_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[Path] = []
-    monkeypatch.setattr(atomic, "sync_directory", synced.append)
-    atomic.make_directory(tmp_path / "cache" / "A2b" / "packs")
-    assert set(synced) == {tmp_path, tmp_path / "cache", tmp_path / "cache" / "A2b"}
-    atomic.make_directory(tmp_path / "cache")
-    assert len(synced) == 3
 
 
 def test_caches_are_the_a2_folders_with_an_index(tmp_path: Path) -> None:

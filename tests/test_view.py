@@ -92,7 +92,9 @@ def test_a_view_that_stands_is_mended_and_other_files_in_it_stay(view: Path) -> 
     assert write_view(view, blocks()) == 2
     assert problems(view) == {}
     assert path_of(view, 1).stat().st_ino == before.st_ino
+    (view / ".tmp-1-2").write_bytes(b"half a row of another writer")
     assert stored_names(view) == {*view_names(FIVE.keys), "notes.txt"}
+    assert stored_names(view.parent / "nothing") == set()
 
 
 def test_many_rows_are_written_by_several_threads(tmp_path: Path) -> None:
@@ -129,12 +131,6 @@ def test_another_process_that_is_faster_keeps_its_folder(tmp_path: Path, theirs:
     assert write_view(tmp_path / "scene", late) == 5 - len(theirs)
     assert problems(tmp_path / "scene") == {}
     assert os.listdir(tmp_path) == ["scene"]
-
-
-def test_another_writers_temporary_is_no_row(view: Path) -> None:
-    (view / ".tmp-1-2").write_bytes(b"half a row")
-    assert len(stored_names(view)) == 5
-    assert stored_names(view.parent / "nothing") == set()
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 147])
@@ -221,14 +217,6 @@ def test_a_folder_that_cannot_be_made_or_listed_is_an_error(tmp_path: Path) -> N
 @pytest.fixture
 def cache(tmp_path: Path) -> MadeCache:
     return two_teachers(tmp_path / "A2b", classes=10)
-
-
-def test_the_line_of_the_documentation_reads_every_row(cache: MadeCache) -> None:
-    for teacher, rows in cache.rows.items():
-        for file, row in rows.by_file().items():
-            with open(cache.path / "cache_index.json") as index:
-                loaded = np.load(json.load(index)[teacher][file])
-            np.testing.assert_array_equal(loaded, row)
 
 
 def test_a_batch_by_the_index_alone_is_in_the_order_asked_for(cache: MadeCache) -> None:

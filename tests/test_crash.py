@@ -20,6 +20,7 @@ from store_fixtures import DeadError, dying, snapshot
 
 from kd_cache import KDCacheError, LogitCache
 from kd_cache.store.index import read_index
+from kd_cache.store.pack import open_pack, write_pack
 
 MOMENTS = often(6, 30, 1000)
 """How many of a command's moments are tried."""
@@ -88,6 +89,15 @@ def damage(world: World, run: Run) -> None:
     next(world.cache.glob("permitted-*")).unlink()
 
 
+def wrong_rows(world: World, run: Run) -> None:
+    """Rows under each other's keys, every checksum right."""
+    dump_of(world, run, "--no-files")
+    pack = open_pack(next((world.cache / "packs").glob("tiny-*")))
+    rows, names = np.roll(pack.logits, 1, axis=0), [file.encode() for file in pack.files]
+    pack.path.unlink()
+    write_pack(pack.path.parent, pack.origin, pack.keys, pack.inputs, names, rows.__getitem__)
+
+
 def garbage(world: World, run: Run) -> None:
     dump_of(world, run, "--dtype", "fp16", "--no-files")
     dump_of(world, run)
@@ -102,6 +112,7 @@ CASES = {
     "merge": Case(parts_apart, ("merge", "part0/A2b", "part1/A2b", *DATA)),
     "adopt": Case(rows_to_adopt, ("adopt", "rows.tsv", *DATA), ends=(0, 2)),  # the name may be taken: by these rows
     "repair": Case(damage, ("repair", *DATA, *TINY), rescores=True),
+    "repair of wrong rows": Case(wrong_rows, ("repair", *DATA, *TINY, "--recompute"), rescores=True),
     "gc": Case(garbage, ("gc", "--older-than", "0")),
     "export": Case(dump_of, ("export", "--to", "pt", "--output", "out"), ("--overwrite",)),
     "export of the view": Case(lambda w, r: dump_of(w, r, "--no-files"), ("export", "cache/A2b", "--to", "npy")),

@@ -8,6 +8,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -414,16 +415,20 @@ def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_rows_that_rot_between_two_looks_are_not_exported(tmp_path: Path) -> None:
+def test_rows_that_rot_between_two_looks_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = two_teachers(tmp_path / "A2b")
     (pack,) = (cache.path / "packs").glob("scene-*.h5")
+    mkdir = os.mkdir
 
-    class Rotting(Watcher):
-        def stage(self, name: str, total: int) -> None:
-            flip(8 * (pack.stat().st_size // 2))
+    def rotting(*args: Any, **options: Any) -> None:
+        """The folder is made when everything was found to be whole."""
+        flip(8 * (pack.stat().st_size // 2))
+        mkdir(*args, **options)
 
-    with flipping(pack) as flip, pytest.raises(CorruptError):
-        export_logits(ExportJob(CacheFolder(cache.path), "tsv", tmp_path / "out", only=["scene"]), Rotting())
+    with flipping(pack) as flip:
+        monkeypatch.setattr(os, "mkdir", rotting)
+        with pytest.raises(CorruptError):
+            export(cache, "tsv", tmp_path / "out", only=["scene"])
     assert os.listdir(tmp_path / "out") == []
 
 

@@ -169,23 +169,15 @@ def test_the_batch_size_of_a_begun_cache_stays(dump: Run, world: World) -> None:
 def test_a_sample_that_is_no_longer_permitted_leaves_packs_view_and_index(
     cached: World, dump: Run, world: World
 ) -> None:
+    """Superseded packs too: those of another precision."""
+    dump("--dtype", "fp16")
     gone = world.permitted()[0]
     world.rows = [row for row in world.rows if row["file"] != gone]
     world.write()
-    result = report(dump("--json"))
+    result = report(dump("--dtype", "fp16", "--json"))
     assert result["teachers"]["tiny"]["dropped"] == 1
     assert not world.view("tiny", gone).exists()
     assert gone not in (world.cache / "cache_index.json").read_text()
-    for path in (world.cache / "packs").iterdir():
-        assert gone not in open_pack(path).files
-
-
-def test_a_forbidden_sample_leaves_superseded_packs_too(cached: World, dump: Run, world: World) -> None:
-    dump("--dtype", "fp16")
-    gone = world.permitted()[0]
-    world.rows = [row for row in world.rows if row["file"] != gone]
-    world.write()
-    dump("--dtype", "fp16")
     for path in (world.cache / "packs").iterdir():
         assert gone not in open_pack(path).files
 
@@ -323,18 +315,6 @@ def test_skip_lists_non_finite_logits_for_their_teacher_only(run: Run, world: Wo
     assert bad
     assert len(index["tiny"]) == 20
     assert set(index["bad"]) == set(world.permitted()) - bad
-
-
-def test_skip_lists_samples_that_a_teacher_refuses(run: Run, world: World) -> None:
-    args = ("--teacher", "picky=tiny_teachers:picky", *TINY[:2], "--only", "picky", "--only", "tiny")
-    result = run("dump", "--target", "b", "--json-path", world.json_path, *args, "--on-bad-sample", "skip", "--json")
-    assert result.exit_code == 3
-    short = {file for file in world.permitted() if len(np.load(world.feature(file))) < 16}
-    missing = report(result)["missing"]
-    assert set(missing) == short
-    assert all("at least 16 frames" in reason for reason in missing.values())
-    index = json.loads((world.cache / "cache_index.json").read_text())
-    assert len(index["tiny"]) == 20
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -17,7 +17,7 @@ from conftest import Run, World
 from fault_tools import ended_at_last, host
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_fixtures import MadeCache, Rows, make_cache, md5, names, origin, snapshot, two_teachers
+from store_fixtures import MadeCache, Rows, flip, make_cache, md5, names, origin, snapshot, two_teachers
 
 from kd_cache.care.gc import OLDER_THAN, GcReport, find_garbage, remove_garbage
 from kd_cache.cli import gc as command
@@ -186,9 +186,8 @@ def test_an_empty_folder_of_no_teacher_goes_when_it_is_old(cache: MadeCache) -> 
 
 def test_a_damaged_pack_is_told_of_and_stays_and_so_do_the_row_files_it_can_be_mended_from(cache: MadeCache) -> None:
     pack = next((cache.path / "packs").glob("scene-*"))
-    content = bytearray(pack.read_bytes())
-    content[600] ^= 1
-    put(pack, bytes(content))
+    flip(pack, 600)
+    age(pack)
     before = snapshot(cache.path)
     report = collect(cache.path)
     assert removed(report) == set()

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, Run, World
-from store_fixtures import no_file_over, snapshot
+from store_fixtures import flip, no_file_over, rewrite, snapshot
 
 from kd_cache.care import merge
 from kd_cache.keys import sample_key
 from kd_cache.store.index import read_index
-from kd_cache.store.pack import open_pack, write_pack
+from kd_cache.store.pack import open_pack
 
 OTHER_RUN = ("begun", "created", "digest", "settings", "shown_path", "environment", "manifest")
 
@@ -270,10 +270,7 @@ def test_a_finished_source_gives_what_it_serves_and_not_what_it_is_being_rescore
 
 
 def break_pack(path: Path) -> None:
-    pack = next((path / "packs").glob("tiny-*"))
-    content = bytearray(pack.read_bytes())
-    content[-5] ^= 1
-    pack.write_bytes(content)
+    flip(next((path / "packs").glob("tiny-*")), -5)
 
 
 def break_pending(path: Path) -> None:
@@ -311,9 +308,7 @@ def test_rows_under_wrong_keys_are_not_merged(dump: Run, merged: Run, world: Wor
     logits[np.arange(len(pack)), [label[file] for file in pack.files]] = (
         1  # a cache that is always right was not dumped
     )
-    names = [file.encode() for file in pack.files]
-    write_pack(path.parent, pack.origin, pack.keys, pack.inputs, names, logits.__getitem__)
-    path.unlink()
+    rewrite(pack, logits)
     assert "logits are joined to wrong rows" in refused(merged, world, 4, "whole/A2b")
 
 
@@ -351,9 +346,7 @@ def test_a_sample_scored_twice_with_other_bits_is_reported(dump: Run, merged: Ru
     pack = open_pack(path)
     logits = pack.logits.copy()
     logits[5] += np.float32(1e-5)
-    names = [file.encode() for file in pack.files]
-    write_pack(path.parent, pack.origin, pack.keys, pack.inputs, names, logits.__getitem__)
-    path.unlink()
+    rewrite(pack, logits)
     result = merged("one/A2b", "two/A2b")
     assert "1 samples were scored twice with different bits" in result.stderr
     assert pack.files[5] in result.stderr

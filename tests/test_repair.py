@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
-from store_fixtures import Rows, forge, plain_pack, snapshot
+from store_fixtures import Rows, flip, forge, plain_pack, rewrite, snapshot
 
 from kd_cache import LogitCache
 from kd_cache.errors import KDCacheError, MissingLogitsError
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index
-from kd_cache.store.pack import Pack, write_pack
+from kd_cache.store.pack import Pack
 
 SEEN: dict[int, set[bytes]] = {}
 """The features that each teacher (by its seed) was shown, as bytes."""
@@ -146,19 +146,6 @@ def entry(world: World, teacher: str) -> dict[str, Any]:
 def pack_of(world: World, teacher: str) -> Pack:
     name = entry(world, teacher)["pack"]
     return next(pack for pack in CacheFolder(world.cache).packs().good if pack.path.name == name)
-
-
-def flip(path: Path, at: int | None = None) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if at is None else at] ^= 0x10
-    path.write_bytes(content)
-
-
-def rewrite(pack: Pack, rows: np.ndarray) -> Path:
-    """The same pack with other logits, every checksum right."""
-    pack.path.unlink()
-    names = [file.encode() for file in pack.files]
-    return write_pack(pack.path.parent, pack.origin, pack.keys, pack.inputs, names, rows.__getitem__)
 
 
 def fresh(

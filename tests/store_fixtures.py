@@ -20,7 +20,7 @@ import xxhash
 
 from kd_cache.store.index import origin_entry, write_index
 from kd_cache.store.origin import Fingerprint, Origin
-from kd_cache.store.pack import write_pack
+from kd_cache.store.pack import Pack, write_pack
 
 # Python 3.12 warns of any fork in a process with threads; torch has threads, and DataLoader forks.
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
@@ -188,6 +188,20 @@ def seal_bytes(directory: Path, body: bytes, teacher: str = "scene", version: in
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    """Change one bit of a file, by default in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 0x10
+    path.write_bytes(content)
+
+
+def rewrite(pack: Pack, rows: np.ndarray) -> Path:
+    """The same pack with other logits, every checksum right."""
+    pack.path.unlink()
+    names = [file.encode() for file in pack.files]
+    return write_pack(pack.path.parent, pack.origin, pack.keys, pack.inputs, names, rows.__getitem__)
 
 
 @contextmanager

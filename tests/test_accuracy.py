@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
-from store_fixtures import Rows, make_cache, md5, origin, snapshot
+from store_fixtures import Rows, make_cache, md5, origin, rewrite, snapshot
 
 from kd_cache.dataset.guard import select
 from kd_cache.dataset.manifest import load_manifest
-from kd_cache.errors import CorruptError
 from kd_cache.store.accuracy import Accuracy, changed_labels, measure, stored_accuracy
 from kd_cache.store.accuracy import alarm as alarm_of
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index, write_index
-from kd_cache.store.pack import Pack, write_pack
+from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
-from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
 
 CLEAR = ("--teacher", "clear=test_accuracy:clear", "--only", "clear")
@@ -141,9 +138,7 @@ def exchange(world: World, first: int, second: int, teacher: str = "clear") -> t
     rows = pack.logits.copy()
     at = [pack.files.index(file) for file in files]
     rows[at] = rows[at[::-1]]
-    pack.path.unlink()
-    names = [file.encode() for file in pack.files]
-    write_pack(pack.path.parent, pack.origin, pack.keys, pack.inputs, names, rows.__getitem__)
+    rewrite(pack, rows)
     views = [world.view(teacher, file) for file in files]
     if all(view.exists() for view in views):
         content = [view.read_bytes() for view in views]
@@ -188,16 +183,6 @@ def test_rows_of_the_target_do_not_count_with_a_label_or_without(dump: Run, veri
     exchange(world, 12, 15)
     assert verify("--all").exit_code == 0  # nobody may know what they are
     assert verify("--all", "--recompute").exit_code == 4
-
-
-def test_the_targets_labels_are_nowhere_in_the_cache(cached: World, world: World) -> None:
-    stored = np.load(next(world.cache.glob("permitted-*.npy")))
-    labels = {row[:16].tobytes(): int.from_bytes(row[16:].tobytes(), "little", signed=True) for row in stored}
-    assert len(labels) == len(world.permitted())
-    for row in world.rows:
-        if row["file"] in world.permitted():
-            expected = row["scene_label"] if row["device_id"] == "A" else -1
-            assert labels[md5(row["file"])] == expected
 
 
 def test_every_split_of_the_rows_into_blocks_gives_the_same_accuracy(
@@ -350,19 +335,14 @@ def test_the_next_publication_measures_with_the_new_labels_and_scores_nothing(
     assert entry(world)["accuracy"] == {"correct": 8, "rows": LABELLED}
 
 
-def test_labels_of_the_target_are_nobodys_business(cached: World, verify: Run, world: World) -> None:
+def test_labels_of_the_target_and_of_cities_are_nobodys_business(cached: World, verify: Run, world: World) -> None:
+    for row in world.rows:
+        row["city_label"] = (row["city_label"] + 1) % 12
     for number in range(12, 20):
         relabel(world, number, 7)
     assert verify("--all").exit_code == 0
     for number in range(12, 20):
         relabel(world, number, None)
-    assert verify("--all").exit_code == 0
-
-
-def test_city_labels_are_no_part_of_it(cached: World, verify: Run, world: World) -> None:
-    for row in world.rows:
-        row["city_label"] = (row["city_label"] + 1) % 12
-    world.write()
     assert verify("--all").exit_code == 0
 
 
@@ -417,11 +397,6 @@ def reasons(result: Any) -> str:
 def add_rows(world: World, dump: Run) -> None:
     for number in range(40, 45):
         say(world, world.add(number, "A", "train"), 0)
-    world.write()
-
-
-def remove_rows(world: World, dump: Run) -> None:
-    del world.rows[0:5]
     world.write()
 
 
@@ -511,17 +486,6 @@ def lose_a_pack(world: World, dump: Run) -> None:
     only_pack(world).path.unlink()
 
 
-def damage_a_pack(world: World, dump: Run) -> None:
-    path = only_pack(world).path
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def another_teacher(world: World, dump: Run) -> None:
-    assert dump(teachers=DULL).exit_code == 0
-
-
 def another_teacher_after_labels_changed(world: World, dump: Run) -> None:
     relabel(world, 0, 5)
     assert dump(teachers=DULL).exit_code == 0
@@ -530,12 +494,6 @@ def another_teacher_after_labels_changed(world: World, dump: Run) -> None:
 def features_gone(world: World, dump: Run) -> None:
     for row in world.rows[:2]:
         world.feature(row["file"]).unlink()
-
-
-def skipped_samples(world: World, dump: Run) -> None:
-    for row in world.rows[:2]:
-        world.feature(row["file"]).write_bytes(b"no")
-    assert dump("--on-bad-sample", "skip").exit_code == 3
 
 
 def skipped_samples_came_back_in_a_part(world: World, dump: Run) -> None:
@@ -548,30 +506,20 @@ def skipped_samples_came_back_in_a_part(world: World, dump: Run) -> None:
     assert dump("--shard", "0/2").exit_code == 0
 
 
-def first_version(world: World, dump: Run) -> None:
-    as_by_the_first_version(world)
-
-
 EVENTS = [
     add_rows,
-    remove_rows,
     exchange_rows,
     part_of_new_rows,
     part_of_changed_features,
-    all_of_changed_features,
     changed_features_and_a_lost_pack,
     a_changed_feature_after_a_lost_pack,
     interrupted_rescoring,
     interrupted_rescoring_of_everything,
     other_weights_begun,
     lose_a_pack,
-    damage_a_pack,
-    another_teacher,
     another_teacher_after_labels_changed,
     features_gone,
-    skipped_samples,
     skipped_samples_came_back_in_a_part,
-    first_version,
 ]
 
 
@@ -593,7 +541,7 @@ def test_what_is_not_a_wrong_join_is_never_called_one(
         assert "joined" not in reasons(result)
     # Nor does the dump that puts it right stop.
     after = with_dtype("--on-bad-sample", "skip")
-    assert after.exit_code == (3 if event in (features_gone, skipped_samples) else 0), after.output
+    assert after.exit_code == (3 if event is features_gone else 0), after.output
     clean = verify("--all", "--json")
     assert clean.exit_code == after.exit_code
     assert entry(world)["accuracy"] == dict(zip(("correct", "rows"), by_the_book(world), strict=True))
@@ -689,14 +637,6 @@ def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-def test_labels_are_those_of_the_source_in_key_order(world: World) -> None:
-    selection = select(load_manifest(world.json_path), "b")
-    keys, labels = selection.keys, selection.labels
-    expected = {md5(row["file"]): row["scene_label"] if row["device_id"] == "A" else None for row in world.rows}
-    assert [key.tobytes() for key in keys] == sorted(md5(file) for file in world.permitted())
-    assert labels.tolist() == [-1 if expected[key.tobytes()] is None else expected[key.tobytes()] for key in keys]
-
-
 def test_a_source_row_without_a_label_has_none(world: World) -> None:
     """A manifest file must label the source; a `Selection` made by hand need not."""
     selection = select(load_manifest(world.json_path), "b")
@@ -754,18 +694,6 @@ def test_an_accuracy_is_compared_over_the_same_rows_of_the_same_features_and_no_
     assert alarm(union(then, changed), permitted, told) is None
 
 
-def test_the_message_names_both_accuracies_as_a_person_reads_them(tmp_path: Path) -> None:
-    made = origin()
-    rows = Rows.of([f"x/{number}.npy" for number in range(30)])
-    (tmp_path / "packs").mkdir()
-    rows.write(tmp_path / "packs", made)
-    union = CacheFolder(tmp_path).packs().union(made)
-    told = kept(union, Permitted.of(rows.keys, rows.logits.argmax(axis=1)))
-    why = alarm(union, Permitted.of(rows.keys, (rows.logits.argmax(axis=1) + 1) % 3), told)
-    assert why is not None
-    assert re.search(r"was 100\.00 % \(30 of 30\) .* is 0\.00 % \(0 of 30\) now", why)
-
-
 def test_a_lost_list_of_labels_leaves_nothing_to_refuse_by(cached: World, dump: Run, verify: Run, world: World) -> None:
     next(world.cache.glob("permitted-*.npy")).unlink()
     result = verify("--all", "--json")
@@ -773,13 +701,3 @@ def test_a_lost_list_of_labels_leaves_nothing_to_refuse_by(cached: World, dump: 
     assert [problem["about"] for problem in problems(result)] == ["index"]
     assert dump().exit_code == 0
     assert verify("--all").exit_code == 0
-
-
-def test_errors_of_a_refusal_can_be_caught_as_corrupt(world: World, dump: Run) -> None:
-    from kd_cache.care.seal import SealJob, seal_cache
-
-    dump()
-    exchange(world, 0, 1)
-    job = SealJob(Snapshot(CacheFolder(world.cache)), world.data())
-    with pytest.raises(CorruptError, match="clear: its accuracy"):
-        seal_cache(job)

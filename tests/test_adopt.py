@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import warnings
@@ -24,8 +23,7 @@ from hypothesis import strategies as st
 from store_fixtures import Rows, make_cache, md5, origin, snapshot
 from typer.testing import Result
 
-import kd_cache.exchange.adopt
-from kd_cache import CorruptError, FeatureError, LogitCache, Manifest, Sample, Selection, StoreError, UsageError
+from kd_cache import CorruptError, FeatureError, LogitCache, Manifest, Sample, Selection, UsageError
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.features import Feature, FeatureSource
 from kd_cache.exchange.adopt import NOT_ADOPTED, AdoptJob, adopt_rows
@@ -198,19 +196,6 @@ def test_permitted_samples_without_a_row_are_missing_and_said_to_be(adopt: Adopt
         opened(tmp_path / "mine/A2b").rows(absent)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("to", ["pt", "tsv"])
-def test_what_a_dump_made_comes_back_bit_by_bit(
-    adopt: Adopt, run: Run, dump: Run, world: World, tmp_path: Path, dtype: str, to: str
-) -> None:
-    dump("--dtype", dtype)
-    run("export", "--to", to, "--output", "out")
-    more = ("--dtype", dtype) if to == "tsv" else ()
-    assert adopt(f"out/tiny.{to}", *more).exit_code == 0
-    assert snapshot(tmp_path / "mine/A2b/outside") == snapshot(world.cache / "tiny")
-    assert record(tmp_path / "mine/A2b")["teachers"]["outside"]["dtype"] == dtype
-
-
 NAMES = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30
 ) | st.sampled_from(["a\tb", 'q"', "\r", "\n", "\r\n", " x ", "file", "ü", "\u2028", "\x85", "\ufeffx", '"', "'", "\\"])
@@ -355,15 +340,6 @@ def test_a_cache_of_another_target_is_another_teachers(adopt: Adopt, world: Worl
     assert "--target c" in result.stderr
 
 
-def test_another_older_cache_is_never_overwritten(adopt: Adopt, world: World, tmp_path: Path) -> None:
-    path = write_older(tmp_path / "cache/A2b", older_tables(world))
-    before = snapshot(path)
-    result = adopt(write_tsv(tmp_path / "rows.tsv", table(world)), root="cache")
-    assert result.exit_code == 5
-    assert "kd-cache adopt" in result.stderr
-    assert snapshot(path) == before
-
-
 # -- beside what is there ---------------------------------------------------------------------------------------------
 
 
@@ -418,47 +394,6 @@ def test_the_dumps_teachers_stay_as_they_were(adopt: Adopt, dump: Run, world: Wo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(LogitCache.open(world.cache, ["tiny", "other"])) == 20
-
-
-def test_the_mark_survives_a_later_dump_and_a_seal(
-    adopt: Adopt, run: Run, dump: Run, world: World, tmp_path: Path
-) -> None:
-    rows = table(world, classes=10)
-    assert adopt(write_tsv(tmp_path / "rows.tsv", rows), root="cache").exit_code == 0
-    assert dump().exit_code == 0
-    assert run("seal", "--target", "b").exit_code == 0
-    assert record(world.cache)["teachers"]["outside"]["adopted"]["rows"] == 20
-    assert_rows(world.cache, "outside", rows)
-
-
-def test_an_adoption_that_was_interrupted_is_made_again_to_the_same_bytes(
-    adopt: Adopt, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_tsv(tmp_path / "rows.tsv", table(world))
-    adopt(source, root="whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.exchange.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
-        assert adopt(source).exit_code == 1
-    assert not (tmp_path / "mine/A2b/cache_index.json").exists()
-    # Mended meanwhile: what the first attempt left is in nobody's way.
-    mended = table(world)
-    mended[world.permitted()[0]] += 1
-    with monkeypatch.context() as patch:
-        patch.setattr(kd_cache.exchange.adopt, "publish", lambda *_: (_ for _ in ()).throw(StoreError("power cut")))
-        assert adopt(write_tsv(tmp_path / "mended.tsv", mended)).exit_code == 1
-    assert adopt(source).exit_code == 0
-    assert snapshot(tmp_path / "mine/A2b/outside") == snapshot(tmp_path / "whole/A2b/outside")
-    assert record(tmp_path / "mine/A2b")["teachers"]["outside"] == record(tmp_path / "whole/A2b")["teachers"]["outside"]
-
-
-def test_a_cache_in_a_folder_of_another_name_is_left_alone(
-    adopt: Adopt, run: Run, world: World, tmp_path: Path
-) -> None:
-    run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
-    shutil.copytree(tmp_path / "cache/A2c", tmp_path / "mine/A2b")
-    before = snapshot(tmp_path / "mine")
-    assert adopt(write_tsv(tmp_path / "rows.tsv", table(world))).exit_code == 5
-    assert snapshot(tmp_path / "mine") == before
 
 
 # -- the guard and the features ---------------------------------------------------------------------------------------
@@ -658,22 +593,9 @@ def test_a_tensor_without_a_list_means_nothing(adopt: Adopt, world: World, tmp_p
     assert "line 2" in result.stderr
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch was-here",)
-
-
 def saved(value: Any, **more: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, **more)
-    return buffer.getvalue()
-
-
-def repacked(content: bytes, how: int, change: Callable[[str, bytes], bytes] = lambda _, part: part) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", how) as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
     return buffer.getvalue()
 
 
@@ -684,22 +606,11 @@ def other_zip() -> bytes:
     return buffer.getvalue()
 
 
+# What is to run or to fill the memory is refused in `test_hostile.py`.
 TENSORS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a call": (lambda: saved(Evil()), "system"),
-    "a call beside a tensor": (lambda: saved({"logits": torch.ones(3, 4), "files": Evil()}), "system"),
     "a numpy array": (lambda: saved(np.ones((3, 4))), "numpy"),
-    "a pickle": (lambda: pickle.dumps(Evil()), "pickle"),
     "before torch 1.6": (lambda: saved(torch.ones(3, 4), _use_new_zipfile_serialization=False), "newer torch"),
-    "compressed": (lambda: repacked(saved(torch.zeros(300, 400)), zipfile.ZIP_DEFLATED), "compressed"),
     "another zip": (other_zip, "another zip"),
-    "truncated": (lambda: saved(torch.ones(300, 4))[:-100], "damaged"),
-    "a short storage": (
-        lambda: repacked(
-            saved(torch.ones(300, 4)), zipfile.ZIP_STORED, lambda n, part: part[:16] if n.endswith("data/0") else part
-        ),
-        "rows.pt",
-    ),
-    "10^12 numbers of one": (lambda: saved(torch.zeros(1).expand(10**9, 1000)), "promises more"),
     "bfloat16": (lambda: saved(torch.ones(3, 4, dtype=torch.bfloat16)), "float()"),
     "float64": (lambda: saved(torch.ones(3, 4, dtype=torch.float64)), "float64"),
     "integers": (lambda: saved(torch.ones(3, 4, dtype=torch.int64)), "int64"),
@@ -719,9 +630,7 @@ TENSORS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_that_is_not_plain_is_refused_and_nothing_runs(
-    adopt: Adopt, world: World, tmp_path: Path, name: str
-) -> None:
+def test_a_tensor_that_is_not_plain_is_refused(adopt: Adopt, world: World, tmp_path: Path, name: str) -> None:
     content, reason = TENSORS[name]
     (tmp_path / "rows.pt").write_bytes(content())
     (tmp_path / "rows.files.json").write_text(json.dumps(["a", "b", "c"]))
@@ -838,7 +747,7 @@ def test_whether_there_is_a_view_can_be_said(adopt: Adopt, world: World, tmp_pat
     assert len(list((tmp_path / "mine/A2b").glob("*/*.npy"))) == 40
 
 
-def test_the_outcome_is_pure_json_or_nothing(adopt: Adopt, world: World, tmp_path: Path) -> None:
+def test_json_tells_what_came_in(adopt: Adopt, world: World, tmp_path: Path) -> None:
     result = adopt(write_tsv(tmp_path / "rows.tsv", table(world)), "--json")
     content = json.loads(result.stdout)
     assert content["cache"] == "mine/A2b"
@@ -849,8 +758,6 @@ def test_the_outcome_is_pure_json_or_nothing(adopt: Adopt, world: World, tmp_pat
     assert (one["num_classes"], one["value_kind"], one["dtype"]) == (4, "logits", "fp32")
     assert one["fingerprint"] == record(tmp_path / "mine/A2b")["teachers"]["outside"]["fingerprint"]
     assert content["published"]["num_samples"] == 20
-    quiet = adopt(write_tsv(tmp_path / "more.tsv", table(world)), "--quiet", name="more")
-    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
     assert adopt(write_tsv(tmp_path / "third.tsv", table(world)), name=None).exit_code == 0
     assert record(tmp_path / "mine/A2b")["teachers"]["third"]["rows"] == 20
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 from fault_tools import often
-from store_fixtures import DeadError, dying, snapshot
+from store_fixtures import DeadError, dying, rewrite, snapshot
 
 from kd_cache import KDCacheError, LogitCache
 from kd_cache.store.index import read_index
+from kd_cache.store.pack import open_pack
 
 MOMENTS = often(6, 30, 1000)
 """How many of a command's moments are tried."""
@@ -88,6 +89,13 @@ def damage(world: World, run: Run) -> None:
     next(world.cache.glob("permitted-*")).unlink()
 
 
+def wrong_rows(world: World, run: Run) -> None:
+    """Rows under each other's keys, every checksum right."""
+    dump_of(world, run, "--no-files")
+    pack = open_pack(next((world.cache / "packs").glob("tiny-*")))
+    rewrite(pack, np.roll(pack.logits, 1, axis=0))
+
+
 def garbage(world: World, run: Run) -> None:
     dump_of(world, run, "--dtype", "fp16", "--no-files")
     dump_of(world, run)
@@ -102,6 +110,7 @@ CASES = {
     "merge": Case(parts_apart, ("merge", "part0/A2b", "part1/A2b", *DATA)),
     "adopt": Case(rows_to_adopt, ("adopt", "rows.tsv", *DATA), ends=(0, 2)),  # the name may be taken: by these rows
     "repair": Case(damage, ("repair", *DATA, *TINY), rescores=True),
+    "repair of wrong rows": Case(wrong_rows, ("repair", *DATA, *TINY, "--recompute"), rescores=True),
     "gc": Case(garbage, ("gc", "--older-than", "0")),
     "export": Case(dump_of, ("export", "--to", "pt", "--output", "out"), ("--overwrite",)),
     "export of the view": Case(lambda w, r: dump_of(w, r, "--no-files"), ("export", "cache/A2b", "--to", "npy")),
@@ -140,6 +149,7 @@ def served(world: World) -> set[tuple[str, str, bytes]]:
     return found
 
 
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:.*adopted")
 @pytest.mark.parametrize("name", CASES)
 def test_a_command_that_died_served_nothing_wrong_and_run_again_leaves_the_same_bytes(

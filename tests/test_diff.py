@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Run, World
-from store_fixtures import MadeCache, Rows, make_cache, names, origin, snapshot, two_teachers
+from store_fixtures import MadeCache, Rows, make_cache, names, origin, two_teachers
 
-from kd_cache.care.diff import DiffReport, TeacherDiff, diff_caches
-from kd_cache.errors import CorruptError, MissingLogitsError
+from kd_cache.care.diff import TeacherDiff, diff_caches
+from kd_cache.errors import MissingLogitsError
 from kd_cache.store.origin import Origin
 
 
@@ -197,12 +197,11 @@ def test_rows_that_are_not_finite_are_told_of_and_left_out_of_the_distances(tmp_
     json.dumps(report.as_json(), allow_nan=False)
 
 
-def test_the_block_size_changes_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_changes_no_figure(tmp_path: Path) -> None:
     a, b = Rows.of(names(50), seed=1), Rows.of(names(50, start=13), seed=2)
     caches = one(tmp_path / "a", a, packs=3), one(tmp_path / "b", b)
     whole = scene(*caches)
-    monkeypatch.setattr("kd_cache.care.diff._BLOCK_VALUES", 12)  # 4 rows
-    parts = scene(*caches)
+    parts = diff_caches(caches[0].path, caches[1].path, block_values=12).teachers["scene"]  # 4 rows
     assert parts.kl_mean == pytest.approx(whole.kl_mean, rel=1e-12)
     assert vars(parts) | {"kl_mean": 0} == vars(whole) | {"kl_mean": 0}
 
@@ -276,49 +275,6 @@ def test_older_teachers_of_different_sizes_are_each_compared(tmp_path: Path) -> 
     }
 
 
-def unfinished(cache: MadeCache) -> None:
-    (cache.path / "cache_index.json").unlink()
-
-
-def damaged_index(cache: MadeCache) -> None:
-    path = cache.path / "cache_index.json"
-    path.write_text(path.read_text().replace('"num_samples": 6', '"num_samples": 7'))
-
-
-def damaged_pack(cache: MadeCache) -> None:
-    path = next((cache.path / "packs").glob("scene-*"))
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 4
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "error", "message"),
-    [
-        (unfinished, MissingLogitsError, "its dump did not finish"),
-        (lambda cache: shutil.rmtree(cache.path), MissingLogitsError, "there is no cache at"),
-        (damaged_index, CorruptError, "is damaged"),
-        (damaged_pack, CorruptError, "is damaged"),
-    ],
-)
-def test_a_side_that_cannot_be_read_is_an_error_and_never_a_difference(
-    tmp_path: Path, break_it: Callable[[MadeCache], None], error: type[Exception], message: str
-) -> None:
-    a, b = (two_teachers(tmp_path / name, count=6) for name in "ab")
-    break_it(b)
-    for pair in ((a.path, b.path), (b.path, a.path)):
-        with pytest.raises(error, match=message):
-            diff_caches(*pair)
-
-
-def test_nothing_is_changed_on_disk(tmp_path: Path) -> None:
-    a = one(tmp_path / "a", Rows.of(names(9), seed=1), packs=3)
-    b = one(tmp_path / "b", Rows.of(names(7), seed=2))
-    before = snapshot(tmp_path)
-    scene(a, b)
-    assert snapshot(tmp_path) == before
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -341,13 +297,11 @@ def test_diff_exits_0_and_says_in_words_and_json_what_half_precision_cost(
     assert tiny["kl_max"] == pytest.approx(torch_kl(a, b).max(), rel=1e-6)
 
 
-def test_teachers_of_one_side_are_named_and_quiet_says_nothing(run: Run, cached: World, world: World) -> None:
+def test_teachers_of_one_side_are_named(run: Run, cached: World, world: World) -> None:
     run("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny", "--cache-root", "one")
     result = run("diff", "cache/A2b", "one/A2b")
     assert (result.exit_code, "only in A: other" in result.stdout) == (0, True)
     assert "tiny: fingerprints equal" in result.stdout
-    result = run("diff", "cache/A2b", "one/A2b", "--quiet")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_20_changed_files_are_shown_and_1000_listed_and_what_is_left_out_is_said(run: Run, tmp_path: Path) -> None:
@@ -365,19 +319,9 @@ def test_20_changed_files_are_shown_and_1000_listed_and_what_is_left_out_is_said
     assert all(file in result.stdout for file in few)
 
 
-def test_an_older_cache_is_a_note_and_no_warning(run: Run, tmp_path: Path) -> None:
-    for side in ("a", "b"):
-        older(tmp_path / side, {"scene": Rows.of(names(4))})
-    result = run("diff", "a/A2b", "b/A2b")
-    assert result.exit_code == 0
-    assert result.stderr.count("note: ") == 2
-    assert "unknown" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["a/A2b", "nowhere"], 3, "there is no cache at nowhere"),
         (["a/A2b", "a/A2b", "--only", "ghost"], 3, "neither cache holds logits of ghost"),
         (["a/A2b"], 2, "Missing argument"),
     ],
@@ -386,10 +330,3 @@ def test_errors_keep_their_exit_codes(run: Run, tmp_path: Path, args: list[str],
     one(tmp_path / "a", Rows.of(names(3)))
     result = run("diff", *args)
     assert (result.exit_code, message in result.stderr) == (code, True)
-
-
-def test_a_report_is_json_as_it_is(tmp_path: Path) -> None:
-    cache = two_teachers(tmp_path / "A2b", count=3)
-    report: DiffReport = diff_caches(cache.path, cache.path)
-    content = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert content["teachers"]["scene"]["argmax_share"] == 0.0

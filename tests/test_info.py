@@ -31,31 +31,6 @@ def test_what_a_user_runs_is_never_written_into_a_cache(run: Run, cached: World,
         assert b"tiny_teachers" not in pack
 
 
-def test_info_lists_every_cache_under_a_root(run: Run, cached: World, world: World) -> None:
-    run("dump", "--target", "c", "--json-path", world.json_path, *TINY, "--only", "tiny")
-    assert [cache["path"] for cache in json.loads(run("info", "--json").stdout)["caches"]] == ["cache/A2b", "cache/A2c"]
-
-
-def test_info_says_when_there_is_none_or_it_is_unfinished_or_damaged(run: Run, dump: Run, world: World) -> None:
-    assert run("info").exit_code == 3
-    dump()
-    index = world.cache / "cache_index.json"
-    content = index.read_bytes()
-    index.write_bytes(content[:-9])
-    assert run("info", "cache/A2b").exit_code == 4
-    index.unlink()
-    result = run("info", "cache/A2b")
-    assert (result.exit_code, "unfinished" in result.stderr) == (3, True)
-
-
-def test_quiet_prints_nothing_and_json_prints_only_json(run: Run, dump: Run, world: World) -> None:
-    result = dump("--quiet")
-    assert (result.stdout, result.stderr) == ("", "")
-    result = run("verify", *TINY, "--quiet")
-    assert (result.stdout, result.stderr) == ("", "")
-    assert json.loads(dump("--json", "--quiet").stdout)["samples_scored"] == 0
-
-
 def test_debug_shows_the_traceback_that_is_hidden_otherwise(run: Run, world: World) -> None:
     import pytest
 

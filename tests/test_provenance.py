@@ -419,17 +419,6 @@ def test_the_command_exits_6_and_touches_nothing(
     assert tree(world.root) == before
 
 
-def test_a_permitted_teacher_is_dumped(made_with: Callable[..., Any], world: World) -> None:
-    result = made_with("dump", world.permitted(), "--target", "b", "--json-path", world.json_path, "--only", "told")
-    assert result.exit_code == 0, result.output
-    index = json.loads((world.cache / "cache_index.json").read_text())
-    assert list(index["told"]) == world.permitted()
-    array = torch.from_numpy(np.load(world.feature(world.permitted()[0])))[None]
-    np.testing.assert_allclose(
-        np.load(world.view("told", world.permitted()[0])), Linear(1)(array)[0].numpy(), rtol=1e-6, atol=1e-6
-    )
-
-
 def test_a_leak_is_refused_also_where_every_row_is_there_already(world: World) -> None:
     dump_logits(job(world, told=Told(1, None)))
     before = tree(world.cache)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, Run, World
 from store_fixtures import dying, snapshot
 
@@ -215,30 +214,6 @@ def test_a_part_that_has_not_run_is_named_with_its_files_and_nothing_changes(dum
     assert run(*SEAL).exit_code == 0
 
 
-def test_a_part_that_has_not_run_leaves_the_index_of_before(cached: World, dump: Run, run: Run, world: World) -> None:
-    before, rows = index_bytes(world), served(world.cache)
-    for number in range(40, 44):
-        world.add(number, "A", "train")
-    world.write()
-    dump("--shard", "0/2")
-    result = run(*SEAL)
-    assert result.exit_code == 3
-    assert "1/2" in result.stderr
-    assert index_bytes(world) == before
-    assert served(world.cache) == rows
-
-
-def test_rows_of_one_teacher_alone_are_not_enough(dump: Run, run: Run, world: World) -> None:
-    halves(dump)
-    other = [path for path in (world.cache / "packs").iterdir() if path.name.startswith("other")]
-    other[0].unlink()
-    result = run(*SEAL)
-    assert result.exit_code == 3
-    assert "other: " in result.stderr
-    assert "tiny: " not in result.stderr
-    assert not (world.cache / "cache_index.json").exists()
-
-
 def test_a_feature_that_changed_after_its_part_is_missed(cached: World, dump: Run, run: Run, world: World) -> None:
     """Its row is stale: it must not be sealed as if it were that feature's."""
     before, rows = index_bytes(world), served(world.cache)
@@ -274,22 +249,6 @@ def test_a_feature_that_cannot_be_read_is_named(dump: Run, run: Run, world: Worl
     assert result.exit_code == 1
     assert file in result.stderr
     assert snapshot(world.cache) == before
-
-
-def test_what_parts_could_not_score_is_listed_with_the_reason(dump: Run, run: Run, world: World) -> None:
-    files = world.permitted()
-    world.feature(files[2]).write_bytes(b"no array")
-    world.feature(files[13]).unlink()
-    assert set(halves(dump, "--on-bad-sample", "skip")) <= {0, 3}
-    for _ in range(2):
-        result = run(*SEAL, "--json")
-        assert result.exit_code == 3
-        missing = json.loads(result.stdout)["missing"]
-        assert set(missing) == {files[2], files[13]}
-        assert "does not exist" in missing[files[13]]
-        assert record_of(world)["missing"] == missing
-        assert set(served(world.cache)) == set(files) - set(missing)
-    assert f"missing: {files[2]}" in run(*SEAL).stdout
 
 
 def test_a_missing_sample_that_was_scored_later_is_missing_no_more(dump: Run, run: Run, world: World) -> None:
@@ -379,23 +338,6 @@ def test_a_record_says_which_weights_are_current_where_the_index_is_damaged(run:
     assert served(world.cache) == sealed
 
 
-def test_a_damaged_pack_is_named_and_its_rows_are_missed_and_scored_again(dump: Run, run: Run, world: World) -> None:
-    dump("--shard", "0/2")
-    path = next((world.cache / "packs").glob("tiny-*"))
-    dump("--shard", "1/2")
-    content = path.read_bytes()
-    path.write_bytes(content[:700] + b"!" + content[701:])
-    result = run(*SEAL)
-    assert result.exit_code == 3
-    assert result.stderr.count("note: the pack") == 1
-    assert "its bytes do not match their digest" in result.stderr
-    assert not (world.cache / "cache_index.json").exists()
-    assert dump("--shard", "0/2").exit_code == 0
-    assert run(*SEAL).exit_code == 0
-    assert len(served(world.cache)) == 20
-    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
-
-
 # -- the order of things ----------------------------------------------------------------------------------------------
 
 
@@ -433,49 +375,47 @@ def _kind(step: str) -> str:
 
 
 @contextmanager
-def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any], times: int = 1) -> Iterator[list[bool]]:
-    """Have ``act`` happen just before an index is put in place, the first times that one is."""
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any], times: int = 1, *, after: bool = False
+) -> Iterator[list[bool]]:
+    """Have ``act`` happen just before an index is put in place, or just after, the first times that one is."""
     write, done = kd_cache.store.publish.write_index, list[bool]()
 
     def writing(*args: Any, **kwargs: Any) -> Any:
-        if len(done) < times:
-            done.append(True)
+        is_time = len(done) < times
+        done.extend([True] * is_time)
+        if is_time and not after:
             act()
-        return write(*args, **kwargs)
+        written = write(*args, **kwargs)
+        if is_time and after:
+            act()
+        return written
 
     with monkeypatch.context() as patched:
         patched.setattr(kd_cache.store.publish, "write_index", writing)
         yield done
 
 
-def test_two_dumps_that_end_at_the_same_moment_are_both_in_the_index(
-    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
-    with meanwhile(monkeypatch, lambda: run(*base, "--only", "other")) as done:
-        result = run(*base, "--only", "tiny")
-    assert result.exit_code == 0, result.output
-    assert done == [True]
-    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
-    found = LogitCache.open(world.cache).tensor(["tiny", "other"], world.permitted())
-    assert pending(world) == []
-    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
-    shutil.rmtree(world.cache)
-    dump()
-    assert torch.equal(LogitCache.open(world.cache).tensor(["tiny", "other"], world.permitted()), found)
+def dumping(world: World, name: str, *args: object) -> tuple[object, ...]:
+    return ("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", name, *args)
 
 
-def test_a_seal_and_a_dump_of_another_teacher_that_end_at_the_same_moment_both_count(
-    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
-    for part in ("0/2", "1/2"):
-        run(*base, "--only", "tiny", "--shard", part)
-    with meanwhile(monkeypatch, lambda: run(*base, "--only", "other")):
-        assert run(*SEAL).exit_code == 0
+def both_are_there(world: World, run: Run) -> None:
     assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
     assert pending(world) == []
     assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+
+
+@pytest.mark.parametrize("by", ["dump", "seal"])
+def test_what_ends_in_the_same_moment_as_a_dump_of_another_teacher_is_in_the_index_like_that(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    for part in ("0/2", "1/2") if by == "seal" else ():
+        run(*dumping(world, "tiny", "--shard", part))
+    with meanwhile(monkeypatch, lambda: run(*dumping(world, "other"))) as done:
+        result = run(*SEAL) if by == "seal" else run(*dumping(world, "tiny"))
+    assert (result.exit_code, done) == (0, [True]), result.output
+    both_are_there(world, run)
 
 
 def test_an_index_that_never_stops_changing_is_an_error_and_no_endless_loop(
@@ -499,30 +439,21 @@ def test_an_index_that_another_process_replaces_in_the_same_moment_is_written_ag
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both looked before either renamed. Who came first looks again before it is done."""
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
-    assert run(*base, "--only", "tiny").exit_code == 0
-    late, write, done = index_bytes(world), kd_cache.store.publish.write_index, []
+    assert run(*dumping(world, "tiny")).exit_code == 0
+    late = index_bytes(world)
 
-    def overtaken(*args: Any, **kwargs: Any) -> Any:
-        written = write(*args, **kwargs)
-        if not done:
-            done.append(True)
-            (world.cache / ".tmp-1-1").write_bytes(late)
-            (world.cache / ".tmp-1-1").replace(world.cache / "cache_index.json")
-        return written
+    def overtake() -> None:
+        (world.cache / ".tmp-1-1").write_bytes(late)
+        (world.cache / ".tmp-1-1").replace(world.cache / "cache_index.json")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(kd_cache.store.publish, "write_index", overtaken)
-        assert run(*base, "--only", "other").exit_code == 0
+    with meanwhile(monkeypatch, overtake, after=True) as done:
+        assert run(*dumping(world, "other")).exit_code == 0
     assert done
-    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
-    assert pending(world) == []
-    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+    both_are_there(world, run)
 
 
 def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the last look and the rename there is a moment that no file system closes: the rows are still there."""
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     write, done = kd_cache.store.index.write_atomic, []
 
     def late(path: Path, content: Any, before: Callable[[], None] | None = None) -> Any:
@@ -531,21 +462,20 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
                 before()
             if not done and path.name == "cache_index.json":
                 done.append(True)
-                assert run(*base, "--only", "other").exit_code == 0
+                assert run(*dumping(world, "other")).exit_code == 0
 
         return write(path, content, looked)
 
     with monkeypatch.context() as patched:
         patched.setattr(kd_cache.store.index, "write_atomic", late)
-        result = run(*base, "--only", "tiny")
+        result = run(*dumping(world, "tiny"))
     assert done
     # Each took the other's view for one that nothing promises; the dump that found that out said so.
     assert result.exit_code == 3
     assert "run kd-cache seal" in result.stdout
-    result = run(*base, "--only", "other", "--json")
+    result = run(*dumping(world, "other", "--json"))
     assert json.loads(result.stdout)["samples_scored"] == 0
-    assert set(LogitCache.open(world.cache).teachers) == {"tiny", "other"}
-    assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0
+    both_are_there(world, run)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -611,9 +541,8 @@ def test_a_dump_of_another_teacher_does_not_overtake_parts_with_new_weights(
     """The index is newer than the parts, but what it says of their teacher is older: it only carried that over."""
     for part in ("0/2", "1/2"):
         assert run(*weighing(world, 7, "other"), "--shard", part).exit_code == 0
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny")
     for _ in range(2):
-        assert run(*base).exit_code == 0
+        assert run(*dumping(world, "tiny")).exit_code == 0
     assert len(pending(world)) == 2
     before = LogitCache.open(world.cache)
     assert run(*SEAL).exit_code == 0
@@ -642,16 +571,15 @@ def test_what_an_older_record_says_of_a_teacher_that_was_dumped_again_is_overtak
 
 def test_a_record_that_was_written_late_is_as_old_as_its_dump(run: Run, world: World) -> None:
     """A dump that began before others, and wrote its first rows after them, overtakes nobody and is not overtaken."""
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     assert run(*weighing(world, 7), "--shard", "0/2").exit_code == 0
     (late,) = pending(world)
     kept = late.read_bytes()
     late.unlink()
     for part in ("0/2", "1/2"):
-        assert run(*base, "--only", "other", "--shard", part).exit_code == 0
+        assert run(*dumping(world, "other", "--shard", part)).exit_code == 0
     assert run(*SEAL).exit_code == 0
     late.write_bytes(kept)
-    assert run(*base, "--only", "other").exit_code == 0
+    assert run(*dumping(world, "other")).exit_code == 0
     assert pending(world) == [late], "nobody but a dump of its own teacher may forget it"
     assert run(*weighing(world, 7), "--shard", "1/2").exit_code == 0
     assert run(*SEAL).exit_code == 0
@@ -695,12 +623,11 @@ def test_a_dump_of_another_teacher_does_not_forget_which_weights_came_last(
 ) -> None:
     """Old weights, new ones, and the old ones again: the index says the same as the last, but is older."""
     current = LogitCache.open(world.cache).fingerprints
-    base = ("dump", "--target", "b", "--json-path", world.json_path, *TINY)
     for part in ("0/2", "1/2"):
         run(*weighing(world, 7, "other"), "--shard", part)
     for part in ("0/2", "1/2"):
-        run(*base, "--only", "other", "--shard", part)
-    assert run(*base, "--only", "tiny").exit_code == 0
+        run(*dumping(world, "other", "--shard", part))
+    assert run(*dumping(world, "tiny")).exit_code == 0
     assert run(*SEAL).exit_code == 0
     assert LogitCache.open(world.cache).fingerprints == current
     assert pending(world) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Run, World
-from store_fixtures import seal_bytes, snapshot
+from store_fixtures import flip, seal_bytes, snapshot
 
 from kd_cache import KDCacheError, LogitCache
 from kd_cache.store.index import read_index, write_index
@@ -78,10 +78,7 @@ def damaged_index(world: World, dump: Run) -> None:
 
 
 def damaged_pack(world: World, dump: Run) -> None:
-    pack = next((world.cache / "packs").glob("tiny-*"))
-    content = bytearray(pack.read_bytes())
-    content[-5] ^= 1
-    pack.write_bytes(content)
+    flip(next((world.cache / "packs").glob("tiny-*")), -5)
 
 
 def linked_packs(world: World, dump: Run) -> None:

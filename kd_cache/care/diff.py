@@ -26,7 +26,6 @@ from kd_cache.watch import Watcher
 
 MOST_CHANGED = 1000
 """So many files with another argmax are kept by name; the count is of all."""
-_BLOCK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,19 @@ class DiffReport:
         return vars(self) | {"teachers": {name: found.as_json() for name, found in self.teachers.items()}}
 
 
-def diff_caches(a: str | Path, b: str | Path, only: Collection[str] = (), watcher: Watcher | None = None) -> DiffReport:
+def diff_caches(
+    a: str | Path,
+    b: str | Path,
+    only: Collection[str] = (),
+    watcher: Watcher | None = None,
+    block_values: int = 1 << 20,
+) -> DiffReport:
     """Compare two finished caches, or caches of an older script. Reads only.
 
     Args:
         a, b: their folders.
         only: just these teachers; all by default.
+        block_values: about so many values of each are in memory at a time.
 
     Raises:
         MissingLogitsError: no finished cache there, or neither holds a teacher of ``only``.
@@ -114,7 +120,7 @@ def diff_caches(a: str | Path, b: str | Path, only: Collection[str] = (), watche
             report.notes.append(side.note)
     _choose(report, sides, only)
     for name in report.teachers:
-        report.teachers[name] = _Comparison(name, sides, watcher or Watcher()).run()
+        report.teachers[name] = _Comparison(name, sides, watcher or Watcher(), block_values).run()
     return report
 
 
@@ -166,9 +172,10 @@ def _choose(report: DiffReport, sides: tuple[_Side, _Side], only: Collection[str
 class _Comparison:
     """One teacher in both caches."""
 
-    def __init__(self, name: str, sides: tuple[_Side, _Side], watcher: Watcher) -> None:
+    def __init__(self, name: str, sides: tuple[_Side, _Side], watcher: Watcher, block_values: int) -> None:
         self.name = name
         self.watcher = watcher
+        self.block_values = block_values
         self.origins = tuple(side.origin(name) for side in sides)
         # B gives -1 for a file it lacks: that is the join.
         self.caches = (sides[0].open(name), sides[1].open(name, on_miss="nan"))
@@ -209,7 +216,7 @@ class _Comparison:
         return None
 
     def _blocks(self, rows_a: torch.Tensor, rows_b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        size = max(1, _BLOCK_VALUES // self.caches[0].num_classes)
+        size = max(1, self.block_values // self.caches[0].num_classes)
         for start in range(0, len(rows_a), size):
             yield rows_a[start : start + size], rows_b[start : start + size]
 

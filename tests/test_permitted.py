@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import kd_cache.store.permitted as permitted_module
 from kd_cache import CorruptError, KDCacheError, LogitCache, MissingLogitsError
+from kd_cache.errors import StaleError
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import write_index
 from kd_cache.store.pack import Pack, open_pack, write_pack
@@ -306,3 +308,16 @@ def test_an_opened_cache_outlives_its_list(cached: World, world: World) -> None:
     cache = LogitCache.open(world.cache)
     listed(world.cache).unlink()
     assert cache.batch(world.permitted()).shape == (20, 2, 10)
+
+
+def test_workers_refuse_a_cache_whose_list_of_permitted_samples_is_another(dump: Run, world: World) -> None:
+    """The packs may be the same: row numbers are those of the permitted samples."""
+    dump()
+    pickled = pickle.dumps(LogitCache.open(world.cache))
+    packs = world.packs()
+    world.rows[0]["scene_label"] = (world.rows[0]["scene_label"] + 1) % 10
+    world.write()
+    dump()
+    assert world.packs() == packs
+    with pytest.raises(StaleError, match="changed while it was being read"):
+        pickle.loads(pickled)  # noqa: S301 (made here)

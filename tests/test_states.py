@@ -163,7 +163,7 @@ CONTRACT: dict[Callable[[World, Run], None], dict[str, Cell]] = {
     damaged_pack: {
         ELSE: (4, BROKEN),
         "gc": (0, f"{BROKEN}; it is left as it is"),
-        "info, merge into, adopt": FINE,
+        "info, merge into": FINE,
         "dump, part, repair": (0, BROKEN),
         "seal": (3, BROKEN),
     },

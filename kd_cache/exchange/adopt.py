@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dataset.dataset import Dataset, nothing_readable
-from kd_cache.errors import FeatureError, KDCacheError, StaleError, TeacherError, UsageError, shown
+from kd_cache.errors import CorruptError, FeatureError, KDCacheError, StaleError, TeacherError, UsageError, shown
 from kd_cache.exchange.imported import MOST_BYTES, Foreign, read_source
 from kd_cache.files.atomic import make_directory
 from kd_cache.keys import keys_of, sorted_order
 from kd_cache.score.reading import read_digests
 from kd_cache.score.value_kind import contradiction
 from kd_cache.store.accuracy import Accuracy, stored_accuracy
-from kd_cache.store.cache import CacheFolder, refuse_file_as_root
+from kd_cache.store.cache import CacheFolder, refuse_file_as_root, teacher_in_name
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, Fingerprint, Origin, class_order
 from kd_cache.store.pack import write_pack
@@ -192,7 +192,14 @@ class _Adoption:
             raise StaleError(str(self.snapshot.trouble), hint=hint)
         if self.snapshot.trouble is not None:
             raise self.snapshot.trouble
+        self._refuse_damage()
         return self.snapshot.known(self.watcher)
+
+    def _refuse_damage(self) -> None:
+        """Whatever is published leaves out rows that cannot be read: those of teachers that nobody asked about."""
+        for path, error in self.snapshot.packs.damaged.items():
+            if teacher_in_name(path) in self.snapshot.origins:
+                raise CorruptError(error.message, hint="Mend the cache first: kd-cache repair.")
 
     def _read_source(self) -> list[Foreign]:
         job = self.job

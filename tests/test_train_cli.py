@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from conftest import REPO, Run, World
 from safetensors.torch import load_file
-from train_fixtures import add_clip, town
+from train_fixtures import OWN, add_clip, own_net, town
 
 from kd_cache import LogitCache, UsageError
 from kd_cache.dataset.provenance import Provenance
@@ -25,7 +26,7 @@ from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.cp_resnet import CPResNet
 from teachers.loading import load_teacher
 
-__all__ = ["town"]
+__all__ = ["own_net", "town"]
 
 Settings = dict[str, Any]
 
@@ -131,17 +132,6 @@ def load_teacher_keys(path: Path) -> set[bytes]:
     return {key.tobytes() for key in Provenance.from_json(read_weights(path).record["provenance"]).keys}
 
 
-def own_net(world: World, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A net that trains in no time; for scene teachers only."""
-    (world.root / "town_net.py").write_text(
-        "import torch\n\n"
-        "def small(classes):\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
-    )
-    monkeypatch.syspath_prepend(world.root)
-    return "town_net:small"
-
-
 # -- the chain ---------------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +234,8 @@ def test_a_city_teacher_of_the_command_line(quick: World, run: Run) -> None:
     assert read_weights(quick.root / CITY.with_suffix(".pth")).tensors.keys() == load_file(quick.root / CITY).keys()
 
 
-def test_a_scene_teacher_is_everybody_s(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arch = own_net(quick, monkeypatch)
+def test_a_scene_teacher_is_everybody_s(quick: World, run: Run, own_net: Callable[[str], str]) -> None:
+    arch = own_net(OWN)
     for target in ((), ("--target", "b")):
         (report,) = reports(run("train", "scene", "--arch", arch, "--json", *target))
         assert (report["place"], report["checkpoint"]) == ("global", str(SCENE))
@@ -292,15 +282,9 @@ def test_what_any_teacher_s_settings_are_wrong_in_is_said_before_one_is_trained(
 
 
 def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
-    trained: World, run: Run, monkeypatch: pytest.MonkeyPatch
+    trained: World, run: Run, own_net: Callable[[str], str]
 ) -> None:
-    (trained.root / "flat_net.py").write_text(
-        "import torch\n\ndef flat(classes):\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
-    )
-    monkeypatch.syspath_prepend(trained.root)
-    result = run("train", "all", "--target", "b", "--arch", "flat_net:flat")
-    sys.modules.pop("flat_net", None)
+    result = run("train", "all", "--target", "b", "--arch", own_net(OWN))
     assert result.exit_code == 1
     assert "no embed(features) and embedding_dim" in result.stderr
     assert "training samples" not in result.stderr
@@ -746,11 +730,11 @@ MISTAKES: dict[str, tuple[int, tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_has_its_exit_code_and_its_cause(
-    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, mistake: str
+    quick: World, run: Run, own_net: Callable[[str], str], mistake: str
 ) -> None:
     code, args, cause = MISTAKES[mistake]
     if args[0] == "scene" and "--arch" not in args:
-        args = (*args, "--arch", own_net(quick, monkeypatch))
+        args = (*args, "--arch", own_net(OWN))
     result = run("train", *args)
     assert result.exit_code == code, result.output
     assert cause in " ".join(result.stderr.split())
@@ -785,9 +769,11 @@ def test_a_manifest_that_leaks_is_refused(trained: World, run: Run, command: str
     assert not (trained.root / "cache").exists()
 
 
-def test_tensorboard_that_is_not_installed_is_said(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_is_not_installed_is_said(
+    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, own_net: Callable[[str], str]
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    result = run("train", "scene", "--arch", own_net(quick, monkeypatch), "--tensorboard")
+    result = run("train", "scene", "--arch", own_net(OWN), "--tensorboard")
     assert result.exit_code == 2
     assert "needs the package tensorboard" in result.stderr
 

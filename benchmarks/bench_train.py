@@ -28,7 +28,7 @@ def job(folder: Path, arch: str, epochs: int, *, cached: bool) -> TrainJob:
     settings = Settings("city2scene", arch=arch, epochs=epochs, patience=0, quick_experiment=0.999)
     checkpoint = folder / f"{arch}.safetensors"
     if not checkpoint.exists():
-        city = make_net(settings, settings.num_cities, seed=0)
+        city = make_net(settings, settings.num_cities)
         save_checkpoint(checkpoint, city.state_dict(), {"architecture": arch, "role": "city"})
     return TrainJob(
         settings,

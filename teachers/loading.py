@@ -210,13 +210,13 @@ def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12
         )
     cities = num_cities if role == CITY2SCENE else len(names)
     settings = Settings(role, arch=arch, num_scenes=len(names), num_cities=cities)
-    net = make_net(settings, cities, settings.seed)
+    net = make_net(settings, cities)
     weights = read_weights(path, frozenset(net.state_dict()))
     if role == CITY2SCENE:
         head = under(weights.tensors, HEAD_PREFIX)
         hidden = mlp_widths(head, "", (embedding_dim(net), len(names)))[:-1] if "weight" not in head else []
         settings = replace(settings, mlp_hidden_dims=tuple(hidden))
-        net = City2Scene(net, make_head(embedding_dim(net), settings, settings.seed))
+        net = City2Scene(net, make_head(embedding_dim(net), settings))
     kind, told = fill_matching(net, dict(weights.tensors), title, whole=True)
     if kind != FULL_MODEL:
         raise CheckpointError(f"{title} is no whole {arch}: {told}")

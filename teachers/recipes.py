@@ -67,7 +67,7 @@ class City2SceneTraining(Training):
         self.inherit(below.provenance)
         if below.provenance is None:
             self.watcher.note("what the backbone was trained on is not known: its checkpoint says nothing of it")
-        net = City2Scene(city, make_head(embedding_dim(city), self.settings, self.settings.seed))
+        net = City2Scene(city, make_head(embedding_dim(city), self.settings))
         if self.job.init is None:
             return net, replace(below, kind=FROZEN)
         start = self.started_from(self.job.init, net, CITY_PREFIX)
@@ -173,7 +173,7 @@ def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn
         teacher = load_teacher(path, role=CITY2SCENE if whole else CITY)
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
         return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
-    net = make_net(settings, settings.num_cities, settings.seed)
+    net = make_net(settings, settings.num_cities)
     start = warm_start(net, path, replace(settings, role=CITY), whole=True)
     if start.kind != FULL_MODEL:
         raise CheckpointError(f"{shown(path)} is no whole {settings.arch}: {start.told}")

@@ -115,7 +115,7 @@ def _check_settings(run: Run, roles: Sequence[str], spoken_of: frozenset[str] | 
         if role == CITY2SCENE:
             continue  # its net is the city teacher's
         with nullcontext() if ":" in settings.arch else torch.device("meta"):
-            net = make_net(settings, settings.num_classes, settings.seed)
+            net = make_net(settings, settings.num_classes)
         if role == CITY and CITY2SCENE in roles:
             embedding_dim(net)
 

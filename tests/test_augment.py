@@ -155,8 +155,6 @@ def test_a_mask_may_lie_anywhere_and_be_of_any_length(name: str, axis: int) -> N
 def test_mixup_is_the_convex_combination_it_tells(seed: int, batch: int, alpha: float) -> None:
     x = clips(batch, 5, 4, seed % 1000)
     features, share, partner = changed(x, seed, mixup=alpha)
-    assert share is not None
-    assert partner is not None
     assert share.shape == partner.shape == (batch,)
     assert sorted(partner.tolist()) == list(range(batch))
     assert ((share >= 0.5) & (share <= 1)).all()
@@ -171,14 +169,12 @@ def test_mixup_mixes_clips_that_are_changed_already() -> None:
     values = ONE_CHANGE | {"mixup": 0.0}
     alone = changed(x, 3, **values).features
     features, share, partner = changed(x, 3, **(values | {"mixup": 0.4}))
-    assert share is not None
     assert close(features, share[:, None, None] * alone + (1 - share[:, None, None]) * alone[partner])
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_mixup_draws_from_the_beta_distribution_folded_at_a_half(alpha: float) -> None:
     share = changed(torch.zeros(20_000, 1, 1), mixup=alpha).share
-    assert share is not None
     beta, at = stats.beta(alpha, alpha), np.linspace(0.5, 0.999, 100)  # nearer to 1 a float32 rounds to it
     found = np.searchsorted(np.sort(share.numpy()), at) / len(share)
     assert np.abs(found - (beta.cdf(at) - beta.cdf(1 - at))).max() < 0.02
@@ -188,7 +184,6 @@ def test_mixup_draws_from_the_beta_distribution_folded_at_a_half(alpha: float) -
 def test_a_tiny_alpha_mixes_nothing(alpha: float) -> None:
     x = clips(50)
     features, share, _ = changed(x, mixup=alpha)
-    assert share is not None
     assert share.isfinite().all()
     assert (share > 0.999).float().mean() > 0.95
     assert features.isfinite().all()
@@ -273,7 +268,6 @@ def test_a_clip_alone_is_mixed_with_itself(name: str) -> None:
     found = changed(x, **{name: 1.0})
     assert close(found.features, x)
     if name == "mixup":
-        assert found.partner is not None
         assert found.partner.tolist() == [0]
 
 

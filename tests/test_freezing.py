@@ -207,6 +207,17 @@ def test_dropout_in_a_frozen_backbone_is_off(make: Callable[[], nn.Module]) -> N
     assert not torch.equal(inner.embed(x), inner.embed(x))
 
 
+def test_nothing_is_dropped_behind_a_frozen_block_of_a_net_whose_neck_trains() -> None:
+    net, seen = cnn14(), []
+    Frozen.at(net, 1).train()
+    assert net.feature_extractor.training
+    last = net.feature_extractor.get_submodule("conv_block6")
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    x = clips(net)
+    net(x), net(x)
+    assert torch.equal(*seen)
+
+
 @settings(max_examples=20)
 @given(st.lists(st.sampled_from([2, 1, 0]), min_size=1, max_size=4), st.sampled_from(sorted(NETS)))
 def test_freezing_again_depends_on_the_last_level_alone(levels: list[int], name: str) -> None:

@@ -80,64 +80,46 @@ def test_nothing_is_found_where_nothing_was_saved(store: Pretrained) -> None:
     assert not store.root.exists()
 
 
-def test_what_was_saved_is_found_whole(store: Pretrained, save: Callable[..., Path]) -> None:
-    save(content=b"some weights")
-    found = found_at(store, PARTS)
-    assert found.damage is None
-    assert found.weights.read_bytes() == b"some weights"
-    assert (found.parts, found.measured) == (PARTS, MEASURED)
-    assert store.entries() == [found]
+def test_what_was_saved_last_is_found_whole_and_says_in_words_what_it_is(
+    store: Pretrained, save: Callable[..., Path]
+) -> None:
+    for content in (b"some weights", b"others, longer"):
+        path = save(content=content)
+        found = found_at(store, PARTS)
+        assert (found.damage, found.weights.read_bytes()) == (None, content)
+        assert (found.parts, found.measured) == (PARTS, MEASURED)
+        assert store.entries() == [found]
+        said = json.loads((path / ENTRY).read_text())
+        assert (said["key"], said["parts"]) == (key_of(PARTS), PARTS)
+        assert said["key"].startswith(path.name)
+        assert tree(store.root).keys() == {path.name, f"{path.name}/{ENTRY}", f"{path.name}/{WEIGHTS}"}
 
 
-def test_an_entry_says_in_words_what_it_is(store: Pretrained, save: Callable[..., Path]) -> None:
-    path = save()
-    content = json.loads((path / ENTRY).read_text())
-    assert content["key"] == key_of(PARTS)
-    assert content["key"].startswith(path.name)
-    assert content["parts"] == PARTS
-    assert sorted(p.name for p in path.iterdir()) == sorted([ENTRY, WEIGHTS])
-    assert [p.name for p in store.root.iterdir()] == [path.name]
+OTHERS = [
+    changed(seed={"seed": 42, "deterministic": True}),
+    changed(stages=[{"level": 0, "epochs": 3, "lr": 3.0000001e-3}]),
+    changed(stages=[]),
+    changed(code="0.1.1+0123456789abcdef"),
+    changed(more=None),
+    {name: value for name, value in PARTS.items() if name != "start"},
+    {},
+]
 
 
-def test_a_changed_part_misses(store: Pretrained, save: Callable[..., Path]) -> None:
-    others = [
-        changed(seed={"seed": 43, "deterministic": False}),
-        changed(seed={"seed": 42, "deterministic": True}),
-        changed(role={"role": "scene", "num_cities": 12}),
-        changed(stages=[{"level": 0, "epochs": 3, "lr": 3.0000001e-3}]),
-        changed(stages=[]),
-        changed(start={"kind": "full-model", "sha256": "00"}),
-        changed(code="0.1.1+0123456789abcdef"),
-        changed(more=None),
-        {name: value for name, value in PARTS.items() if name != "start"},
-        {},
-    ]
-    save()
-    for other in others:
+def test_a_changed_part_misses_and_only_the_entry_of_a_key_is_removed(
+    store: Pretrained, save: Callable[..., Path]
+) -> None:
+    mine = save()
+    for other in OTHERS:
         assert store.find(other) is None
         assert store.remove(other) is False
         save(other, b"others")
-    assert len(store.entries()) == 1 + len(others)
-    found = found_at(store, PARTS)
-    assert found.weights.read_bytes() != b"others"
-
-
-def test_saving_again_replaces(store: Pretrained, save: Callable[..., Path]) -> None:
-    save(content=b"first")
-    path = save(content=b"second, longer")
-    found = found_at(store, PARTS)
-    assert found.damage is None
-    assert found.weights.read_bytes() == b"second, longer"
-    assert [p.name for p in store.root.iterdir()] == [path.name]
-
-
-def test_only_the_entry_of_this_key_is_removed(store: Pretrained, save: Callable[..., Path]) -> None:
-    paths = [save(changed(number=number)) for number in range(3)]
-    assert store.remove(changed(number=1)) is True
-    assert [path.exists() for path in paths] == [True, False, True]
-    assert store.find(changed(number=1)) is None
-    assert store.remove(changed(number=1)) is False
-    assert len(store.entries()) == 2
+    assert len(store.entries()) == 1 + len(OTHERS)
+    assert found_at(store, PARTS).weights.read_bytes() != b"others"
+    assert store.remove(PARTS) is True
+    assert not mine.exists()
+    assert store.find(PARTS) is None
+    assert len(store.entries()) == len(OTHERS)
 
 
 def test_entries_are_listed_the_oldest_first(store: Pretrained, save: Callable[..., Path]) -> None:

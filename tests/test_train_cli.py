@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 from conftest import REPO, Run, World
 from safetensors.torch import load_file
-from train_fixtures import add_clip, town
+from train_fixtures import OWN, add_clip, own_net, town
 
 from kd_cache import LogitCache, UsageError
 from kd_cache.dataset.provenance import Provenance
@@ -25,7 +26,7 @@ from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.cp_resnet import CPResNet
 from teachers.loading import load_teacher
 
-__all__ = ["town"]
+__all__ = ["own_net", "town"]
 
 Settings = dict[str, Any]
 
@@ -131,38 +132,14 @@ def load_teacher_keys(path: Path) -> set[bytes]:
     return {key.tobytes() for key in Provenance.from_json(read_weights(path).record["provenance"]).keys}
 
 
-def own_net(world: World, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A net that trains in no time; for scene teachers only."""
-    (world.root / "town_net.py").write_text(
-        "import torch\n\n"
-        "def small(classes):\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
-    )
-    monkeypatch.syspath_prepend(world.root)
-    return "town_net:small"
-
-
 # -- the chain ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_chain_from_features_to_a_verified_cache(town: World, run: Run) -> None:
-    options = (
-        "--feature-dim",
-        8,
-        "--batch-size",
-        16,
-        "--time-roll",
-        0,
-        "--freq-mixstyle",
-        0,
-        "--device-response",
-        0,
-        "--ema",
-        0,
-    )
-    plan = ("--epochs", 8, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-ratio", 0.3, "--workers", 0)
+    write_settings(town, {"train": QUICK["train"]})
+    plan = ("--epochs", 8, "--lr", 0.02, "--workers", 0)
     place = ("--output-dir", "made", "--cache-root", "trained/cache")
-    result = run("train", "all", "--target", "b", "--json-path", town.json_path, *SIZES, *options, *plan, *place)
+    result = run("train", "all", "--target", "b", "--json-path", town.json_path, *SIZES, *plan, *place)
     assert result.exit_code == 0, result.output
     for name in ("city A2b", "city2scene A2b", "scene global", "trained/cache/A2b"):
         assert name in result.stdout
@@ -192,13 +169,6 @@ def test_the_chain_from_features_to_a_verified_cache(town: World, run: Run) -> N
         clip = torch.from_numpy(np.load(town.feature(file)))[None]
         with torch.no_grad():
             torch.testing.assert_close(stored, torch.cat([net(clip) for net in nets]), rtol=1e-4, atol=1e-4)
-
-
-def test_a_dump_of_one_teacher_leaves_the_other_one_s_rows(trained: World, run: Run) -> None:
-    assert run("dump", "--target", "b", "--quiet").exit_code == 0
-    result = run("dump", "--target", "b", "--only", "scene")
-    assert result.exit_code == 0, result.output
-    assert run("verify", "--all").exit_code == 0
 
 
 def test_a_second_chain_skips_pretraining_and_its_json_says_so_and_nothing_else(trained: World, run: Run) -> None:
@@ -264,8 +234,8 @@ def test_a_city_teacher_of_the_command_line(quick: World, run: Run) -> None:
     assert read_weights(quick.root / CITY.with_suffix(".pth")).tensors.keys() == load_file(quick.root / CITY).keys()
 
 
-def test_a_scene_teacher_is_everybody_s(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arch = own_net(quick, monkeypatch)
+def test_a_scene_teacher_is_everybody_s(quick: World, run: Run, own_net: Callable[[str], str]) -> None:
+    arch = own_net(OWN)
     for target in ((), ("--target", "b")):
         (report,) = reports(run("train", "scene", "--arch", arch, "--json", *target))
         assert (report["place"], report["checkpoint"]) == ("global", str(SCENE))
@@ -312,15 +282,9 @@ def test_what_any_teacher_s_settings_are_wrong_in_is_said_before_one_is_trained(
 
 
 def test_a_net_that_no_head_can_be_put_on_is_refused_before_one_is_trained(
-    trained: World, run: Run, monkeypatch: pytest.MonkeyPatch
+    trained: World, run: Run, own_net: Callable[[str], str]
 ) -> None:
-    (trained.root / "flat_net.py").write_text(
-        "import torch\n\ndef flat(classes):\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(240, classes))\n"
-    )
-    monkeypatch.syspath_prepend(trained.root)
-    result = run("train", "all", "--target", "b", "--arch", "flat_net:flat")
-    sys.modules.pop("flat_net", None)
+    result = run("train", "all", "--target", "b", "--arch", own_net(OWN))
     assert result.exit_code == 1
     assert "no embed(features) and embedding_dim" in result.stderr
     assert "training samples" not in result.stderr
@@ -405,24 +369,19 @@ def test_city2scene_takes_a_city_teacher_that_is_given(trained: World, run: Run)
     assert not (trained.root / CITY).exists()
 
 
-def test_options_of_city2scene_are_the_head_s(trained: World, run: Run) -> None:
-    options = ("--epochs", 5, "--lr", 0.2, "--mlp-hidden-dims", "7,5", "--batch-size", 8, "--patience", 3, "--ema", 0.5)
+def test_options_and_environment_of_city2scene_are_the_head_s(
+    trained: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--lr", 0.2, "--mlp-hidden-dims", "7,5", "--batch-size", 8, "--patience", 3, "--ema", 0.5)
+    monkeypatch.setenv("KD_CACHE_EPOCHS", "6")
     city, own = reports(run("train", "city2scene", "--target", "b", "--json", *options, "--weight-decay", 0.1))
     assert (city["role"], city["how"]) == ("city", "cached")
     kept = config(own)
     for name, value in {"mlp_hidden_dims": [7, 5], "batch_size": 8, "patience": 3, "ema": 0.5}.items():
         assert kept["settings"][name] == value
-    assert [(stage["epochs"], stage["lr"]) for stage in kept["stages"]] == [(5, 0.2)]
+    assert [(stage["epochs"], stage["lr"]) for stage in kept["stages"]] == [(6, 0.2)]
     shapes = {tuple(p.shape) for n, p in load_teacher(HEAD).named_parameters() if "scene_head" in n and p.dim() == 2}
     assert shapes == {(7, 8), (5, 7), (3, 5)}
-
-
-def test_the_environment_of_city2scene_is_the_head_s(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KD_CACHE_EPOCHS", "5")
-    monkeypatch.setenv("KD_CACHE_MLP_HIDDEN_DIMS", "6")
-    city, own = reports(run("train", "city2scene", "--target", "b", "--json"))
-    assert city["how"] == "cached"
-    assert (config(own)["stages"][0]["epochs"], config(own)["settings"]["mlp_hidden_dims"]) == (5, [6])
 
 
 def test_what_both_teachers_have_in_common_counts_for_both(trained: World, run: Run) -> None:
@@ -434,37 +393,6 @@ def test_what_both_teachers_have_in_common_counts_for_both(trained: World, run: 
         kept = config(report)["settings"]
         assert (kept["fold"], kept["seed"]) == (1, 7)
     assert (config(city)["stages"][0]["epochs"], config(own)["stages"][0]["epochs"]) == (8, 5)
-
-
-def test_stages_of_one_s_own_in_order(trained: World, run: Run) -> None:
-    city, own = reports(
-        run(
-            *("train", "city2scene", "--target", "b", "--json"),
-            *("--stage", "level=2,epochs=8,lr=0.1"),
-            *("--stage", "level=1,epochs=1,lr=1e-4,augment=off,schedule=constant"),
-        )
-    )
-    assert city["how"] == "cached"
-    assert [(stage["level"], stage["epochs"], stage["schedule"]) for stage in config(own)["stages"]] == [
-        (2, 8, "cosine"),
-        (1, 1, "constant"),
-    ]
-
-
-@pytest.mark.parametrize(("preset", "most"), [("full-model", 13), ("backbone", 12)])
-def test_a_preset_is_the_head_s_too(trained: World, run: Run, preset: str, most: int) -> None:
-    result = run("train", "city2scene", "--target", "b", "--preset", preset, "--epochs", most)
-    assert result.exit_code == 2
-    assert f"--preset {preset} needs more than {most} epochs" in result.stderr
-    assert "pre-training" not in result.stderr  # said before anything is trained
-
-
-def test_fresh_trains_the_city_teacher_again(trained: World, run: Run) -> None:
-    before = tensors(trained.root / CITY)
-    result = run("train", "city", "--target", "b", "--resume", "fresh", "--json")
-    assert reports(result)[0]["how"] == "trained"
-    assert "--resume fresh asks" in result.stderr
-    assert tensors(trained.root / CITY) == before
 
 
 # -- settings files ----------------------------------------------------------------------------------------------------
@@ -495,19 +423,15 @@ def test_the_nearest_setting_counts(trained: World, run: Run, monkeypatch: pytes
 OWN_PATIENCE = {"city": 21, "scene": 22, "city2scene": 23}
 
 
-def test_each_teacher_of_a_chain_has_its_section(quick: World, run: Run) -> None:
+def test_each_teacher_of_a_chain_has_its_section_and_the_command_line_is_every_teacher_s(
+    quick: World, run: Run
+) -> None:
     write_settings(quick, changed(**{role: {"patience": at} for role, at in OWN_PATIENCE.items()}, batch_size=17))
-    control = ("--epochs", 1, "--shuffle-labels")
-    result = run("train", "all", "--target", "b", "--json", *control)
-    found = {one["role"]: config(one)["settings"] for one in reports(result)}
+    control = ("train", "all", "--target", "b", "--json", "--epochs", 1, "--shuffle-labels")
+    found = {one["role"]: config(one)["settings"] for one in reports(run(*control))}
     assert {role: kept["patience"] for role, kept in found.items()} == OWN_PATIENCE
     assert {kept["batch_size"] for kept in found.values()} == {16}
-
-
-def test_a_command_line_option_of_a_chain_is_every_teacher_s(trained: World, run: Run) -> None:
-    write_settings(trained, changed(**{role: {"patience": at} for role, at in OWN_PATIENCE.items()}))
-    found = reports(run("train", "all", "--target", "b", "--patience", 30, "--epochs", 1, "--shuffle-labels", "--json"))
-    assert [config(one)["settings"]["patience"] for one in found] == [30, 30, 30]
+    assert [config(one)["settings"]["patience"] for one in reports(run(*control, "--patience", 30))] == [30] * 3
 
 
 @pytest.mark.parametrize("command", ["all", "extract"])
@@ -554,16 +478,17 @@ def test_hidden_widths_in_a_file(trained: World, run: Run) -> None:
 ONE, TWO = "level=2,epochs=6,lr=0.1", "level=2,epochs=1,lr=0.01,schedule=constant"
 
 
-def test_stages_in_a_file_are_texts_or_settings_one_or_several(trained: World, run: Run) -> None:
+def test_stages_are_texts_or_settings_one_or_several(trained: World, run: Run) -> None:
     one: dict[str, Any] = {"level": 2, "epochs": 6, "lr": 0.1}
     two = {"level": 2, "epochs": 1, "lr": 0.01, "schedule": "constant"}
     expected = [(6, 0.1, "cosine"), (1, 0.01, "constant")]
     written: list[object] = [[ONE, TWO], [one, two], [ONE, two], ONE, one]
-    for text in written:
-        write_settings(trained, changed(city2scene={"stage": text}))
-        stages = config(head(run, "--city-teacher-ckpt", CITY))["stages"]
+    for text in [*written, None]:
+        write_settings(trained, changed(city2scene={} if text is None else {"stage": text}))
+        options = ("--stage", ONE, "--stage", TWO) if text is None else ()
+        stages = config(head(run, "--city-teacher-ckpt", CITY, *options))["stages"]
         found = [(stage["epochs"], stage["lr"], stage["schedule"]) for stage in stages]
-        assert found == (expected if isinstance(text, list) else expected[:1])
+        assert found == (expected if text is None or isinstance(text, list) else expected[:1])
 
 
 @pytest.mark.parametrize("command", ["all", "city2scene"])
@@ -592,26 +517,15 @@ def test_extract_keeps_every_permitted_sample_and_a_rerun_scores_nothing(trained
         torch.testing.assert_close(rows, net.embed(clips), rtol=1e-4, atol=1e-4)
 
 
-def test_a_rerun_after_a_change_embeds_what_changed(trained: World, run: Run) -> None:
-    assert extract(run, f"city={CITY}").exit_code == 0
-    add_clip(trained, 0, 0, 5, "A", "train")
-    trained.write()
-    result = extract(run, f"city={CITY}", more=("--json",))
-    assert json.loads(result.stdout)["samples_scored"] == 1
-
-
-def test_sources_stay_when_another_one_is_extracted(trained: World, run: Run) -> None:
-    assert extract(run, f"one={CITY}").exit_code == 0
-    assert extract(run, f"two={SCENE}").exit_code == 0
-    head(run, "--embeddings", "one", "--embeddings", "two")
-
-
-def test_a_source_without_a_name_is_called_after_its_weights(trained: World, run: Run) -> None:
+def test_a_source_without_a_name_is_called_after_its_weights_and_others_stay(trained: World, run: Run) -> None:
     result = extract(run, str(CITY), str(SCENE), more=("--json",))
     names = json.loads(result.stdout)["embeddings"]
     assert len(set(names)) == 2
     assert all(name.startswith("cp_resnet-") for name in names)
-    head(run, "--embeddings", names[0])
+    assert extract(run, f"two={SCENE}").exit_code == 0
+    report = head(run, "--embeddings", names[0], "--embeddings", "two", "--sweep", "epochs=4/6", "--pth")
+    assert (trained.root / HEAD).read_bytes() == (Path(report["run"]) / "best.safetensors").read_bytes()
+    assert (trained.root / HEAD.with_suffix(".pth")).is_file()
 
 
 def test_a_head_on_extracted_embeddings_is_the_head_on_the_backbone(extracted: World, run: Run) -> None:
@@ -657,23 +571,23 @@ def test_sources_that_are_not_there_or_named_twice_are_refused(extracted: World,
     assert "there: none" in run("train", "city2scene", "--target", "b", "--embeddings", "city").stderr
 
 
-def test_a_feature_that_changed_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
+def test_what_changed_or_came_after_the_extraction_is_an_error_until_it_is_extracted(
+    extracted: World, run: Run
+) -> None:
+    def refused(code: int, file: str) -> None:
+        result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
+        assert result.exit_code == code
+        assert file in result.stderr
+
     file = extracted.permitted()[0]
     extracted.write_feature(file, np.load(extracted.feature(file)) + 1)
-    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
-    assert result.exit_code == 5
-    assert file in result.stderr
-    assert "train extract again" in result.stderr
-    assert extract(run, f"city={CITY}", f"scene={SCENE}").exit_code == 0
-    assert run("train", "city2scene", "--target", "b", "--embeddings", "city").exit_code == 0
-
-
-def test_a_sample_that_came_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
-    file = add_clip(extracted, 0, 0, 5, "A", "train")
+    refused(5, file)
+    new = add_clip(extracted, 0, 0, 5, "A", "train")
     extracted.write()
-    result = run("train", "city2scene", "--target", "b", "--embeddings", "city")
-    assert result.exit_code == 3
-    assert file in result.stderr
+    refused(3, new)
+    again = extract(run, f"city={CITY}", f"scene={SCENE}", more=("--json",))
+    assert json.loads(again.stdout)["samples_scored"] == 2
+    assert run("train", "city2scene", "--target", "b", "--embeddings", "city").exit_code == 0
 
 
 def test_a_checkpoint_that_changed_after_the_extraction_is_an_error(extracted: World, run: Run) -> None:
@@ -747,13 +661,6 @@ def test_dropout_of_a_linear_head_is_told_to_be_none(trained: World, run: Run) -
     assert "no dropout" not in run(*sweep, "--mlp-hidden-dims", 5).stderr
 
 
-def test_a_sweep_over_embeddings(extracted: World, run: Run) -> None:
-    report = head(run, "--embeddings", "city", "--sweep", "epochs=4/6", "--pth")
-    assert report["checkpoint"] == str(HEAD)
-    assert (extracted.root / HEAD).read_bytes() == (Path(report["run"]) / "best.safetensors").read_bytes()
-    assert (extracted.root / HEAD.with_suffix(".pth")).is_file()
-
-
 def test_a_combination_that_fails_does_not_stop_the_others(trained: World, run: Run) -> None:
     wild = ("--epochs", 12, "--optimizer", "sgd", "--momentum", 0.99, "--warmup-epochs", 0)
     result = run("train", "city2scene", "--target", "b", "--sweep", "lr=10/0.01", *wild)
@@ -795,17 +702,12 @@ MISTAKES: dict[str, tuple[int, tuple[object, ...], str]] = {
     "unknown target": (2, ("city", "--target", "z"), "z"),
     "no target": (2, ("city",), "--target"),
     "nothing held out": (2, ("city", "--target", "b", "--val-ratio", 0), "validation ratio"),
-    "nearly all held out": (2, ("city", "--target", "b", "--val-ratio", 0.9), "validation ratio"),
-    "no ratio": (2, ("city", "--target", "b", "--val-ratio", "nan"), "val"),
     "no share": (2, ("scene", "--quick-experiment", 0), "share"),
-    "share that is no number": (2, ("scene", "--quick-experiment", "nan"), "quick-experiment"),
     "unknown architecture": (2, ("scene", "--arch", "nonsense"), "nonsense"),
     "architecture that is not there": (2, ("scene", "--arch", "no_module_of_this_name:net"), "no_module_of_this_name"),
     "hidden widths of a net that has none": (2, ("city", "--target", "b", "--mlp-hidden-dims", "8"), "hidden"),
     "hidden widths that are none": (2, ("city2scene", "--target", "b", "--mlp-hidden-dims", "8,x"), "widths"),
-    "hidden widths of nothing": (2, ("city2scene", "--target", "b", "--mlp-hidden-dims", "0"), "widths"),
     "tf32 without a GPU": (2, ("city", "--target", "b", "--precision", "tf32", "--device", "cpu"), "tf32"),
-    "fp16 without a GPU": (2, ("city", "--target", "b", "--precision", "fp16", "--device", "cpu"), "fp16"),
     "weights that are not there": (1, ("scene", "--init", "missing.safetensors"), "missing.safetensors"),
     "no such city teacher": (
         1,
@@ -818,12 +720,7 @@ MISTAKES: dict[str, tuple[int, tuple[object, ...], str]] = {
         "give one of them",
     ),
     "stage that is none": (2, ("scene", "--stage", "level=3,epochs=1,lr=1"), "level"),
-    "no learning rate": (2, ("scene", "--lr", 0), "lr"),
-    "mixup that is no number": (2, ("scene", "--mixup", "nan"), "mixup"),
     "dropout that is no number": (2, ("scene", "--dropout", "nan"), "dropout"),
-    "decay that is no number": (2, ("scene", "--weight-decay", "nan"), "decay"),
-    "warm-up before the beginning": (2, ("scene", "--warmup-epochs", -1), "warmup"),
-    "warm-up that is no number": (2, ("scene", "--warmup-epochs", "nan"), "warmup"),
     "output folder that is a file": (1, ("scene", "--output-dir", "dataset.json"), "dataset.json"),
     "manifest that is not there": (2, ("scene", "--json-path", "missing.json"), "missing.json"),
     "nothing to embed with": (2, ("extract", "--target", "b"), "--checkpoint"),
@@ -833,27 +730,17 @@ MISTAKES: dict[str, tuple[int, tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_has_its_exit_code_and_its_cause(
-    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, mistake: str
+    quick: World, run: Run, own_net: Callable[[str], str], mistake: str
 ) -> None:
     code, args, cause = MISTAKES[mistake]
     if args[0] == "scene" and "--arch" not in args:
-        args = (*args, "--arch", own_net(quick, monkeypatch))
+        args = (*args, "--arch", own_net(OWN))
     result = run("train", *args)
     assert result.exit_code == code, result.output
     assert cause in " ".join(result.stderr.split())
     assert "unexpected" not in result.stderr
     assert not (quick.root / SCENE).exists()
     assert not (quick.root / CITY).exists()
-
-
-def test_folds_hold_out_other_locations_and_go_round(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arch, each_city = own_net(quick, monkeypatch), 12
-    held_out = []
-    for fold in (0, 1, 1 + each_city * 10**12):
-        reports(run("train", "scene", "--arch", arch, "--fold", fold, "--json"))
-        held_out.append(read_weights(quick.root / SCENE).record["provenance"]["validated"])
-    assert held_out[0] != held_out[1]
-    assert held_out[1] == held_out[2]
 
 
 @pytest.mark.parametrize("command", ["city", "city2scene", "all"])
@@ -882,9 +769,11 @@ def test_a_manifest_that_leaks_is_refused(trained: World, run: Run, command: str
     assert not (trained.root / "cache").exists()
 
 
-def test_tensorboard_that_is_not_installed_is_said(quick: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_is_not_installed_is_said(
+    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch, own_net: Callable[[str], str]
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    result = run("train", "scene", "--arch", own_net(quick, monkeypatch), "--tensorboard")
+    result = run("train", "scene", "--arch", own_net(OWN), "--tensorboard")
     assert result.exit_code == 2
     assert "needs the package tensorboard" in result.stderr
 
@@ -1008,15 +897,3 @@ def test_a_teacher_that_saw_what_is_now_test_dumps_nothing(trained: World, run: 
     assert result.exit_code == 6
     assert any(row["file"] in result.stderr for row in moved)
     assert not list((trained.root / "cache").rglob("*.h5"))
-
-
-def test_an_audit_finds_a_teacher_that_saw_what_is_now_test(trained: World, run: Run) -> None:
-    assert run("dump", "--target", "b", "--quiet").exit_code == 0
-    place = trained.rows[0]["file"].rsplit("-", 2)[0]
-    moved = [row for row in trained.rows if row["file"].rsplit("-", 2)[0] == place]
-    for row in moved:
-        row["split"] = "test"
-    trained.write()
-    result = run("verify", "--target", "b", "--all")
-    assert result.exit_code == 6
-    assert any(row["file"] in result.stdout for row in moved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,32 @@ class Listening(Watcher):
 
     def told(self, text: str) -> bool:
         return any(text in note for note in self.notes)
+
+
+OWN = """
+import torch
+
+class Small(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.module = torch.nn.Linear(240, classes)
+
+    def forward(self, x):
+        return self.module(x.flatten(1))
+
+def small(classes):
+    return Small(classes)
+"""
+
+
+@pytest.fixture
+def own_net(town: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Write a module like `OWN`, and say what ``--arch`` calls its net; it is forgotten after the test."""
+    monkeypatch.syspath_prepend(town.root)
+
+    def written(source: str) -> str:
+        (town.root / "mine_net.py").write_text(source)
+        return "mine_net:small"
+
+    yield written
+    sys.modules.pop("mine_net", None)

@@ -5,7 +5,7 @@ On the validation locations, and on ``test``, which chose nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -65,12 +65,14 @@ def headline(results: Mapping[str, Any], what: str = "accuracy") -> dict[str, fl
 
 
 @torch.inference_mode()
-def score(net: nn.Module, clips: Clips, device: torch.device, batch_size: int) -> np.ndarray:
-    """Logits ``[N, C]`` float32 in evaluation mode, in the order of the clips."""
+def score(
+    net: nn.Module, clips: Clips, device: torch.device, batch_size: int, call: Callable[[Tensor], Tensor] | None = None
+) -> np.ndarray:
+    """Logits ``[N, C]`` float32 in evaluation mode, in the order of the clips; or what ``call`` gives instead."""
     net.eval()
     found: np.ndarray | None = None
     for rows, features in clips.load(clips.in_order(batch_size), device):
-        logits = net(features.to(device)).float().cpu().numpy()
+        logits = (call or net)(features.to(device)).float().cpu().numpy()
         if found is None:
             found = np.empty((len(clips), logits.shape[1]), np.float32)
         found[rows] = logits
@@ -80,19 +82,9 @@ def score(net: nn.Module, clips: Clips, device: torch.device, batch_size: int) -
 def embedded(net: nn.Module, clips: Clips, device: torch.device, batch_size: int, watcher: Watcher) -> Clips:
     """The same samples with their embeddings ``[D]`` for features: what a head over a frozen backbone sees."""
     watcher.stage("embedding", len(clips))
-    rows = score(_Embedding(net), clips, device, batch_size)
+    rows = score(net, clips, device, batch_size, call=net.embed)  # type: ignore[arg-type]
     watcher.advance(len(clips))
     return Clips.of_rows(clips.samples, rows)
-
-
-class _Embedding(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, features: Tensor) -> Tensor:
-        found: Tensor = self.net.embed(features)  # type: ignore[operator]
-        return found
 
 
 BINS: Final = 15

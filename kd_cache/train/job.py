@@ -100,15 +100,7 @@ class TrainReport:
     published: bool
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "role": self.role,
-            "place": self.place,
-            "how": self.how,
-            "checkpoint": str(self.checkpoint),
-            "published": self.published,
-            "run": None if self.run is None else str(self.run),
-            "results": self.results,
-        }
+        return {**vars(self), "checkpoint": str(self.checkpoint), "run": None if self.run is None else str(self.run)}
 
 
 def key_parts(

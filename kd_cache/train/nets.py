@@ -31,14 +31,14 @@ from kd_cache.train.settings import BACKBONE as FROM_BACKBONE
 from kd_cache.train.settings import FULL_MODEL, Settings, label_of
 
 
-def make_net(settings: Settings, num_classes: int, seed: int) -> nn.Module:
+def make_net(settings: Settings, num_classes: int) -> nn.Module:
     """An untrained net, on the CPU: features ``[B, T, F]`` → logits ``[B, num_classes]``. One seed, one net.
 
     Raises:
         UsageError: an architecture that is not known, or settings that it does not have.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         if (kind := architectures().get(settings.arch)) is not None:
             return kind.sized(num_classes, settings.feature_dim, settings.mlp_hidden_dims, settings.dropout)
         return _own_net(settings.arch, num_classes)
@@ -159,10 +159,10 @@ def _few(names: list[str]) -> str:
     return f"{', '.join(map(shown, names[:6]))}{', …' if len(names) > 6 else ''}"
 
 
-def make_head(inputs: int, settings: Settings, seed: int) -> nn.Linear | nn.Sequential:
+def make_head(inputs: int, settings: Settings) -> nn.Linear | nn.Sequential:
     """An untrained scene head over embeddings ``[B, inputs]``: linear, or with hidden layers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         if settings.mlp_hidden_dims:
             return mlp(inputs, settings.mlp_hidden_dims, settings.num_classes, settings.dropout)
         linear = nn.Linear(inputs, settings.num_classes)

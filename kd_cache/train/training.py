@@ -100,7 +100,7 @@ class Training:
 
     def build(self) -> tuple[nn.Module, WarmStart | None]:
         """The net to train, on the CPU, and where its weights come from if they are no chance."""
-        net = make_net(self.settings, self.settings.num_classes, self.settings.seed)
+        net = make_net(self.settings, self.settings.num_classes)
         return net, None if self.job.init is None else self.started_from(self.job.init, net)
 
     def architecture(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What a training is told, and what it tells afterwards."""
+"""The settings of a training, and its report."""
 
 from __future__ import annotations
 

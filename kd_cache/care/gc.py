@@ -1,4 +1,4 @@
-"""Removing what a cache no longer needs: leftovers of killed processes, superseded rows, files that nothing promises.
+"""Removing what a cache no longer needs: leftovers of killed processes, superseded rows, files without an index entry.
 
 What goes must be older than a grace period, so that nothing running loses what it is making: a dump's temporaries are
 seconds old, and a superseded file counts from the moment the index that superseded it was written. What an index or a
@@ -245,7 +245,7 @@ class _Search:
         names = _names(directory)
         for name in names:
             if name not in promised and ROW_FILE_NAME.match(name):
-                self._add(ROW_FILE, directory / name, "nothing promises it", since=self.since)
+                self._add(ROW_FILE, directory / name, "the index does not name it", since=self.since)
         if directory.name in index.origins:
             return
         going = {item.path.name for item in self.report.garbage if item.path.parent == directory}

@@ -1,4 +1,4 @@
-"""The audit: is all there that the manifest promises, is it what was scored, is nothing there that must not be?
+"""The audit: has every permitted sample its row, is it what was scored, is nothing there that must not be?
 
 It reads and compares; it repairs nothing. Problems are returned, each with its file and reason, and their kinds decide
 the exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
@@ -310,7 +310,7 @@ class _Audit:
                 bad.add(number)
         return len(present) - len(bad)
 
-    # -- what nothing promises ----------------------------------------------------------------------------------------
+    # -- rows without a manifest entry -------------------------------------------------------------------------------
 
     def _look_for_forbidden_rows(self) -> None:
         permitted = self.job.data.selection.finder
@@ -343,7 +343,7 @@ class _Audit:
             self._problem(kind, "", str(path), "it is not the plan that the index tells of; run kd-cache repair", INDEX)
 
     def _look_the_other_way(self, index: Index) -> None:
-        """Disk → index: row files that nothing promises, in every folder that may hold some."""
+        """Disk → index: row files without an index entry, in every folder that may hold some."""
         forbidden: set[str] | None = None
         for directory in self.snapshot.folder.view_folders():
             name = directory.name
@@ -353,7 +353,7 @@ class _Audit:
                     listed = {*view_names(keys_of(sample.file for sample in self.job.data.manifest))}
                     forbidden = listed - {*view_names(self.job.data.selection.keys)}
                 kind = LEAK if surplus in forbidden else STALE
-                reason = "nothing promises this file; run kd-cache dump, or remove it"
+                reason = "the index does not name this file; run kd-cache dump, or remove it"
                 self._problem(kind, name, f"{name}/{surplus}", reason, VIEW)
 
     # -- scoring again ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a dump is told, and what it tells afterwards."""
+"""The settings of a dump, and its report."""
 
 from __future__ import annotations
 

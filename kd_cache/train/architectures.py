@@ -60,7 +60,7 @@ def backbone_from(tensors: Mapping[str, Tensor], stated: str | None, entry: str)
         raise CheckpointError(
             f"expected the weights of {stated or ' or '.join(architectures())}, found {len(tensors)} tensors"
             f" and none of its names, for example:\n{listed(sorted(tensors), most=5)}",
-            hint="Another network comes in as --teacher name=module:factory; see the README.",
+            hint="Another network comes in as --teacher NAME=module:factory; see docs/teachers.md.",
         )
     with torch.device("meta"):
         try:

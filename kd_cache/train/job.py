@@ -1,4 +1,4 @@
-"""What a training is told, what it writes down of itself (key, settings, record), and what it tells afterwards."""
+"""The job of a training, what it writes down of itself (key, settings, record), and its report."""
 
 from __future__ import annotations
 

@@ -430,7 +430,7 @@ NAMED: dict[str, tuple[dict[str, str], tuple[int, int] | None]] = {
 def test_the_environment_names_the_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variables, part = NAMED[name]
     _set(monkeypatch, variables)
-    assert part_of(None)[0] == part
+    assert part_of("env")[0] == part
     assert part_of("0/1") == (None, "--shard")
     assert part_of("3/7") == ((3, 7), "--shard")
 
@@ -458,11 +458,25 @@ def test_an_environment_that_contradicts_itself_is_refused_unless_the_part_is_sa
     name: str, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _set(monkeypatch, CONTRADICTORY[name])
-    result = run("dump", "--target", "b", "--json-path", world.root / "absent.json")
+    result = run("dump", "--target", "b", "--json-path", world.root / "absent.json", "--shard", "env")
     assert result.exit_code == 2
     assert "RANK" in result.stderr or "WORLD_SIZE" in result.stderr or "array" in result.stderr.lower()
     assert part_of("0/1") == (None, "--shard")
     assert part_of("1/2") == ((1, 2), "--shard")
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_ARRAY_TASK_ID"])
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_a_launcher_alone_makes_no_part(
+    name: str, quiet: tuple[str, ...], run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array over targets would dump a fifth of each."""
+    _set(monkeypatch, {name: "0", "WORLD_SIZE": "5", ARRAY + "COUNT": "5"})
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *quiet)
+    assert result.exit_code == 2
+    assert "--shard env" in result.stderr
+    assert "--shard 0/1" in result.stderr
+    assert not world.cache.exists()
 
 
 def _set(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
@@ -473,8 +487,15 @@ def _set(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
 @pytest.mark.parametrize(
     "by",
     [
-        {"RANK": "1", "WORLD_SIZE": "3"},
-        {ARRAY + "ID": "6", ARRAY + "COUNT": "3", ARRAY + "MIN": "4", ARRAY + "STEP": "2", ARRAY + "MAX": "8"},
+        {"RANK": "1", "WORLD_SIZE": "3", "KD_CACHE_SHARD": "env"},
+        {
+            ARRAY + "ID": "6",
+            ARRAY + "COUNT": "3",
+            ARRAY + "MIN": "4",
+            ARRAY + "STEP": "2",
+            ARRAY + "MAX": "8",
+            "KD_CACHE_SHARD": "env",
+        },
         {"KD_CACHE_SHARD": "1/3"},
     ],
     ids=["RANK", "SLURM", "KD_CACHE_SHARD"],
@@ -505,7 +526,11 @@ def test_a_file_names_the_part_and_the_nearer_word_counts(
 
 
 @pytest.mark.parametrize(
-    "by", [{"WORLD_SIZE": "1", "RANK": "0"}, {"KD_CACHE_SHARD": "0/1", "WORLD_SIZE": "2", "RANK": "1"}]
+    "by",
+    [
+        {"WORLD_SIZE": "1", "RANK": "0", "KD_CACHE_SHARD": "env"},
+        {"KD_CACHE_SHARD": "0/1", "WORLD_SIZE": "2", "RANK": "1"},
+    ],
 )
 def test_one_of_one_is_a_dump_of_everything(
     dump: Run, world: World, monkeypatch: pytest.MonkeyPatch, by: dict[str, str]

@@ -67,8 +67,9 @@ DUMP = Command(
         Option("shard_size", int, "Commit finished rows after this many samples …", RUN, 4096, low=1),
         Option("shard_seconds", float, "… or after so many seconds, whichever comes first.", RUN, 5.0, low=0),
         Option("shard", str | None,
-               "Score part i of n (the first is 0/n); when all parts are done, run kd-cache seal.",
-               RUN, None, "RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT if set, else everything", metavar="i/n",
+               "Score part i of n (the first is 0/n); when all parts are done, run kd-cache seal. env: the part "
+               "that RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT name.",
+               RUN, None, "everything", metavar="i/n|env",
                kept=False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),

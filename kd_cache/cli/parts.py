@@ -1,4 +1,4 @@
-"""Which part of a dump this process does: ``--shard i/n``, or what a launcher or job array says in the environment."""
+"""Which part of a dump this process does: ``--shard i/n``, or ``env``, what a launcher or job array says."""
 
 from __future__ import annotations
 
@@ -13,18 +13,34 @@ _TEXT = re.compile(r"([0-9]{1,9})/([0-9]{1,9})\Z")
 def part_of(text: str | None) -> tuple[tuple[int, int] | None, str]:
     """``(i, n)`` with 0 ≤ i < n, and where that comes from; ``None`` where the work is not split.
 
-    Without ``--shard``: ``RANK`` of ``WORLD_SIZE`` (torchrun), or ``SLURM_ARRAY_TASK_ID`` of
-    ``SLURM_ARRAY_TASK_COUNT``, counted from ``SLURM_ARRAY_TASK_MIN`` in steps of ``SLURM_ARRAY_TASK_STEP``.
-    ``--shard 0/1`` splits nothing, whatever the environment says.
+    ``env`` asks the environment: ``RANK`` of ``WORLD_SIZE`` (torchrun), or ``SLURM_ARRAY_TASK_ID`` of
+    ``SLURM_ARRAY_TASK_COUNT``, counted from ``SLURM_ARRAY_TASK_MIN`` in steps of ``SLURM_ARRAY_TASK_STEP``. Nothing
+    else does: an array over targets must not dump a part of each.
 
     Raises:
-        UsageError: no such part, or two parts are named.
+        UsageError: no such part, two parts are named, or a launcher is at work and ``--shard`` says nothing.
     """
-    if text is not None:
-        match = _TEXT.match(text)
-        if match is None:
-            raise UsageError(f"--shard is {shown(text)}, expected i/n, for example 0/4 for the first of four")
-        return _part(int(match[1]), int(match[2]), f"--shard {text}"), "--shard"
+    if text is None:
+        _refuse_to_guess()
+        return None, ""
+    if text == "env":
+        return _in_environment()
+    match = _TEXT.match(text)
+    if match is None:
+        raise UsageError(f"--shard is {shown(text)}, expected env, or i/n, for example 0/4 for the first of four")
+    return _part(int(match[1]), int(match[2]), f"--shard {text}"), "--shard"
+
+
+def _refuse_to_guess() -> None:
+    for name in ("RANK", "SLURM_ARRAY_TASK_ID"):
+        if name in os.environ:
+            raise UsageError(
+                f"{name} is set, so this process may be one of several; --shard does not say if they share a dump",
+                hint="Pass --shard env if each scores a part of it, --shard 0/1 if this one scores everything.",
+            )
+
+
+def _in_environment() -> tuple[tuple[int, int] | None, str]:
     found = {name: part for name, part in (("RANK", _rank()), ("SLURM_ARRAY_TASK_ID", _array())) if part is not None}
     if len(found) > 1:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,19 @@ def test_auto_takes_the_gpu_of_the_local_rank(
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert resolve_device("auto") == torch.device(expected)
+
+
+def test_a_plan_in_which_a_number_changed_is_no_plan(tmp_path: Path) -> None:
+    """Another batch size would silently make other last bits; only the first version wrote no digest."""
+    path = tmp_path / "plan.json"
+    BatchPlan(8, 4, {(12, 4): 8, (16, 4): 2}).save(path)
+    whole = path.read_text()
+    assert load_plan(path) is not None
+    for old, new in (('"batch_size": 8', '"batch_size": 9'), ('"12x4": 8', '"12x4": 4'), ('"bins": 4', '"bins": 5')):
+        assert whole.count(old) == 1
+        path.write_text(whole.replace(old, new))
+        assert load_plan(path) is None
+    content = json.loads(whole)
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    assert load_plan(path) == BatchPlan(8, 4, {(12, 4): 8, (16, 4): 2})

@@ -16,6 +16,7 @@ from store_fixtures import forks
 from tiny_teachers import Linear
 from torch.utils.data import DataLoader, SequentialSampler
 
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.manifest import load_manifest
 from kd_cache.errors import (
     DataLeakageError,
@@ -27,7 +28,7 @@ from kd_cache.errors import (
 from kd_cache.keys import sample_key
 from kd_cache.score.dump import DumpJob, dump_logits
 from kd_cache.serve.logit_cache import LogitCache
-from kd_cache.serve.student_loader import IGNORED, student_loader
+from kd_cache.serve.student_loader import IGNORED, FeatureDataset, student_loader
 
 KEYS = {
     "features", "num_frames", "scene_label", "city_label", "domain", "device_id", "path", "teacher_logits",
@@ -331,3 +332,16 @@ def test_a_feature_that_changed_since_the_dump_is_refused_unless_the_front_end_d
         list(loader)
     (batch,) = student_loader(own.json_path, own.root, own.cache, 64, check_features=False)
     assert changed in batch["path"]
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_feature_must_be_the_one_that_each_teacher_scored(shared: World, changed: int) -> None:
+    sample = shared.data().selection.samples[0]
+    source = FeatureSource(shared.root)
+    digests = np.stack([np.frombuffer(source.read(sample.file).digest, np.uint8)] * 2)[None]
+    present = np.array([True])
+    assert FeatureDataset(source, [sample], scored=(digests, present))[0][1] == sample
+    digests = digests.copy()
+    digests[0, changed, 0] ^= 1
+    with pytest.raises(StaleError, match="is not the one that the teachers scored"):
+        FeatureDataset(source, [sample], scored=(digests, present))[0]

@@ -153,11 +153,6 @@ def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
         )
 
 
-def location(sample: Sample, task: Task = DCASE) -> str | None:
-    """``city-location`` from the row's own field, else from a file name that tells it, else ``None``."""
-    return sample.location or location_in_name(sample.file, task)
-
-
 def location_in_name(file: str, task: Task = DCASE) -> str | None:
     """``city-location`` of a file named as the task's clips are, else ``None``."""
     found = task.place_in_name.findall(file)
@@ -244,22 +239,32 @@ def _shared_locations(train: list[Sample], test: list[Sample], task: Task) -> tu
 
     A row that has a field *and* a telling name counts at both places, so that a wrong field cannot hide a right name.
     """
-    held_out = {place for sample in test for place in places_of_sample(sample, task)}
-    located = sum(1 for sample in test if location(sample, task) is not None)
+    held_out: set[str] = set()
+    located = 0
+    for sample in test:
+        places, is_located = _recorded(sample, task)
+        held_out |= places
+        located += is_located
     shared = []
     for sample in train:
-        places = places_of_sample(sample, task)
-        located += location(sample, task) is not None
+        places, is_located = _recorded(sample, task)
+        located += is_located
         common = places & held_out
         if common:
             shared.append(f"{sample.file}: location {min(common)}")
     return located, shared
 
 
+def _recorded(sample: Sample, task: Task) -> tuple[set[str], bool]:
+    """`places_of_sample`, and whether one of them is known to be a location. Names are looked through once."""
+    named = location_in_name(sample.file, task)
+    places = {place for place in (sample.location, named, *sample.places) if place is not None}
+    return places, sample.location is not None or named is not None
+
+
 def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
     """All that its fields and its name say of where it was recorded: none, one, or several."""
-    named = (sample.location, location_in_name(sample.file, task), *sample.places)
-    return {place for place in named if place is not None}
+    return _recorded(sample, task)[0]
 
 
 def _refuse_empty(chosen: tuple[Sample, ...], target: str, task: Task) -> None:

@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "readers forget the list of permitted samples",
         "kd_cache/serve/rows.py",
-        "    allowed = permitted is None or permitted.has_keys(union.keys)",
-        "    allowed = True",
+        "            self._kept = None if permitted is None else _kept(union, permitted)",
+        "            self._kept = None",
         ("test_permitted.py",),
     ),
     Mutant(
@@ -142,8 +142,8 @@ MUTANTS = (
     Mutant(
         "packs just written go with those they replace",
         "kd_cache/store/publish.py",
-        "sorted(path for path in superfluous if path.name not in current)",
-        "sorted(superfluous)",
+        "sorted(path for path in self.superfluous if path.name not in current)",
+        "sorted(self.superfluous)",
         ("test_dump.py", "test_seal.py"),
     ),
     Mutant(

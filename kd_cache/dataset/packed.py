@@ -104,6 +104,9 @@ class PackedFeatures(FeatureSource):
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
+    def _look(self, file: str) -> None:
+        self._place(self._rows([file])[0])
+
     # -- one sample ----------------------------------------------------------------------------------------------------
 
     def _rows(self, files: Sequence[str]) -> list[int]:

@@ -71,6 +71,7 @@ class Scoring:
             StoreError: a commit failed.
         """
         self._watcher.stage("scoring", len(self._part))
+        self._pass_over_unchanged()  # at once: what comes after it takes the time that a rate is of
         try:
             with numerics(self._job.device, self._job.precision, self._job.seed):
                 self._score_all()
@@ -96,7 +97,6 @@ class Scoring:
         planner = Planner(job, self._found, self._files, engine, self._watcher)
         batcher = Batcher(engine)
         unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
-        self._pass_over_unchanged()
         at = 0
         # Closed here whatever happens: threads that read on would outlive an interrupted dump.
         reading = read_ahead(job.data.features, [self._files[n] for n in unread.tolist()], job.workers, self._busy)

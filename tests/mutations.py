@@ -69,6 +69,20 @@ MUTANTS = (
         ("test_union_and_seal.py", "test_faults_calls.py"),
     ),
     Mutant(
+        "all processes share one temporary name",
+        "kd_cache/files/atomic.py",
+        '{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"',
+        '{TEMPORARY}shared"',
+        ("test_faults_calls.py",),
+    ),
+    Mutant(
+        "merged packs go before the merged one is written",
+        "kd_cache/store/union.py",
+        "        path = write_pack(\n",
+        "        [pack.path.unlink() for pack in union.packs]\n        path = write_pack(\n",
+        ("test_faults_calls.py",),
+    ),
+    Mutant(
         "files resolve to the row after theirs",
         "kd_cache/serve/resolve.py",
         "        found = self._finder.find(keys_of_bytes(names))\n",

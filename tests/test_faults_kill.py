@@ -15,16 +15,14 @@ from fault_checks import (
     Place,
     Scenario,
     acknowledged_samples,
-    check_exported,
+    check_after,
     check_rows,
     check_same,
-    check_served,
     complete_samples,
     dumping,
     exporting,
     make_place,
     make_scenario,
-    temporaries,
 )
 from fault_disk import Tree, calls, put_tree
 from fault_tools import FULL, MARKS, NEEDS_SHIM, Fault, Rows, ended_at_last, host, often, readers
@@ -166,18 +164,9 @@ def test_a_signal_within_any_call_keeps_what_is_finished(place: Place, name: str
 
 def try_signal(scenario: Scenario, fault: Fault, code: int) -> int:
     """Send a signal just before one call (and before every fsync from then on); returns the exit status."""
-    place = scenario.place
     scenario.set_up()
-    outcome = place.run(*scenario.arguments, fault=fault)
-    try:
-        assert outcome.code in (0, code), "another exit status"
-        assert "Traceback" not in outcome.stderr
-        rows = check_rows(place.cache, place.right, scenario.acknowledged)
-        assert acknowledged_samples(outcome.stderr) <= complete_samples(rows)
-        assert not temporaries(place.disk), "a temporary file was left behind"
-        check_served(place.cache, place.right, whole=scenario.whole)
-        check_exported(scenario)
-        check_same(place.finish(*scenario.again), scenario.after)
-    except AssertionError as error:
-        raise AssertionError(f"{scenario.name}, {fault}: {error}\n{outcome}") from error
+    outcome = scenario.place.run(*scenario.arguments, fault=fault)
+    assert outcome.code in (0, code), outcome
+    assert "Traceback" not in outcome.stderr, outcome
+    check_after(scenario, outcome, fault)
     return outcome.code

@@ -385,13 +385,6 @@ def test_escapes_in_the_name_of_a_sample_are_printed_as_text_and_kept_in_json(wo
     assert [problem["file"] for problem in report["problems"]] == [escaped]
 
 
-def test_devices_are_refused_even_where_permitted(world: World) -> None:
-    world.rows[0]["file"] = "/dev/zero"
-    world.write()
-    outcome = at_the_fence(world, *DUMP, *OWN, "--allow-outside", "/dev")
-    refused(outcome, 1, "FeatureError", "feature /dev/zero", "not a regular file")
-
-
 def test_names_that_only_unicode_tells_apart_are_two_samples(world: World) -> None:
     for number, name in enumerate((NFC, NFD)):
         world.rows[number]["file"] = name
@@ -409,18 +402,6 @@ def test_a_path_is_a_sample_exactly_as_it_is_written(world: World) -> None:
     world.write()
     assert at_the_fence(world, *DUMP, *OWN).code == 0
     assert world.view("tiny", name).exists()
-
-
-def test_a_teacher_cannot_be_named_after_a_place(copies: Copies, subtests: pytest.Subtests) -> None:
-    def arrange(name: str, world: World) -> list[Work]:
-        return [command(*DUMP, "--teacher", f"{name}=tiny_teachers:linear")]
-
-    names = ["../x", "/x", "a/b", "..", "packs", "\x1b[2J", "x\0", "é", "n" * 65, ""]
-    for met in each_at_the_fence(copies, names, arrange):
-        with subtests.test(case=met.case):
-            (outcome,) = met.outcomes
-            refused(outcome, 2, "UsageError", "cannot be a teacher's name")
-            assert met.after == met.before
 
 
 # -- manifests ---------------------------------------------------------------------------------------------------------

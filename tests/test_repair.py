@@ -265,17 +265,6 @@ def leftovers(world: World) -> None:
         (world.cache / folder / ".tmp-123-00ff").write_bytes(b"half of someth")
 
 
-def everything_at_once(world: World) -> None:
-    HURT["missing view"](world)
-    flip(world.view("two", world.permitted()[5]), -3)
-    HURT["surplus view"](world)
-    whole_feature(world, world.permitted()[7], 998)
-    new_sample(world)
-    del world.rows[0]
-    changed_label(world)
-    forged_row(world)
-
-
 def all_of(world: World) -> set[str]:
     return set(world.permitted())
 
@@ -451,20 +440,6 @@ def test_another_checkpoint_is_scored_anew_with_only_that_teacher(
     assert verify("--recompute", teachers=teachers).exit_code == 0
     served_right(world, {"one": 7, "two": 2})
     assert pack_of(world, "two").path.stat().st_ino == kept
-
-
-def test_many_kinds_at_once_are_mended_in_one_run(
-    cached: World, dump: Run, verify: Run, repair: Repair, world: World
-) -> None:
-    everything_at_once(world)
-    assert verify().exit_code == 6
-    done = repair()
-    assert done.code == 0, done.errors
-    assert verify("--recompute").exit_code == 0
-    assert {problem["kind"] for problem in done.told["before"]["problems"]} == {"leak", "corrupt", "stale", "miss"}
-    assert len(done.seen["two"]) == 2  # the changed feature, the new sample
-    assert len(done.seen["one"]) == 3  # and the forged row
-    assert fresh(dump, world) == (chosen(snapshot(world.cache), "packs/"), views_of(world))
 
 
 def views_of(world: World) -> dict[str, bytes]:

@@ -390,17 +390,3 @@ def test_a_city2scene_teacher_with_any_head_is_loaded_as_it_was_saved(
     with torch.no_grad():
         torch.testing.assert_close(teacher(x), City2Scene(backbone, head).eval()(x), rtol=1e-5, atol=1e-5)
         assert torch.equal(teacher(x), teacher(x))
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_cnn14_with_any_classifier_is_loaded_as_it_was_saved(tmp_path: Path, suffix: str) -> None:
-    for hidden in ((), (7,), (5, 6, 7)):
-        net = cnn14(10, hidden)
-        x = clips(net)
-        for record in ({}, {"architecture": "cnn14", "role": "scene"}):
-            save_checkpoint(tmp_path / f"t{suffix}", net.state_dict(), record)
-            teacher = load_teacher(tmp_path / f"t{suffix}", role="scene", num_classes=10)
-            layers = [layer for layer in teacher.backbone.classifier if isinstance(layer, nn.Linear)]
-            assert [layer.out_features for layer in layers] == [*hidden, 10]
-            with torch.no_grad():
-                torch.testing.assert_close(teacher(x), net.eval()(x), rtol=1e-5, atol=1e-5)

@@ -327,10 +327,13 @@ def _comparable(name: str, content: bytes | None) -> Any:
 
 
 def check_outcome(outcome: Outcome, fault: Fault) -> None:
-    """A command that failed says where and why, in words."""
+    """A command that failed says where and why, in words; one that a signal ended has that signal's status."""
     said = outcome.stdout + outcome.stderr
     assert "Traceback" not in said, outcome
     if outcome.code == 0:
+        return
+    if fault.how == "signal":
+        assert outcome.code == 128 + fault.code, outcome
         return
     assert outcome.code > 0, f"it died\n{outcome}"
     assert "unexpected" not in said, outcome

@@ -1,4 +1,4 @@
-"""Every system call of a commit, a seal and an export fails, is killed, and is the last before a power cut."""
+"""Every system call of a commit, a seal and an export fails, meets a signal, and is the last before a power cut."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ _FULL = _Kind("error", errno.ENOSPC, _CHANGES)
 _READ_ONLY = _Kind("error", errno.EROFS, (*_CHANGES, "unlink"))
 _GONE = _Kind("error", errno.EIO, (*_CHANGES, "unlink", "fsync", "open", "read", "list"))
 _KILL = _Kind("kill before")
+
+_SIGNALS = tuple(
+    _Kind("signal", number, again) for number in (signal.SIGINT, signal.SIGTERM) for again in ((), ("fsync",))
+)
+"""Just before any call; and again at every later fsync."""
 
 KINDS: dict[str, tuple[_Kind, ...]] = {
     "open": (_EMFILE, _EIO, _EINTR),
@@ -155,7 +160,7 @@ def spread(items: list[T], most: int, name: str) -> list[T]:
 
 
 def _faults(scenario: Scenario, call: Call) -> Iterator[Fault]:
-    for kind in KINDS.get(call.what, ()):
+    for kind in (*KINDS.get(call.what, ()), *(_SIGNALS if call.number >= 0 else ())):
         yield Fault(scenario.place.disk, None, call.number, kind.how, kind.code, kind.sticky)
 
 
@@ -168,7 +173,7 @@ def try_fault(scenario: Scenario, fault: Fault) -> str:
         assert outcome.code in (-signal.SIGKILL, 0), outcome
     else:
         check_outcome(outcome, fault)
-    check_after(scenario, outcome, fault, left=killed or bool(fault.sticky))
+    check_after(scenario, outcome, fault, left=killed or (fault.how == "error" and bool(fault.sticky)))
     return "killed" if outcome.code < 0 else "refused" if outcome.code else "harmless"
 
 

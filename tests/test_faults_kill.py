@@ -1,11 +1,10 @@
-"""Commands killed with SIGKILL at random moments while others work and a student reads; and signals one can catch."""
+"""Commands killed with SIGKILL at random moments while others work and a student reads."""
 
 from __future__ import annotations
 
 import random
 import signal
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,24 +12,20 @@ from fault_checks import (
     SEALING,
     Arguments,
     Place,
-    Scenario,
     acknowledged_samples,
-    check_after,
     check_rows,
     check_same,
     complete_samples,
     dumping,
     exporting,
     make_place,
-    make_scenario,
 )
-from fault_disk import Tree, calls, put_tree
-from fault_tools import FULL, MARKS, NEEDS_SHIM, Fault, Rows, ended_at_last, host, often, readers
+from fault_disk import Tree, put_tree
+from fault_tools import MARKS, Rows, ended_at_last, host, often, readers
 
 pytestmark = MARKS
 
 SEED = 20261121
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 Pair = tuple[Arguments, Arguments]
 
 WHOLE: Pair = (dumping(), dumping("--shard-size", "3"))
@@ -138,35 +133,3 @@ def test_kills_at_random_moments_cost_nothing_acknowledged_and_serve_nothing_wro
         f"\nseed {SEED}: {done.kills} kills in {lives} caches, {done.rows} acknowledged rows, 0 lost; "
         f"{done.reads} reads of {done.rows_read} rows beside them, 0 wrong"
     )
-
-
-# -- signals that can be caught ---------------------------------------------------------------------------------------
-
-
-@NEEDS_SHIM
-@pytest.mark.parametrize("name", ["dump", "seal", *(["export pt"] if FULL else [])])
-@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
-def test_a_signal_within_any_call_keeps_what_is_finished(place: Place, name: str, again: bool) -> None:
-    scenario = make_scenario(place, name)
-    scenario.set_up()
-    place.run(*scenario.arguments, fault=Fault(place.disk, place.root / "record"))
-    numbers = [call.number for call in calls(place.root / "record") if call.number >= 0]
-    draw = random.Random(f"{SEED} {name} {again}")  # noqa: S311 (as above)
-    chosen = sorted(draw.sample(numbers, min(often(1, 4, 200), len(numbers))))
-    ends: Counter[int] = Counter()
-    for number in chosen:
-        for which, code in SIGNALS.items():
-            fault = Fault(place.disk, None, number, "signal", which, ("fsync",) if again else ())
-            ends[try_signal(scenario, fault, code)] += 1
-    print(f"\n{name}: {len(chosen)} of {len(numbers)} calls, both signals: exit codes {dict(ends)}")
-    assert ends.keys() <= {0, *SIGNALS.values()}
-
-
-def try_signal(scenario: Scenario, fault: Fault, code: int) -> int:
-    """Send a signal just before one call (and before every fsync from then on); returns the exit status."""
-    scenario.set_up()
-    outcome = scenario.place.run(*scenario.arguments, fault=fault)
-    assert outcome.code in (0, code), outcome
-    assert "Traceback" not in outcome.stderr, outcome
-    check_after(scenario, outcome, fault)
-    return outcome.code

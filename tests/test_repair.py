@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
-from store_fixtures import Rows, flip, forge, plain_pack, rewrite, snapshot
+from store_fixtures import Rows, flip, forge, plain_pack, rewrite, snapshot, write_older
 
 from kd_cache import LogitCache
 from kd_cache.errors import KDCacheError, MissingLogitsError
@@ -699,14 +699,8 @@ def test_recompute_finds_rows_that_were_wrong_when_they_were_scored(
 
 
 def older_cache(world: World, rows: Mapping[str, Callable[[str], np.ndarray]]) -> None:
-    """As the older script left it: plain files, an index of nothing but paths."""
-    maps: dict[str, Any] = {}
-    for name, row in rows.items():
-        (world.cache / name).mkdir(parents=True)
-        for file in world.permitted():
-            np.save(world.view(name, file), row(file).astype(np.float32))
-        maps[name] = {file: str(world.view(name, file)) for file in world.permitted()}
-    (world.cache / "cache_index.json").write_text(json.dumps({**maps, "num_samples": EVERY}))
+    tables = {name: {file: row(file).astype(np.float32) for file in world.permitted()} for name, row in rows.items()}
+    write_older(world.cache, tables, where=world.cache)
 
 
 def test_an_older_scripts_cache_becomes_a_verified_one_by_adopt_and_repair_recompute(

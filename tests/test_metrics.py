@@ -26,9 +26,10 @@ from sklearn.metrics import (
 )
 
 from kd_cache.errors import TeacherError, UsageError
-from kd_cache.train.evaluation import BINS, THRESHOLDS, Metrics, measure, measure_groups
+from kd_cache.train.evaluation import BINS, FIGURES, THRESHOLDS, Metrics, intervals, measure, measure_groups
 
 Case = tuple[np.ndarray, np.ndarray]
+SKLEARNS = {"accuracy", "log_loss"}
 near = {"rel": 1e-6, "abs": 1e-6}
 
 
@@ -247,7 +248,62 @@ def test_groups_are_measured_as_their_samples_alone_would_be(case: Case, chance:
                 "samples": len(mine),
                 "accuracy": pytest.approx(accuracy_score(labels[mine], decisions), **near),
                 "log_loss": pytest.approx(log_loss(labels[mine], probs, labels=range(logits.shape[1])), **near),
+                **{
+                    figure: getattr(measure(logits[mine], labels[mine]), figure)
+                    for figure in FIGURES[1:]
+                    if figure != "log_loss"
+                },
             }
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def located(seed: int, places: int, each: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clips of places that are easy or hard as a whole; on average seven in ten are right."""
+    chance = np.random.default_rng(seed)
+    right = chance.random((places, each)) < chance.beta(1.4, 0.6, places)[:, None]
+    labels = chance.integers(4, size=places * each)
+    decided = np.where(right.reshape(-1), labels, (labels + 1) % 4)
+    return 3 * np.eye(4, dtype=np.float32)[decided], labels, np.repeat(np.arange(places), each)
+
+
+def test_intervals_hold_the_truth_nineteen_times_of_twenty_where_clips_of_a_place_go_together() -> None:
+    held, narrow = 0, 0
+    for seed in range(200):
+        logits, labels, places = located(seed, 40, 8)
+        found = intervals(logits, labels, places, seed)
+        held += found["accuracy"][0] <= 0.7 <= found["accuracy"][1]
+        by_clip = intervals(logits, labels, np.arange(len(labels)), seed)
+        narrow += by_clip["accuracy"][0] <= 0.7 <= by_clip["accuracy"][1]
+    assert 0.88 <= held / 200 <= 0.985
+    assert narrow / 200 < 0.85  # what drawing clips would claim
+
+
+def test_an_interval_is_that_of_a_plain_bootstrap() -> None:
+    logits, labels, places = located(1, 12, 5)
+    found = intervals(logits, labels, places, 3)
+    chosen = np.random.default_rng(3).multinomial(12, [1 / 12] * 12, size=1000)
+    drawn = [np.repeat(np.arange(len(labels)), counts[places]) for counts in chosen]
+    for name, values in found.items():
+        plain = [getattr(measure(logits[rows], labels[rows]), name) for rows in drawn]
+        assert values == pytest.approx(np.quantile(plain, [0.025, 0.975]).tolist())
+
+
+@given(cases(), st.integers(0, 10**6))
+def test_intervals_do_not_know_the_order_of_clips_or_the_names_of_places(case: Case, seed: int) -> None:
+    logits, labels = case
+    chance = np.random.default_rng(seed)
+    places = chance.integers(5, size=len(labels))
+    found = intervals(logits, labels, places, seed)
+    assert (found is None) == (len(np.unique(places)) == 1)
+    if found is None:
+        return
+    order = chance.permutation(len(labels))
+    other = intervals(logits[order], labels[order], places[order] * 1000 + 7, seed)
+    for name, (low, high) in found.items():
+        assert other[name] == pytest.approx((low, high))
+        assert 0 <= low <= high
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -639,7 +639,8 @@ def test_records_are_read_oldest_first_and_temporaries_and_strangers_are_left(wo
     for number in (3, 1, 2):
         PendingRecord(folder, {}, {"begun": number}).write({}, {})
     (folder.pending_path / ".tmp-1-2.json").write_text("{")
-    (folder.pending_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "._0123456789abcdef.json", "0123456789abcdef (1).json"):
+        (folder.pending_path / name).write_text("mine")
     assert [begun(index.record) for index in read_pending(folder)[0]] == [1, 2, 3]
     for value in (None, "x", 1.5, True):
         assert begun({"begun": value}) == 0

@@ -504,8 +504,9 @@ def _in_place() -> None:
 
     @contextlib.contextmanager
     def visible(path: Path) -> Iterator[Path]:
-        path.unlink(missing_ok=True)
-        yield path
+        shown = path.with_name(path.name.replace("-new", f"-{'0' * 32}"))
+        shown.unlink(missing_ok=True)
+        yield shown
 
     kd_cache.store.pack.temporary_beside = visible
 

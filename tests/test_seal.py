@@ -470,9 +470,7 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
         patched.setattr(kd_cache.store.index, "write_atomic", late)
         result = run(*dumping(world, "tiny"))
     assert done
-    # Each took the other's view for one that nothing promises; the dump that found that out said so.
-    assert result.exit_code == 3
-    assert "run kd-cache seal" in result.stdout
+    assert result.exit_code == 0  # neither takes the other's view for its own
     result = run(*dumping(world, "other", "--json"))
     assert json.loads(result.stdout)["samples_scored"] == 0
     both_are_there(world, run)

@@ -206,7 +206,8 @@ def test_what_others_put_into_a_cache_is_told_of_and_stays(cache: MadeCache) -> 
 
 def test_without_a_view_every_row_file_goes_and_the_folders_of_its_teachers_stay(cache: MadeCache) -> None:
     entries = {
-        name: {**origin_entry(made), "rows": 12, "pack": None, "earlier": []} for name, made in cache.origins.items()
+        name: {**origin_entry(made), "rows": 12, "pack": next(cache.path.glob(f"packs/{name}-*")).name, "earlier": []}
+        for name, made in cache.origins.items()
     }
     record = {"adaptation": "A2b", "files": False, "missing": {}, "teachers": entries}
     write_index(cache.path / "cache_index.json", 12, {name: {} for name in entries}, record)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
-from store_fixtures import Rows, flip, forge, plain_pack, rewrite, snapshot, write_older
+from store_fixtures import Rows, flip, forge, name_in_index, plain_pack, rewrite, snapshot, write_older
 
 from kd_cache import LogitCache
 from kd_cache.errors import KDCacheError, MissingLogitsError
@@ -215,7 +215,7 @@ def forged_row(world: World) -> None:
         at = rows.files.index(some_file(world))
         file["logits"][at] = least_exchanged(rows.logits[at])
 
-    forge(directory, build, teacher="one")
+    name_in_index(forge(directory, build, teacher="one"))
 
 
 def new_sample(world: World) -> None:
@@ -382,9 +382,11 @@ def test_repair_mends_what_verify_reports_scores_no_more_and_leaves_the_bytes_of
     assert chosen(now, "packs/") == packs
     assert chosen(now, "one/") | chosen(now, "two/") == views
     served_right(world, {"one": 1, "two": 2})
-    # What was right before was not written again.
+    # What was right before was not written again; but a wrong row was served to nobody meanwhile.
     for path, inode in inodes.items():
         name = str(path.relative_to(world.cache))
+        if damage == "forged row" and name == f"one/{world.view('one', some_file(world)).name}":
+            continue
         if name.partition("/")[0] in ("packs", "one", "two") and now.get(name) == content[name] and not was_link[path]:
             assert path.stat().st_ino == inode, name
 

@@ -215,7 +215,7 @@ def test_a_feature_that_changed_after_its_part_is_missed(cached: World, dump: Ru
     assert "1 permitted samples have no row" in result.stderr
     assert index_bytes(world) == before
     found = served(world.cache)
-    assert found == {name: row for name, row in rows.items() if name != file}
+    assert found == rows  # readers have the finished generation, whatever parts are under way
     assert halves(dump) == [0, 0]
     assert run(*SEAL).exit_code == 0
     assert served(world.cache).keys() == rows.keys()

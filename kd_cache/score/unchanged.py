@@ -13,7 +13,6 @@ nanoseconds), frames and bins (i4), digest (16).
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 import time
@@ -27,6 +26,7 @@ import xxhash
 
 from kd_cache.errors import StoreError
 from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.files.mapped import file_content
 from kd_cache.keys import KeyFinder, are_ascending, sorted_order
 from kd_cache.score.existing import Found
 from kd_cache.score.job import DumpJob
@@ -63,7 +63,7 @@ class Seen:
                 size = os.fstat(file.fileno()).st_size
                 if not _HEAD.size < size < _MOST or (size - _HEAD.size) % _NOTE.itemsize:
                     return cls.nothing()
-                content = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+                content = file_content(file, 1 << 20).data
         except OSError:  # it only ever saves time
             return cls.nothing()
         magic, version, digest = _HEAD.unpack_from(content)

@@ -17,10 +17,12 @@ FLOORS: Mapping[str, int] = {
     "errors": 1, "keys": 1, "options": 1, "commands": 1, "watch": 1,
     "files": 2,
     "dataset": 3, "store": 3,
-    "score": 4, "serve": 4,
+    "prepare": 4, "score": 4, "serve": 4,
     "care": 5, "exchange": 5, "train": 5,
+    "distill": 6,
     "cli": 7,
     "__init__": 7,
+    "__main__": 8,
 }  # fmt: skip
 """The floor of each package and module in ``kd_cache``. A room imports
 none of its own floor, but for the ground's."""

@@ -110,7 +110,9 @@ def _digests(job: SealJob, current: Current, watcher: Watcher) -> tuple[np.ndarr
     files, features = job.data.selection.listed, job.data.features
     known, inputs = np.zeros(len(files), bool), np.zeros((len(files), 16), np.uint8)
     if not job.reread:
-        known, inputs = noted_digests(job.snapshot.folder.seen_path, features, files, watcher)
+        known, inputs = noted_digests(
+            job.snapshot.folder.seen_path, features, files, job.data.selection.listed_keys, watcher
+        )
     rest = np.flatnonzero(~known)
     unread = [files[number] for number in rest.tolist()]
     inputs[rest], known[rest] = read_digests(features, unread, current.missing, job.workers, watcher)

@@ -32,7 +32,7 @@ from kd_cache.errors import StoreError, shown
 from kd_cache.files.atomic import open_file, write_atomic
 from kd_cache.files.file_systems import MEMORY, file_systems, is_network
 from kd_cache.files.mapped import file_content
-from kd_cache.keys import KeyFinder, are_ascending, keys_of, sorted_order
+from kd_cache.keys import KeyFinder, are_ascending, sorted_order
 from kd_cache.score.existing import Found
 from kd_cache.score.job import DumpJob
 from kd_cache.store.origin import FORMAT_VERSION
@@ -183,11 +183,14 @@ def as_noted(source: FeatureSource, files: Sequence[str], digests: np.ndarray, w
 
 
 def noted_digests(
-    path: Path, source: FeatureSource, files: Sequence[str], watcher: Watcher
+    path: Path, source: FeatureSource, files: Sequence[str], keys: np.ndarray, watcher: Watcher
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``[N]`` bool, the features that need not be read, and their digests ``[N, 16]``, as the notes at ``path`` say."""
+    """``[N]`` bool, the features that need not be read, and their digests ``[N, 16]``, as the notes at ``path`` say.
+
+    ``keys`` ``[N, 16]`` u1 are those of ``files``, in any order.
+    """
     seen, moment, stats = Seen.load(path), time.time_ns(), source.stat_many(files)
-    noted, digests, _ = seen.lookup(keys_of(files), stats)
+    noted, digests, _ = seen.lookup(keys, stats)
     noted &= trusted(stats, moment)
     numbers = np.flatnonzero(noted)
     if not as_noted(source, [files[number] for number in numbers.tolist()], digests[numbers], watcher):

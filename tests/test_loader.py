@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import mmap
 import multiprocessing
 import pickle
 import shutil
@@ -44,7 +45,7 @@ from torch.utils.data import (
 from kd_cache import keys as keys_module
 from kd_cache.cli.info import _reading
 from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, UsageError
-from kd_cache.files import page_cache
+from kd_cache.files import mapped, page_cache
 from kd_cache.serve import placement
 from kd_cache.serve.logit_cache import CachedDataset, LogitCache
 from kd_cache.store.cache import CacheFolder
@@ -257,17 +258,13 @@ def test_the_kernel_is_told_of_random_reads_where_maps_do_not_fit_into_memory(
 ) -> None:
     advised: list[int] = []
 
-    class Mapping(page_cache.mmap.mmap):
-        def madvise(self, option: int, *_: int) -> None:
-            advised.append(option)
-
-    monkeypatch.setattr("kd_cache.store.pack.mmap.mmap", Mapping)
+    monkeypatch.setattr(mapped._LIBC, "madvise", lambda address, size, advice: advised.append(advice))
     made = two_teachers(tmp_path / "large/A2b", count=200, classes=3000)
     LogitCache.open(made.path, preload=False)
     assert advised == []  # it would fit: what is read around a row is read for good
     monkeypatch.setattr(placement, "available_memory", lambda: 0)
     LogitCache.open(made.path, preload=False)
-    assert advised == [page_cache._RANDOM] * 2
+    assert advised == [mmap.MADV_RANDOM] * 2
     LogitCache.open(two_teachers(tmp_path / "small/A2b").path, preload=False)
     assert len(advised) == 2  # small packs are no maps
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, shown
-from kd_cache.files.atomic import TEMPORARY_NAME, store_errors
+from kd_cache.files.atomic import TEMPORARY_NAME, store_errors, sync_opened_directory
 from kd_cache.store.cache import CacheFolder, Named, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.names import PACK_NAME, PENDING_NAME, RESERVED_NAMES
@@ -339,7 +339,7 @@ def _remove(directory: Path, items: Sequence[Garbage], *, may_be_link: bool) -> 
     finally:
         with store_errors(directory, "sync"):
             try:
-                os.fsync(descriptor)
+                sync_opened_directory(descriptor, directory)
             finally:
                 os.close(descriptor)
 

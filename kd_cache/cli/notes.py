@@ -9,9 +9,10 @@ the same bytes.
 - **Teachers.** Without options the City2Scene and the scene teacher are loaded; `--teacher` adds one of your own or
   takes the place of a built-in one of the same name, `--only` leaves out the others.
 - **`--reread`.** A rerun believes that a feature is unchanged if its file's device, inode, size, mtime and ctime
-  are those of the last dump and its last change was at least 2 s old then. `--reread` reads every feature. It is
-  needed where a file system keeps no ctime of its own (FAT, sshfs, images with fixed times) or shows an old one
-  (NFS, for a while). `verify` and `repair` read them all.
+  are those of the last dump and its last change was at least 2 s old then (120 s on network file systems; files in
+  memory are always read). 256 of them, drawn anew each time, are read all the same, and a note says how sure that
+  makes one; if one of them changed, all are read. `--reread` reads every feature. It is needed where a file system
+  keeps no ctime of its own (FAT, images with fixed times). `verify` and `repair` read them all.
 - **`--batch-size auto`** measures the largest size that fits and still makes it faster, before anything is stored.
 - **`--compile`** is kept in the index (`kd_cache.teachers.<name>.compiled`), as is the KL against fp32 of a lower
   `--precision`, measured on batches 1, 2, 4, 8, … of the run.

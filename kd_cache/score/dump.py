@@ -74,7 +74,7 @@ class _Dump:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
         from kd_cache.score.scoring import due_reasons, refuse_bad
 
-        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
+        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part, self.watcher)
         digests, good = unchanged.digests, unchanged.fresh.copy()
         for number in self.part:
             if good[number]:
@@ -119,6 +119,7 @@ class _Dump:
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
+            scoring.remember()  # a seal need not read again what its parts have read
             return self.report
         if self.part and not scoring.readable.any():
             raise nothing_readable(len(self.part))

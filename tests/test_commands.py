@@ -105,6 +105,14 @@ def test_an_option_of_one_value_is_refused_where_it_is_given_twice(command: Comm
     assert resolve(command, "--json", "--json").params["as_json"]
 
 
+def test_a_choice_is_known_in_capitals() -> None:
+    for command, option in EVERY:
+        for choice in option.choices:
+            if option.default is not ...:
+                made = resolve(command, option.flags[0], choice.upper())
+                assert made.params[option.name] == choice, f"{command.name} {option.name}"
+
+
 def test_every_option_has_a_variable_and_a_key_of_its_own() -> None:
     for command, option in EVERY:
         assert option.envvar in ("KD_CACHE_" + option.name.upper(), "KD_CACHE_JSON", "KD_CACHE_ALL")

@@ -18,6 +18,7 @@ from kd_cache.keys import keys_of
 from kd_cache.score.reading import read_digests
 from kd_cache.store.current import Current
 from kd_cache.store.index import Index
+from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
@@ -96,7 +97,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         bool(record.get("files", True)) if job.files is None else job.files,
         entries=current.entries,
         missing=missing,
-        hint=_what_is_missing(snapshot.pending),
+        hint=_how_parts_differ(snapshot.pending) or _what_is_missing(snapshot.pending),
     )
     return SealReport(snapshot.folder.path, len(selection.listed), missing, publish(snapshot, change, watcher))
 
@@ -112,6 +113,21 @@ def _still_missing(
         union = snapshot.union(origin)
         absent |= True if union is None else union.match(keys, inputs[listed]) < 0
     return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+
+
+def _how_parts_differ(pending: Sequence[Index]) -> str:
+    """Parts of one teacher that do not fit together, where there are any."""
+    made: dict[str, dict[str, tuple[str, Origin]]] = {}
+    for record in pending:
+        number, count = record.record.get("part") or (0, 1)
+        for name, origin in record.origins.items():
+            made.setdefault(name, {})[origin.fingerprint.digest] = f"{number}/{count}", origin
+    for name, kinds in made.items():
+        if len(kinds) > 1:
+            (one, first), (other, second), *_ = kinds.values()
+            how = f"{one} and {other} of {name} differ ({first.fingerprint.difference(second.fingerprint)})"
+            return f"Parts {how}: dump one of them as the other was, then seal again."
+    return ""
 
 
 def _what_is_missing(pending: Sequence[Index]) -> str:

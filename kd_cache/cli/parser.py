@@ -31,6 +31,8 @@ def parameter(option: Option) -> inspect.Parameter:
     """The option as typer is told of it."""
     shared: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
     shared |= {"min": option.low, "max": option.high, "show_envvar": False}
+    if len({choice.casefold() for choice in option.choices}) == len(option.choices):
+        shared["case_sensitive"] = False  # where no two are alike, "B" can only mean "b"
     if option.parse is not None:
         shared["parser"] = _parser(option.parse)
     if option.name == "config":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
-from store_fixtures import Rows, flip, forge, plain_pack, rewrite, snapshot
+from store_fixtures import Rows, flip, forge, plain_pack, rewrite, snapshot, write_older
 
 from kd_cache import LogitCache
 from kd_cache.errors import KDCacheError, MissingLogitsError
@@ -265,17 +265,6 @@ def leftovers(world: World) -> None:
         (world.cache / folder / ".tmp-123-00ff").write_bytes(b"half of someth")
 
 
-def everything_at_once(world: World) -> None:
-    HURT["missing view"](world)
-    flip(world.view("two", world.permitted()[5]), -3)
-    HURT["surplus view"](world)
-    whole_feature(world, world.permitted()[7], 998)
-    new_sample(world)
-    del world.rows[0]
-    changed_label(world)
-    forged_row(world)
-
-
 def all_of(world: World) -> set[str]:
     return set(world.permitted())
 
@@ -451,20 +440,6 @@ def test_another_checkpoint_is_scored_anew_with_only_that_teacher(
     assert verify("--recompute", teachers=teachers).exit_code == 0
     served_right(world, {"one": 7, "two": 2})
     assert pack_of(world, "two").path.stat().st_ino == kept
-
-
-def test_many_kinds_at_once_are_mended_in_one_run(
-    cached: World, dump: Run, verify: Run, repair: Repair, world: World
-) -> None:
-    everything_at_once(world)
-    assert verify().exit_code == 6
-    done = repair()
-    assert done.code == 0, done.errors
-    assert verify("--recompute").exit_code == 0
-    assert {problem["kind"] for problem in done.told["before"]["problems"]} == {"leak", "corrupt", "stale", "miss"}
-    assert len(done.seen["two"]) == 2  # the changed feature, the new sample
-    assert len(done.seen["one"]) == 3  # and the forged row
-    assert fresh(dump, world) == (chosen(snapshot(world.cache), "packs/"), views_of(world))
 
 
 def views_of(world: World) -> dict[str, bytes]:
@@ -724,14 +699,8 @@ def test_recompute_finds_rows_that_were_wrong_when_they_were_scored(
 
 
 def older_cache(world: World, rows: Mapping[str, Callable[[str], np.ndarray]]) -> None:
-    """As the older script left it: plain files, an index of nothing but paths."""
-    maps: dict[str, Any] = {}
-    for name, row in rows.items():
-        (world.cache / name).mkdir(parents=True)
-        for file in world.permitted():
-            np.save(world.view(name, file), row(file).astype(np.float32))
-        maps[name] = {file: str(world.view(name, file)) for file in world.permitted()}
-    (world.cache / "cache_index.json").write_text(json.dumps({**maps, "num_samples": EVERY}))
+    tables = {name: {file: row(file).astype(np.float32) for file in world.permitted()} for name, row in rows.items()}
+    write_older(world.cache, tables, where=world.cache)
 
 
 def test_an_older_scripts_cache_becomes_a_verified_one_by_adopt_and_repair_recompute(

@@ -75,7 +75,7 @@ class FeatureSource:
                 or float32, or not finite.
         """
         try:
-            descriptor, status = self._open(file)
+            descriptor, status = self.open(file)
             try:
                 content = _read_all(descriptor, status.st_size, self.max_bytes)
             finally:
@@ -113,10 +113,23 @@ class FeatureSource:
                         rows[number] = stat_row(status)
         return np.array(rows, np.int64).reshape(-1, 5)
 
+    def missing(self, files: Sequence[str]) -> dict[str, str]:
+        """Which of them are not there or cannot be opened, and why. Nothing is read."""
+        found = {}
+        for number in np.flatnonzero(self.stat_many(files)[:, 0] < 0).tolist():
+            try:
+                self._look(files[number])
+            except (ValueError, OSError) as error:
+                found[files[number]] = self._error(files[number], error).message
+        return found
+
+    def _look(self, file: str) -> None:
+        os.close(self.open(file)[0])
+
     def shape(self, file: str) -> tuple[int, int]:
         """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
         try:
-            descriptor, status = self._open(file)
+            descriptor, status = self.open(file)
             try:
                 header = parse_header(os.read(descriptor, MAX_HEADER + 12))
                 check_size(header, status.st_size)
@@ -159,7 +172,8 @@ class FeatureSource:
     def _place_in_words(self) -> str:
         return f"under {shown(self.root)}"
 
-    def _open(self, file: str) -> tuple[int, os.stat_result]:
+    def open(self, file: str) -> tuple[int, os.stat_result]:
+        """A descriptor of the file, for the caller to close, and its status. Raises ``ValueError`` and ``OSError``."""
         path, inside = self._path(file)
         if not inside:
             self._refuse_outside(path)

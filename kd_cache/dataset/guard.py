@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,21 +125,51 @@ def select_source(
 
 def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
     task = manifest.task
-    train = [sample for sample in manifest if sample.split == "train"]
-    test = [sample for sample in manifest if sample.split != "train" and task.held_out.search(sample.split)]
-    _refuse_contradictions(manifest)
-    _refuse_unseen_devices(train, task)
-    _refuse_files_in_two_splits(manifest, data_root)
-    located, shared = _shared_locations(train, test, task)
-    if shared and not allow_shared_locations:
-        raise DataLeakageError(
-            f"{len(shared)} train samples were recorded at a location that also occurs in test\n{listed(shared)}",
-            hint="Move them out of train, or pass --allow-shared-locations if that is intended.",
-        )
-    chosen = tuple(sample for sample in train if sample.device_id in (task.source, target))
+    look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=data_root)
+    if look.violations:
+        raise look.violations[0]
+    chosen = tuple(
+        sample for sample in manifest if sample.split == "train" and sample.device_id in (task.source, target)
+    )
     _refuse_empty(chosen, manifest, target)
     _refuse_collisions(chosen)
-    return Selection(target, chosen, located, len(train) + len(test), tuple(shared), task)
+    return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
+
+
+class Look(NamedTuple):
+    """What the guard saw in a whole manifest; ``violations`` are of one kind each. The rest as in `Selection`."""
+
+    violations: list[DataLeakageError]
+    located: int
+    locatable: int
+    shared_locations: tuple[str, ...]
+
+
+def look_through(manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None) -> Look:
+    """Everything that is wrong with a manifest, whatever the target. Arguments as for `select`."""
+    task = manifest.task
+    train = [sample for sample in manifest if sample.split == "train"]
+    test = [sample for sample in manifest if sample.split != "train" and task.held_out.search(sample.split)]
+    located, shared = _shared_locations(train, test, task)
+    wrong = [
+        _violation("samples contradict the list they stand in", _contradictions(manifest)),
+        _violation(
+            f"train samples come from the unseen devices {', '.join(task.unseen)}, which only the final evaluation "
+            "may use",
+            _unseen_devices(train, task),
+        ),
+        _violation("train files stand in another split too", _files_in_two_splits(manifest, data_root)),
+        _violation(
+            "train samples were recorded at a location that also occurs in test",
+            [] if allow_shared_locations else shared,
+            "Move them out of train, or pass --allow-shared-locations if that is intended.",
+        ),
+    ]
+    return Look([each for each in wrong if each is not None], located, len(train) + len(test), tuple(shared))
+
+
+def _violation(what: str, wrong: list[str], hint: str | None = None) -> DataLeakageError | None:
+    return DataLeakageError(f"{len(wrong)} {what}\n{listed(wrong)}", hint=hint) if wrong else None
 
 
 def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
@@ -165,40 +195,31 @@ def device_in_name(file: str, task: Task = DCASE) -> str | None:
     return task.device(found[-1][2].lower()) if found else None
 
 
-def _refuse_contradictions(manifest: Manifest) -> None:
-    wrong = [
+def _contradictions(manifest: Manifest) -> list[str]:
+    return [
         f"{sample.file}: in the list {sample.listed_in}, but its split says {sample.split}"
         for sample in manifest
         if sample.listed_in is not None and sample.split != sample.listed_in
     ]
-    if wrong:
-        raise DataLeakageError(f"{len(wrong)} samples contradict the list they stand in\n{listed(wrong)}")
 
 
-def _refuse_unseen_devices(train: list[Sample], task: Task) -> None:
+def _unseen_devices(train: list[Sample], task: Task) -> list[str]:
     wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in task.unseen]
-    wrong += [
+    return wrong + [
         f"{sample.file}: its name says {named}, its row {sample.device_id}"
         for sample in train
         if sample.device_id not in task.unseen and (named := device_in_name(sample.file, task)) in task.unseen
     ]
-    if wrong:
-        raise DataLeakageError(
-            f"{len(wrong)} train samples come from the unseen devices {', '.join(task.unseen)}, "
-            f"which only the final evaluation may use\n{listed(wrong)}"
-        )
 
 
-def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> None:
+def _files_in_two_splits(manifest: Manifest, data_root: Path | None) -> list[str]:
     plain = spelling if data_root is None else Places(data_root).plain
     train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
-    both = [
+    return [
         f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
         for other in manifest
         if other.split != "train" and (file := train.get(plain(other.file))) is not None
     ]
-    if both:
-        raise DataLeakageError(f"{len(both)} train files stand in another split too\n{listed(both)}")
 
 
 class Places:

@@ -95,7 +95,7 @@ def load_manifest(
     """
     path = Path(path).expanduser()
     try:
-        raw = _read_plain(path, max_bytes)
+        raw = read_plain(path, max_bytes)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ManifestError(
@@ -106,7 +106,7 @@ def load_manifest(
     return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task)
 
 
-def _read_plain(path: Path, most: int) -> bytes:
+def read_plain(path: Path, most: int) -> bytes:
     """The bytes of a regular file: opening anything else could block, or never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
@@ -126,7 +126,7 @@ def parse_manifest(
     raw: bytes, name: str, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12
 ) -> tuple[Sample, ...]:
     """The samples in a manifest's bytes; ``name`` is used in messages. Raises as `load_manifest`."""
-    with _without_collection():
+    with without_collection():
         rows = list(_rows(parse_json(raw, name), name))
         if not rows:
             raise ManifestError(f"{name} is empty: it lists no samples")
@@ -140,7 +140,7 @@ def parse_manifest(
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Making a million objects that all stay, Python would look through all of them for cycles again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -202,7 +202,8 @@ class _RowReader:
             raise ValueError(f"file is missing{_meant(row, 'file')}")
         domain, device = _domain_and_device(self.task, row)
         scene = _scene_label(row, self.num_scenes)
-        if scene is None and device == self.task.source:
+        split = _split(row, in_list)
+        if scene is None and device == self.task.source and not self.task.held_out.search(split):
             found = next((f"is {row[name]}, which is no label" for name in _SCENE if row.get(name) is not None), "")
             why = found or f"is missing{_meant(row, 'scene_label')}"
             raise ValueError(f"scene_label {why}; samples of the source device {device} need one")
@@ -212,7 +213,7 @@ class _RowReader:
             _label("city_label", row.get("city_label"), self.num_cities),
             domain,
             device,
-            _split(row, in_list),
+            split,
             in_list,
             *_location(row, self.task),
         )

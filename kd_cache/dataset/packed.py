@@ -107,6 +107,9 @@ class PackedFeatures(FeatureSource):
     def absent(self, files: Sequence[str]) -> list[str]:
         return [file for file, row in zip(files, self._rows(files), strict=True) if row < 0]
 
+    def _look(self, file: str) -> None:
+        self._place(self._rows([file])[0])
+
     # -- one sample ----------------------------------------------------------------------------------------------------
 
     def _rows(self, files: Sequence[str]) -> list[int]:

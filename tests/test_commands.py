@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pkgutil
 import typing
 from pathlib import Path
@@ -237,3 +238,24 @@ def test_a_variable_of_any_command_is_known(monkeypatch: pytest.MonkeyPatch) -> 
         for name in option.variables:
             monkeypatch.setenv(name, "x")
     settings_file.check_environment()
+
+
+# -- odd values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+@pytest.mark.parametrize("text", ["", "nan", "inf", "-inf"])
+def test_no_option_takes_an_empty_text_or_a_number_that_is_none(command: Command, text: str) -> None:
+    for option in command.options:
+        takes = option.bare is float or (text == "" and not option.is_switch)
+        if option.positional or not takes:
+            continue
+        with pytest.raises(Exception, match="empty|finite|valid number|greater|less|in the range|expected|one of|integer"):
+            resolve(command, option.flags[0], text)
+
+
+def test_a_settings_file_that_is_none_is_refused_and_never_waited_for(run: Call, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("pipe", "/dev/zero", "/proc/self/mem", "."):
+        result = run("gc", "--config", path)
+        assert (result.exit_code, f"cannot read {path}" in said_in(result)) == (2, True), result.output

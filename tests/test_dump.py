@@ -468,3 +468,14 @@ def test_samples_that_were_left_out_are_not_said_to_be_saved(dump: Run, world: W
     assert result.exit_code == 3
     assert "saved: 16/20 samples" in result.stderr
     assert "20/20" not in result.stderr
+
+
+def test_rows_that_become_current_again_are_named(dump: Run, world: World) -> None:
+    for args in ((), ("--dtype", "fp16"), ("--precision", "bf16")):
+        dump(*args)
+    back = ("precision: bf16 → fp32", "dtype: fp16 → fp32", "")
+    for args, how in zip(((), ("--dtype", "fp16"), ("--dtype", "fp16")), back, strict=True):
+        plan, done = dump(*args, "--dry-run"), dump(*args)
+        assert ("would become current" in plan.stdout) == ("are current now" in done.stdout) == bool(how)
+        assert ("Nothing to score" in done.stdout) == (not how)
+        assert how.partition(" ")[0] in done.stderr

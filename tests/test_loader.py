@@ -432,7 +432,7 @@ def test_whatever_is_no_row_number_is_refused(cache: MadeCache, opening: Open, o
     ):  # fmt: skip
         with pytest.raises(IndexError, match=r"rows must be integers \[B\]"):
             opened.batch(odd)
-    with pytest.raises(UsageError, match="expected files as texts"):
+    with pytest.raises(UsageError, match="files as texts, found 0 \\(int\\) at position 0"):
         opened.batch([0, 1])  # type: ignore[list-item]
     if on_miss == "raise":
         with pytest.raises(IndexError, match="found -1 to 0"):

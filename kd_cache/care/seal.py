@@ -19,6 +19,7 @@ from kd_cache.score.reading import read_digests
 from kd_cache.score.unchanged import noted_digests
 from kd_cache.store.current import Current
 from kd_cache.store.index import Index
+from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
@@ -98,7 +99,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         bool(record.get("files", True)) if job.files is None else job.files,
         entries=current.entries,
         missing={file: current.missing[file] for file in selection.listed if file in current.missing},
-        hint=_what_is_missing(snapshot.pending),
+        hint=_how_parts_differ(snapshot.pending) or _what_is_missing(snapshot.pending),
     )
     published = publish(snapshot, change, watcher)
     return SealReport(snapshot.folder.path, len(selection.listed), published.missing, published)
@@ -116,6 +117,21 @@ def _digests(job: SealJob, current: Current, watcher: Watcher) -> tuple[np.ndarr
     unread = [files[number] for number in rest.tolist()]
     inputs[rest], known[rest] = read_digests(features, unread, current.missing, job.workers, watcher)
     return inputs, known
+
+
+def _how_parts_differ(pending: Sequence[Index]) -> str:
+    """Parts of one teacher that do not fit together, where there are any."""
+    made: dict[str, dict[str, tuple[str, Origin]]] = {}
+    for record in pending:
+        number, count = record.record.get("part") or (0, 1)
+        for name, origin in record.origins.items():
+            made.setdefault(name, {})[origin.fingerprint.digest] = f"{number}/{count}", origin
+    for name, kinds in made.items():
+        if len(kinds) > 1:
+            (one, first), (other, second), *_ = kinds.values()
+            how = f"{one} and {other} of {name} differ ({first.fingerprint.difference(second.fingerprint)})"
+            return f"Parts {how}: dump one of them as the other was, then seal again."
+    return ""
 
 
 def _what_is_missing(pending: Sequence[Index]) -> str:

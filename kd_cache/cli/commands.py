@@ -42,6 +42,9 @@ _ANY_TARGET = changed(
     "target", kind=Target | None, help="Just the cache of this target.", panel=CACHE, default=None,
     otherwise="every cache under the root",
 )  # fmt: skip
+_CACHE = Option(
+    "cache", Path | None, "A cache, or a folder of caches.", ARGUMENTS, None, "see --target", positional=True
+)
 _HAS_VIEW = changed(
     "files", kind=bool | None, help="Whether the cache has a view of one <md5>.npy per row.", default=None,
     otherwise="as its dumps said",
@@ -110,6 +113,7 @@ VERIFY = Command(
     "kd_cache.cli.verify:verify",
     "Check that every permitted sample has a row, and that rows are intact, fresh and permitted. Changes nothing.",
     (
+        _CACHE,
         _ANY_TARGET,
         Option("n", int, "How many permitted samples to draw at random.", CACHE, 100, also=("-n",), low=1),
         Option("everything", bool, "Check every sample, and also rows and files without a manifest entry.", CACHE,
@@ -128,7 +132,7 @@ VERIFY = Command(
     (
         "kd-cache verify --n 100",
         "kd-cache verify --target b --all --recompute",
-        "kd-cache verify --n 100 --json",
+        "kd-cache verify cache/A2b --n 100 --json",
     ),
     ("n", "everything", "recompute"),
     _AUDIT,
@@ -140,6 +144,7 @@ REPAIR = Command(
     "kd_cache.cli.repair:repair",
     "Verify everything, score again or rebuild what is wrong, verify again. Intact rows are not touched.",
     (
+        _CACHE,
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
                "agree are confirmed.", CACHE, False),

@@ -30,9 +30,7 @@ def info(screen: Screen, path: Path) -> Report:
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path, is_adaptation)
-    if CacheFolder(path).index_path.is_file():
-        folders = [CacheFolder(path)]
+    folders = [CacheFolder(path)] if CacheFolder(path).is_anything else find_caches(path, is_adaptation)
     if not folders and not trained and not pretrained:
         raise no_finished_cache(path, is_adaptation)
     described = []

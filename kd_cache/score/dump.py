@@ -66,7 +66,19 @@ class _Dump:
             len(self.part),
             selection.per_device,
             {name: _empty_report(job, name) for name in job.origins},
+            replaced=self._replaced(),
         )
+        for name, how in self.report.replaced.items():
+            watcher.note(f"{name}: other rows become current ({how})")
+
+    def _replaced(self) -> dict[str, str]:
+        """What was current before and is not what this run makes, and how they differ."""
+        before = self.found.earlier.origins if self.found.earlier and self.job.part is None else {}
+        return {
+            name: before[name].fingerprint.difference(now.fingerprint)
+            for name, now in self.job.origins.items()
+            if name in before and before[name].fingerprint.digest != now.fingerprint.digest
+        }
 
     # -- the two ways to run ------------------------------------------------------------------------------------------
 

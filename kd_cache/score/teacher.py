@@ -76,11 +76,12 @@ def parse_teacher(text: str) -> TeacherSpec:
 
     With ``NAME[,ckpt=PATH]`` the factory is the entry point of that name.
     """
-    head, separator, tail = text.partition(",")
+    head, separator, checkpoint = text.partition(",ckpt=")
     name, named, factory = head.partition("=")
-    checkpoint = tail.removeprefix("ckpt=")
-    if separator and (checkpoint == tail or not checkpoint):
-        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found ,{shown(tail)}")
+    tail = head.rpartition(":")[2].partition(",")[1:]  # a path before it may have commas, and a factory has none
+    if (separator and not checkpoint) or tail[0]:
+        found = f"{tail[0]}{tail[1]}{separator}{checkpoint}"
+        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found {shown(found)}")
     if not is_teacher_name(name):
         raise UsageError(
             f'--teacher {shown(text)}: "{shown(name)}" cannot be a teacher\'s name (letters, digits, _ . -)'

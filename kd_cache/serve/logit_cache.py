@@ -125,7 +125,7 @@ class LogitCache:
             raise UsageError(f"verify is {verify!r}, expected auto, {', '.join(CHECKS)}")
         checked(preload)
         path = Path(path).expanduser()
-        folder = CacheFolder(path.parent if path.is_file() else path)
+        folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
         if snapshot.is_older:
             warnings.warn(
@@ -157,6 +157,12 @@ class LogitCache:
                 stacklevel=2,
             )
         return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
+
+    def __repr__(self) -> str:
+        return (
+            f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
+            f"classes={self.num_classes}, dtype={self.dtype})"
+        )
 
     @property
     def files(self) -> list[str]:

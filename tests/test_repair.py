@@ -869,7 +869,7 @@ def test_json_tells_what_was_found_done_and_left(run: Run, cached: World, repair
     content = json.loads(result.stdout)
     assert set(content) == {"exit_code", "caches"}
     (cache,) = content["caches"]
-    assert set(cache) == {"exit_code", "before", "scored", "confirmed", "rebuilt", "after"}
+    assert set(cache) == {"exit_code", "before", "scored", "confirmed", "replaced", "rebuilt", "after"}
     assert (content["exit_code"], cache["exit_code"], cache["before"]["exit_code"]) == (0, 0, 5)
     assert cache["scored"] == {"one": 1, "two": 1}
     assert cache["before"]["all"] is True

@@ -69,7 +69,12 @@ def _refuse_to_guess(run: Run, folder: CacheFolder, saved: Saved) -> None:
 def _lines(report: RepairReport) -> list[str | Table]:
     lines: list[str | Table] = [str(line) for line in problem_lines(report.before)]  # no failures: most are mended now
     lines += [
-        f"{name}: {n:,} adopted rows were confirmed by scoring them again" for name, n in report.confirmed.items()
+        f"{name}: {n:,} adopted rows were confirmed by scoring them again" for name, n in report.confirmed.items() if n
+    ]
+    lines += [
+        f"{name}: {n:,} adopted rows are not what it gives; they were replaced"
+        for name, n in report.replaced.items()
+        if n
     ]
     lines += [f"{name}: {count:,} rows scored" for name, count in report.scored.items()]
     if report.rebuilt:

@@ -115,10 +115,12 @@ class _Dump:
         return self.report
 
     def run(self) -> DumpReport:
+        from kd_cache.score.cached_rows import check_unknown_code
         from kd_cache.score.commits import Commits
         from kd_cache.score.scoring import Scoring
         from kd_cache.score.stages import Busy
 
+        check_unknown_code(self.job, self.found, self.files, self.watcher)
         began = time.monotonic()
         # Packs are content-named: a row scored again may bring back a name that was here before.
         before = [pack.path for origin in self.job.origins.values() for pack in self.found.snapshot.packs.of(origin)]

@@ -35,6 +35,7 @@ class DumpJob:
         teachers: by name, in the order of the index.
         notes: further content of a teacher's index entry (its checkpoint, for example).
         batch_size: the most samples scored at once; ``None`` chooses by device, ``auto`` by measuring.
+        check_cached: score a few rows again that are there, of teachers whose code is not built in (`cached_rows`).
         reread: read every feature, also where nobody touched its file since a dump read it.
         compiled: run the teachers through ``torch.compile``.
         shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
@@ -52,6 +53,7 @@ class DumpJob:
     precision: str = "fp32"
     batch_size: int | Literal["auto"] | None = None
     compiled: bool = False
+    check_cached: bool = True
     reread: bool = False
     skip_existing: bool = True
     files: bool = True

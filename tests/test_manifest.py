@@ -54,15 +54,6 @@ def test_three_lists_give_their_name_to_rows_without_a_split() -> None:
     ]
 
 
-def test_a_flat_list_reads_each_rows_split_and_keeps_the_order() -> None:
-    samples = parse([row("z", split="test"), row("a"), row("m", split="unused")])
-    assert [(s.file, s.split, s.listed_in) for s in samples] == [
-        ("z", "test", None),
-        ("a", "train", None),
-        ("m", "unused", None),
-    ]
-
-
 def test_every_field_of_a_row_arrives() -> None:
     assert parse([row("x/y.npy", identifier="vienna-12")]) == (
         Sample("x/y.npy", 3, 7, 1, "b", "train", None, "vienna-12", ("vienna-12",)),
@@ -345,9 +336,6 @@ def test_what_is_no_plain_file_is_refused_and_never_hangs(tmp_path: Path, kind: 
 )
 def test_keys_are_the_md5_of_the_path_exactly_as_written(file: str, key: str) -> None:
     assert sample_key(file) == key
-
-
-# -- size --------------------------------------------------------------------------------------------------------------
 
 
 # -- properties --------------------------------------------------------------------------------------------------------

@@ -562,8 +562,8 @@ OTHERS: dict[str, Store] = {
     ),
     "packs that are elsewhere": Store(moved_out("packs"), LINK, (1, 1, 1), 1),
     "pending records that are elsewhere": Store(moved_out("pending"), LINK, (0, 1, 1), 1),
-    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 5, 0), 1),
-    "a view of nobody that is elsewhere": Store(moved_out("foo"), LINK, (0, 5, 0), 1),
+    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 0, 0), 1),
+    "a folder of nobody's that is elsewhere": Store(moved_out("foo"), "", (0, 0, 0)),
 }
 
 # -- row files, older caches -------------------------------------------------------------------------------------------

@@ -821,22 +821,6 @@ def test_every_row_is_its_own_files_whatever_is_around(cache: MadeCache, base: s
     assert check_joined(cache, DataLoader(whole, 7, shuffle=True, **collating)) == len(whole)  # type: ignore[arg-type]
 
 
-@forks
-@pytest.mark.parametrize(
-    ("base", "around", "drawn"),
-    [
-        ("concat", "subset", "shuffled"),
-        ("batched", "concat", "in order"),
-        ("plain", "itself", "batches as items"),
-    ],
-)
-def test_two_forked_workers_give_the_same(cache: MadeCache, opening: Open, base: str, around: str, drawn: str) -> None:
-    data = attached(cache, base, opening)
-    whole = AROUND[around](data)
-    options = DRAWN[drawn](whole) | {"num_workers": 2, "multiprocessing_context": "fork"}
-    check_joined(cache, DataLoader(whole, collate_fn=data.collate, **options))
-
-
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
 def test_pinned_batches_are_the_same(cache: MadeCache) -> None:
     data = attached(cache, "plain")

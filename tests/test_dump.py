@@ -508,3 +508,23 @@ def test_rescoring_a_finished_cache_in_several_shards_leaves_it_whole(run: Run, 
         after = LogitCache.open(world.cache)
         assert after.files == before.files
         assert torch.equal(after.batch(after.files), rows)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--workers", 0)])
+def test_a_dump_names_all_missing_features_at_once(dump: Run, world: World, more: tuple[object, ...]) -> None:
+    gone = world.permitted()[3:7]
+    for file in gone:
+        world.feature(file).unlink()
+    result = dump(*more)
+    assert result.exit_code == 1
+    assert "4 of 20 features are missing under" in result.stderr
+    assert all(file in result.stderr for file in gone)
+
+
+def test_samples_that_were_left_out_are_not_said_to_be_saved(dump: Run, world: World) -> None:
+    for file in world.permitted()[3:7]:
+        world.feature(file).unlink()
+    result = dump("--on-bad-sample", "skip")
+    assert result.exit_code == 3
+    assert "saved: 16/20 samples" in result.stderr
+    assert "20/20" not in result.stderr

@@ -17,7 +17,7 @@ from store_fixtures import forks
 
 from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.dataset.packed import PackedFeatures
-from kd_cache.errors import FeatureError
+from kd_cache.errors import FeatureError, shown
 
 FILES = ["x/a.npy", "x/deep/b.npy", "ü.npy", "x/c", "d.npy"]
 Make = Callable[..., FeatureSource]
@@ -111,6 +111,33 @@ def test_many_are_read_in_order_with_errors_in_their_places(tmp_path: Path, make
     assert "x/deep/b.npy" in str(found[2])
     assert "frame 2, bin 3 is nan" in str(found[2])
     assert source.read_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [
+        ("x\\deep\\b.npy", "x/deep/b.npy"),
+        ("x/a.wav", "x/a.npy"),
+        ("x\\a.wav", "x/a.npy"),
+        ("x/c.npy", "x/c"),
+        ("u\u0308.npy", "ü.npy"),
+        ("data/features/x/a.npy", "x/a.npy"),
+        ("none.npy", None),
+    ],
+)
+def test_missing_features_are_all_named_and_what_is_there_in_their_place(
+    tmp_path: Path, make: Make, asked: str, there: str | None
+) -> None:
+    source = make(tmp_path, arrays())
+    error = source.try_read(asked)
+    assert isinstance(error, FeatureError)
+    alone = source.refusal(asked, error, [*FILES, asked])
+    assert alone.message == error.message
+    assert (f"{there} is there" in str(alone.hint)) == (there is not None)
+    both = source.refusal(asked, error, [asked, *FILES, "gone/y.npy"])
+    assert both.message.startswith("2 of 7 features are missing ")
+    assert [line.strip() for line in both.message.splitlines()[1:]] == [shown(asked), "gone/y.npy"]
+    assert source.refusal(FILES[0], error, [FILES[0], "gone/y.npy"]) is error, "of one that is there"
 
 
 def test_a_larger_feature_than_is_allowed_is_refused_by_the_options_name(tmp_path: Path, make: Make) -> None:

@@ -92,6 +92,13 @@ def test_a_selection_without_source_or_target_rows_is_a_usage_error(rows: list[R
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("split", ["TRAIN", "Train", "dev", "training"])
+def test_where_nothing_is_called_train_the_splits_are_named(split: str) -> None:
+    with pytest.raises(UsageError, match=f"there is nothing to adapt from; it has 2 in {split}") as caught:
+        select(manifest(row("a.npy", split=split), row("b.npy", "b", split)), "b")
+    assert "the split train, written exactly so" in str(caught.value.hint)
+
+
 def test_files_outside_the_selection_are_refused_by_name() -> None:
     selection = select(manifest(*PAIR, row("t.npy", split="test"), row("c.npy", "c")), "b")
     refuse_outside(selection, selection.files)

@@ -42,6 +42,7 @@ from kd_cache.score.reading import read_ahead
 from kd_cache.score.teacher import Teacher, teacher_fingerprint
 from kd_cache.store.accuracy import alarm, changed_labels, stored_accuracy
 from kd_cache.store.cache import teacher_in_name
+from kd_cache.store.classes import misplaced
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.permitted import NO_LABEL, Permitted
@@ -140,6 +141,9 @@ class _Audit:
             if permitted is not None:
                 self._compare_accuracy(index, permitted, name, origin)
             self._compare_provenance(name)
+            why = misplaced(origin.class_names, self.job.data.task.scenes, self.job.data.task.cities)
+            if why is not None:
+                self._problem(UNCHECKED, name, ALL_ROWS, why, TEACHER)
         self._look_for_forbidden_rows()
         self._look_for_forbidden_entries(index)
         self._compare_manifest(index)

@@ -332,7 +332,37 @@ EVALUATE = Command(
     notes=notes.EVALUATE,
 )  # fmt: skip
 
-COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, EVALUATE, SAMPLE_DATA)
+PREPARE = Command(
+    "prepare",
+    "kd_cache.cli.prepare:prepare",
+    "Make the manifest of a data set from its tables.",
+    (
+        Option("layout", str, "tau: TAU Urban Acoustic Scenes 2019, 2020, 2022 and DCASE 2024, 2025, whose tables are "
+               "found by their names; csv: your own tables.", ARGUMENTS, positional=True, metavar="tau|csv"),
+        Option("folder", Path, "The data set's folder, which the tables' file names are relative to.", ARGUMENTS,
+               positional=True),
+        Option("out", Path, "Folder to write dataset.json into.", OUTPUT),
+        Option("subset", str | None, "Train on this subset: 25 for split25.csv.", DATA, None,
+               "fold1_train.csv, or the only subset there is", metavar="5|10|25|50|100"),
+        Option("table", list[str], "A table of your own, for the layout csv: of a split, or with a column for it. "
+               "meta=PATH says more of the files that others list. Repeatable.", DATA, [],
+               metavar="[train|val|test|meta=]PATH"),
+        Option("columns", str | None, "What columns are called: of file, scene, city, device, location, split.", DATA,
+               None, "as in TAU: filename, scene_label, identifier, source_label",
+               metavar="file=NAME,scene=NAME,…"),
+        "allow_shared_locations",
+        changed("allow_outside", help="Permit audio in this folder outside the data set's. Repeatable."),
+        Option("overwrite", bool, "Replace a dataset.json that differs.", OUTPUT, False),
+        changed("max_manifest_bytes", help="A larger table is refused unread."), "config", *SHOWING,
+    ),
+    "Rows are joined by file name. What no table and no name says is counted and left unknown.",
+    ("kd-cache prepare tau cache/made-tau --out cache/prepared",),
+    ("subset", "table", "columns"),
+    (0, 1, 2, 6),
+    notes=notes.PREPARE,
+)  # fmt: skip
+
+COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, EVALUATE, PREPARE, SAMPLE_DATA)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kd_cache.commands import Table
+from kd_cache.commands import Failure, Table
 from kd_cache.errors import KDCacheError, UsageError, shown
 from kd_cache.watch import Watcher
 
@@ -51,8 +51,6 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
             code, cause = 130, error
         except (typer.Exit, typer.Abort):
             raise
-        except BrokenPipeError as error:
-            code, cause = 1, error
         except Exception as error:  # noqa: BLE001 (the last line of defence: say it, exit non-zero)
             _print_error(f"unexpected {type(error).__name__}: {error}", "Run again with --debug to see where.")
             code, cause = 1, error
@@ -174,10 +172,12 @@ class Screen(Watcher):
     def result(self, *parts: Table | str) -> None:
         """What the command was asked for, for a person."""
         self._close()
-        if self.quiet or self.as_json:
-            return
         for part in parts:
-            if isinstance(part, str):
+            if isinstance(part, Failure) and self.quiet:
+                self.stderr.print(Text(shown(part)))
+            elif self.quiet or self.as_json:
+                continue
+            elif isinstance(part, str):
                 self.stdout.print(Text(shown(part)), soft_wrap=True)
             else:
                 self.stdout.print(_drawn(part))

@@ -74,7 +74,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     if dry_run:
         report = plan_dump(job)
         content, code = {"dry_run": True, **_as_json(report)}, 3 if report.missing else 0
-        return Report(content, [_plan_table(report), _plan_line(report)], code)
+        return Report(content, [_plan_table(report), _plan_line(report), *missing_lines(report.missing)], code)
     code, content = dump_and_report(job, options.num_verify, screen)
     return Report(content, exit_code=code)
 
@@ -86,7 +86,7 @@ def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int,
     verified = None if job.part is not None else _verify(job, report, num_verify, screen)
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
-        screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
+        screen.result("", verify_table(verified), *problem_lines(verified))
     content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
     codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
     return worst_exit_code(codes), content
@@ -194,7 +194,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     for name, result in report.teachers.items():
         lines += _cost_line(f"{name}: storing as fp16", result.cost)
         lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
-    return lines + missing_lines(report.missing)
+    return [*lines, *missing_lines(report.missing)]
 
 
 def _cost_line(what: str, measured: StorageCost | None) -> list[str]:

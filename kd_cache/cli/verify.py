@@ -26,7 +26,7 @@ def verify(run: Run, screen: Screen, verify_seed: int | None) -> Report:
         for note in report.notes:
             screen.note(note)
         lines += [verify_table(report)] if report.teachers else []
-        lines += [*problem_lines(report.worst_first), ""]
+        lines += [*problem_lines(report), ""]
     code = worst_exit_code(report.exit_code for report in reports)
     return Report({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]}, lines, code)
 

@@ -75,7 +75,7 @@ class Scoring:
             with numerics(self._job.device, self._job.precision, self._job.seed):
                 self._score_all()
         finally:
-            self._commits.finish(self._done)
+            self._commits.finish(self._scored)
             self._report.busy = self._busy.shares
 
     def remember(self) -> None:
@@ -166,7 +166,12 @@ class Scoring:
             self._report.samples_scored += len(scored.numbers)
             self._advance(len(scored.numbers))
             self._watcher.busy(self._busy.shares)
-            self._commits.advance(self._done)
+            self._commits.advance(self._scored)
+
+    @property
+    def _scored(self) -> int:
+        """Samples that this run is through with, but for those that are left out."""
+        return self._done - len(self._report.missing)
 
     def _keep_rows(self, name: str, scored: Scored) -> None:
         numbers, logits = scored.numbers, scored.logits[name]
@@ -224,6 +229,8 @@ def refuse_bad(job: DumpJob, report: DumpReport, file: str, error: KDCacheError)
     """A sample that cannot be scored: raise its error, or list it as missing; whether its feature is good even so."""
     is_feature = isinstance(error, FeatureError)
     if job.on_bad_sample == "stop":
+        if isinstance(error, FeatureError):
+            error = job.data.features.refusal(file, error, job.data.selection.listed)
         what = "the sample" if is_feature else "the teacher, or the sample"
         hint = error.hint or f"Mend {what}, or pass --on-bad-sample skip to leave such samples out."
         raise type(error)(error.message, hint=hint)

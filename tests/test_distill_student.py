@@ -20,8 +20,9 @@ import teachers
 from kd_cache import LogitCache, Provenance, StaleError
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.distill.recipe import Recipe
-from kd_cache.distill.student import StudentJob, StudentTraining, train_student
+from kd_cache.distill.student import StudentJob, StudentTraining, _Taught, train_student
 from kd_cache.errors import TrainingError, UsageError
+from kd_cache.score.device import numerics
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.job import TrainReport
 
@@ -117,6 +118,30 @@ def test_a_training_without_the_rows_scrambled_teaches_nothing(taught: World, mo
         assert report.results["test"]["accuracy"] < 0.6
 
 
+def test_a_student_of_the_cache_is_to_the_bit_one_whose_teacher_scores_every_batch(
+    taught: World, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher in the loop, on the clean clips, in batches padded to the dump's size."""
+    one = job(taught, mode="scene", apply_to="all", time_roll=1.0)
+    cached = train_student(replace(one, output_dir=taught.root / "cached"))
+    teacher = teachers.scene(scene)
+    clips, scored = StudentTraining(one).train, []
+
+    def online(self: Any, logits: torch.Tensor, rows: np.ndarray, mixed: Any) -> torch.Tensor:
+        (features,) = [features for _, features in clips.load([rows])]
+        with numerics(torch.device("cpu"), "fp32", 0):
+            padded = torch.cat([features, features[:1].expand(32 - len(rows), -1, -1)])
+            said = teacher(padded)[: len(rows)]
+        scored.append(len(rows))
+        at = torch.from_numpy(rows)
+        return self._objective(logits, said.clone()[:, None], self._labels[at], self._is_source[at])
+
+    monkeypatch.setattr(_Taught, "__call__", online)
+    live = train_student(replace(one, output_dir=taught.root / "live"))
+    assert sum(scored) >= 4 * 40
+    assert weights(live) == weights(cached)
+
+
 def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: World, scene: Path) -> None:
     provenance = teachers.scene(scene).provenance
     keys = {
@@ -152,6 +177,17 @@ def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, sc
     assert dumped.exit_code == 0, dumped.output
     measured = run("evaluate", path, "--json-path", taught.json_path, *COUNTS, "--target", "b", "--json")
     assert json.loads(measured.stdout)["accuracy"] == pytest.approx(taken["results"]["test"]["accuracy"])
+
+
+def test_what_made_a_student_is_its_own_rows_and_those_of_the_teachers_that_it_had(taught: World) -> None:
+    def made(provenance: Provenance | None, mode: str) -> Provenance:
+        return Provenance.from_json(StudentTraining(job(taught, provenance, mode)).record["provenance"])
+
+    elsewhere = "x/elsewhere.npy"
+    assert made(Provenance.of([elsewhere]), "mean").has_trained([elsewhere]).all()
+    assert not made(Provenance.of([elsewhere]), "ce").has_trained([elsewhere]).any()
+    assert not made(None, "mean").complete
+    assert made(None, "ce").complete
 
 
 def test_where_nobody_knows_the_teachers_rows_fit_is_the_mean_and_says_so(taught: World, run: Run, scene: Path) -> None:

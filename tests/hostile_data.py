@@ -8,7 +8,6 @@ import os
 import pickle
 import socket
 import struct
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,10 +229,6 @@ PATHS: dict[str, Named] = {
         linked("x", "shopping_mall-madrid-6-0-a.npy"), 6, "DataLeakageError", "another split"
     ),
 }
-
-NFC = unicodedata.normalize("NFC", "x/é.npy")
-NFD = unicodedata.normalize("NFD", NFC)
-
 
 # -- manifests ---------------------------------------------------------------------------------------------------------
 

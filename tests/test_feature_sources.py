@@ -10,16 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 from store_fixtures import forks
+from test_packed_features import FILES, arrays, as_datasets, as_rows
 
 from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.errors import FeatureError, shown
 
-FILES = ["x/a.npy", "x/deep/b.npy", "ü.npy", "x/c", "d.npy"]
 Make = Callable[..., FeatureSource]
 
 
@@ -31,49 +30,30 @@ def as_files(root: Path, values: np.ndarray, files: list[str] = FILES, **options
     return FeatureSource(root, **options)
 
 
-def as_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    return _datasets(root, values, files, options, {})
+def packed_by(write: Callable[..., Path], **stored: Any) -> Make:
+    def made(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+        return PackedFeatures(write(root / "f.h5", values, files, **stored), **options)
 
-
-def as_shuffled_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    return _datasets(root, values, files, options, {"compression": "gzip", "compression_opts": 9, "shuffle": True})
-
-
-def _datasets(
-    root: Path, values: np.ndarray, files: list[str], options: dict[str, int], stored: dict[str, Any]
-) -> FeatureSource:
-    with h5py.File(root / "f.h5", "w") as file:
-        for name, value in zip(files, values, strict=True):
-            file.create_dataset(name, data=value, **stored)
-    return PackedFeatures(root / "f.h5", **options)
-
-
-def as_contiguous_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    """With names of one length, as numpy writes them."""
-    with h5py.File(root / "f.h5", "w") as file:
-        file["features"], file["files"] = values, np.array([name.encode() for name in files])
-    return PackedFeatures(root / "f.h5", **options)
-
-
-def as_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    with h5py.File(root / "f.h5", "w") as file:
-        file.create_dataset("features", data=values, compression="gzip")
-        file["files"] = files
-    return PackedFeatures(root / "f.h5", **options)
-
-
-WAYS = [as_files, as_datasets, as_shuffled_datasets, as_rows, as_contiguous_rows]
-
-
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
-def make(request: pytest.FixtureRequest) -> Make:
-    made: Make = request.param
     return made
 
 
-def arrays(dtype: str = "<f4") -> np.ndarray:
-    """[5, T, F]"""
-    return np.random.default_rng(7).normal(size=(len(FILES), 9, 5)).astype(dtype)
+def as_contiguous_rows(path: Path, values: np.ndarray, files: list[str]) -> Path:
+    """With names of one length, as numpy writes them."""
+    return as_rows(path, values, np.array([name.encode() for name in files]))
+
+
+WAYS: dict[str, Make] = {
+    "files": as_files,
+    "datasets": packed_by(as_datasets),
+    "shuffled datasets": packed_by(as_datasets, compression="gzip", compression_opts=9, shuffle=True),
+    "rows": packed_by(as_rows, compression="gzip"),
+    "contiguous rows": packed_by(as_contiguous_rows),
+}
+
+
+@pytest.fixture(params=WAYS)
+def make(request: pytest.FixtureRequest) -> Make:
+    return WAYS[request.param]
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2"])

@@ -215,15 +215,6 @@ def test_a_control_and_a_quick_chain_publish_and_dump_nothing(quick: World, run:
     assert (quick.root / "outputs/pretrained").exists() == ("--shuffle-labels" not in how)
 
 
-def test_paths_from_a_file_may_start_with_a_tilde(trained: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(trained.root))
-    write_settings(trained, changed(json_path="~/dataset.json", cache_root="~/kept", output_dir="~/outputs"))
-    result = run("train", "all", "--target", "b", "--quiet")
-    assert result.exit_code == 0, result.output
-    assert (trained.root / "kept/A2b/cache_index.json").is_file()
-    assert not (trained.root / "~").exists()
-
-
 # -- one teacher -------------------------------------------------------------------------------------------------------
 
 
@@ -243,16 +234,6 @@ def test_a_scene_teacher_is_everybody_s(quick: World, run: Run, own_net: Callabl
         assert (report["place"], report["checkpoint"]) == ("global", str(SCENE))
     provenance = load_teacher_keys(quick.root / SCENE)
     assert provenance == {key.tobytes() for key in keys_of(f for f in quick.permitted() if f.endswith("-a.npy"))}
-
-
-def test_city2scene_trains_the_city_teacher_that_it_needs(quick: World, run: Run) -> None:
-    found = reports(run("train", "city2scene", "--target", "b", "--json"))
-    assert [(one["role"], one["how"]) for one in found] == [("city", "trained"), ("city2scene", "trained")]
-    assert [one["checkpoint"] for one in found] == [str(CITY), str(HEAD)]
-    teacher, city = (load_teacher(quick.root / path) for path in (HEAD, CITY))
-    below = teacher.backbone.state_dict()
-    for name, tensor in city.backbone.state_dict().items():
-        assert torch.equal(below[name], tensor)
 
 
 def test_city2scene_leaves_a_city_teacher_of_other_settings_where_it_is(trained: World, run: Run) -> None:

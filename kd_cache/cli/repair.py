@@ -33,7 +33,7 @@ def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
     saved = saved_with(snapshot, screen)
     _refuse_to_guess(run, folder, saved)
     data = saved_data(run, saved, target)
-    loaded = saved_teachers(run, saved, target)
+    loaded = saved_teachers(run, saved, target, screen)
     device = resolve_device(options["device"])
     audit = VerifyJob(
         snapshot,

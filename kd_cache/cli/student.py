@@ -83,7 +83,7 @@ def _settings(values: Mapping[str, Any], recalled: Mapping[str, Any]) -> Setting
 
 def _provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[str, Provenance | None]:
     """What each teacher of the cache says of its training, if it is still the one whose rows are there."""
-    loaded = saved_teachers(run, saved_in(index), target)
+    loaded = saved_teachers(run, saved_in(index), target, screen)
     found: dict[str, Provenance | None] = {}
     for name, origin in index.origins.items():
         found[name] = None

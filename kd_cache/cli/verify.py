@@ -56,7 +56,7 @@ def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> Ver
     saved = saved_in(None if problem else snapshot.index)
     data = saved_data(run, saved, target)
     device = resolve_device(options["device"]) if options["recompute"] else None
-    loaded = saved_teachers(run, saved, target)
+    loaded = saved_teachers(run, saved, target, screen)
     return verify_cache(
         VerifyJob(
             snapshot,

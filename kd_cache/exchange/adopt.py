@@ -22,7 +22,7 @@ from kd_cache.exchange.imported import MOST_BYTES, Foreign, read_source
 from kd_cache.files.atomic import make_directory
 from kd_cache.keys import keys_of, sorted_order
 from kd_cache.score.reading import read_digests
-from kd_cache.score.value_kind import contradiction
+from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.accuracy import Accuracy, stored_accuracy
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root, teacher_in_name
 from kd_cache.store.classes import misplaced, refuse_other_order
@@ -313,15 +313,18 @@ class _Adoption:
 
     def _good_rows(self, foreign: Foreign, kind: str) -> np.ndarray:
         """``[n]`` bool: rows that are finite. Raises `TeacherError` if they cannot be of this kind."""
-        good = np.zeros(len(foreign.files), bool)
+        good, check = np.zeros(len(foreign.files), bool), RowCheck(kind)
         for part, rows in _blocks(foreign.table, foreign.numbers):
             good[part] = np.isfinite(rows).all(axis=1)
-            wrong = contradiction(kind, rows[good[part]])
-            if wrong is not None:
-                raise TeacherError(
-                    f"the rows of {foreign.teacher} in {shown(self.job.source)} {wrong}",
-                    hint="Say what they are with --value-kind logits|log_probs|probs|sigmoid.",
-                )
+            check.add(rows[good[part]])
+        wrong, remark = check.contradiction(), check.remark()
+        if wrong is not None:
+            raise TeacherError(
+                f"the rows of {foreign.teacher} in {shown(self.job.source)} {wrong}",
+                hint="Say what they are with --value-kind logits|log_probs|probs|sigmoid.",
+            )
+        if remark is not None:
+            self.watcher.note(f"{foreign.teacher}: {remark}")
         for number in np.flatnonzero(~good).tolist():
             file = foreign.files[number]
             self._bad(file, TeacherError(f"{foreign.teacher}: the row of {shown(file)} is not finite"))

@@ -172,6 +172,9 @@ def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, sc
     assert made.has_trained(sample.file for sample in own.train.samples).all()
     assert not made.has_trained(sample.file for sample in own.validation.samples).any()
     assert read_weights(path).record["distillation"]["teachers"] == LogitCache.open(taught.cache).fingerprints
+    (listed,) = json.loads(run("info", "outputs", "--json").stdout)["trained"]
+    assert (listed["role"], listed["place"], listed["path"]) == ("student (mean)", "A2b", str(path))
+    assert listed["accuracy"]["validation"] == taken["results"]["validation"]["accuracy"]
     small = ("--teacher", f"small=scene,ckpt={path}", "--only", "small", "--cache-root", "small")
     dumped = run("dump", "--target", "b", "--json-path", taught.json_path, *COUNTS, *small)
     assert dumped.exit_code == 0, dumped.output

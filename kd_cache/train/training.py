@@ -73,6 +73,7 @@ class Training:
         net_code = own_code(self.settings.arch, self.net)
         version = code_version(self.code)
         self.parts = key_parts(job, self.train, self.validation, self.stages, self.start, net_code, version)
+        self.parts |= self.further_parts()
         self.key = key_of(self.parts)
         self.pretrained = Pretrained(job.output_dir / "pretrained")
 
@@ -117,6 +118,15 @@ class Training:
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         """Metrics of ``best`` on ``clips``, which are called ``which``."""
         return evaluated(best, clips, self.job)
+
+    @property
+    def title(self) -> str:
+        """What it is called for a person."""
+        return self.settings.role
+
+    def further_parts(self) -> dict[str, Any]:
+        """What else the weights depend on, for the key, as JSON values."""
+        return {}
 
     # -- for recipes --------------------------------------------------------------------------------------------------
 
@@ -204,7 +214,7 @@ class Training:
     def _announce(self) -> None:
         division = self.job.division
         self.watcher.note(
-            f"{self.settings.role} for {self.job.place}: {len(self.train):,} training samples of "
+            f"{self.title} for {self.job.place}: {len(self.train):,} training samples of "
             f"{division.train_locations:,} locations, {len(self.validation):,} validation samples of "
             f"{division.validation_locations:,} others; key {self.key[:16]}…"
         )
@@ -303,7 +313,7 @@ class Training:
         self.net.to(job.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.2 to 1.5 × as fast on a CPU
         learner = self.learner(folder)
-        learner.name = f"{self.settings.role} {job.place}"
+        learner.name = f"{self.title} {job.place}"
         learner.is_warm = job.init is not None and self.start is not None and self.start.kind == FULL_MODEL
         learner.random_loss = None if last is None else last[2].random_loss
         if learner.random_loss is None:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, write_atomic
-from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, naming, net_names, read_weights, save_checkpoint
+from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, naming, net_names, save_checkpoint
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.watch import Watcher
@@ -401,14 +401,17 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: W
         with store_errors(home / "best.pth", "remove"):
             (home / "best.pth").unlink(missing_ok=True)
     else:
-        held = read_weights(checkpoint)
+        with naming(checkpoint):
+            held = read_content(checkpoint)[0]
+        record = json.loads(held.pop(RECORD_ENTRY, "{}"))
+        tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
         beside = {
             "epoch": results.get("best_epoch", 0),
             "optimizer_state_dict": {},
             "val_acc": results["validation"].get("accuracy"),
             "val_loss": results["validation"].get("log_loss"),
         }
-        save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
+        save_checkpoint(home / "best.pth", tensors, record, beside)
 
 
 def same_bytes(one: Path, other: Path) -> bool:

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, World
+from conftest import Run, World, kaiming
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd_cache.errors import CheckpointError
-from kd_cache.train.layers import kaiming
 from kd_cache.train.nets import warm_start
 from kd_cache.train.settings import Settings
 from kd_cache.train.state_dicts import CITY_ENTRY, HEAD_ENTRY
@@ -34,13 +33,13 @@ CHANNELS = (4, 4, 8, 8, 16, 16)
 
 def cnn14(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
     net = CNN14(classes, CHANNELS, 16, (8, 8))
-    kaiming(net, torch.Generator().manual_seed(seed))
+    kaiming(net, seed)
     return net.state_dict()
 
 
 def cp_resnet(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
     net = CPResNet(classes, (4, 4, 8, 12))
-    kaiming(net, torch.Generator().manual_seed(seed))
+    kaiming(net, seed)
     return net.state_dict()
 
 

@@ -17,8 +17,9 @@ FLOORS: Mapping[str, int] = {
     "errors": 1, "keys": 1, "options": 1, "commands": 1, "watch": 1,
     "files": 2,
     "dataset": 3, "store": 3,
-    "score": 4, "serve": 4,
+    "prepare": 4, "score": 4, "serve": 4,
     "care": 5, "exchange": 5, "train": 5,
+    "distill": 6,
     "cli": 7,
     "__init__": 7,
 }  # fmt: skip

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.commands import GROUP, Command, Group, Plugin
@@ -33,6 +34,7 @@ from kd_cache.options import (
     batch_size,
     changed,
 )
+from kd_cache.train.settings import OPTIONS as TRAINING
 
 SAVED = "Data options that are not given are taken from what the dumps saved with the cache."
 ARGUMENTS = "Arguments"
@@ -301,7 +303,66 @@ SAMPLE_DATA = Command(
     examples=("kd-cache sample-data cache/sample",),
 )  # fmt: skip
 
-COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, SAMPLE_DATA)
+PREPARE = Command(
+    "prepare",
+    "kd_cache.cli.prepare:prepare",
+    "Make the manifest of a data set from its tables.",
+    (
+        Option("layout", str, "tau: TAU Urban Acoustic Scenes 2019, 2020, 2022 and DCASE 2024, 2025, whose tables are "
+               "found by their names; csv: your own tables.", ARGUMENTS, positional=True, metavar="tau|csv"),
+        Option("folder", Path, "The data set's folder, which the tables' file names are relative to.", ARGUMENTS,
+               positional=True),
+        Option("out", Path, "Folder to write dataset.json into.", OUTPUT),
+        Option("subset", str | None, "Train on this subset: 25 for split25.csv.", DATA, None,
+               "fold1_train.csv, or the only subset there is", metavar="5|10|25|50|100"),
+        Option("table", list[str], "A table of your own, for the layout csv: of a split, or with a column for it. "
+               "meta=PATH says more of the files that others list. Repeatable.", DATA, [],
+               metavar="[train|val|test|meta=]PATH"),
+        Option("columns", str | None, "What columns are called: of file, scene, city, device, location, split.", DATA,
+               None, "as in TAU: filename, scene_label, identifier, source_label",
+               metavar="file=NAME,scene=NAME,…"),
+        "allow_shared_locations",
+        changed("allow_outside", help="Permit audio in this folder outside the data set's. Repeatable."),
+        Option("overwrite", bool, "Replace a dataset.json that differs.", OUTPUT, False),
+        changed("max_manifest_bytes", help="A larger table is refused unread."), "config", *SHOWING,
+    ),
+    "Rows are joined by file name. What no table and no name says is counted and left unknown.",
+    ("kd-cache prepare tau cache/made-tau --out cache/prepared",),
+    ("subset", "table", "columns"),
+    (0, 1, 2, 6),
+    notes=notes.PREPARE,
+)  # fmt: skip
+
+_OF_TRAINING = {option.name: option for option in TRAINING}
+EVALUATE = Command(
+    "evaluate",
+    "kd_cache.cli.evaluate:evaluate",
+    "Measure a teacher or student on labelled rows: accuracy, log loss and calibration, of all and by group.",
+    (
+        Option("model", str, "A checkpoint, or a net of your own (its code runs).", ARGUMENTS, positional=True,
+               metavar="CKPT|NAME=module:factory[,ckpt=PATH]"),
+        Option("split", Literal["test", "val"], "The manifest's test rows, or the locations of train that training "
+               "holds out (of scene labels those of A alone).", DATA, "test"),
+        Option("label", Literal["scene", "city"] | None, "What it tells apart.", DATA, None,
+               "what the checkpoint says, else scene"),
+        changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
+                "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
+        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
+        changed("seed", help="Of the draws that intervals come from."),
+        *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Intervals cover 95 %, by drawing whole recording locations 1,000 times. A net that was trained or validated on a "
+    "test row is refused.",
+    (
+        "kd-cache evaluate data/sample/teachers/teacher_scene/global/best.safetensors --target b",
+        "kd-cache evaluate data/sample/teachers/teacher_city2scene/A2b/best.safetensors --target b --split val --json",
+    ),
+    ("split", "label"),
+    (0, 1, 2, 6),
+    notes=notes.EVALUATE,
+)  # fmt: skip
+
+COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, EVALUATE, PREPARE, SAMPLE_DATA)
 
 
 @functools.cache

@@ -84,6 +84,9 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
 
 def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
     """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
+    for name, note in job.notes.items():
+        if ", " in (read_from := note.get("source", {}).get("read_from", "")):  # not simply what the file holds
+            screen.remark(f"{name}: weights read from {read_from}")
     report = dump_logits(job, screen)
     # A part has no index yet; what it wrote was read back before it was put in place.
     verified = None if job.part is not None else _verify(job, report, num_verify, screen)

@@ -130,9 +130,9 @@ class Training:
 
     # -- for recipes --------------------------------------------------------------------------------------------------
 
-    def started_from(self, path: Path, net: nn.Module, within: str = "") -> WarmStart:
+    def started_from(self, path: Path, net: nn.Module) -> WarmStart:
         """Weights for ``net`` from a checkpoint."""
-        start = warm_start(net, path, self.settings, within=within)
+        start = warm_start(net, path, self.settings)
         if start.provenance is None:
             self.watcher.note(f"what {shown(path)} was trained on is not known: it says nothing of it")
         if start.kind == FULL_MODEL and start.provenance is not None:
@@ -285,7 +285,7 @@ class Training:
         )
         # Measured anew, on the clips that are there now.
         with training_numerics(self.job.device, self.settings.precision, deterministic=self.settings.deterministic):
-            best = self._net_of(read_weights(entry.weights, frozenset(self.net.state_dict())).tensors)
+            best = self._net_of(read_weights(entry.weights, [self.net.state_dict().keys()]).tensors)
             results = {**entry.measured, **self._figures(best)}
         return self._reported("cached", entry.weights, None, results)
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import kaiming
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd_cache.errors import CheckpointError
 from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
-from kd_cache.train.layers import kaiming
 from teachers import CNN14, CPResNet, load_teacher, save_checkpoint
 
 CHANNELS = (4, 4, 8, 8, 16, 16)
@@ -29,13 +29,13 @@ CHANNELS = (4, 4, 8, 8, 16, 16)
 
 def cnn14(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
     net = CNN14(classes, CHANNELS, 16, (8, 8))
-    kaiming(net, torch.Generator().manual_seed(seed))
+    kaiming(net, seed)
     return net.state_dict()
 
 
 def cp_resnet(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
     net = CPResNet(classes, (4, 4, 8, 12))
-    kaiming(net, torch.Generator().manual_seed(seed))
+    kaiming(net, seed)
     return net.state_dict()
 
 

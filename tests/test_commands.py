@@ -89,6 +89,22 @@ def test_command_line_over_environment_over_file_over_default(
         Path("kd-cache.yaml").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+def test_an_option_of_one_value_is_refused_where_it_is_given_twice(command: Command) -> None:
+    for option in command.options:
+        if option.positional or option.is_list or (option.is_switch and not option.off):
+            continue
+        first, second = two_values(option)
+        twice = [option.flags[0], option.flags[1]] if option.off else [option.flags[0], first, option.flags[-1], second]
+        named = twice if option.off else [first, second]
+        words = ["x" for each in command.options if each.positional]
+        says = f"{option.flags[0]} takes one value and is given {' and '.join(named)}"
+        for args in (twice, [twice[0].replace("-", "_").replace("__", "--"), *twice[1:]]):
+            with pytest.raises(Exception, match=says):
+                parser.built(command.name).make_context(command.name, [*words, *args])
+    assert resolve(command, "--json", "--json").params["as_json"]
+
+
 def test_every_option_has_a_variable_and_a_key_of_its_own() -> None:
     for command, option in EVERY:
         assert option.envvar in ("KD_CACHE_" + option.name.upper(), "KD_CACHE_JSON", "KD_CACHE_ALL")

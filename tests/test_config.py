@@ -85,8 +85,8 @@ def test_use_fp16_is_another_spelling_of_dtype_fp16(shown: Shown, monkeypatch: p
     def dtype(*args: str) -> str:
         return str(shown(*args)["values"]["dtype"])
 
-    assert dtype("--use-fp16") == dtype("--use_fp16") == dtype("--dtype", "fp32", "--use-fp16") == "fp16"
-    assert dtype("--use-fp16", "--dtype", "fp32") == "fp32"
+    assert dtype("--use-fp16") == dtype("--use_fp16") == "fp16"
+    assert "--dtype takes one value and is given fp16 and fp32" in shown.refusal("--use-fp16", "--dtype", "fp32")
     config("use_fp16: true")
     assert (dtype(), dtype("--dtype", "fp32")) == ("fp16", "fp32")
     config("dtype: fp32")

@@ -9,13 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, Run, World
+from train_fixtures import job
+from train_fixtures import town as town
 
 from kd_cache import TeacherError, load_manifest, teacher_fingerprint
 from kd_cache.dataset.front_end import FRONT_ENDS, as_text, chosen, differences
 from kd_cache.errors import UsageError
 from kd_cache.score.teacher import compare_front_ends
+from kd_cache.train.evaluation_job import EvaluationJob, evaluate
 from kd_cache.watch import Watcher
+from teachers.loading import load_teacher
+from teachers.recipes import train_teacher
 
 WORDS = chosen("logmel64", {})[1]
 
@@ -157,3 +163,17 @@ def test_features_of_another_number_of_bins_are_refused(
     result = dump()
     assert (result.exit_code, says in result.stderr) == (1, True), result.output
     assert not Path("cache/A2b/cache_index.json").exists()
+
+
+def test_training_writes_it_down_and_what_stands_on_another_is_refused(town: World) -> None:
+    say(town, {**WORDS, "n_mels": 20})
+    city = train_teacher(job(town, "city")).checkpoint
+    stated = load_teacher(city).fingerprint_parts()["feature_spec"]
+    assert stated == load_manifest(town.json_path).front_end_text
+    town.write()
+    say(town, {**WORDS, "n_mels": 20, "hop_length": 161})
+    with pytest.raises(TeacherError, match="hop_length: 160, not 161"):
+        train_teacher(job(town, "city2scene", backbone=city))
+    measured = EvaluationJob("city", load_teacher(city), town.data(), "test", "city", torch.device("cpu"))
+    with pytest.raises(TeacherError, match="hop_length: 160, not 161"):
+        evaluate(measured, Watcher())

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import multiprocessing
-import os
 import pickle
 import shutil
 import sys
@@ -50,7 +49,6 @@ from kd_cache.serve.logit_cache import CachedDataset, LogitCache
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.origin import Fingerprint
 from kd_cache.store.pack import write_pack
-from kd_cache.store.take import take_rows
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 GIB = 1 << 30
@@ -277,14 +275,6 @@ def test_a_system_that_does_not_tell_its_free_memory_has_none(monkeypatch: pytes
     assert page_cache.available_memory() > 0
     monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
     assert page_cache.available_memory() == 0
-
-
-def test_rows_are_copied_from_where_they_are() -> None:
-    source = np.arange(5000, dtype="<f4").reshape(10, 500)
-    out = np.empty((3, 500), "<f4")
-    take_rows(source, np.array([9, 0, 4]), out)
-    np.testing.assert_array_equal(out, source[[9, 0, 4]])
-    take_rows(source[:, :3].copy(), np.array([], np.int64), out[:0, :3].copy())
 
 
 def test_teachers_of_the_same_samples_share_their_keys(cache: MadeCache) -> None:
@@ -621,34 +611,6 @@ def test_an_older_cache_lacks_what_it_lacks(older: MadeCache) -> None:
     with pytest.raises(MissingLogitsError, match="in the index, but not on disk"):
         open_older(older.path)
     open_older(older.path, ["city2scene"])
-
-
-def test_an_older_index_that_gives_a_file_anothers_row_is_refused(older: MadeCache) -> None:
-    one, two = names(2)
-    rewrite_older(older, scene={one: f"old/place/scene/{md5(two).hex()}.npy"})
-    with pytest.raises(CorruptError, match="another sample's row"):
-        open_older(older.path)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(b""),
-        lambda path: np.save(path, np.zeros((1, 3), "f4")),
-        lambda path: np.save(path, np.zeros(4, "f4")),
-        lambda path: np.save(path, np.zeros(3, "f2")),
-        lambda path: np.save(path, np.zeros(3, "f8")),
-        lambda path: np.save(path, np.array([None] * 3), allow_pickle=True),
-        lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
-        lambda path: (path.unlink(), os.mkfifo(path)),
-        lambda path: (path.unlink(), path.mkdir()),
-    ],
-)
-def test_a_malformed_row_of_an_older_cache_is_refused(older: MadeCache, damage: Callable[[Path], Any]) -> None:
-    damage(older.path / "scene" / f"{md5(names(1)[0]).hex()}.npy")
-    with pytest.raises(CorruptError, match="scene"):
-        open_older(older.path)
 
 
 def test_older_teachers_of_different_size_are_opened_separately(older: MadeCache) -> None:

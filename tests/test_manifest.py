@@ -140,8 +140,8 @@ NO_INTEGERS = [True, False, "3", "", 3.0, 3.5, [3], {"a": 3}]
 def test_labels_are_read_up_to_the_number_of_classes_and_refused_beyond(field: str, value: int, classes: int) -> None:
     content, sizes = [row(**({"scene_label": 0, "city_label": 0} | {field: value}))], {f"num_{field[:-6]}s": classes}
     sizes = {name.replace("citys", "cities"): size for name, size in sizes.items()}
-    if 0 <= value < classes:
-        assert getattr(parse(content, **sizes)[0], field) == value
+    if value == -1 or 0 <= value < classes:
+        assert getattr(parse(content, **sizes)[0], field) == (None if value == -1 else value)
     else:
         assert f"{field} is {value}, expected 0 to {classes - 1}" in refusal(content, **sizes)
 
@@ -155,7 +155,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another device's domain": ([row(device_id="s4")], "device_id s4 has domain 6, but domain is 1"),
     "neither": ([row(device_id=..., domain=...)], "neither device_id nor domain"),
     "a source row without scene": ([row(scene_label=..., **SOURCE)], "scene_label is missing"),
-    **{f"a file that is {file!r}": ([row(file=file)], "file must be a string") for file in (..., None, 3, ["x"])},
+    "a source row that says so": ([row(scene_label=-100, **SOURCE)], "scene_label is -100, which is no label; samples"),
+    "scenes by another name": (
+        [row(scene_label=..., scene="bus", **SOURCE)],
+        'if that is meant, call it "scene_label"',
+    ),
+    "files by another name": ([row(file=None, filename="x.npy")], 'file is missing (there is "filename": if that is'),
+    "devices by another name": ([row(device_id=..., domain=..., source_label="b")], 'there is "source_label"'),
+    "splits by another name": ([row(split=..., subset="train")], 'there is "subset"'),
+    **{f"a file that is {file!r}": ([row(file=file)], "file must be a string") for file in (3, ["x"], True)},
+    **{f"no file ({file!r})": ([row(file=file)], "file is missing") for file in (..., None)},
     **{f"a row that is {item!r}": ([item], "expected an object, found") for item in (3, "x", None, [row()])},
     **{f"all of it {item!r}": (item, "expected a list of samples or an object of lists") for item in (3, "x", None)},
     **{f"a list that is {rows!r}": ({"train": rows}, "train must be a list of samples") for rows in ({}, "x", None)},

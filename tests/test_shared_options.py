@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 
 import pytest
 from conftest import TINY, Run, World
@@ -47,6 +48,42 @@ def test_json_prints_one_object_and_nothing_else(run: Run, world: World, command
 def test_quiet_prints_nothing_where_nothing_is_wrong(run: Run, world: World, command: str) -> None:
     result = run(*COMMANDS[command], "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def flip(world: World) -> None:
+    path = next((world.cache / "packs").glob("tiny-*.h5"))
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+def lose_a_feature(world: World) -> None:
+    world.feature(world.permitted()[0]).unlink()
+
+
+def relabel(world: World) -> None:
+    world.rows[0]["scene_label"] = 5
+    world.write()
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "more", "code", "says"),
+    [
+        ("verify", flip, (), 4, "corrupt: tiny"),
+        ("verify", relabel, (), 5, "stale: "),
+        ("repair", lose_a_feature, (), 1, "unchecked: x/"),
+        ("dump", lose_a_feature, ("--on-bad-sample", "skip"), 3, "missing: x/"),
+        ("dump", lose_a_feature, ("--on-bad-sample", "skip", "--dry-run"), 3, "missing: x/"),
+        ("adopt", lose_a_feature, ("--on-bad-sample", "skip"), 3, "missing: x/"),
+    ],
+)
+def test_quiet_says_why_a_command_does_not_exit_with_0(
+    run: Run, world: World, command: str, wrong: Callable[[World], None], more: tuple[str, ...], code: int, says: str
+) -> None:
+    wrong(world)
+    result = run(*COMMANDS[command], *more, "--quiet")
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert says in result.stderr
 
 
 @pytest.mark.parametrize(("command", "code"), [("dump", 2), ("merge", 3), ("diff", 3), ("export", 3)])

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.commands import GROUP, Command, Group, Plugin
@@ -34,6 +35,7 @@ from kd_cache.options import (
     batch_size,
     changed,
 )
+from kd_cache.train.settings import OPTIONS as TRAINING
 
 FEATURES = "Features"
 SAVED = "Data options that are not given are taken from what the dumps saved with the cache."
@@ -360,7 +362,36 @@ CHECK = Command(
     exit_codes=(0, 1, 2, 3, 6),
 )  # fmt: skip
 
-COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, PREPARE, CHECK, SAMPLE_DATA)
+_OF_TRAINING = {option.name: option for option in TRAINING}
+EVALUATE = Command(
+    "evaluate",
+    "kd_cache.cli.evaluate:evaluate",
+    "Measure a teacher or student on labelled rows: accuracy, log loss and calibration, of all and by group.",
+    (
+        Option("model", str, "A checkpoint, or a net of your own (its code runs).", ARGUMENTS, positional=True,
+               metavar="CKPT|NAME=module:factory[,ckpt=PATH]"),
+        Option("split", Literal["test", "val"], "The manifest's test rows, or the locations of train that training "
+               "holds out (of scene labels those of A alone).", DATA, "test"),
+        Option("label", Literal["scene", "city"] | None, "What it tells apart.", DATA, None,
+               "what the checkpoint says, else scene"),
+        changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
+                "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
+        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
+        changed("seed", help="Of the draws that intervals come from."),
+        *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Intervals cover 95 %, by drawing whole recording locations 1,000 times. A net that was trained or validated on a "
+    "test row is refused.",
+    (
+        "kd-cache evaluate data/sample/teachers/teacher_scene/global/best.safetensors --target b",
+        "kd-cache evaluate data/sample/teachers/teacher_city2scene/A2b/best.safetensors --target b --split val --json",
+    ),
+    ("split", "label"),
+    (0, 1, 2, 6),
+    notes=notes.EVALUATE,
+)  # fmt: skip
+
+COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, EVALUATE, PREPARE, CHECK, SAMPLE_DATA)
 
 
 @functools.cache

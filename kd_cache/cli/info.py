@@ -91,7 +91,6 @@ def _teacher_table(folder: CacheFolder, index: Index) -> Table:
         "Computed in": lambda entry: str(entry["parts"]["precision"]),
         "Weights": lambda entry: f"{entry['parts']['weights'][:16]}…",
         "Fingerprint": lambda entry: f"{entry['fingerprint'][:16]}…",
-        "Checkpoint": _checkpoint,
     }
     rows = [[name, *map(fact, entries.values())] for name, fact in facts.items()]
     return Table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", ["", *entries], rows)
@@ -107,7 +106,7 @@ def _accuracy(entry: dict[str, Any]) -> str:
 def _checkpoint(entry: dict[str, Any]) -> str:
     if "adopted" in entry:
         return "unverified: adopted from elsewhere"
-    return str(entry.get("source", {}).get("checkpoint", "none: own code"))
+    return str(entry.get("source", {}).get("checkpoint", "own code, no checkpoint"))
 
 
 def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[str]:
@@ -125,6 +124,7 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
         f"from      {record['manifest']['path']} (sha256 {record['manifest']['sha256'][:16]}…), "
         f"{record['num_permitted']:,} permitted: {per_device}",
         f"settings  {', '.join(changed) or 'all defaults'}",
+        *[f"weights   {name}: {_checkpoint(entry)}" for name, entry in record["teachers"].items()],
         f"on disk   {size(sum(on_disk.values()))} in {len(on_disk)} packs, view: {'yes' if record['files'] else 'no'}",
     ]
     for names, chosen in _reading(index, on_disk).items():

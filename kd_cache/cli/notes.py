@@ -33,3 +33,13 @@ as an older script's |
 | `npy`, no `--output` | the cache's own view | what `dump --no-files` left out |"""
 
 ADOPT = "What a source may be, and what becomes of its rows: [exchange.md](exchange.md)."
+
+EVALUATE = """\
+It shows accuracy with its interval, macro accuracy (the mean over classes), log loss, ECE (15 bins of equal width)
+and Brier score, of all rows and by device group (source, target, other, unseen), device, city and scene; `--json`
+has the confusion, the accuracy per class and what an early exit at a confidence would give as well. Values may be
+logits, log probabilities or probabilities. Where a group is always right, its interval is 100 – 100: few rows.
+
+`--split val` gives the figures that `kd-cache train` chose the epoch by, with the same `--target`, `--val-ratio`
+and `--fold`. A note says how many of the rows trained the net, as its provenance says
+([guard.md](guard.md#provenance)), and how many chose its epoch."""

@@ -26,7 +26,7 @@ def verify(run: Run, screen: Screen, verify_seed: int | None) -> Report:
         for note in report.notes:
             screen.note(note)
         lines += [verify_table(report)] if report.teachers else []
-        lines += [*problem_lines(report.worst_first), ""]
+        lines += [*problem_lines(report), ""]
     code = worst_exit_code(report.exit_code for report in reports)
     return Report({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]}, lines, code)
 
@@ -56,7 +56,7 @@ def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> Ver
     saved = saved_in(None if problem else snapshot.index)
     data = saved_data(run, saved, target)
     device = resolve_device(options["device"]) if options["recompute"] else None
-    loaded = saved_teachers(run, saved, target)
+    loaded = saved_teachers(run, saved, target, screen)
     return verify_cache(
         VerifyJob(
             snapshot,

@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from kd_cache.errors import FeatureError, UsageError, shown
+from kd_cache.errors import FeatureError, UsageError, listed, shown
 from kd_cache.files.npy import MAX_HEADER, check_size, parse_header, read_array
 
 MAX_BYTES = 1 << 24
@@ -147,6 +148,39 @@ class FeatureSource:
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
+    def absent(self, files: Sequence[str]) -> list[str]:
+        """Those of ``files`` that are not there at all."""
+        found = []
+        for file in files:
+            try:
+                os.stat(self._path(file)[0])  # noqa: PTH116 (a `Path` would take ten times as long)
+            except FileNotFoundError:
+                found.append(file)
+            except (ValueError, OSError):
+                pass  # what is wrong with it, only reading tells
+        return found
+
+    def refusal(self, file: str, error: FeatureError, files: Sequence[str]) -> FeatureError:
+        """What to raise where ``file`` cannot be done without: if it is missing, it names all of ``files`` that are."""
+        missing = self.absent(files) if self.absent([file]) else []
+        if not missing:
+            return error
+        others = (name for name in _other_spellings(missing[0]) if name != missing[0])
+        there = next((name for name in others if not self.absent([name])), None)
+        hint = error.hint
+        if there is not None:
+            hint = f"{shown(there)} is there: the manifest must call it so, or --data-root is another folder."
+        if len(missing) == 1:
+            return FeatureError(error.message, hint=hint)
+        return FeatureError(
+            f"{len(missing):,} of {len(files):,} features are missing {self._place_in_words}\n{listed(missing)}",
+            hint=hint,
+        )
+
+    @property
+    def _place_in_words(self) -> str:
+        return f"under {shown(self.root)}"
+
     def open(self, file: str) -> tuple[int, os.stat_result]:
         """A descriptor of the file, for the caller to close, and its status. Raises ``ValueError`` and ``OSError``."""
         path, inside = self._path(file)
@@ -188,11 +222,21 @@ class FeatureSource:
             )
 
     def _error(self, file: str, error: Exception) -> FeatureError:
-        where = f"feature {shown(file)} (under {shown(self.root)})"
+        where = f"feature {shown(file)} ({self._place_in_words})"
         if isinstance(error, FileNotFoundError):
             return FeatureError(f"{where} does not exist", hint="Check --data-root, or restore the file.")
         reason = error.strerror if isinstance(error, OSError) and error.strerror else shown(error)
         return FeatureError(f"{where}: {reason}")
+
+
+def _other_spellings(file: str) -> Iterator[str]:
+    """What a feature may be called in place of ``file``: with slashes, ``.npy`` for a sound, without outer folders."""
+    plain = file.replace("\\", "/")
+    stem = plain[: -len(PurePosixPath(plain).suffix) or None]
+    for name in (plain, f"{stem}.npy", stem):
+        yield from (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+        parts = name.split("/")
+        yield from ("/".join(parts[number:]) for number in range(1, len(parts)))
 
 
 def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:

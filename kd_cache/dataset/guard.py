@@ -131,7 +131,7 @@ def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data
     chosen = tuple(
         sample for sample in manifest if sample.split == "train" and sample.device_id in (task.source, target)
     )
-    _refuse_empty(chosen, target, task)
+    _refuse_empty(chosen, manifest, target)
     _refuse_collisions(chosen)
     return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
 
@@ -288,13 +288,19 @@ def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
     return _recorded(sample, task)[0]
 
 
-def _refuse_empty(chosen: tuple[Sample, ...], target: str, task: Task) -> None:
-    for device in (task.source, target):
+def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -> None:
+    source = manifest.task.source
+    for device in (source, target):
         if not any(sample.device_id == device for sample in chosen):
+            splits = Counter(sample.split for sample in manifest)
+            found = ", ".join(f"{count:,} in {shown(split)}" for split, count in splits.most_common(10))
+            is_spelled = any(sample.split == "train" for sample in manifest)
             raise UsageError(
                 f"the manifest has no train samples of device {device}, so there is nothing to adapt "
-                f"{'from' if device == task.source else 'to'}",
-                hint="Check --json-path and --target.",
+                f"{'from' if device == source else 'to'}; it has {found}",
+                hint="Check --json-path and --target."
+                if is_spelled
+                else "What may be learnt from is in the split train, written exactly so.",
             )
 
 
@@ -304,23 +310,30 @@ def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
 
 
 def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> list[str]:
-    """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it."""
-    keys = provenance.keys
-    outside = keys[selection.finder.find(keys) < 0]
+    """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it.
+
+    Of those that the manifest does not list, only how many there are: a teacher keeps keys, and no names.
+    """
+    keys, outside = provenance.keys, _outside(provenance, selection)
     if not len(outside):
         return []
     rows = list(manifest)
     known = keys_of(row.file for row in rows)
     order = sorted_order(known)
     at = KeyFinder(known[order]).find(outside)
-    told = []
-    for key, position in zip(outside, at.tolist(), strict=True):
-        if position < 0:
-            told.append(f"a file with key {key.tobytes().hex()}: not in this manifest")
-        else:
-            row = rows[order[position]]
-            told.append(f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}")
-    return sorted(told, key=lambda line: line.startswith("a file with key"))
+    found = [rows[order[position]] for position in at.tolist() if position >= 0]
+    lines = [f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}" for row in found]
+    if unknown := len(outside) - len(found):
+        of_all = f"samples that this manifest does not list: {unknown:,} of {len(keys):,}"
+        lines.insert(0, f"{of_all} (renamed since, or of another data set; it has {shown(rows[0].file)}, …)")
+    return lines
+
+
+def _outside(provenance: Provenance, selection: Selection) -> np.ndarray:
+    """``[n, 16]`` u1: the keys that ``selection`` does not permit."""
+    keys = provenance.keys
+    outside: np.ndarray = keys[selection.finder.find(keys) < 0]
+    return outside
 
 
 def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
@@ -340,8 +353,9 @@ def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: S
         provenance: Provenance | None = getattr(teacher, "provenance", None)
         if provenance is not None and (found := leaked(provenance, manifest, selection)):
             raise DataLeakageError(
-                f"teacher {shown(name)} was trained or validated on {len(found)} samples that are not permitted train "
-                f"samples of {selection.task.source} or {selection.target}\n{listed(found)}",
+                f"teacher {shown(name)} was trained or validated on {len(_outside(provenance, selection)):,} samples "
+                f"that are not permitted train samples of {selection.task.source} or {selection.target}\n"
+                f"{listed(found)}",
                 hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
-                "with.",
+                "with, whose paths are written as they were then.",
             )

@@ -2,8 +2,8 @@
 
 Two shapes are read (DCASE pipelines write both): ``{"train": [...], "val": [...], "test": [...]}``, where a sample
 without ``split`` takes its list's name, and a flat list in which every sample carries ``split``. A sample without any
-split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels. Beside
-the lists, ``front_end`` may say what made the features.
+split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels. ``null``,
+-1 and -100 say that there is none. Beside the lists, ``front_end`` may say what made the features.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kd_cache.dataset.front_end import as_text, checked
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, listed, shown
 from kd_cache.files.strict_json import strict_json
+from kd_cache.keys import NO_LABEL
 
 LISTS = ("train", "val", "test")
 FRONT_END = "front_end"
@@ -251,13 +252,17 @@ class _RowReader:
     def _read(self, row: Any, in_list: str | None) -> Sample:
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, found {_kind(row)}")
-        domain, device = _domain_and_device(self.task, row.get("domain"), row.get("device_id"))
+        if row.get("file") is None:
+            raise ValueError(f"file is missing{_meant(row, 'file')}")
+        domain, device = _domain_and_device(self.task, row)
         scene = _scene_label(row, self.num_scenes)
         split = _split(row, in_list)
         if scene is None and device == self.task.source and not self.task.held_out.search(split):
-            raise ValueError(f"scene_label is missing; samples of the source device {device} need one")
+            found = next((f"is {row[name]}, which is no label" for name in _SCENE if row.get(name) is not None), "")
+            why = found or f"is missing{_meant(row, 'scene_label')}"
+            raise ValueError(f"scene_label {why}; samples of the source device {device} need one")
         return Sample(
-            _file(row.get("file")),
+            _file(row["file"]),
             scene,
             _label("city_label", row.get("city_label"), self.num_cities),
             domain,
@@ -266,6 +271,22 @@ class _RowReader:
             in_list,
             *_location(row, self.task),
         )
+
+
+_SCENE = ("scene_label", "label")
+_ALSO_CALLED = {
+    "file": ("filename", "file_name", "path", "filepath", "file_path", "audio", "wav", "feature"),
+    "device_id": ("device", "source_label", "domain_id"),
+    "split": ("subset", "fold", "set"),
+    "scene_label": ("scene", "scene_id", "class", "target"),
+}
+"""What other data sets call the fields: none of it is read, for it may mean something else."""
+
+
+def _meant(row: dict[str, Any], field: str) -> str:
+    """What a row without a field may have called it."""
+    name = next((name for name in _ALSO_CALLED[field] if row.get(name) is not None), None)
+    return "" if name is None else f' (there is "{name}": if that is meant, call it "{field}")'
 
 
 def _file(file: Any) -> str:
@@ -293,22 +314,23 @@ def _scene_label(row: dict[str, Any], num_scenes: int) -> int | None:
 
 
 def _label(field: str, value: Any, classes: int) -> int | None:
-    if value is None:
+    if value is None or (type(value) is int and value in (NO_LABEL, IGNORED)):
         return None
     if type(value) is not int:
         raise ValueError(f"{field} must be an integer, found {_kind(value)}")
     if not 0 <= value < classes:
-        raise ValueError(f"{field} is {_number(value)}, expected 0 to {classes - 1}")
+        raise ValueError(f"{field} is {_number(value)}, expected 0 to {classes - 1}, or null where there is none")
     return value
 
 
-def _domain_and_device(task: Task, domain: Any, device: Any) -> tuple[int, str]:
+def _domain_and_device(task: Task, row: dict[str, Any]) -> tuple[int, str]:
+    domain, device = row.get("domain"), row.get("device_id")
     most = len(task.devices) - 1
     if domain is not None and (type(domain) is not int or not 0 <= domain <= most):
         raise ValueError(f"domain must be an integer from 0 to {most}, found {_kind(domain)}")
     if device is None:
         if domain is None:
-            raise ValueError("it has neither device_id nor domain")
+            raise ValueError(f"it has neither device_id nor domain{_meant(row, 'device_id')}")
         return int(domain), task.devices[domain]
     name = task.device(device) if isinstance(device, str) else None
     if name is None:
@@ -322,7 +344,10 @@ def _domain_and_device(task: Task, domain: Any, device: Any) -> tuple[int, str]:
 def _split(row: dict[str, Any], in_list: str | None) -> str:
     split = row.get("split", in_list)
     if split is None and "split" not in row:
-        raise ValueError('it has no "split", and the manifest has no train/val/test lists; a split is never guessed')
+        raise ValueError(
+            f'it has no "split"{_meant(row, "split")}, and the manifest has no train/val/test lists; a split is never '
+            "guessed"
+        )
     if not isinstance(split, str) or not split:
         raise ValueError(f"split must be a word such as train or test, found {_kind(split)}")
     return split

@@ -105,6 +105,9 @@ class PackedFeatures(FeatureSource):
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
+    def absent(self, files: Sequence[str]) -> list[str]:
+        return [file for file, row in zip(files, self._rows(files), strict=True) if row < 0]
+
     def _look(self, file: str) -> None:
         self._place(self._rows([file])[0])
 
@@ -193,11 +196,15 @@ class PackedFeatures(FeatureSource):
     # -- what is said --------------------------------------------------------------------------------------------------
 
     @property
+    def _place_in_words(self) -> str:
+        return f"in {shown(self.path)}"
+
+    @property
     def _changed(self) -> str:
         return f"{shown(self.path)} was changed while it was in use; run the command again"
 
     def _error(self, file: str, error: Exception) -> FeatureError:
-        where = f"feature {shown(file)} (in {shown(self.path)})"
+        where = f"feature {shown(file)} ({self._place_in_words})"
         if isinstance(error, FileNotFoundError):
             names = self._samples.names
             example = f", such as {shown(names[0].decode(errors='replace'))}" if len(names) else ""

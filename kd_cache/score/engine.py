@@ -229,8 +229,8 @@ class Engine:
                 f"{type(error).__name__}: {shown(error)}"
             ) from error
         expected = (len(features), self.teachers[name].num_classes)
-        if not isinstance(logits, torch.Tensor) or logits.shape != expected or not logits.is_floating_point():
-            found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        found = _misfit(logits, expected)
+        if found is not None:
             raise _UnscoredError(f"teacher {name} must return floating-point {list(expected)}, it returned {found}")
         return logits
 
@@ -249,6 +249,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
+
+
+def _misfit(logits: Any, expected: tuple[int, int]) -> str | None:
+    """What a teacher returned in place of a plain tensor ``[B, C]`` of numbers; ``None`` where it is one."""
+    if not isinstance(logits, torch.Tensor):
+        return type(logits).__name__
+    if logits.is_nested or logits.layout is not torch.strided or logits.is_meta:
+        return "a nested tensor" if logits.is_nested else "a meta tensor" if logits.is_meta else "a sparse tensor"
+    if logits.shape == expected and logits.is_floating_point():
+        return None
+    return f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
 
 
 def _placed(name: str, teacher: Teacher, device: torch.device) -> Teacher:

@@ -180,24 +180,27 @@ def teacher_origin(
 
 
 def compare_front_ends(teachers: Mapping[str, Teacher], manifest: Manifest, watcher: Watcher) -> None:
+    """`compare_front_end` of each."""
+    for name, teacher in teachers.items():
+        compare_front_end(name, _own_parts(teacher)["feature_spec"], manifest, watcher)
+
+
+def compare_front_end(name: str, stated: str, manifest: Manifest, watcher: Watcher) -> None:
     """Refuse features made by another front end than a teacher says it was trained with; note what nobody knows.
 
     Raises:
-        TeacherError: a teacher and the manifest differ in parameters that both state.
+        TeacherError: the teacher and the manifest differ in parameters that both state.
     """
     if manifest.front_end is None:
         return
-    for name, teacher in teachers.items():
-        stated = _own_parts(teacher)["feature_spec"]
-        found = differences(stated, manifest.front_end)
-        if found is None:
-            watcher.note(
-                f"{shown(name)} does not state the front end it was trained with, as parameters: whether it is the "
-                "manifest's is not known"
-            )
-        elif found:
-            raise TeacherError(
-                f"teacher {shown(name)} was trained with another front end than the manifest's features are made by\n"
-                + listed(found),
-                hint="Prepare the features anew with the teacher's front end (kd-cache prepare --features).",
-            )
+    found = differences(stated, manifest.front_end)
+    if found is None:
+        watcher.note(
+            f"{shown(name)} does not state the front end it was trained with, as parameters: whether it is the "
+            "manifest's is not known"
+        )
+    elif found:
+        raise TeacherError(
+            f"{shown(name)} was trained with another front end than made the manifest's features\n{listed(found)}",
+            hint="Prepare the features anew with the teacher's front end (kd-cache prepare --features).",
+        )

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.files.atomic import TEMPORARY, store_errors
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
+from kd_cache.store.names import PACK_NAME
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.permitted import Permitted, read_permitted
@@ -142,7 +143,7 @@ class CacheFolder:
                 entries = list(os.scandir(self.packs_path))
             except FileNotFoundError:
                 return []
-        names = sorted(e.name for e in entries if e.name.endswith(".h5") and not e.name.startswith(TEMPORARY))
+        names = sorted(entry.name for entry in entries if PACK_NAME.match(entry.name))
         return [self.packs_path / name for name in names]
 
 

@@ -220,7 +220,7 @@ def _write_hdf5(
     np.cumsum([len(name) for name in files], out=offsets[1:])
     outlet = Outlet(file)
     with writing_hdf5(outlet, USER_BLOCK) as pack:
-        for name, value in _attributes(origin).items():
+        for name, value in attributes_of(origin).items():
             pack.attrs[name] = value
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
@@ -241,7 +241,8 @@ def _write_hdf5(
         pack.create_dataset("files", data=blob, track_times=False)
 
 
-def _attributes(origin: Origin) -> dict[str, np.bytes_]:
+def attributes_of(origin: Origin) -> dict[str, np.bytes_]:
+    """What a pack says of its rows. Raises `StoreError` where that is more than an HDF5 attribute holds."""
     texts = (
         str(FORMAT_VERSION),
         origin.teacher,
@@ -253,7 +254,10 @@ def _attributes(origin: Origin) -> dict[str, np.bytes_]:
     )
     for name, text in zip(_ATTRIBUTES, texts, strict=True):
         if len(text.encode()) > MAX_ATTRIBUTE:
-            raise StoreError(f"{name} of teacher {shown(origin.teacher)} takes more than {MAX_ATTRIBUTE} bytes")
+            raise StoreError(
+                f"{name} of teacher {shown(origin.teacher)} takes more than {MAX_ATTRIBUTE} bytes",
+                hint="Leave class_names out, or shorten them." if name == "class_names" else None,
+            )
     return {name: np.bytes_(text.encode()) for name, text in zip(_ATTRIBUTES, texts, strict=True)}
 
 

@@ -6,7 +6,8 @@ whenever a machine stops, the index on disk finds its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,19 +15,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.keys import KeyFinder
 from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
-from kd_cache.store.index import Index, IndexChangedError, origin_entry, write_index
+from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.pending import begun, begun_with, forget
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Merged, merge_packs
-from kd_cache.store.view import ROW_FILE_NAME, stored_names, view_names, write_view
+from kd_cache.store.view import ROW_FILE_NAME, in_the_way, is_row, rows_of, stored_names, view_names, write_view
 from kd_cache.watch import Watcher
 
 _BLOCK = 8192
@@ -155,7 +156,9 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
     done.rows = {name: 0 if pack is None else len(pack) for name, pack in packs.items()}
     keys = dict(pair for pack in packs.values() if pack for pair in zip(pack.files, view_names(pack.keys), strict=True))
     ordered = sorted(keys, key=keys.__getitem__)  # nothing here knows the manifest's order
-    maps = _View(folder, shown_path, done, watcher).bring_in_line(packs, ordered, wanted=True)
+    maps = _View(snapshot, shown_path, done, watcher, {*packs} if index.record.get("files") else ()).bring_in_line(
+        packs, ordered, wanted=True
+    )
     kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
     try:
         write_index(folder.index_path, index.num_samples, maps, {**kept, "files": True}, state=snapshot.state)
@@ -219,7 +222,7 @@ class _Publication:
             packs[name], merged = self._merge(origin)
             superfluous.update(merged)
         done.num_samples = _held_by_all(packs.values())
-        view = _View(self.folder, change.shown_path, done, self.watcher)
+        view = _View(self.snapshot, change.shown_path, done, self.watcher, self._viewed())
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
         permitted = change.wanted.permitted
         record = {
@@ -231,6 +234,8 @@ class _Publication:
             "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
         }
         done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
+        if self.snapshot.is_older:
+            self.watcher.note(keep_older_index(self.folder.index_path))
         written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
         self.snapshot.wrote(*written, permitted)
         current = set(done.packs.values())
@@ -333,6 +338,18 @@ class _Publication:
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
+    def _viewed(self) -> set[str]:
+        """Teachers whose view an index names, ours or an older script's: differing files in it are brought in line.
+
+        Where a damaged index can no longer say whose views there were, all teachers' are.
+        """
+        if self.snapshot.is_older:
+            with suppress(CorruptError):
+                return {*read_older_maps(self.folder.index_path)}
+        if self.snapshot.is_damaged:
+            return {*self.origins}
+        return {*self.earlier.origins} if self.earlier is not None and self.earlier.record.get("files") else set()
+
     def _keep_plan(self) -> None:
         """Restore a lost or damaged batch plan from the index's copy: another one would make other last bits."""
         if self.snapshot.saved_plan is None and self.snapshot.plan is not None:
@@ -383,43 +400,77 @@ def _earlier_parts(before: Mapping[str, Any], origin: Origin) -> list[Mapping[st
 
 @dataclass(frozen=True)
 class _View:
-    """The view of a cache: one folder of row files per teacher."""
+    """The view of a cache: one folder of row files per teacher. ``named`` are the teachers whose view is ours already.
 
-    folder: CacheFolder
+    Only what kd-cache wrote is removed or replaced: the file of a row of some pack, under its key. A cache may well
+    hold folders and files of its user's, the features themselves among them.
+    """
+
+    snapshot: Snapshot
     shown_path: str
     done: Published
     watcher: Watcher
+    named: Collection[str]
 
     def bring_in_line(
         self, packs: Mapping[str, Pack | None], files: Sequence[str], *, wanted: bool
     ) -> dict[str, dict[str, str]]:
         """Write what the view lacks, remove what it must not have; returns the index's maps, ordered as ``files``."""
-        for directory in self.folder.view_folders():
+        for name in packs:
+            directory = self.snapshot.folder.view_path(name)
             if directory.is_symlink():
                 raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
-            if directory.name not in packs:
-                self._prune(directory, set())  # of a teacher that no index names
         if wanted:
             self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
         maps: dict[str, dict[str, str]] = {}
         for name, pack in packs.items():
-            directory = self.folder.view_path(name)
+            directory = self.snapshot.folder.view_path(name)
             named: dict[str, str] = {}
             if wanted and pack is not None:
+                if name not in self.named:
+                    self._refuse_what_is_in_the_way(directory, pack)
                 self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)
                 held = dict(zip(pack.files, view_names(pack.keys), strict=True))
                 named = {file: held[file] for file in files if file in held}
-            self._prune(directory, set(named.values()))
+            self._prune(directory, set(named.values()), pack)
             maps[name] = {file: f"{self.shown_path}/{name}/{row_file}" for file, row_file in named.items()}
         return maps
 
-    def _prune(self, directory: Path, named: set[str]) -> None:
-        """Remove row files that the index will not name. Files that do not look like ours are left alone."""
-        surplus = [name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)]
-        for name in surplus:
+    def _refuse_what_is_in_the_way(self, directory: Path, pack: Pack) -> None:
+        foreign = in_the_way(directory, pack, self._known(directory, pack))
+        if foreign:
+            raise StoreError(
+                f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
+                f"the name of each\n{listed([directory / name for name in foreign])}",
+                hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
+            )
+
+    def _known(self, directory: Path, pack: Pack | None) -> list[Pack]:
+        """The packs whose rows a teacher's folder may hold."""
+        held = [each for each in self.snapshot.packs.good if each.origin.teacher == directory.name]
+        return held if pack is None else [pack, *held]
+
+    def _named(self, directory: Path) -> set[str]:
+        """The row files of a folder that the index still names: their packs may be gone, as damaged ones are."""
+        index = self.snapshot.again(maps=True).index
+        paths = {} if index is None else index.maps.get(directory.name, {})
+        return {Path(path).name for path in paths.values()}
+
+    def _prune(self, directory: Path, named: set[str], pack: Pack | None) -> None:
+        """Remove row files that the index will not name. What cannot be proved to be ours is left, and said."""
+        surplus = {name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)}
+        if not surplus:
+            return
+        ours = rows_of(directory, surplus, self._known(directory, pack))
+        if surplus != ours:
+            ours |= {name for name in (surplus - ours) & self._named(directory) if is_row(directory / name)}
+        for name in sorted(ours):
             with store_errors(directory / name, "remove"):
                 (directory / name).unlink(missing_ok=True)
-        self.done.view_removed += len(surplus)
+        self.done.view_removed += len(ours)
+        if left := sorted(surplus - ours):
+            what = f"{len(left)} files in {shown(directory)} stay, which kd-cache did not write"
+            self.watcher.note(f"{what} (the first: {left[0]})")
 
 
 def _blocks(pack: Pack) -> Iterator[tuple[np.ndarray, np.ndarray]]:

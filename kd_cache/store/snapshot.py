@@ -156,6 +156,12 @@ class Snapshot:
         """The teachers that the index names; none without an index."""
         return {} if self.index is None else self.index.origins
 
+    @property
+    def named(self) -> set[str]:
+        """Teachers that the index, a pending record or a pack names. Only their folders are the view's."""
+        records = [self.origins, *(record.origins for record in self.pending)]
+        return {name for origins in records for name in origins} | {pack.origin.teacher for pack in self.packs.good}
+
     @cached_property
     def _pending(self) -> tuple[list[Index], list[KDCacheError]]:
         return read_pending(self.folder, self._memory.pending)

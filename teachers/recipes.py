@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, TrainingError, UsageError, shown
+from kd_cache.score.teacher import compare_front_end
 from kd_cache.train.architectures import architecture_of, architectures
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips
@@ -66,6 +67,8 @@ class City2SceneTraining(Training):
     def build(self) -> tuple[nn.Module, WarmStart | None]:
         city, below = self._city_net()
         self.inherit(below.provenance)
+        if below.front_end:  # what was extracted was compared when it was
+            compare_front_end("the backbone", below.front_end, self.job.data.manifest, self.watcher)
         if below.provenance is None:
             self.watcher.note("what the backbone was trained on is not known: its checkpoint says nothing of it")
         net = City2Scene(city, make_head(embedding_dim(city), self.settings))
@@ -173,7 +176,9 @@ def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn
     if settings.arch in architectures():
         teacher = load_teacher(path, role=CITY2SCENE if whole else CITY)
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
-        return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
+        front_end = teacher.fingerprint_parts()["feature_spec"]
+        sha256, provenance = teacher.checkpoint_sha256 or "", teacher.provenance
+        return teacher.backbone, WarmStart(FULL_MODEL, told, sha256, provenance, front_end)
     net = make_net(settings, settings.num_cities)
     start = warm_start(net, path, replace(settings, role=CITY), whole=True)
     if start.kind != FULL_MODEL:

@@ -96,10 +96,11 @@ def test_no_file_is_longer_than_five_hundred_lines() -> None:
     assert {name: count for name, count in long.items() if count > 500} == {}
 
 
-def test_only_the_data_set_s_own_package_and_the_training_of_teachers_name_the_task() -> None:
+def test_only_the_data_set_s_own_package_its_layouts_and_the_training_of_teachers_name_the_task() -> None:
     """A second task needs no edit elsewhere."""
     named = {name for name, path in MODULES.items() if "DCASE" in path.read_text() and room(name) != "dataset"}
-    assert named <= {name for name in MODULES if name.startswith(("kd_cache.train", "teachers"))}
+    free = ("kd_cache.train", "kd_cache.prepare.layouts", "teachers")
+    assert named <= {name for name in MODULES if name.startswith(free)}
 
 
 def test_the_targets_to_choose_from_are_the_task_s() -> None:

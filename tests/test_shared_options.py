@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gc": ("gc", "cache/A2b"),
     "export": ("export", "cache/A2b", "--to", "tsv", "--output", "out"),
     "adopt": ("adopt", "rows.tsv", *DATA),
+    "check": ("check", *DATA),
+    "prepare": ("prepare", "csv", ".", "--table", "train=all.tsv", "--out", "prepared"),
 }
 
 
@@ -30,6 +32,7 @@ def world(cached: World) -> World:
     """A finished cache; a copy and rows to adopt beside it."""
     shutil.copytree(cached.cache.parent, cached.root / "whole")
     rows = "".join(f"{file}\t0.5\t-1\n" for file in cached.permitted())
+    (cached.root / "all.tsv").write_text("file\tscene\tdevice\nx.wav\tbus\ta\n")
     (cached.root / "rows.tsv").write_text("file\ta\tb\n" + rows)
     return cached
 

@@ -35,6 +35,7 @@ from kd_cache.care.problems import (
 from kd_cache.care.row_checks import Features, Rows
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.guard import leaked, tell_of_untold
+from kd_cache.dataset.manifest import FRONT_END
 from kd_cache.errors import CorruptError, FeatureError, shown
 from kd_cache.keys import keys_of
 from kd_cache.score.planning import places_of
@@ -286,8 +287,11 @@ class _Audit:
 
     def _check_fingerprint(self, name: str, origin: Origin, result: TeacherResult) -> bool:
         result.fingerprint = origin.fingerprint.digest
-        teacher = self.job.teachers.get(name)
+        teacher, front_end = self.job.teachers.get(name), self.job.data.manifest.front_end_text
         if teacher is None:
+            if front_end != origin.fingerprint.parts.get(FRONT_END):
+                reason = "the manifest names another front end than when its features were scored; run kd-cache dump"
+                self._problem(STALE, name, ALL_ROWS, reason, TEACHER)
             reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
             if is_problem:
                 self._problem(UNCHECKED, name, ALL_ROWS, f"its fingerprint cannot be checked: {reason}", TEACHER)
@@ -298,6 +302,7 @@ class _Audit:
             teacher,
             precision=self.job.precision or origin.fingerprint.parts.get("precision", "fp32"),
             dtype=self.job.dtype or origin.dtype,
+            front_end=front_end,
         )
         if now.digest == origin.fingerprint.digest:
             return True

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.cli.console import Screen, size
+from kd_cache.cli.guard import guard_notes, guard_table
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.progress import rate_in_words
@@ -22,6 +23,7 @@ from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import shown, worst_exit_code
 from kd_cache.options import BadSample, DType, Precision, Target
+from kd_cache.prepare.census import census
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
 from kd_cache.score.storage_cost import StorageCost
@@ -74,10 +76,10 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     job = _job(run, options, data, part, screen)
     if dry_run:
         report = plan_dump(job)
-        content, code = {"dry_run": True, **_as_json(report)}, 3 if report.missing else 0
+        content = {"dry_run": True, **_as_json(report), "devices": census(data.manifest)}
         current = [f"{name}: other rows would become current ({how})" for name, how in report.replaced.items()]
-        lines: list[str | Table] = [_plan_table(report), *current, _plan_line(report), *missing_lines(report.missing)]
-        return Report(content, lines, code)
+        lines: list[str | Table] = [guard_table(data.manifest), "", _plan_table(report), *current, _plan_line(report)]
+        return Report(content, [*lines, *missing_lines(report.missing)], 3 if report.missing else 0)
     code, content = dump_and_report(job, options.num_verify, screen)
     return Report(content, exit_code=code)
 
@@ -137,14 +139,8 @@ def _announce(screen: Screen, data: Dataset) -> None:
     screen.remark(
         f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
     )
-    if selection.located < selection.locatable:
-        unknown = selection.locatable - selection.located
-        screen.note(
-            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location: whether they "
-            "share one cannot be checked"
-        )
-    if selection.shared_locations:
-        screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
+    for note in guard_notes(selection):
+        screen.note(note)
 
 
 def _verify(job: DumpJob, report: DumpReport, count: int, screen: Screen) -> VerifyReport | None:

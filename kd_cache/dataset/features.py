@@ -54,14 +54,21 @@ class FeatureSource:
         root: data root; relative files lie below it.
         allow_outside: further folders or files that absolute files and links may lead to.
         max_bytes: a larger file is refused unread.
+        bins: F of every feature; by default any.
 
     Raises:
         UsageError: the root is not a folder.
     """
 
-    def __init__(self, root: str | Path, allow_outside: Iterable[str | Path] = (), max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        allow_outside: Iterable[str | Path] = (),
+        max_bytes: int = MAX_BYTES,
+        bins: int | None = None,
+    ) -> None:
         self.root = Path(root)
-        self.max_bytes = max_bytes
+        self.max_bytes, self.bins = max_bytes, bins
         if not self.root.is_dir():
             raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
         self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
@@ -81,7 +88,7 @@ class FeatureSource:
             finally:
                 os.close(descriptor)
             array = read_array(content)
-            check_array(array)
+            check_array(array, self.bins)
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
         return Feature(array, input_digest(array))
@@ -124,7 +131,9 @@ class FeatureSource:
         return found
 
     def _look(self, file: str) -> None:
-        os.close(self.open(file)[0])
+        descriptor, status = self.open(file)
+        os.close(descriptor)
+        _refuse_large(status.st_size, self.max_bytes)
 
     def shape(self, file: str) -> tuple[int, int]:
         """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
@@ -236,8 +245,11 @@ def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def check_array(array: np.ndarray) -> None:
-    _frames_and_bins(array.shape)
+def check_array(array: np.ndarray, bins: int | None = None) -> None:
+    """Raise ``ValueError`` for what is not finite and ``[T, F]``, or has not F = ``bins``."""
+    if _frames_and_bins(array.shape)[1] != (bins or array.shape[1]):
+        turned = "; is it [bins, frames]?" if array.shape[0] == bins else ""
+        raise ValueError(f"it has {array.shape[1]} bins, the manifest's front end has {bins}{turned}")
     if not _is_finite(array):
         finite = np.isfinite(array)
         frame, band = divmod(int(finite.argmin()), array.shape[1])
@@ -254,10 +266,14 @@ def _is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())  # the sum of finite squares may overflow, too
 
 
-def _read_all(descriptor: int, size: int, most: int) -> bytes:
-    """The whole file in one read; a byte more than its ``size`` is asked for, to notice where it grows."""
+def _refuse_large(size: int, most: int) -> None:
     if size > most:
         raise ValueError(f"it has {size} bytes, expected at most {most}; --max-feature-bytes permits more")
+
+
+def _read_all(descriptor: int, size: int, most: int) -> bytes:
+    """The whole file in one read; a byte more than its ``size`` is asked for, to notice where it grows."""
+    _refuse_large(size, most)
     content = os.read(descriptor, size + 1)
     if len(content) == size:
         return content

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_cache.dataset.guard import look_through
-from kd_cache.dataset.manifest import LISTS, Manifest, parse_manifest
+from kd_cache.dataset.manifest import FRONT_END, LISTS, Manifest, parse_manifest
 from kd_cache.dataset.task import Task
 from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import make_directory, write_atomic
@@ -20,7 +20,7 @@ NAME = "dataset.json"
 
 def manifest_bytes(rows: Mapping[str, Iterable[Row]], task: Task, front_end: Mapping[str, Any] | None) -> bytes:
     """The dataset JSON of rows by split, one row a line; the same rows give the same bytes."""
-    head = "" if front_end is None else f'"front_end": {json.dumps(front_end, ensure_ascii=False)},\n'
+    head = "" if front_end is None else f'"{FRONT_END}": {json.dumps(front_end, ensure_ascii=False)},\n'
     lists = [
         f"{json.dumps(name)}: [" + ",".join("\n" + _as_json(row, task, name) for row in rows.get(name, ())) + "]"
         for name in LISTS
@@ -44,8 +44,8 @@ def _as_json(row: Row, task: Task, split: str) -> str:
 
 def guarded(content: bytes, path: Path, task: Task, *, allow_shared_locations: bool, data_root: Path) -> Manifest:
     """The manifest as every later command will read it. Raises `ManifestError`, and `DataLeakageError` as a dump."""
-    counts = {"num_scenes": len(task.scenes), "num_cities": len(task.cities)}
-    samples = parse_manifest(content, shown(path), task=task, **counts)
+    scenes, cities = len(task.scenes), len(task.cities)
+    samples = parse_manifest(content, shown(path), task=task, num_scenes=scenes, num_cities=cities)
     manifest = Manifest(samples, hashlib.sha256(content).hexdigest(), path, task)
     look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=data_root)
     if look.violations:
@@ -53,15 +53,15 @@ def guarded(content: bytes, path: Path, task: Task, *, allow_shared_locations: b
     return manifest
 
 
-def refuse_other(path: Path, content: bytes, *, overwrite: bool) -> None:
-    """Raise `UsageError` where something else than ``content`` is at ``path``, and may not be replaced."""
+def refuse_other(path: Path, contents: Collection[bytes], *, overwrite: bool) -> None:
+    """Raise `UsageError` where something else than one of ``contents`` is at ``path``, and may not be replaced."""
     try:
         there = path.read_bytes()
     except FileNotFoundError:
         return
     except OSError as error:
         raise UsageError(f"cannot write {shown(path)}: {error.strerror}") from error
-    if there != content and not overwrite:
+    if there not in contents and not overwrite:
         raise UsageError(
             f"{shown(path)} is there, and is not what would be written",
             hint="Pass --overwrite to replace it, or another --out.",

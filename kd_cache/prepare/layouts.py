@@ -32,6 +32,7 @@ class Prepared:
     rows: dict[str, list[Row]]
     notes: list[str]
     tables: dict[str, Path]
+    task: Task
 
 
 def tau_tables(folder: Path, subset: str | None = None) -> dict[str, Path]:
@@ -126,7 +127,8 @@ def prepare_rows(
         )
         if count
     ]
-    return Prepared({name: [row for row in each if row.device] for name, each in rows.items()}, notes, dict(tables))
+    kept = {name: [row for row in each if row.device] for name, each in rows.items()}
+    return Prepared(kept, notes, dict(tables), task)
 
 
 def _splits(found: Mapping[str, Mapping[str, Row]], faults: Faults) -> dict[str, dict[str, Row]]:

@@ -19,6 +19,7 @@ from kd_cache.errors import FeatureError, UsageError
 from kd_cache.score.existing import find_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost
+from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.pending import PendingRecord
 from kd_cache.store.publish import Change, Published, Wanted, publish
@@ -55,6 +56,7 @@ class _Dump:
         selection = job.data.selection
         refuse_leaking(job.teachers, job.data.manifest, selection)
         tell_of_untold(job.teachers, watcher)
+        compare_front_ends(job.teachers, job.data.manifest, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
         self.found = find_rows(job, watcher)

@@ -74,7 +74,13 @@ class DumpJob:
     def origins(self) -> dict[str, Origin]:
         """What this job's rows are made by. Computed once: digesting large weights takes a while."""
         return {
-            name: teacher_origin(name, teacher, precision=self.precision, dtype=self.dtype)
+            name: teacher_origin(
+                name,
+                teacher,
+                precision=self.precision,
+                dtype=self.dtype,
+                front_end=self.data.manifest.front_end_text,
+            )
             for name, teacher in self.teachers.items()
         }
 

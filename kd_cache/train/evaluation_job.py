@@ -18,7 +18,7 @@ from kd_cache.errors import DataLeakageError, TeacherError, UsageError, listed, 
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.score.device import numerics
 from kd_cache.score.factory import users_code
-from kd_cache.score.teacher import Teacher
+from kd_cache.score.teacher import Teacher, compare_front_ends
 from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.classes import misplaced
 from kd_cache.train.clips import Clips, class_names
@@ -63,7 +63,7 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         DataLeakageError: a test row made the net, as its provenance says.
         UsageError: no labelled rows, values that no probability follows from, or classes in another order than the
             labels.
-        TeacherError: the net fails, or does not give what it says.
+        TeacherError: the net fails, does not give what it says, or was trained with another front end.
         FeatureError: a feature cannot be read.
     """
     task = job.data.task
@@ -71,6 +71,7 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         raise UsageError(
             f"{shown(job.name)}: {why}", hint="Its outputs and the labels do not speak of the same classes."
         )
+    compare_front_ends({job.name: job.teacher}, job.data.manifest, watcher)
     samples = _labelled(job)
     counts = _made_with(job, samples, watcher)
     clips = Clips.read(job.data.features, samples, job.workers, watcher)

@@ -71,12 +71,16 @@ def embedding_dim(net: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What was loaded into a net: its ``kind`` (a whole model, or a backbone), how much, and from where."""
+    """What was loaded into a net: its ``kind`` (a whole model, or a backbone), how much, and from where.
+
+    ``front_end`` is what its checkpoint states of the front end it was trained with.
+    """
 
     kind: str
     told: str
     sha256: str
     provenance: Provenance | None
+    front_end: str = ""
 
 
 def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = False) -> WarmStart:
@@ -100,7 +104,9 @@ def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = 
     known = (*state, *necks_of(net))
     tensors = {f"{start}{name}" if f"{start}{name}".startswith(known) else name: tensors[name] for name in tensors}
     kind, told = fill_matching(net, tensors, shown(path), whole=whole)
-    return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, weights.provenance)
+    front_end = weights.record.get("feature_spec") or ""
+    told = f"{told}, from {shown(path)} ({weights.source})"
+    return WarmStart(kind, told, weights.sha256, weights.provenance, front_end)
 
 
 def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, whole: bool = False) -> tuple[str, str]:

@@ -1,10 +1,12 @@
-"""The guard's table: what is in a manifest, and what each device may be used for."""
+"""What the guard saw: a table of what is in a manifest and may be used for what, and what could not be checked."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from kd_cache.commands import Table
+from kd_cache.dataset.guard import Look, Selection
 from kd_cache.dataset.manifest import LISTS, Manifest
 from kd_cache.errors import shown
 from kd_cache.prepare.census import census
@@ -24,3 +26,15 @@ def guard_table(manifest: Manifest) -> Table:
     rows.append(["all", *(f"{total[name]:,}" for name in (*splits, "labelled", "located")), ""])
     columns = ["Device", *(split.capitalize() for split in splits), "Labelled", "Location known", "Train rows are for"]
     return Table(f"{shown(manifest.path)}: {len(manifest):,} samples", columns, rows)
+
+
+def guard_notes(seen: Selection | Look) -> Iterator[str]:
+    """What the guard could not check, or was told to let pass."""
+    if seen.located < seen.locatable:
+        unknown = seen.locatable - seen.located
+        yield (
+            f"{unknown:,} of {seen.locatable:,} train and test rows name no recording location: whether they share one "
+            "cannot be checked"
+        )
+    if seen.shared_locations:
+        yield f"{len(seen.shared_locations):,} train samples share a location with test, as you allowed"

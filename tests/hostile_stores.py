@@ -162,6 +162,7 @@ INDEXES: dict[str, Store] = {
     ),
     "earlier parts that are a number": Store(teacher(earlier=3), "kd_cache.teachers.tiny.earlier"),
     "earlier parts that are lists": Store(teacher(earlier=[["weights"]]), "kd_cache.teachers.tiny.earlier"),
+    "an accuracy in text": Store(teacher(accuracy={"correct": "many", "rows": 3}), "kd_cache.teachers.tiny.accuracy"),
     "a pack outside": Store(teacher(pack="../../outside/x.h5"), "kd_cache.teachers.tiny.pack"),
     "no classes": Store(teacher(num_classes=0), "kd_cache.teachers.tiny.num_classes"),
     "class names that are a text": Store(teacher(class_names="0123456789"), "kd_cache.teachers.tiny.class_names"),
@@ -562,8 +563,8 @@ OTHERS: dict[str, Store] = {
     ),
     "packs that are elsewhere": Store(moved_out("packs"), LINK, (1, 1, 1), 1),
     "pending records that are elsewhere": Store(moved_out("pending"), LINK, (0, 1, 1), 1),
-    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 5, 0), 1),
-    "a view of nobody that is elsewhere": Store(moved_out("foo"), LINK, (0, 5, 0), 1),
+    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 0, 0), 1),
+    "a folder of nobody's that is elsewhere": Store(moved_out("foo"), "", (0, 0, 0)),
 }
 
 # -- row files, older caches -------------------------------------------------------------------------------------------

@@ -140,6 +140,19 @@ def two_teachers(path: Path, count: int = 40, classes: int = 3, dtype: str = "fp
     return make_cache(path, rows, {name: origin(name, classes, dtype) for name in teachers}, packs)
 
 
+def write_older(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]], where: str | Path = "/elsewhere") -> Path:
+    """A cache as the older script leaves it: plain row files, and an index of nothing but paths below ``where``."""
+    index: dict[str, Any] = {}
+    for name, mine in rows.items():
+        (path / name).mkdir(parents=True)
+        for file, row in mine.items():
+            np.save(path / name / f"{md5(file).hex()}.npy", row)
+        index[name] = {file: f"{where}/{name}/{md5(file).hex()}.npy" for file in mine}
+    index["num_samples"] = max(map(len, rows.values()))
+    (path / "cache_index.json").write_text(json.dumps(index, indent=1))
+    return path
+
+
 # -- forging ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,6 @@ from kd_cache.dataset.manifest import load_manifest
 from kd_cache.store.accuracy import Accuracy, changed_labels, measure, stored_accuracy
 from kd_cache.store.accuracy import alarm as alarm_of
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.union import Union
@@ -585,49 +584,6 @@ def test_the_alarm_of_one_teacher_says_nothing_of_the_other(run: Run, dump: Run,
     assert dump("--no-skip-existing").exit_code == 0
     assert world.packs("dull") == before
     assert verify("--all", teachers=BOTH).exit_code == 0
-
-
-# -- caches that store no accuracy ------------------------------------------------------------------------------------
-
-
-def as_by_the_first_version(world: World) -> None:
-    """Take out of the index what the first version did not write."""
-    path = world.cache / "cache_index.json"
-    index = read_index(path)
-    record = {key: value for key, value in index.record.items() if key not in ("digest", "format_version", "permitted")}
-    without = ("accuracy", "measured")
-    record["teachers"] = {
-        name: {key: value for key, value in entry.items() if key not in without}
-        for name, entry in index.record["teachers"].items()
-    }
-    write_index(path, index.num_samples, index.maps, record)
-    for file in world.cache.glob("permitted-*.npy"):
-        file.unlink()
-
-
-def test_a_cache_of_the_first_version_has_nothing_to_compare_and_the_next_dump_adds_it(
-    cached: World, dump: Run, verify: Run, world: World
-) -> None:
-    as_by_the_first_version(world)
-    assert verify("--all").exit_code == 0
-    relabel(world, 0, 4)
-    assert verify("--all").exit_code == 0  # nobody knows what the label was
-    assert dump().exit_code == 0
-    assert entry(world)["accuracy"] == {"correct": 8, "rows": LABELLED}
-    exchange(world, 1, 2)
-    assert verify("--all").exit_code == 4
-
-
-@pytest.mark.parametrize("kept", [{"correct": "many"}, [], "all", {"rows": 3}, 7])
-def test_an_accuracy_that_is_none_is_a_typed_error(cached: World, verify: Run, world: World, kept: Any) -> None:
-    path = world.cache / "cache_index.json"
-    index = read_index(path)
-    record = {key: value for key, value in index.record.items() if key not in ("digest", "format_version")}
-    record["teachers"]["clear"]["accuracy"] = kept
-    write_index(path, index.num_samples, index.maps, record)
-    result = verify("--all")
-    assert result.exit_code == 4, result.output
-    assert "unexpected" not in result.stderr
 
 
 def alarm(union: Union | None, permitted: Permitted, entry: Mapping[str, Any]) -> str | None:

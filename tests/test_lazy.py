@@ -22,7 +22,7 @@ import kd_cache.store.pack as pack_module
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StoreError
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index
-from kd_cache.store.pack import CHECKED_AT_ONCE, Pack, open_pack
+from kd_cache.store.pack import CHECKED_AT_ONCE, Pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
 
@@ -150,19 +150,6 @@ def test_auto_is_full_up_to_a_limit_of_the_opened_teachers_packs_and_lazy_above(
         assert sorted(hashed) == (sorted(size - 512 for size in sizes) if place == "table" else [])
     cache.batch(torch.arange(40))
     assert sum(hashed) == -40 * len(chosen)
-
-
-def test_a_pack_is_checked_in_the_way_that_is_asked_for(made: MadeCache) -> None:
-    path = only_pack(made)
-    assert open_pack(path).unchecked is None
-    assert open_pack(path, "off").unchecked is None
-    lazy = open_pack(path, "lazy")
-    assert lazy.unchecked is not None
-    assert lazy.unchecked.tolist() == [True] * 4
-    lazy.touch(np.array([0, ROWS - 1]))
-    assert lazy.unchecked.tolist() == [False, True, True, False]
-    lazy.touch(np.array([], np.int64))
-    assert lazy.unchecked.tolist() == [False, True, True, False]
 
 
 # -- what a damaged row does ------------------------------------------------------------------------------------------

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xxhash
 from conftest import TINY, Run, World
-from store_fixtures import MadeCache, byte_rows, md5, name_in_index, names, two_teachers
+from store_fixtures import byte_rows, md5, name_in_index, names
 from torch.utils.data import TensorDataset
 
 import kd_cache.store.permitted as permitted_module
-from kd_cache import CorruptError, KDCacheError, LogitCache, MissingLogitsError
+from kd_cache import CorruptError, LogitCache, MissingLogitsError
 from kd_cache.errors import StaleError
-from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import write_index
 from kd_cache.store.pack import Pack, open_pack, write_pack
 from kd_cache.store.permitted import Permitted, read_permitted
@@ -129,24 +126,6 @@ def test_a_name_without_its_digest_is_refused(tmp_path: Path, name: str) -> None
     path.rename(other)
     with pytest.raises(CorruptError, match="do not match its name"):
         read_permitted(other)
-
-
-def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
-    made = two_teachers(tmp_path / "A2b")
-    for name in (
-        "../permitted-" + "0" * 32 + ".npy",
-        "/etc/passwd",
-        "permitted-0.npy",
-        "",
-        "permitted-" + "0" * 32 + ".npy\n",
-    ):
-        made.write_index(permitted={"file": name, "count": 40})
-        with pytest.raises(CorruptError, match="the index"):
-            LogitCache.open(made.path)
-    for permitted in ({"count": 40}, {"file": 7, "count": 40}, [], "permitted"):
-        made.write_index(permitted=permitted)
-        with pytest.raises(CorruptError, match="the index"):
-            LogitCache.open(made.path)
 
 
 # -- what is served ---------------------------------------------------------------------------------------------------
@@ -266,27 +245,6 @@ def test_a_lost_or_damaged_list_is_an_error_that_names_seal_and_seal_writes_it_a
         assert (result.exit_code, path.name in result.stdout) == (4, True)
         assert run("seal", "--target", "b").exit_code == 0
         assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("stands_in", ["folder", "link", "fifo"])
-def test_what_stands_in_its_place_is_an_error_and_nothing_hangs(cached: World, world: World, stands_in: str) -> None:
-    path = listed(world.cache)
-    path.unlink()
-    {"folder": path.mkdir, "link": lambda: path.symlink_to("/dev/zero"), "fifo": lambda: os.mkfifo(path)}[stands_in]()
-    with pytest.raises(KDCacheError, match=path.name):
-        LogitCache.open(world.cache)
-
-
-def test_the_cache_of_a_version_that_wrote_no_list_opens_and_serves_what_its_packs_hold(tmp_path: Path) -> None:
-    made: MadeCache = two_teachers(tmp_path / "A2b")
-    assert CacheFolder(made.path).permitted(index_of(made)) is None
-    for verify in ("full", "lazy", "off"):
-        cache = LogitCache.open(made.path, verify=verify)
-        np.testing.assert_array_equal(cache.batch(names(40)).numpy(), made.stacked(names(40)))
-
-
-def index_of(made: MadeCache) -> Any:
-    return CacheFolder(made.path).index(maps=False)
 
 
 def test_the_next_dump_or_seal_gives_such_a_cache_its_list(cached: World, dump: Run, run: Run, world: World) -> None:

@@ -158,7 +158,7 @@ CONTRACT: dict[Callable[[World, Run], None], dict[str, Cell]] = {
     damaged_index: {
         ELSE: (4, "cache_index.json is damaged: it is not JSON"),
         "gc": (0, "only temporaries are removed"),
-        "dump, part, merge into, seal, repair": (0, "it is written anew from the packs"),
+        "dump, part, merge into, seal, repair": (0, "sealing writes it anew from the packs"),
     },
     damaged_pack: {
         ELSE: (4, BROKEN),

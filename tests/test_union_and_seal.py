@@ -314,7 +314,7 @@ def test_a_damaged_pack_is_listed_with_its_error_beside_the_good_ones(packs: Pat
 def test_only_packs_are_looked_at_and_only_those_of_the_teachers_asked_for(packs: Path) -> None:
     rows = Rows.of(names(4))
     scene, city = rows.write(packs, SCENE), rows.write(packs, origin("city-2-scene"))
-    for name in (".tmp-1-2.h5", "notes.txt", "scene-abc.h5.bak"):
+    for name in (".tmp-1-2.h5", "notes.txt", "scene-abc.h5.bak", f"._{scene.name}", f"{scene.stem} (1).h5", "mine.h5"):
         (packs / name).write_bytes(b"?")
     folder = CacheFolder(packs.parent)
     assert {pack.path for pack in folder.packs().good} == {scene, city}

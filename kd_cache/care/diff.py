@@ -19,6 +19,7 @@ from kd_cache.errors import MissingLogitsError, shown
 from kd_cache.score.storage_cost import kl_divergence
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store.cache import CacheFolder
+from kd_cache.store.classes import differing_columns
 from kd_cache.store.index import Index, read_older_maps
 from kd_cache.store.origin import Origin
 from kd_cache.store.snapshot import Snapshot
@@ -210,10 +211,8 @@ class _Comparison:
         kinds = [origin.value_kind for origin in self.origins if origin is not None]
         if len(set(kinds)) > 1:
             return f"A stores {kinds[0]}, B stores {kinds[1]}"
-        names = [origin.class_names for origin in self.origins if origin is not None and origin.class_names is not None]
-        if len(set(names)) > 1:
-            return "the classes of A and B have other names, or another order"
-        return None
+        a, b = (None if origin is None else origin.class_names for origin in self.origins)
+        return differing_columns("A", a, "B", b)
 
     def _blocks(self, rows_a: torch.Tensor, rows_b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         size = max(1, self.block_values // self.caches[0].num_classes)

@@ -23,6 +23,7 @@ from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, StoreError, UsageError, shown
 from kd_cache.files.atomic import make_directory, open_file, store_errors, sync_directory, temporary_beside
 from kd_cache.store.cache import CacheFolder, teacher_in_name
+from kd_cache.store.classes import refuse_other_order
 from kd_cache.store.entry import carried
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin, canonical_json
@@ -92,7 +93,7 @@ def merge_caches(job: MergeJob, watcher: Watcher | None = None) -> MergeReport:
     Everything is read and checked before anything is written.
 
     Raises:
-        UsageError: a source is the destination.
+        UsageError: a source is the destination; two teachers have the same classes in another order.
         MissingLogitsError: a source holds no rows that it tells the making of, or ``only`` names a teacher of none; or
             the sources together lack rows of permitted samples: then what they have is kept for another merge or dump.
         StaleError: a source is of another adaptation or of an older script; two caches have rows of one teacher that
@@ -281,6 +282,7 @@ def _refuse_differing(held: _Destination, sources: Sequence[_Source]) -> None:
                     f"{known.fingerprint.difference(origin.fingerprint)}",
                     hint="Dump again where they are not as you want them, or merge other teachers: --only NAME.",
                 )
+    refuse_other_order(held.origins | {name: origin for name, (origin, _) in first.items()})
 
 
 def _bring_plans(held: Snapshot, sources: Sequence[_Source], watcher: Watcher) -> None:

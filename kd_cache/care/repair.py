@@ -71,13 +71,15 @@ class RepairJob:
 class RepairReport:
     """What was found, what was done, and what is left.
 
-    ``scored`` and ``confirmed`` count by teacher: rows scored again, and adopted rows that scoring again confirmed.
+    By teacher: ``scored`` counts rows scored again, ``confirmed`` adopted rows that scoring again confirmed, and
+    ``replaced`` those that were other rows than the teacher gives.
     """
 
     before: VerifyReport
     after: VerifyReport
     scored: dict[str, int] = field(default_factory=dict)
     confirmed: dict[str, int] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)
     rebuilt: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class RepairReport:
             "before": self.before.as_json(),
             "scored": self.scored,
             "confirmed": self.confirmed,
+            "replaced": self.replaced,
             "rebuilt": self.rebuilt,
             "after": self.after.as_json(),
         }
@@ -191,7 +194,8 @@ def _take_out(
         wrong = report.after.wrong_rows.get(name, set())
         replaced = name in due and name in rows.adopted
         if replaced:
-            report.confirmed[name] = (report.after.teachers[name].recomputed or 0) - len(wrong)
+            report.confirmed[name] = max(0, (report.after.teachers[name].recomputed or 0) - len(wrong))
+            report.replaced[name] = len(wrong)
         if name in due and name in every:
             superfluous += [pack.path for pack in folder.packs([name]).of(origin)]
         elif not replaced:
@@ -293,6 +297,7 @@ def _dump_job(job: RepairJob, rows: _Rows, names: Sequence[str], dtype: str, pre
         files=bool(rows.record.get("files", True)),
         on_bad_sample=job.on_bad_sample,
         workers=job.workers,
+        check_cached=False,  # an audit came before, as thorough as was asked
         reread=True,  # the audit that asked for this has read the features; no note may gainsay it
         notes=job.notes,
         record={**job.record, **{key: rows.record[key] for key in _RUN if key in rows.record}},
@@ -303,7 +308,7 @@ def _seal(job: RepairJob, watcher: Watcher) -> None:
     audit = job.audit
     snapshot = Snapshot(audit.snapshot.folder)
     shown_path = f"{job.cache_root}/{snapshot.folder.path.name}"
-    sealing = SealJob(snapshot, audit.data, workers=job.workers, record=job.record, shown_path=shown_path)
+    sealing = SealJob(snapshot, audit.data, workers=job.workers, reread=True, record=job.record, shown_path=shown_path)
     seal_cache(sealing, watcher)
 
 

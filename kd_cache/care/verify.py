@@ -35,6 +35,7 @@ from kd_cache.care.problems import (
 from kd_cache.care.row_checks import Features, Rows
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.guard import leaked, tell_of_untold
+from kd_cache.dataset.manifest import FRONT_END
 from kd_cache.errors import CorruptError, FeatureError, shown
 from kd_cache.keys import keys_of
 from kd_cache.score.planning import places_of
@@ -42,13 +43,14 @@ from kd_cache.score.reading import read_ahead
 from kd_cache.score.teacher import Teacher, teacher_fingerprint
 from kd_cache.store.accuracy import alarm, changed_labels, stored_accuracy
 from kd_cache.store.cache import teacher_in_name
+from kd_cache.store.classes import misplaced
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.permitted import NO_LABEL, Permitted
 from kd_cache.store.plan import BatchPlan
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
-from kd_cache.store.view import differing, stored_names, view_names
+from kd_cache.store.view import ROW_FILE_NAME, differing, rows_of, stored_names, view_names
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
@@ -140,6 +142,9 @@ class _Audit:
             if permitted is not None:
                 self._compare_accuracy(index, permitted, name)
             self._compare_provenance(name)
+            why = misplaced(origin.class_names, self.job.data.task.scenes, self.job.data.task.cities)
+            if why is not None:
+                self._problem(UNCHECKED, name, ALL_ROWS, why, TEACHER)
         self._look_for_forbidden_rows()
         self._look_for_forbidden_entries(index)
         self._compare_manifest(index)
@@ -284,8 +289,11 @@ class _Audit:
 
     def _check_fingerprint(self, name: str, origin: Origin, result: TeacherResult) -> bool:
         result.fingerprint = origin.fingerprint.digest
-        teacher = self.job.teachers.get(name)
+        teacher, front_end = self.job.teachers.get(name), self.job.data.manifest.front_end_text
         if teacher is None:
+            if front_end != origin.fingerprint.parts.get(FRONT_END):
+                reason = "the manifest names another front end than when its features were scored; run kd-cache dump"
+                self._problem(STALE, name, ALL_ROWS, reason, TEACHER)
             reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
             if is_problem:
                 self._problem(UNCHECKED, name, ALL_ROWS, f"its fingerprint cannot be checked: {reason}", TEACHER)
@@ -296,6 +304,7 @@ class _Audit:
             teacher,
             precision=self.job.precision or origin.fingerprint.parts.get("precision", "fp32"),
             dtype=self.job.dtype or origin.dtype,
+            front_end=front_end,
         )
         if now.digest == origin.fingerprint.digest:
             return True
@@ -360,18 +369,23 @@ class _Audit:
             self._problem(kind, "", str(path), "it is not the plan that the index tells of; run kd-cache repair", INDEX)
 
     def _look_the_other_way(self, index: Index) -> None:
-        """Disk → index: row files without an index entry, in every folder that may hold some."""
-        forbidden: set[str] | None = None
-        for directory in self.snapshot.folder.view_folders():
-            name = directory.name
+        """Disk → index: row files without an index entry. Files that no pack's row is may be the user's own."""
+        for name in sorted(self.snapshot.named):
+            directory = self.snapshot.folder.view_path(name)
             promised = {path.rpartition("/")[2] for path in index.maps.get(name, {}).values()}
-            for surplus in sorted(stored_names(directory) - promised):
-                if forbidden is None:
-                    listed = {*view_names(keys_of(sample.file for sample in self.job.data.manifest))}
-                    forbidden = listed - {*view_names(self.job.data.selection.keys)}
-                kind = LEAK if surplus in forbidden else STALE
+            surplus = {found for found in stored_names(directory) - promised if ROW_FILE_NAME.match(found)}
+            if not surplus:
+                continue
+            listed = {*view_names(keys_of(sample.file for sample in self.job.data.manifest))}
+            forbidden = surplus & (listed - {*view_names(self.job.data.selection.keys)})
+            packs = [pack for pack in self.snapshot.packs.good if pack.origin.teacher == name]
+            wrong = forbidden | rows_of(directory, surplus, packs)
+            if others := len(surplus - wrong):
+                self.report.notes.append(f"{others} files in {shown(directory)} stay, which kd-cache did not write")
+            for found in sorted(wrong):
+                kind = LEAK if found in forbidden else STALE
                 reason = "the index does not name this file; run kd-cache dump, or remove it"
-                self._problem(kind, name, f"{name}/{surplus}", reason, VIEW)
+                self._problem(kind, name, f"{name}/{found}", reason, VIEW)
 
     # -- scoring again ------------------------------------------------------------------------------------------------
 

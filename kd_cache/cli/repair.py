@@ -35,7 +35,7 @@ def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
         saved = saved_in(snapshot.index)
     _refuse_to_guess(run, folder, saved)
     data = saved_data(run, saved, target)
-    loaded = saved_teachers(run, saved, target)
+    loaded = saved_teachers(run, saved, target, screen)
     device = resolve_device(options["device"])
     audit = VerifyJob(
         snapshot,
@@ -67,9 +67,14 @@ def _refuse_to_guess(run: Run, folder: CacheFolder, saved: Saved) -> None:
 
 
 def _lines(report: RepairReport) -> list[str | Table]:
-    lines: list[str | Table] = [*problem_lines(report.before.worst_first)]
+    lines: list[str | Table] = [str(line) for line in problem_lines(report.before)]  # no failures: most are mended now
     lines += [
-        f"{name}: {n:,} adopted rows were confirmed by scoring them again" for name, n in report.confirmed.items()
+        f"{name}: {n:,} adopted rows were confirmed by scoring them again" for name, n in report.confirmed.items() if n
+    ]
+    lines += [
+        f"{name}: {n:,} adopted rows are not what it gives; they were replaced"
+        for name, n in report.replaced.items()
+        if n
     ]
     lines += [f"{name}: {count:,} rows scored" for name, count in report.scored.items()]
     if report.rebuilt:
@@ -79,5 +84,5 @@ def _lines(report: RepairReport) -> list[str | Table]:
     if report.after.teachers:
         lines += ["", verify_table(report.after)]
     if report.before.problems:
-        lines += [*problem_lines(report.after.worst_first), ""]
+        lines += [*problem_lines(report.after), ""]
     return lines

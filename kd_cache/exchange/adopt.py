@@ -22,12 +22,13 @@ from kd_cache.exchange.imported import MOST_BYTES, Foreign, read_source
 from kd_cache.files.atomic import make_directory
 from kd_cache.keys import keys_of, sorted_order
 from kd_cache.score.reading import read_digests
-from kd_cache.score.value_kind import contradiction
+from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.accuracy import Accuracy, stored_accuracy
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root, teacher_in_name
+from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, Fingerprint, Origin, class_order
-from kd_cache.store.pack import write_pack
+from kd_cache.store.pack import attributes_of, write_pack
 from kd_cache.store.pending import Age
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
@@ -166,6 +167,7 @@ class _Adoption:
         found = self._read_source()
         inputs, known = self._read_features()
         ready = {foreign.teacher: self._ready(foreign, inputs, known) for foreign in found}
+        refuse_other_order(self.snapshot.origins | {name: one.origin for name, one in ready.items()})
         held = {name: set(one.files) for name, one in ready.items()}
         for file in self.files:
             if any(file not in files for files in held.values()):
@@ -291,7 +293,17 @@ class _Adoption:
         files = [foreign.files[number] for number in kept.tolist()]
         numbers = foreign.numbers[kept]
         origin = _origin(foreign, kind, files, numbers)
+        attributes_of(origin)
+        self._refuse_misplaced(origin)
         return _Ready(foreign, origin, files, keys[order], inputs[samples[kept]], numbers)
+
+    def _refuse_misplaced(self, origin: Origin) -> None:
+        why = misplaced(origin.class_names, self.job.data.task.scenes, self.job.data.task.cities)
+        if why is not None:
+            raise UsageError(
+                f"{origin.teacher} in {shown(self.job.source)}: {why}",
+                hint="Bring its columns and their names into the task's order.",
+            )
 
     def _value_kind(self, foreign: Foreign) -> str:
         asked, said = self.job.value_kind, foreign.value_kind
@@ -301,15 +313,18 @@ class _Adoption:
 
     def _good_rows(self, foreign: Foreign, kind: str) -> np.ndarray:
         """``[n]`` bool: rows that are finite. Raises `TeacherError` if they cannot be of this kind."""
-        good = np.zeros(len(foreign.files), bool)
+        good, check = np.zeros(len(foreign.files), bool), RowCheck(kind)
         for part, rows in _blocks(foreign.table, foreign.numbers):
             good[part] = np.isfinite(rows).all(axis=1)
-            wrong = contradiction(kind, rows[good[part]])
-            if wrong is not None:
-                raise TeacherError(
-                    f"the rows of {foreign.teacher} in {shown(self.job.source)} {wrong}",
-                    hint="Say what they are with --value-kind logits|log_probs|probs|sigmoid.",
-                )
+            check.add(rows[good[part]])
+        wrong, remark = check.contradiction(), check.remark()
+        if wrong is not None:
+            raise TeacherError(
+                f"the rows of {foreign.teacher} in {shown(self.job.source)} {wrong}",
+                hint="Say what they are with --value-kind logits|log_probs|probs|sigmoid.",
+            )
+        if remark is not None:
+            self.watcher.note(f"{foreign.teacher}: {remark}")
         for number in np.flatnonzero(~good).tolist():
             file = foreign.files[number]
             self._bad(file, TeacherError(f"{foreign.teacher}: the row of {shown(file)} is not finite"))

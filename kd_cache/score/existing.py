@@ -10,8 +10,10 @@ import numpy as np
 from kd_cache.errors import CorruptError, StaleError, TeacherError, shown
 from kd_cache.score.job import NEW, DumpJob
 from kd_cache.store.cache import refuse_file_as_root
+from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.origin import Origin
+from kd_cache.store.pack import attributes_of
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
 
@@ -39,6 +41,11 @@ class Known:
     def holds(self, number: int) -> bool:
         """A row of the present fingerprint exists, fresh or not."""
         return bool(self.first[number] >= 0)
+
+    def is_first(self, number: int, digest: bytes) -> bool:
+        """Whether the row that a search finds first was made of a feature with this digest."""
+        position = int(self.first[number])
+        return self.union is not None and position >= 0 and self.union.inputs[position].tobytes() == digest
 
     def was_scored(self, numbers: np.ndarray) -> np.ndarray:
         """``[n]`` bool: a row exists, whatever its fingerprint."""
@@ -89,11 +96,18 @@ def find_rows(job: DumpJob, watcher: Watcher) -> Found:
     Raises:
         StaleError: an older script's cache, which is not gone on with; a cache of another adaptation.
         CorruptError: no index and nothing to make it from; logits that were joined to wrong rows.
-        TeacherError, StoreError: a name that is none; a cache that cannot be read.
+        TeacherError: a name that is none; columns in another order than the task's labels.
+        UsageError: two teachers that have the same classes in another order.
+        StoreError: a cache that cannot be read; more class names than a pack can hold.
     """
     for name in job.teachers:
         if not is_teacher_name(name):
             raise TeacherError(f"{shown(name)!r} cannot be a teacher's name (letters, digits, _ . -)")
+    for name, origin in job.origins.items():
+        attributes_of(origin)  # what no pack can hold is said before anything is scored
+        why = misplaced(origin.class_names, job.data.task.scenes, job.data.task.cities)
+        if why is not None:
+            raise TeacherError(f"teacher {name}: {why}", hint="Return its columns in the order of the task's labels.")
     refuse_file_as_root(job.cache_root)
     snapshot = Snapshot(job.folder)
     earlier = _earlier_index(job, snapshot, watcher)
@@ -104,6 +118,7 @@ def find_rows(job: DumpJob, watcher: Watcher) -> Found:
     for error in packs.damaged.values():
         watcher.note(error.message)
     snapshot.refuse_wrong_joins(others | (job.origins if job.skip_existing else {}))
+    refuse_other_order(others | job.origins)
     keys = job.data.selection.keys
     known = {name: Known(origin, snapshot, keys) for name, origin in job.origins.items()}
     return Found(snapshot, earlier, others, known)
@@ -116,7 +131,7 @@ def _earlier_index(job: DumpJob, snapshot: Snapshot, watcher: Watcher) -> Index 
         if not job.skip_existing or not adopted:
             return None
         hint = "Its rows cannot be checked. Dump into another --cache-root, adopt them, or pass --no-skip-existing to "
-        raise StaleError(str(snapshot.trouble), hint=f"{hint}score everything again.")
+        raise StaleError(str(snapshot.trouble), hint=f"{hint}score everything again; other teachers' rows stay.")
     if snapshot.is_damaged and job.skip_existing and not job.folder.pack_paths():
         hint = "There are no packs to rebuild it from. Move the folder away, or pass --no-skip-existing."
         raise CorruptError(snapshot.trouble.message if snapshot.trouble else "", hint=hint)

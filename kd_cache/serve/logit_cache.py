@@ -117,7 +117,7 @@ class LogitCache:
             MissingLogitsError: no cache there, an unfinished one, a teacher it does not hold, or a pack that is gone.
             CorruptError: a damaged index or pack.
             StaleError: a fingerprint other than expected, naming the parts that differ.
-            UsageError: teachers of different size or dtype together, or another value kind.
+            UsageError: teachers of different size, dtype or class order together, or another value kind.
         """
         if on_miss not in ("raise", "nan"):
             raise UsageError(f"on_miss is {on_miss!r}, expected raise or nan")
@@ -125,7 +125,7 @@ class LogitCache:
             raise UsageError(f"verify is {verify!r}, expected auto, {', '.join(CHECKS)}")
         checked(preload)
         path = Path(path).expanduser()
-        folder = CacheFolder(path.parent if path.is_file() else path)
+        folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
         if snapshot.is_older:
             warnings.warn(
@@ -149,7 +149,20 @@ class LogitCache:
                     "does that",
                     stacklevel=2,
                 )
+        nameless = [name for name, origin in origins.items() if origin.class_names is None]
+        if 0 < len(nameless) < len(origins):
+            warnings.warn(
+                f"{', '.join(nameless)} name no classes: whether their columns are those of the other teachers is not "
+                "known",
+                stacklevel=2,
+            )
         return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
+
+    def __repr__(self) -> str:
+        return (
+            f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
+            f"classes={self.num_classes}, dtype={self.dtype})"
+        )
 
     @property
     def files(self) -> list[str]:
@@ -161,6 +174,12 @@ class LogitCache:
         """``{teacher: sha256}``, as ``expect`` takes them; empty for a cache of an older script."""
         origins = {} if self._index is None else self._index.origins
         return {name: origins[name].fingerprint.digest for name in self.teachers if name in origins}
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...] | None]:
+        """What each opened teacher calls its columns; ``None`` where it says nothing."""
+        origins = {} if self._index is None else self._index.origins
+        return {name: origins[name].class_names if name in origins else None for name in self.teachers}
 
     @property
     def label_counts(self) -> dict[str, int]:

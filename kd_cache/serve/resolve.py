@@ -94,9 +94,12 @@ def _encoded(files: list[str]) -> list[bytes]:
         return list(map(str.encode, files))
     except UnicodeEncodeError:
         return [file.encode("utf-8", "surrogatepass") for file in files]
-    except TypeError as error:
+    except TypeError:
+        at, wrong = next((number, file) for number, file in enumerate(files) if not isinstance(file, str))
+        found = f"{shown(repr(wrong))} ({type(wrong).__name__}) at position {at}"
         raise UsageError(
-            f"expected files as texts ({error})", hint="Row numbers come from LogitCache.rows, as a tensor or an array."
+            f"expected the manifest's files as texts, found {found}",
+            hint='A key is a sample\'s "file". Row numbers come from LogitCache.rows, as a tensor or an array.',
         ) from None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_cache.files.page_cache import expect_random
+from kd_cache.files.mapped import expect_random
 from kd_cache.keys import KeyFinder
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kd_cache.dataset.dataset import feature_source
 from kd_cache.dataset.features import MAX_BYTES, FeatureSource
 from kd_cache.dataset.guard import refuse_outside, select
 from kd_cache.dataset.manifest import IGNORED, Manifest, Sample, load_manifest
-from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.dataset.task import Task
 from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.serve.attach import CachedDataset, Gathered
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.parcel import sent_batch
 from kd_cache.serve.sample_columns import SampleColumns
+from kd_cache.store.classes import misplaced
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -141,6 +142,7 @@ def student_loader(
     Raises:
         DataLeakageError: the manifest leaks, or ``files`` names a sample that is not permitted.
         MissingLogitsError: the cache lacks a sample.
+        UsageError: a teacher names the task's classes in another order than the labels have.
         StaleError: while iterating, a feature changed since the dump.
     """
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
@@ -156,11 +158,10 @@ def student_loader(
         refuse_outside(selection, wanted)
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
+    refuse_misplaced(cache, manifest.task)
     scored = _scored(cache, samples) if check_features else None
-    if features is None:
-        source = FeatureSource(root, allow_outside, max_feature_bytes)
-    else:
-        source = PackedFeatures(Path(features).expanduser(), max_feature_bytes)
+    packed = None if features is None else Path(features).expanduser()
+    source = feature_source(root, packed, [*map(Path, allow_outside)], max_feature_bytes, manifest.bins)
     base = FeatureDataset(source, samples, transform, scored)
     data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate_samples)
     return DataLoader(
@@ -171,6 +172,13 @@ def student_loader(
         collate_fn=_StudentCollate(data),
         **loader_options,
     )
+
+
+def refuse_misplaced(cache: LogitCache, task: Task) -> None:
+    """Raise `UsageError` where a teacher names the task's classes in another order than the labels have."""
+    for name, names in cache.class_names.items():
+        if (why := misplaced(names, task.scenes, task.cities)) is not None:
+            raise UsageError(f"{name}: {why}", hint="Its logits and the labels would not speak of the same classes.")
 
 
 def _scored(cache: LogitCache, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray] | None:

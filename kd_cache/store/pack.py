@@ -19,7 +19,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ import xxhash
 from kd_cache.errors import CorruptError, KDCacheError, StoreError, shown
 from kd_cache.files.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
 from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
+from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
@@ -44,7 +44,7 @@ USER_BLOCK = 512
 _PREAMBLE = struct.Struct("<8sIQ16s")
 MAX_ATTRIBUTE = 60_000
 MAPPED = 1 << 20
-"""Packs of at least this size are memory-mapped. Smaller ones are read: each mapping holds a file descriptor, and an
+"""Packs of at least this size are memory-mapped. Smaller ones are read: a process may have only so many maps, and an
 interrupted dump can leave thousands of small packs."""
 CHECKED_AT_ONCE = 512
 """Rows whose checksums are compared together where a pack is checked as it is read."""
@@ -220,7 +220,7 @@ def _write_hdf5(
     np.cumsum([len(name) for name in files], out=offsets[1:])
     outlet = Outlet(file)
     with writing_hdf5(outlet, USER_BLOCK) as pack:
-        for name, value in _attributes(origin).items():
+        for name, value in attributes_of(origin).items():
             pack.attrs[name] = value
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
@@ -241,7 +241,8 @@ def _write_hdf5(
         pack.create_dataset("files", data=blob, track_times=False)
 
 
-def _attributes(origin: Origin) -> dict[str, np.bytes_]:
+def attributes_of(origin: Origin) -> dict[str, np.bytes_]:
+    """What a pack says of its rows. Raises `StoreError` where that is more than an HDF5 attribute holds."""
     texts = (
         str(FORMAT_VERSION),
         origin.teacher,
@@ -253,7 +254,10 @@ def _attributes(origin: Origin) -> dict[str, np.bytes_]:
     )
     for name, text in zip(_ATTRIBUTES, texts, strict=True):
         if len(text.encode()) > MAX_ATTRIBUTE:
-            raise StoreError(f"{name} of teacher {shown(origin.teacher)} takes more than {MAX_ATTRIBUTE} bytes")
+            raise StoreError(
+                f"{name} of teacher {shown(origin.teacher)} takes more than {MAX_ATTRIBUTE} bytes",
+                hint="Leave class_names out, or shorten them." if name == "class_names" else None,
+            )
     return {name: np.bytes_(text.encode()) for name, text in zip(_ATTRIBUTES, texts, strict=True)}
 
 
@@ -335,9 +339,7 @@ def _content(path: Path) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         if size < USER_BLOCK:
             raise _damaged(path, f"it is truncated within its first {USER_BLOCK} bytes")
-        if size < MAPPED:
-            return np.frombuffer(file.readall(), np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        return file_content(file, MAPPED)
 
 
 def _check_user_block(path: Path, content: np.ndarray) -> bytes:

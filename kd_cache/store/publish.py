@@ -6,120 +6,35 @@ whenever a machine stops, the index on disk finds its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.keys import KeyFinder
 from kd_cache.store.cache import CacheFolder, teacher_in_name
+from kd_cache.store.change import Change as Change
+from kd_cache.store.change import Published as Published
+from kd_cache.store.change import Wanted as Wanted
 from kd_cache.store.entry import carried
-from kd_cache.store.index import Index, IndexChangedError, origin_entry, write_index
+from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
-from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Merged, merge_packs
-from kd_cache.store.view import ROW_FILE_NAME, stored_names, view_names, write_view
+from kd_cache.store.view import ROW_FILE_NAME, in_the_way, is_row, rows_of, stored_names, view_names, write_view
 from kd_cache.watch import Watcher
 
 _BLOCK = 8192
 _EARLIER = 20
 _RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "part")
-ANOTHER_MANIFEST = "Did another dump run here with another manifest? Run the same command again."
-
-
-class Keyed(Protocol):
-    """Permitted samples, in the order of their keys; ``listed`` are their files in the manifest's order."""
-
-    @property
-    def listed(self) -> Sequence[str]: ...
-    @property
-    def by_key(self) -> Sequence[str]: ...
-    @property
-    def keys(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The rows a cache is to hold: all permitted samples, in the order of their keys.
-
-    Attributes:
-        files: their manifest paths; ``listed`` are the same in the manifest's order, in which the index lists them.
-        keys, inputs: ``[N, 16]`` u1: their keys, ascending, and the digests of their features as they are now.
-        known: ``[N]`` bool: where it is False the feature could not be read just now, and the sample keeps its row.
-        permitted: their keys and labels.
-    """
-
-    files: Sequence[str]
-    listed: Sequence[str]
-    keys: np.ndarray
-    inputs: np.ndarray
-    known: np.ndarray
-    permitted: Permitted
-
-    @classmethod
-    def of(cls, samples: Keyed, inputs: np.ndarray, known: np.ndarray) -> Wanted:
-        """All of these samples; ``inputs`` and ``known`` in the order of their keys."""
-        permitted = Permitted.of(samples.keys, samples.labels)
-        return cls(samples.by_key, samples.listed, samples.keys, inputs, known, permitted)
-
-
-@dataclass(frozen=True)
-class Change:
-    """What is to become current.
-
-    Attributes:
-        shown_path: the cache's path as the user wrote it; the index's paths start with it.
-        wanted: the rows to keep; every other row goes.
-        origins: the teachers whose every row must be there, but for the ``missing`` files.
-        record: what the index is to say of the run and its data; what is a result of publishing is left out of it.
-        files: whether the cache has a view.
-        others: further teachers that the cache held, where no index says so.
-        entries: further content of the teachers' entries; ``begun`` where the record's is not a teacher's own.
-        missing: files that could not be scored, with the reason.
-        replaced: packs whose rows must not be used although they look fresh (they were scored again).
-        keep_damaged: leave damaged packs where they are.
-        hint: what to do where rows are missing.
-    """
-
-    shown_path: str
-    wanted: Wanted
-    origins: Mapping[str, Origin]
-    record: Mapping[str, Any]
-    files: bool
-    others: Mapping[str, Origin] = field(default_factory=dict)
-    entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    missing: Mapping[str, str] = field(default_factory=dict)
-    replaced: Sequence[Path] = ()
-    keep_damaged: bool = False
-    hint: str = ANOTHER_MANIFEST
-
-
-@dataclass
-class Published:
-    """What publishing did; ``rows``, ``left_out``, ``unread`` (kept, though nobody could read their features now),
-    ``packs`` and ``accuracy`` by teacher. ``missing``: the change's, as far as some teacher lacks a row of the file.
-    """
-
-    rows: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
-    unread: dict[str, int] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    num_samples: int = 0
-    pack_bytes: int = 0
-    view_written: int = 0
-    view_removed: int = 0
-    packs: dict[str, str] = field(default_factory=dict)
-    accuracy: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
@@ -160,7 +75,9 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
     done.rows = {name: 0 if pack is None else len(pack) for name, pack in packs.items()}
     keys = dict(pair for pack in packs.values() if pack for pair in zip(pack.files, view_names(pack.keys), strict=True))
     ordered = sorted(keys, key=keys.__getitem__)  # nothing here knows the manifest's order
-    maps = _View(folder, shown_path, done, watcher).bring_in_line(packs, ordered, wanted=True)
+    maps = _View(snapshot, shown_path, done, watcher, {*packs} if index.record.get("files") else ()).bring_in_line(
+        packs, ordered, wanted=True
+    )
     kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
     try:
         write_index(folder.index_path, index.num_samples, maps, {**kept, "files": True}, state=snapshot.state)
@@ -212,8 +129,8 @@ class _Publication:
             packs[name], merged = self._merge(origin)
             superfluous.update(merged)
         done.num_samples = _held_by_all(packs.values())
-        self._withdraw(packs)
-        view = _View(self.folder, change.shown_path, done, self.watcher)
+        viewed, withdrawn = self._viewed(), self._withdraw(packs)
+        view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
         permitted = change.wanted.permitted
         record = {
@@ -225,6 +142,8 @@ class _Publication:
             "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
         }
         done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
+        if self.snapshot.is_older:
+            self.watcher.note(keep_older_index(self.folder.index_path))
         written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
         self.snapshot.wrote(*written, permitted)
         self.written = written[0]
@@ -257,14 +176,14 @@ class _Publication:
         if gone := self._remove_forbidden():
             self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
 
-    def _withdraw(self, packs: Mapping[str, Pack | None]) -> None:
+    def _withdraw(self, packs: Mapping[str, Pack | None]) -> dict[str, Mapping[str, str]]:
         """Before a row of the view changes: an index without its teacher's files. Who goes by these fails from then on.
 
-        Whoever goes by the packs finds in it what was there before.
+        Whoever goes by the packs finds in it what was there before. Returns the maps of before, by teacher.
         """
         index = self.snapshot.index
         if index is None or not index.record.get("files"):
-            return
+            return {}
         changing = [name for name in index.origins if not self._keeps_rows(index, name, packs.get(name))]
         maps = _maps_of(self.snapshot) if changing else {}
         if any(maps.get(name) for name in changing):
@@ -272,6 +191,7 @@ class _Publication:
             record = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
             path, state = self.folder.index_path, self.snapshot.state
             self.snapshot.wrote(*write_index(path, index.num_samples, kept, record, state=state))
+        return {name: maps[name] for name in changing if name in maps}
 
     def _keeps_rows(self, index: Index, name: str, pack: Pack | None) -> bool:
         """Whether no row of a teacher becomes another; some may go or come."""
@@ -370,6 +290,18 @@ class _Publication:
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
+    def _viewed(self) -> set[str]:
+        """Teachers whose view an index names, ours or an older script's: differing files in it are brought in line.
+
+        Where a damaged index can no longer say whose views there were, all teachers' are.
+        """
+        if self.snapshot.is_older:
+            with suppress(CorruptError):
+                return {*read_older_maps(self.folder.index_path)}
+        if self.snapshot.is_damaged:
+            return {*self.origins}
+        return {*self.earlier.origins} if self.earlier is not None and self.earlier.record.get("files") else set()
+
     def _keep_plan(self) -> None:
         """Restore a lost or damaged batch plan from the index's copy: another one would make other last bits."""
         if self.snapshot.saved_plan is None and self.snapshot.plan is not None:
@@ -432,43 +364,80 @@ def _earlier_parts(before: Mapping[str, Any], origin: Origin) -> list[Mapping[st
 
 @dataclass(frozen=True)
 class _View:
-    """The view of a cache: one folder of row files per teacher."""
+    """The view of a cache: one folder of row files per teacher. ``named`` are the teachers whose view is ours already,
+    ``withdrawn`` the files that the index named of some of them until now.
 
-    folder: CacheFolder
+    Only what kd-cache wrote is removed or replaced: the file of a row of some pack, under its key. A cache may well
+    hold folders and files of its user's, the features themselves among them.
+    """
+
+    snapshot: Snapshot
     shown_path: str
     done: Published
     watcher: Watcher
+    named: Collection[str]
+    withdrawn: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def bring_in_line(
         self, packs: Mapping[str, Pack | None], files: Sequence[str], *, wanted: bool
     ) -> dict[str, dict[str, str]]:
         """Write what the view lacks, remove what it must not have; returns the index's maps, ordered as ``files``."""
-        for directory in self.folder.view_folders():
+        for name in packs:
+            directory = self.snapshot.folder.view_path(name)
             if directory.is_symlink():
                 raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
-            if directory.name not in packs:
-                self._prune(directory, set())  # of a teacher that no index names
         if wanted:
             self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
         maps: dict[str, dict[str, str]] = {}
         for name, pack in packs.items():
-            directory = self.folder.view_path(name)
+            directory = self.snapshot.folder.view_path(name)
             named: dict[str, str] = {}
             if wanted and pack is not None:
+                if name not in self.named:
+                    self._refuse_what_is_in_the_way(directory, pack)
                 self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)
                 held = dict(zip(pack.files, view_names(pack.keys), strict=True))
                 named = {file: held[file] for file in files if file in held}
-            self._prune(directory, set(named.values()))
+            self._prune(directory, set(named.values()), pack)
             maps[name] = {file: f"{self.shown_path}/{name}/{row_file}" for file, row_file in named.items()}
         return maps
 
-    def _prune(self, directory: Path, named: set[str]) -> None:
-        """Remove row files that the index will not name. Files that do not look like ours are left alone."""
-        surplus = [name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)]
-        for name in surplus:
+    def _refuse_what_is_in_the_way(self, directory: Path, pack: Pack) -> None:
+        foreign = in_the_way(directory, pack, self._known(directory, pack))
+        if foreign:
+            raise StoreError(
+                f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
+                f"the name of each\n{listed([directory / name for name in foreign])}",
+                hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
+            )
+
+    def _known(self, directory: Path, pack: Pack | None) -> list[Pack]:
+        """The packs whose rows a teacher's folder may hold."""
+        held = [each for each in self.snapshot.packs.good if each.origin.teacher == directory.name]
+        return held if pack is None else [pack, *held]
+
+    def _named(self, directory: Path) -> set[str]:
+        """The row files of a folder that the index still names: their packs may be gone, as damaged ones are."""
+        index = self.snapshot.again(maps=True).index
+        paths = {} if index is None else index.maps.get(directory.name, {})
+        paths = {**paths, **self.withdrawn.get(directory.name, {})}
+        return {Path(path).name for path in paths.values()}
+
+    def _prune(self, directory: Path, named: set[str], pack: Pack | None) -> None:
+        """Remove row files that the index will not name. What cannot be proved to be ours is left, and said."""
+        surplus = {name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)}
+        if not surplus:
+            return
+        ours = rows_of(directory, surplus, self._known(directory, pack))
+        if surplus != ours:
+            ours |= {name for name in (surplus - ours) & self._named(directory) if is_row(directory / name)}
+        for name in sorted(ours):
             with store_errors(directory / name, "remove"):
                 (directory / name).unlink(missing_ok=True)
-        self.done.view_removed += len(surplus)
+        self.done.view_removed += len(ours)
+        if left := sorted(surplus - ours):
+            what = f"{len(left)} files in {shown(directory)} stay, which kd-cache did not write"
+            self.watcher.note(f"{what} (the first: {left[0]})")
 
 
 def _blocks(pack: Pack) -> Iterator[tuple[np.ndarray, np.ndarray]]:

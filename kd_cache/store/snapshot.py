@@ -16,7 +16,7 @@ from pathlib import Path
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.store.accuracy import Accuracy, alarm, measure
-from kd_cache.store.cache import CacheFolder, PackSet, opened, refuse_link
+from kd_cache.store.cache import CacheFolder, PackSet, no_cache, opened, refuse_link
 from kd_cache.store.current import Current, current_of
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state
 from kd_cache.store.origin import Origin
@@ -127,7 +127,7 @@ class Snapshot:
         if self.is_begun:
             what = f"{shown(self.folder.path)} is unfinished: its dump did not finish, it has no {INDEX_NAME}"
             return MissingLogitsError(what, hint=f"{GO_ON} If it was split into parts: kd-cache seal.")
-        return MissingLogitsError(f"there is no cache at {shown(self.folder.path)}", hint="Make one: kd-cache dump.")
+        return no_cache(self.folder.path)
 
     def finished(self) -> Index:
         """The index of a finished cache. Raises the `refusal` of any other."""
@@ -143,7 +143,7 @@ class Snapshot:
             StoreError: a newer format, or an index that cannot be read.
         """
         if isinstance(self.trouble, CorruptError):
-            watcher.note(f"{self.trouble.message}; it is written anew from the packs")
+            watcher.note(f"{self.trouble.message}; sealing writes it anew from the packs")
         elif self.trouble is not None:
             raise self.refusal or self.trouble
         renamed = self.renamed or self._of_another(self.pending)
@@ -157,6 +157,12 @@ class Snapshot:
     def origins(self) -> dict[str, Origin]:
         """The teachers that the index names; none without an index."""
         return {} if self.index is None else self.index.origins
+
+    @property
+    def named(self) -> set[str]:
+        """Teachers that the index, a pending record or a pack names. Only their folders are the view's."""
+        records = [self.origins, *(record.origins for record in self.pending)]
+        return {name for origins in records for name in origins} | {pack.origin.teacher for pack in self.packs.good}
 
     @cached_property
     def _pending(self) -> tuple[list[Index], list[KDCacheError]]:

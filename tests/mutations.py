@@ -131,8 +131,8 @@ kd_cache/serve/gather.py: test_loader, test_lazy
 
 readers forget the list of permitted samples
 kd_cache/serve/rows.py: test_permitted
--    allowed = permitted is None or permitted.has_keys(union.keys)
-+    allowed = True
+-            self._kept = None if permitted is None else _kept(union, permitted)
++            self._kept = None
 
 workers do not compare the list of permitted samples
 kd_cache/serve/logit_cache.py: test_permitted, test_loader
@@ -141,8 +141,8 @@ kd_cache/serve/logit_cache.py: test_permitted, test_loader
 
 packs just written go with those they replace
 kd_cache/store/publish.py: test_dump, test_seal
--sorted(path for path in superfluous if path.name not in current)
-+sorted(superfluous)
+-sorted(path for path in self.superfluous if path.name not in current)
++sorted(self.superfluous)
 
 an index that another process wrote meanwhile is overwritten
 kd_cache/store/publish.py: test_seal

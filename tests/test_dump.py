@@ -335,8 +335,8 @@ def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stay
     world.write()
     merge = kd_cache.store.publish.merge_packs
 
-    def damaged(directory: Path, union: Union, *wanted: np.ndarray) -> object:
-        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted)
+    def damaged(directory: Path, union: Union, *wanted: np.ndarray, **unread: np.ndarray) -> object:
+        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted, **unread)
 
     monkeypatch.setattr(kd_cache.store.publish, "merge_packs", damaged)
     result = dump("--num-verify", 0)

@@ -69,7 +69,7 @@ def own(town: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def evaluate(run: Run, town: World, model: object, *more: object, code: int = 0) -> Any:
-    counts = ("--num-scenes", 3, "--num-cities", 3)
+    counts = [word for each in ("--num-scenes", "--num-cities") if each not in more for word in (each, 3)]
     result = run("evaluate", model, "--json-path", town.json_path, *counts, "--json", *more)
     assert result.exit_code == code, result.output
     return json.loads(result.stdout) | {"notes": result.stderr} if code == 0 else result.stderr

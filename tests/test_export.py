@@ -183,11 +183,28 @@ def test_files_elsewhere_are_those_of_the_view_and_work_by_their_index(
 
 def test_an_export_over_an_earlier_one_leaves_no_row_that_is_not_served(tmp_path: Path) -> None:
     export(two_teachers(tmp_path / "before" / "A2b", count=40), "npy", tmp_path / "out")
-    (tmp_path / "out" / "scene" / "notes.txt").write_text("mine")
+    mine = {"notes.txt": b"mine", f"{'1' * 32}.npy": b"mine", f"{md5(names(40)[-1]).hex()}.npy": b"mine now"}
+    for name, content in mine.items():
+        (tmp_path / "out" / "scene" / name).write_bytes(content)
     cache = two_teachers(tmp_path / "after" / "A2b", count=30)
+    heard = Notes()
+    job = ExportJob(CacheFolder(cache.path), "npy", tmp_path / "out", overwrite=True)
+    export_logits(job, heard)
+    held = {path.name: path.read_bytes() for path in (tmp_path / "out" / "scene").iterdir()}
+    assert held.keys() == {f"{md5(file).hex()}.npy" for file in names(30)} | mine.keys()
+    assert held.items() >= mine.items()
+    assert [note for note in heard.all if "2 files in" in note]
+
+
+def test_a_folder_of_somebody_s_own_row_files_loses_none_to_an_export(tmp_path: Path) -> None:
+    cache = two_teachers(tmp_path / "A2b", count=3)
+    mine = tmp_path / "out" / "scene"
+    mine.mkdir(parents=True)
+    for file in names(3, start=20):
+        np.save(mine / f"{md5(file).hex()}.npy", np.zeros(3, np.float32))
+    before = snapshot(mine)
     export(cache, "npy", tmp_path / "out", overwrite=True)
-    held = {path.name for path in (tmp_path / "out" / "scene").iterdir()}
-    assert held == {f"{md5(file).hex()}.npy" for file in names(30)} | {"notes.txt"}
+    assert snapshot(mine).items() >= before.items()
 
 
 def test_the_view_of_a_cache_without_files_is_made_from_its_packs(
@@ -256,10 +273,10 @@ def test_only_rows_that_a_student_would_be_served_are_exported(cached: World, ru
     packs = world.cache / "packs"
     files = world.permitted()
     Rows.of(["x/never-permitted.npy"], classes=10).write(packs, made_by)
-    Rows.of(files[:1], classes=10, inputs=7).write(packs, made_by)  # from another feature: nobody knows which counts
+    Rows.of(files[:1], classes=10, inputs=7).write(packs, made_by)  # from another feature, by a dump under way
     Rows.of(files, classes=10).write(packs, origin("tiny", 10, weights="of before"))
     served = set(LogitCache.open(world.cache, ["tiny"]).files)
-    assert served == set(files[1:])
+    assert served == set(files)
     for to in ("pt", "tsv", "npy"):
         assert run("export", "--to", to, "--output", f"out-{to}", "--only", "tiny").exit_code == 0
     assert set(json.loads(Path("out-pt/tiny.files.json").read_text())["files"]) == served

@@ -303,7 +303,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_damage_is_reported_and_mended_by_the_next_save(store: Pretrained, save: Callable[..., Path]) -> None:
     other = changed(number=1)
     good = save(other, b"good").name
-    (store.root / ".tmp-1-abc").mkdir()
+    (store.root / ".tmp-1-abcabcabcabcabca").mkdir()
     (store.root / "notes.txt").write_text("no entry, and not listed")
     for name, damage in DAMAGES.items():
         path = save()
@@ -412,7 +412,12 @@ def test_an_entry_that_cannot_be_removed_is_a_store_error(
     store: Pretrained, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save()
-    monkeypatch.setattr(shutil, "rmtree", full)
+    (path / "notes.txt").write_text("mine")
+    store.remove(PARTS)
+    assert os.listdir(path) == ["notes.txt"]
+    save()
+    assert (path / "notes.txt").read_text() == "mine"
+    monkeypatch.setattr(Path, "rmdir", full)
     with pytest.raises(StoreError, match="No space left") as caught:
         store.remove(PARTS)
     assert path.name in caught.value.message

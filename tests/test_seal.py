@@ -215,7 +215,7 @@ def test_a_feature_that_changed_after_its_part_is_missed(cached: World, dump: Ru
     assert "1 permitted samples have no row" in result.stderr
     assert index_bytes(world) == before
     found = served(world.cache)
-    assert found == {name: row for name, row in rows.items() if name != file}
+    assert found == rows  # readers have the finished generation, whatever parts are under way
     assert halves(dump) == [0, 0]
     assert run(*SEAL).exit_code == 0
     assert served(world.cache).keys() == rows.keys()
@@ -403,9 +403,7 @@ def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, m
         patched.setattr(kd_cache.store.index, "write_atomic", late)
         result = run(*dumping(world, "tiny"))
     assert done
-    # Each took the other's view for one that nothing promises; the dump that found that out said so.
-    assert result.exit_code == 3
-    assert "run kd-cache seal" in result.stdout
+    assert result.exit_code == 0  # neither takes the other's view for its own
     result = run(*dumping(world, "other", "--json"))
     assert json.loads(result.stdout)["samples_scored"] == 0
     both_are_there(world, run)
@@ -572,7 +570,8 @@ def test_records_are_read_oldest_first_and_temporaries_and_strangers_are_left(wo
     for number in (3, 1, 2):
         PendingRecord(folder, {}, {"begun": number}).write({}, {})
     (folder.pending_path / ".tmp-1-2.json").write_text("{")
-    (folder.pending_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "._0123456789abcdef.json", "0123456789abcdef (1).json"):
+        (folder.pending_path / name).write_text("mine")
     assert [begun(index.record) for index in read_pending(folder)[0]] == [1, 2, 3]
     for value in (None, "x", 1.5, True):
         assert begun({"begun": value}) == 0

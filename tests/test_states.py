@@ -143,7 +143,7 @@ CONTRACT: dict[Callable[[World, Run], None], dict[str, Cell]] = {
         ELSE: (1, "has format version 99, this kd-cache reads up to 1"),
         "open, export, diff": FINE,  # those go by the index
     },
-    newer_pack: {ELSE: (1, "has format version 99, this kd-cache reads up to 1"), "info": FINE},  # that reads the index
+    newer_pack: {ELSE: (1, "has format version 99, this kd-cache reads up to 1"), "open, info, export, diff": FINE},
     renamed: {
         ELSE: (5, "holds the cache of A2c"),
         "merge from": (5, "tells of a cache of A2c, expected A2b"),

@@ -306,7 +306,7 @@ def test_cached_weights_are_measured_on_the_clips_that_are_there_now(town: World
 
 def test_a_run_of_other_settings_or_before_a_fresh_one_is_not_gone_on_with(town: World) -> None:
     run = stopped(town, "scene", 1)
-    (run / ".tmp-1-00").write_bytes(b"half")  # of a process that was killed while it wrote
+    (run / ".tmp-1-0000000000000000").write_bytes(b"half")  # of a process that was killed while it wrote
     assert trained(town, "scene", lr=1e-3)[0].how == "trained"
     assert trained(town, "scene")[0].how == "resumed"
     assert not list(run.glob(".tmp-*"))

@@ -5,12 +5,16 @@ seconds old, and a superseded file counts from the moment the index that superse
 pending record names stays, whatever its age; so does a damaged pack, which `verify` and `repair` tell of. Packs of the
 current fingerprint stay even if another holds all their rows: a seal that runs at the same time may be keeping just
 this one. Each removal stands for itself: wherever a machine stops, what is gone was superfluous.
+
+Only what kd-cache can prove that it wrote goes: packs and permitted lists by their digests, row files that are some
+pack's row, temporaries by their exact names in folders of its own. What else lies there is told of and left.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -18,18 +22,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, shown
-from kd_cache.files.atomic import TEMPORARY, store_errors
+from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, shown
+from kd_cache.files.atomic import TEMPORARY_NAME, store_errors
 from kd_cache.store.cache import CacheFolder, Named, no_cache, no_finished_cache
-from kd_cache.store.index import Index, is_teacher_name
+from kd_cache.store.index import Index
+from kd_cache.store.names import PACK_NAME, PENDING_NAME, RESERVED_NAMES
 from kd_cache.store.pack import Pack
 from kd_cache.store.pending import protected
-from kd_cache.store.permitted import PERMITTED_NAME
+from kd_cache.store.permitted import PERMITTED_NAME, read_permitted
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.store.view import ROW_FILE_NAME
+from kd_cache.store.view import ROW_FILE_NAME, rows_of
 
 OLDER_THAN = 3600
 TEMPORARY_FILE, PACK, PERMITTED, ROW_FILE, FOLDER = "temporary", "pack", "permitted file", "row file", "folder"
+_MOST_TOLD = 10
 _Made = tuple[str, str]  # teacher, fingerprint
 
 
@@ -119,8 +125,8 @@ def remove_garbage(report: GcReport) -> None:
     for item in report.garbage:
         if item.made is None or (needed is not None and item.made not in needed):
             by_folder.setdefault(item.path.parent, []).append(item)
-    # The cache's own entries last: among them are folders that must be empty by then.
-    directories = sorted(by_folder, key=lambda path: (path == folder.path, path))
+    # The cache's own entries last: among them are folders that must be empty by then. Packs prove whose row files are.
+    directories = sorted(by_folder, key=lambda path: (path == folder.path, path == folder.packs_path, path))
     report.garbage = [
         item
         for directory in directories
@@ -155,15 +161,17 @@ class _Search:
     def run(self) -> GcReport:
         ours = (self.folder.packs_path.name, self.folder.pending_path.name)
         inside = _folders(self.folder.path, self.report.notes)
-        views = [path for path in inside if is_teacher_name(path.name)]
+        named = self.snapshot.origins if self.folder.packs_path.is_symlink() else self.snapshot.named
+        views = [path for path in inside if path.name in named]
         self._find_temporaries([self.folder.path, *[path for path in inside if path.name in ours], *views])
         pending, index = self.snapshot.pending, self._index()
         if index is not None:
             if self.folder.packs_path in inside:
                 self._find_packs(index)
+                for directory in views:
+                    self._find_row_files(directory, index)
             self._find_permitted([index, *pending])
-            for directory in views:
-                self._find_row_files(directory, index)
+            self._tell_of_others(index, views)
         if self.young:
             self.report.notes.append(f"{self.young:,} more stay for now: not older than {self.older_than:,.0f} s")
         return self.report
@@ -195,10 +203,10 @@ class _Search:
         left = "left by a process that was killed"
         for directory in directories:
             for name in _names(directory):
-                if name.startswith(TEMPORARY):
+                if TEMPORARY_NAME.match(name):
                     self._add(TEMPORARY_FILE, directory / name, left)
         for directory in _folders(self.folder.path):
-            names = _names(directory) if directory.name.startswith(TEMPORARY) else [""]
+            names = _names(directory) if TEMPORARY_NAME.match(directory.name) else [""]
             if all(map(ROW_FILE_NAME.match, names)):  # a view that was not finished
                 made = _look(directory)
                 youngest = 0.0 if made is None else made.st_mtime  # as long as files come, none of them is left over
@@ -236,21 +244,51 @@ class _Search:
         entries = [record.record.get("permitted") for record in records]
         named = {entry["file"] for entry in entries if entry is not None}
         for name in _names(self.folder.path):
-            if PERMITTED_NAME.match(name) and name not in named:
+            if PERMITTED_NAME.match(name) and name not in named and _is_whole(self.folder.path / name):
                 self._add(PERMITTED, self.folder.path / name, "superseded: the index names another", since=self.since)
 
     def _find_row_files(self, directory: Path, index: Index) -> None:
-        """Row files that no map of the index names, and the folder if nothing else is in it."""
-        promised = {path.rpartition("/")[2] for path in index.maps.get(directory.name, {}).values()}
+        """Rows of some pack that no map of the index names, and the folder if nothing else is in it."""
         names = _names(directory)
-        for name in names:
-            if name not in promised and ROW_FILE_NAME.match(name):
-                self._add(ROW_FILE, directory / name, "the index does not name it", since=self.since)
+        surplus = {name for name in names if ROW_FILE_NAME.match(name)} - _promised(index, directory)
+        packs = [pack for pack in self.snapshot.packs.good if pack.origin.teacher == directory.name]
+        for name in sorted(rows_of(directory, surplus, packs)):
+            self._add(ROW_FILE, directory / name, "the index does not name it", since=self.since)
         if directory.name in index.origins:
             return
         going = {item.path.name for item in self.report.garbage if item.path.parent == directory}
         if going.issuperset(names):
             self._add(FOLDER, directory, "then empty, and of no teacher in the index", since=self.since)
+
+    def _tell_of_others(self, index: Index, views: Sequence[Path]) -> None:
+        """What is not ours: a user's own files, copies, and what other systems leave (``._x``, ``.DS_Store``)."""
+        ours = {*RESERVED_NAMES, *(path.name for path in views), *(item.path.name for item in self.report.garbage)}
+        known: list[tuple[Path, re.Pattern[str] | None, set[str]]] = [(self.folder.path, PERMITTED_NAME, ours)]
+        known += [(self.folder.packs_path, PACK_NAME, ours), (self.folder.pending_path, PENDING_NAME, ours)]
+        known += [(directory, None, ours | _promised(index, directory)) for directory in views]
+        for directory, named, held in known:
+            others = [
+                name
+                for name in ([] if directory.is_symlink() else _names(directory))
+                if name not in held and not TEMPORARY_NAME.match(name) and not (named and named.match(name))
+            ]
+            if others:
+                what = f"{len(others):,} entries of {shown(directory)} stay, which kd-cache did not write"
+                self.report.notes.append(f"{what}: {', '.join(map(shown, others[:_MOST_TOLD]))}")
+
+
+def _promised(index: Index, directory: Path) -> set[str]:
+    """The row files of a teacher's folder that the index names."""
+    return {path.rpartition("/")[2] for path in index.maps.get(directory.name, {}).values()}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a permitted list is what its name says. Raises nothing: a damaged one may be anybody's."""
+    try:
+        read_permitted(path)
+    except (KDCacheError, FileNotFoundError):
+        return False
+    return True
 
 
 def _folders(directory: Path, notes: list[str] | None = None) -> list[Path]:

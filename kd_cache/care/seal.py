@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kd_cache.dataset.dataset import Dataset, nothing_readable
-from kd_cache.keys import keys_of
 from kd_cache.score.reading import read_digests
-from kd_cache.store.current import Current
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
@@ -85,7 +81,6 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
     inputs, known = read_digests(job.data.features, selection.listed, current.missing, job.workers, watcher)
     if not known.any():
         raise nothing_readable(len(known))
-    missing = _still_missing(selection.listed, inputs, known, snapshot, current)
     shown_path = job.shown_path or str(current.record.get("shown_path", snapshot.folder.path))
     further = {key: value for key, value in job.record.items() if key not in current.record}
     record = {**current.record, **further, "shown_path": shown_path, **job.data.described}
@@ -96,23 +91,11 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         record,
         bool(record.get("files", True)) if job.files is None else job.files,
         entries=current.entries,
-        missing=missing,
+        missing={file: current.missing[file] for file in selection.listed if file in current.missing},
         hint=_how_parts_differ(snapshot.pending) or _what_is_missing(snapshot.pending),
     )
-    return SealReport(snapshot.folder.path, len(selection.listed), missing, publish(snapshot, change, watcher))
-
-
-def _still_missing(
-    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, snapshot: Snapshot, current: Current
-) -> dict[str, str]:
-    """Of what any dump could not score, that which no other one did."""
-    listed = [number for number, file in enumerate(files) if file in current.missing]
-    absent = ~known[listed]
-    keys = keys_of(files[number] for number in listed)
-    for origin in current.origins.values():
-        union = snapshot.union(origin)
-        absent |= True if union is None else union.match(keys, inputs[listed]) < 0
-    return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+    published = publish(snapshot, change, watcher)
+    return SealReport(snapshot.folder.path, len(selection.listed), published.missing, published)
 
 
 def _how_parts_differ(pending: Sequence[Index]) -> str:

@@ -35,7 +35,7 @@ def evaluate(
     limits = (values["num_scenes"], values["num_cities"], values["max_checkpoint_bytes"])
     # The guard first: no code of a user runs over a manifest that leaks.
     data = data_of(target or TASKS[0].source, values)
-    teacher = load_teachers([spec], *limits)[spec.name]
+    teacher = load_teachers([spec], *limits, screen)[spec.name]
     label = label or ("city" if getattr(teacher, "role", None) == CITY else "scene")
     _refuse_other_classes(spec.name, teacher, label, values)
     job = EvaluationJob(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,6 +16,12 @@ from kd_cache.errors import StoreError, shown
 
 TEMPORARY = ".tmp-"
 """Temporary names start with this; readers ignore them, whoever left them behind."""
+TEMPORARY_NAME = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}(-old)?\Z")
+"""Exactly as this module makes them: what is called otherwise is another's, and is never removed."""
+
+
+def temporary_name() -> str:
+    return f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def store_errors(path: Path, doing: str) -> Iterator[None]:
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A unique name in the folder of ``path``; whatever is still there at the end is removed."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+    temporary = path.with_name(temporary_name())
     try:
         yield temporary
     except BaseException:
@@ -87,6 +94,19 @@ def remove_files(directory: Path, paths: Collection[Path]) -> None:
     if paths:
         with store_errors(directory, "sync"):
             sync_directory(directory)
+
+
+def remove_folder(directory: Path, names: Collection[str]) -> bool:
+    """Remove these files of a folder, and the folder if nothing else is in it; whether it went. Raises ``OSError``."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def make_directory(directory: Path) -> None:

@@ -15,10 +15,10 @@ from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.files.atomic import TEMPORARY, store_errors
 from kd_cache.options import Target
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
+from kd_cache.store.names import PACK_NAME
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.permitted import Permitted, read_permitted
-from kd_cache.store.union import Union
 
 
 @dataclass
@@ -50,10 +50,6 @@ class PackSet:
                     hint=f"Dump with {name} among the teachers (without --only, or with --teacher {name}=…).",
                 )
         return {name: next(iter(origins.values())) for name, origins in sorted(found.items())}
-
-    def union(self, origin: Origin) -> Union | None:
-        packs = self.of(origin)
-        return Union(packs) if packs else None
 
 
 @dataclass(frozen=True)
@@ -125,9 +121,9 @@ class CacheFolder:
         self,
         teachers: Collection[str] | None = None,
         check: str = "full",
-        opened: Mapping[Path, Pack] = MappingProxyType({}),
+        known: Mapping[Path, Pack] = MappingProxyType({}),
     ) -> PackSet:
-        """Every pack (of these teachers); ``check`` is that of `open_pack`. Those ``opened`` before are not again.
+        """Every pack (of these teachers); ``check`` is that of `open_pack`. Those ``known`` are not opened again.
 
         Packs may be added and sealed away meanwhile. The look is only over when the folder lists, at its end, what was
         opened: a row that a seal carries from one pack to another is seen in one of them.
@@ -139,7 +135,7 @@ class CacheFolder:
                 good = [pack for path in paths if isinstance(pack := seen[path], Pack)]
                 damaged = {path: error for path in paths if isinstance(error := seen[path], CorruptError)}
                 return PackSet(good, damaged)
-            found = {path: seen.get(path) or opened.get(path) or _opened(path, check) for path in paths}
+            found = {path: seen.get(path) or known.get(path) or opened(path, check) for path in paths}
             seen = {path: pack for path, pack in found.items() if pack is not None}
         raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")
 
@@ -155,11 +151,11 @@ class CacheFolder:
                 entries = list(os.scandir(self.packs_path))
             except FileNotFoundError:
                 return []
-        names = sorted(e.name for e in entries if e.name.endswith(".h5") and not e.name.startswith(TEMPORARY))
+        names = sorted(entry.name for entry in entries if PACK_NAME.match(entry.name))
         return [self.packs_path / name for name in names]
 
 
-def _opened(path: Path, check: str) -> Pack | CorruptError | None:
+def opened(path: Path, check: str = "full") -> Pack | CorruptError | None:
     """The pack, what is wrong with it, or ``None`` if it is gone."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):

@@ -12,7 +12,7 @@ from kd_cache.store.entry import joined
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.origin import Origin
 from kd_cache.store.pending import begun, begun_with
-from kd_cache.store.view import stored_names
+from kd_cache.store.view import ROW_FILE_NAME, stored_names
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,11 @@ def _refuse_forgotten(folder: CacheFolder, packs: PackSet, current: Current) -> 
     """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would notice."""
     traces = {teacher_in_name(path) for path in packs.damaged}
     if folder.path.is_dir():
-        traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
+        traces |= {
+            directory.name
+            for directory in folder.view_folders()
+            if any(map(ROW_FILE_NAME.match, stored_names(directory)))
+        }
     forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
     if forgotten and current.origins:
         names = ", ".join(forgotten)

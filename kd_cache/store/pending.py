@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import CorruptError, KDCacheError, StaleError
-from kd_cache.files.atomic import TEMPORARY, make_directory, remove_files, store_errors
+from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.store.cache import CacheFolder, refuse_link
 from kd_cache.store.index import Index, State, index_state, origin_entry, read_index, write_index
+from kd_cache.store.names import PENDING_NAME
 from kd_cache.store.origin import Origin
 
 
@@ -97,7 +98,7 @@ def _paths(folder: CacheFolder) -> list[Path]:
             names = sorted(entry.name for entry in os.scandir(folder.pending_path))
         except FileNotFoundError:
             return []
-    return [folder.pending_path / name for name in names if name.endswith(".json") and not name.startswith(TEMPORARY)]
+    return [folder.pending_path / name for name in names if PENDING_NAME.match(name)]
 
 
 def forget(folder: CacheFolder, records: Iterable[Index], words: Mapping[str, int]) -> None:

@@ -19,7 +19,7 @@ from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.score.device import numerics
 from kd_cache.score.factory import users_code
 from kd_cache.score.teacher import Teacher
-from kd_cache.score.value_kind import contradiction
+from kd_cache.score.value_kind import RowCheck
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.division import divide, locations_of
 from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, scored
@@ -148,7 +148,8 @@ def _logits(job: EvaluationJob, clips: Clips) -> np.ndarray:
                             job.batch_size)  # fmt: skip
     if not np.isfinite(values).all():
         raise TeacherError(f"{name} gave values that are not finite")
-    if why := contradiction(kind, values):
+    (check := RowCheck(kind)).add(values)
+    if why := check.contradiction():
         raise TeacherError(f"the values of {name} {why}")
     return np.log(np.maximum(values, np.finfo(np.float32).tiny)) if kind == "probs" else values
 

@@ -188,7 +188,7 @@ def test_the_record_has_values_sources_and_a_hash_of_the_values(shown: Shown, mo
     found = shown("--target", "c", "--seconds", "2.5")
     assert found["values"] == {
         "allow_outside": [], "as_json": True, "batch_size": 32, "cache_root": "caches", "config": "kd-cache.yaml",
-        "dtype": "fp32", "only": ["a"], "seconds": "inf", "skip_existing": True, "stage": [], "target": "c",
+        "dtype": "fp32", "only": ["a"], "seconds": 2.5, "skip_existing": True, "stage": [], "target": "c",
     }  # fmt: skip
     sources = {name: found["sources"][name] for name in ("cache_root", "only", "seconds", "skip_existing")}
     assert list(sources.values()) == ["environment", "default_map", "commandline", "default"]

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dataset.dataset import Dataset, nothing_readable
-from kd_cache.keys import keys_of
 from kd_cache.score.reading import read_digests
 from kd_cache.score.unchanged import noted_digests
 from kd_cache.store.current import Current
 from kd_cache.store.index import Index
+from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
@@ -88,7 +88,6 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
     inputs, known = _digests(job, current, watcher)
     if not known.any():
         raise nothing_readable(len(known))
-    missing = _still_missing(selection.listed, inputs, known, snapshot, current)
     shown_path = job.shown_path or str(current.record.get("shown_path", snapshot.folder.path))
     further = {key: value for key, value in job.record.items() if key not in current.record}
     record = {**current.record, **further, "shown_path": shown_path, **job.data.described}
@@ -99,10 +98,11 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         record,
         bool(record.get("files", True)) if job.files is None else job.files,
         entries=current.entries,
-        missing=missing,
-        hint=_what_is_missing(snapshot.pending),
+        missing={file: current.missing[file] for file in selection.listed if file in current.missing},
+        hint=_how_parts_differ(snapshot.pending) or _what_is_missing(snapshot.pending),
     )
-    return SealReport(snapshot.folder.path, len(selection.listed), missing, publish(snapshot, change, watcher))
+    published = publish(snapshot, change, watcher)
+    return SealReport(snapshot.folder.path, len(selection.listed), published.missing, published)
 
 
 def _digests(job: SealJob, current: Current, watcher: Watcher) -> tuple[np.ndarray, np.ndarray]:
@@ -119,17 +119,19 @@ def _digests(job: SealJob, current: Current, watcher: Watcher) -> tuple[np.ndarr
     return inputs, known
 
 
-def _still_missing(
-    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, snapshot: Snapshot, current: Current
-) -> dict[str, str]:
-    """Of what any dump could not score, that which no other one did."""
-    listed = [number for number, file in enumerate(files) if file in current.missing]
-    absent = ~known[listed]
-    keys = keys_of(files[number] for number in listed)
-    for origin in current.origins.values():
-        union = snapshot.union(origin)
-        absent |= True if union is None else union.match(keys, inputs[listed]) < 0
-    return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+def _how_parts_differ(pending: Sequence[Index]) -> str:
+    """Parts of one teacher that do not fit together, where there are any."""
+    made: dict[str, dict[str, tuple[str, Origin]]] = {}
+    for record in pending:
+        number, count = record.record.get("part") or (0, 1)
+        for name, origin in record.origins.items():
+            made.setdefault(name, {})[origin.fingerprint.digest] = f"{number}/{count}", origin
+    for name, kinds in made.items():
+        if len(kinds) > 1:
+            (one, first), (other, second), *_ = kinds.values()
+            how = f"{one} and {other} of {name} differ ({first.fingerprint.difference(second.fingerprint)})"
+            return f"Parts {how}: dump one of them as the other was, then seal again."
+    return ""
 
 
 def _what_is_missing(pending: Sequence[Index]) -> str:

@@ -6,10 +6,11 @@ import functools
 import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kd_cache.cli import notes
 from kd_cache.commands import GROUP, Command, Group, Plugin
+from kd_cache.distill.recipe import parse_temperature
 from kd_cache.errors import UsageError
 from kd_cache.options import (
     CACHE,
@@ -42,6 +43,9 @@ _ANY_TARGET = changed(
     "target", kind=Target | None, help="Just the cache of this target.", panel=CACHE, default=None,
     otherwise="every cache under the root",
 )  # fmt: skip
+_CACHE = Option(
+    "cache", Path | None, "A cache, or a folder of caches.", ARGUMENTS, None, "see --target", positional=True
+)
 _HAS_VIEW = changed(
     "files", kind=bool | None, help="Whether the cache has a view of one <md5>.npy per row.", default=None,
     otherwise="as its dumps said",
@@ -110,6 +114,7 @@ VERIFY = Command(
     "kd_cache.cli.verify:verify",
     "Check that every permitted sample has a row, and that rows are intact, fresh and permitted. Changes nothing.",
     (
+        _CACHE,
         _ANY_TARGET,
         Option("n", int, "How many permitted samples to draw at random.", CACHE, 100, also=("-n",), low=1),
         Option("everything", bool, "Check every sample, and also rows and files without a manifest entry.", CACHE,
@@ -128,7 +133,7 @@ VERIFY = Command(
     (
         "kd-cache verify --n 100",
         "kd-cache verify --target b --all --recompute",
-        "kd-cache verify --n 100 --json",
+        "kd-cache verify cache/A2b --n 100 --json",
     ),
     ("n", "everything", "recompute"),
     _AUDIT,
@@ -140,6 +145,7 @@ REPAIR = Command(
     "kd_cache.cli.repair:repair",
     "Verify everything, score again or rebuild what is wrong, verify again. Intact rows are not touched.",
     (
+        _CACHE,
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
                "agree are confirmed.", CACHE, False),
@@ -303,6 +309,35 @@ SAMPLE_DATA = Command(
     examples=("kd-cache sample-data cache/sample",),
 )  # fmt: skip
 
+_OF_TRAINING = {option.name: option for option in TRAINING}
+EVALUATE = Command(
+    "evaluate",
+    "kd_cache.cli.evaluate:evaluate",
+    "Measure a teacher or student on labelled rows: accuracy, log loss and calibration, of all and by group.",
+    (
+        Option("model", str, "A checkpoint, or a net of your own (its code runs).", ARGUMENTS, positional=True,
+               metavar="CKPT|NAME=module:factory[,ckpt=PATH]"),
+        Option("split", Literal["test", "val"], "The manifest's test rows, or the locations of train that training "
+               "holds out (of scene labels those of A alone).", DATA, "test"),
+        Option("label", Literal["scene", "city"] | None, "What it tells apart.", DATA, None,
+               "what the checkpoint says, else scene"),
+        changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
+                "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
+        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
+        changed("seed", help="Of the draws that intervals come from."),
+        *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Intervals cover 95 %, by drawing whole recording locations 1,000 times. A net that was trained or validated on a "
+    "test row is refused.",
+    (
+        "kd-cache evaluate data/sample/teachers/teacher_scene/global/best.safetensors --target b",
+        "kd-cache evaluate data/sample/teachers/teacher_city2scene/A2b/best.safetensors --target b --split val --json",
+    ),
+    ("split", "label"),
+    (0, 1, 2, 6),
+    notes=notes.EVALUATE,
+)  # fmt: skip
+
 PREPARE = Command(
     "prepare",
     "kd_cache.cli.prepare:prepare",
@@ -333,36 +368,63 @@ PREPARE = Command(
     notes=notes.PREPARE,
 )  # fmt: skip
 
-_OF_TRAINING = {option.name: option for option in TRAINING}
-EVALUATE = Command(
-    "evaluate",
-    "kd_cache.cli.evaluate:evaluate",
-    "Measure a teacher or student on labelled rows: accuracy, log loss and calibration, of all and by group.",
+KD, KD_WEIGHT = "Distillation", "Weight of distillation"
+_NOT_OF_STUDENTS = ("quick_experiment", "class_weights", "label_smoothing", "shuffle_labels", "preset",
+                    "direct_unfreeze")  # fmt: skip
+STUDENT = Command(
+    "student",
+    "kd_cache.cli.student:student",
+    "Train a student on A and a target: hard labels of A, and the teachers of a cache.",
     (
-        Option("model", str, "A checkpoint, or a net of your own (its code runs).", ARGUMENTS, positional=True,
-               metavar="CKPT|NAME=module:factory[,ckpt=PATH]"),
-        Option("split", Literal["test", "val"], "The manifest's test rows, or the locations of train that training "
-               "holds out (of scene labels those of A alone).", DATA, "test"),
-        Option("label", Literal["scene", "city"] | None, "What it tells apart.", DATA, None,
-               "what the checkpoint says, else scene"),
-        changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
-                "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
-        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
-        changed("seed", help="Of the draws that intervals come from."),
+        "target",
+        Option("teacher_mode", str, "ce (no teacher), fit (weights by held-out rows), mean, probs, gate, entropy, "
+               "label, weights:a=0.7,b=0.3, or one teacher's name.", KD, "fit", metavar="MODE"),
+        Option("recipe", Literal["default", "city2scene", "dcase"], "Where the numbers below begin.", KD, "default"),
+        Option("loss", str | None, "kl, soft_ce, dcase, hard, rkl, js, skew, ab, mse, dkd, rld, nkd, wttm, dist, "
+               "logit_std or bce.", KD, None, "kl", metavar="NAME"),
+        Option("loss_option", list[str], "A further parameter of the loss, such as beta=4; repeatable.", KD, [],
+               metavar="NAME=X"),
+        Option("temperature", Any, "Of student and teachers; 4:1 goes there in a line.", KD, None, "the loss's own",
+               metavar="X[:X]", parse=parse_temperature),
+        Option("kd_alpha", float | None, "The weight of distillation; hard labels have the rest.", KD, None, "0.5",
+               low=0, high=1),
+        Option("apply_kd_to", Literal["target", "all", "source"] | None, "The rows that are distilled.", KD, None,
+               "target"),
+        Option("normalise", Literal["batch", "mask"] | None, "Divide by the batch's rows, or each sum by its own.", KD,
+               None, "batch"),
+        Option("kd_weighting", Literal["none", "pmax", "threshold", "entropy"] | None,
+               "Weigh a row by the teachers' confidence.", KD_WEIGHT, None, "none"),
+        Option("confidence_threshold", float | None, "Of --kd-weighting threshold.", KD_WEIGHT, None, "0", low=0,
+               high=1),
+        Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
+        Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
+        Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
+        "cache_root", *DATASET, *OWN_TEACHERS,
+        Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
+               Path("outputs")),
+        Option("init", Path | None, "Start from this checkpoint.", RUN, None),
+        Option("resume", Literal["auto", "fresh"], "Go on with an unfinished run of the same key, or begin anew.", RUN,
+               "auto"),
+        *(option for option in TRAINING if option.name not in _NOT_OF_STUDENTS),
+        "device", "workers",
+        Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
+        Option("half", bool, "Store weights as float16.", OUTPUT, False),
+        Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
-    "Intervals cover 95 %, by drawing whole recording locations 1,000 times. A net that was trained or validated on a "
-    "test row is refused.",
+    "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "
+    "looked at. Data options that are not given are those saved with the cache.",
     (
-        "kd-cache evaluate data/sample/teachers/teacher_scene/global/best.safetensors --target b",
-        "kd-cache evaluate data/sample/teachers/teacher_city2scene/A2b/best.safetensors --target b --split val --json",
+        "kd-cache student --target b --epochs 3",
+        "kd-cache student --target b --teacher-mode ce --epochs 2",
+        "kd-cache evaluate outputs/student/A2b/fit/best.safetensors --target b",
     ),
-    ("split", "label"),
-    (0, 1, 2, 6),
-    notes=notes.EVALUATE,
+    ("teacher_mode", "recipe", "epochs", "output_dir"),
+    _AUDIT,
+    notes=notes.STUDENT,
 )  # fmt: skip
 
-COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, EVALUATE, PREPARE, SAMPLE_DATA)
+COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, EVALUATE, PREPARE, SAMPLE_DATA)
 
 
 @functools.cache

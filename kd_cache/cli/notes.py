@@ -44,3 +44,16 @@ logits, log probabilities or probabilities. Where a group is always right, its i
 `--split val` gives the figures that `kd-cache train` chose the epoch by, with the same `--target`, `--val-ratio`
 and `--fold`. A note says how many of the rows trained the net, as its provenance says
 ([guard.md](guard.md#provenance)), and how many chose its epoch."""
+
+STUDENT = """\
+Losses, fusion and what the numbers mean: [distillation.md](distillation.md). Stages, augmentation, run folder and
+going on: as for teachers ([training.md](training.md)); the key of a run also holds the teachers' rows, the mode and
+the recipe.
+
+- `fit` and `gate` need to know which rows trained the teachers: their checkpoints are looked up where the dump found
+  them, and believed only while their fingerprint is the cache's. Where it is not known, `fit` is the mean, with a note.
+- A feature that is not the one that the teachers scored is refused (exit 5), and so is a cache without one of the rows
+  (3), with damaged rows (4), or of another target (2).
+- The checkpoint says what it was distilled from, and its provenance is that of its own rows and of its teachers: it can
+  be dumped as a teacher (`--teacher small=scene,ckpt=outputs/student/A2b/fit/best.safetensors`).
+- `ce_only`, `mean_fusion` and `attn_fusion` are older names of `ce`, `mean` and `gate`."""

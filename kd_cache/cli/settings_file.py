@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ import yaml
 from kd_cache.cli.commands import all_options, sections
 from kd_cache.commands import Command
 from kd_cache.errors import KDCacheError, UsageError, shown
+from kd_cache.files.atomic import open_file
 from kd_cache.options import ENVIRONMENT, PREFIX, SETTINGS_FILE, Option
 
 FILE = "kd_cache.file"
@@ -91,7 +93,7 @@ class _Loader(yaml.SafeLoader):
 def _load(path: Path) -> dict[str, Any]:
     """The file's settings by name, underscores for hyphens."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8") as file:
             text = file.read(_MOST + 1)  # the file in the current folder may be anybody's
         if len(text) > _MOST:
             raise UsageError(f"{shown(path)} has more than {_MOST} characters, expected settings")

@@ -91,6 +91,7 @@ class Scoring:
             job.teachers,
             job.device,
             compiled=job.compiled,
+            precision=job.precision,
             compare=job.precision != "fp32",
             busy=self._busy,
             note=self._watcher.note,

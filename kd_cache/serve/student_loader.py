@@ -159,6 +159,8 @@ def student_loader(
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
     _refuse_misplaced(cache, manifest.task)
+    for warning in cache.doubts(manifest.task.cities):
+        warnings.warn(warning, stacklevel=2)
     scored = _scored(cache, samples) if check_features else None
     if features is None:
         source = FeatureSource(root, allow_outside, max_feature_bytes)

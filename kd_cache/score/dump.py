@@ -120,6 +120,8 @@ class _Dump:
             self.job, self.found, self.files, self.keys, self.part, self.report, commits, self.watcher, busy
         )
         scoring.run()
+        for remark in scoring.input_remarks():
+            self.watcher.note(remark)
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
@@ -169,7 +171,9 @@ class _Dump:
         )
         published = publish(self.found.snapshot, change, self.watcher)
         for name, origin in self.job.origins.items():
-            warning = near_chance(origin, Accuracy(**published.accuracy[name]), self.job.data.task.cities)
+            kept = published.accuracy[name]
+            accuracy = Accuracy(kept["correct"], kept["rows"])
+            warning = near_chance(origin, accuracy, self.job.data.task.cities)
             if warning is not None:
                 self.watcher.note(warning)
         self.report.snapshot = self.found.snapshot.again(maps=True)

@@ -67,6 +67,7 @@ DUMP = Command(
         Option("reread", bool,
                "Read every feature, also those whose files look unchanged since the last dump read them.", RUN, False,
                off=True),
+        "min_accuracy",
         "device", "precision", "compile",
         Option("batch_size", int | str | None,
                "Largest batch; auto measures the largest that fits and is still faster.", RUN, None,
@@ -125,6 +126,8 @@ VERIFY = Command(
         # Not "seed": in a settings file that is the dump's, and would take the freshness out of every draw.
         Option("verify_seed", int | None, "Which samples to draw.", CACHE, None, "fresh randomness, printed",
                flag="--seed", low=0, high=MAX_SEED),
+        changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
+                "from 0 to 1)."),
         "cache_root", *DATASET, *OWN_TEACHERS,
         changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
@@ -241,7 +244,7 @@ ADOPT = Command(
         *DATASET,
         changed("on_bad_sample", help="Stop at a feature that cannot be read or a row that is damaged or not finite, "
                 "or skip it, list it as missing and exit 3."),
-        "cache_root",
+        "min_accuracy", "cache_root",
         replace(_HAS_VIEW, otherwise="as the cache is, or yes"),
         "workers", *DATA_LIMITS,
         Option("max_source_bytes", int, "A larger file to adopt is refused unread.", LIMITS, MAX_SOURCE, "32 GiB",

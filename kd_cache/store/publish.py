@@ -18,6 +18,7 @@ import numpy as np
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.keys import KeyFinder
+from kd_cache.store.accuracy import refuse_below
 from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
 from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
@@ -89,6 +90,7 @@ class Change:
         missing: files that could not be scored, with the reason.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
+        min_accuracy: the least share of labelled source rows that each of ``origins`` must name rightly.
         hint: what to do where rows are missing.
     """
 
@@ -102,6 +104,7 @@ class Change:
     missing: Mapping[str, str] = field(default_factory=dict)
     replaced: Sequence[Path] = ()
     keep_damaged: bool = False
+    min_accuracy: float | None = None
     hint: str = ANOTHER_MANIFEST
 
 
@@ -128,6 +131,7 @@ def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
 
     Raises:
         MissingLogitsError: rows of the teachers asked for are not there; the index stays as it was.
+        TeacherError: a teacher's accuracy is below what the change asks for; the index stays as it was.
         StoreError: the cache cannot be written, or its index keeps changing.
     """
     before = snapshot.index
@@ -214,6 +218,7 @@ class _Publication:
         for name, origin in origins.items():
             packs[name], merged = self._merge(origin)
             superfluous.update(merged)
+        self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
         view = _View(self.snapshot, change.shown_path, done, self.watcher, self._viewed())
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
@@ -234,6 +239,13 @@ class _Publication:
         self.written = written[0]
         self.superfluous = superfluous
         return done
+
+    def _refuse_inaccurate(self, packs: Mapping[str, Pack | None]) -> None:
+        for name in self.change.origins if self.change.min_accuracy is not None else ():
+            pack = packs[name]
+            union = None if pack is None else self.snapshot.union_of(pack)
+            accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
+            refuse_below(name, accuracy, self.change.min_accuracy)
 
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""

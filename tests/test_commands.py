@@ -251,7 +251,7 @@ def test_no_option_takes_an_empty_text_or_a_number_that_is_none(command: Command
         if option.positional or not takes:
             continue
         with pytest.raises(
-            Exception, match="empty|finite|valid number|greater|less|in the range|expected|one of|integer"
+            Exception, match=r"empty|finite|valid number|greater|less|in the range|expected|one of|integer"
         ):
             resolve(command, option.flags[0], text)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kd_cache.errors import CheckpointError, TrainingError, UsageError, shown
 from kd_cache.score.teacher import compare_front_end
 from kd_cache.train.architectures import architecture_of, architectures
-from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_PREFIX, read_weights
+from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips
 from kd_cache.train.evaluation import embedded
 from kd_cache.train.freezing import digest_of
@@ -28,6 +28,7 @@ from kd_cache.train.nets import Standardised, WarmStart, embedding_dim, make_hea
 from kd_cache.train.pretraining import key_of
 from kd_cache.train.run_folder import Progress, RunFolder
 from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE, Settings
+from kd_cache.train.state_dicts import CITY_PREFIX, HEAD_PREFIX
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
 from teachers.embeddings import FOLDER, Source, described, made_with, side_by_side
@@ -73,7 +74,7 @@ class City2SceneTraining(Training):
         net = City2Scene(city, make_head(embedding_dim(city), self.settings))
         if self.job.init is None:
             return net, replace(below, kind=FROZEN)
-        start = self.started_from(self.job.init, net, CITY_PREFIX)
+        start = self.started_from(self.job.init, net)
         return net, replace(start, sha256=f"{below.sha256}+{start.sha256}")
 
     def architecture(self) -> str | None:
@@ -160,7 +161,7 @@ RECIPES: Mapping[str, type[Training]] = {CITY: CityTraining, CITY2SCENE: City2Sc
 
 def is_city2scene(path: Path) -> bool:
     """Whether a checkpoint is that of a whole City2Scene teacher. Raises `CheckpointError`."""
-    return any(name.startswith(CITY_PREFIX) for name in read_weights(path).tensors)
+    return read_weights(path).has_two_parts
 
 
 def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn.Module, WarmStart]:

@@ -73,7 +73,7 @@ class Place:
 def dumping(*further: object, weights: str = "", root: str = "disk/cache") -> Arguments:
     """A dump with two tiny teachers, many small commits, into ``disk/cache``; ``weights`` (a file) changes both."""
     where = ("--target", "b", "--json-path", "dataset.json", "--cache-root", root)
-    sizes = ("--batch-size", "2", "--shard-size", "4", "--num-verify", "2")
+    sizes = ("--batch-size", "2", "--num-verify", "2", *(() if "--shard-size" in further else ("--shard-size", "4")))
     return ("dump", *where, *_teachers(weights), "--only", "tiny", "--only", "other", *sizes, *further)
 
 

@@ -242,7 +242,8 @@ def forged(build: Build, version: int = 1) -> Callable[[World], object]:
         pack = open_pack(path)
         rows, made_by = rows_of(pack), pack.origin
         path.unlink()
-        forge(path.parent, lambda file: build(file, rows, made_by), "tiny", version)
+        forged_path = forge(path.parent, lambda file: build(file, rows, made_by), "tiny", version)
+        teacher(pack=forged_path.name)(world)
 
     return make
 
@@ -333,13 +334,13 @@ def torn_under_a_digest(world: World) -> None:
     path = pack_path(world)
     body = path.read_bytes()[512:]
     path.unlink()
-    seal_bytes(path.parent, body[: len(body) // 2], "tiny")
+    teacher(pack=seal_bytes(path.parent, body[: len(body) // 2], "tiny").name)(world)
 
 
 def no_hdf5(world: World) -> None:
     path = pack_path(world)
     path.unlink()
-    seal_bytes(path.parent, pickle.dumps(Touch()) * 100, "tiny")
+    teacher(pack=seal_bytes(path.parent, pickle.dumps(Touch()) * 100, "tiny").name)(world)
 
 
 def in_place_of_pack(make: Callable[[Path], object]) -> Callable[[World], object]:

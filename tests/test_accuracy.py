@@ -192,7 +192,7 @@ def test_every_split_of_the_rows_into_blocks_gives_the_same_accuracy(
     cache = make_cache(tmp_path / "A2b", {"scene": rows}, {"scene": origin(classes=5)}, packs=3)
     permitted = Permitted.of(rows.keys, labels)
     right = int((rows.logits.argmax(axis=1) == labels).sum())
-    union = CacheFolder(cache.path).packs().union(cache.origins["scene"])
+    union = Union(CacheFolder(cache.path).packs().of(cache.origins["scene"]))
     for block in (1, 3, 1000):
         monkeypatch.setattr("kd_cache.store.accuracy._BLOCK", block)
         assert measure(union, permitted) == Accuracy(right, int((labels >= 0).sum()))
@@ -542,7 +542,7 @@ def test_what_is_not_a_wrong_join_is_never_called_one(
     after = with_dtype("--on-bad-sample", "skip")
     assert after.exit_code == (3 if event is features_gone else 0), after.output
     clean = verify("--all", "--json")
-    assert clean.exit_code == after.exit_code
+    assert clean.exit_code == (1 if event is features_gone else 0)  # their rows stay; nobody can say if they are fresh
     assert entry(world)["accuracy"] == dict(zip(("correct", "rows"), by_the_book(world), strict=True))
 
 
@@ -632,7 +632,8 @@ def test_an_accuracy_is_compared_over_the_same_rows_of_the_same_features_and_no_
         folder.mkdir(parents=True)
         for part in rows:
             part.write(folder, made)
-        return CacheFolder(folder.parent).packs().union(made)
+        packs = CacheFolder(folder.parent).packs().of(made)
+        return Union(packs) if packs else None
 
     told = kept(union(then), permitted)
     assert told["accuracy"] == {"correct": 20, "rows": 20}

@@ -491,18 +491,6 @@ LISTS: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_a_list_that_is_none_is_refused(adopt: Adopt, world: World, tmp_path: Path, name: str) -> None:
-    content, reason = LISTS[name]
-    torch.save(torch.ones(3, 4), tmp_path / "rows.pt")
-    (tmp_path / "rows.files.json").write_bytes(content.encode(errors="surrogateescape"))
-    result = adopt("rows.pt")
-    assert result.exit_code == 2, result.stderr
-    assert reason in result.stderr
-    assert "rows.files.json" in result.stderr
-    assert not (tmp_path / "mine").exists()
-
-
 def test_a_tensor_without_a_list_means_nothing(adopt: Adopt, world: World, tmp_path: Path) -> None:
     write_pt(tmp_path / "rows.pt", table(world), listed=False)
     result = adopt("rows.pt")
@@ -550,19 +538,6 @@ TENSORS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_that_is_not_plain_is_refused(adopt: Adopt, world: World, tmp_path: Path, name: str) -> None:
-    content, reason = TENSORS[name]
-    (tmp_path / "rows.pt").write_bytes(content())
-    (tmp_path / "rows.files.json").write_text(json.dumps(["a", "b", "c"]))
-    before = set(tmp_path.iterdir())
-    result = adopt("rows.pt")
-    assert result.exit_code == 2, result.stderr
-    assert reason in result.stderr
-    assert "error: unexpected" not in result.stderr
-    assert set(tmp_path.iterdir()) == before
-
-
 def test_what_is_no_file_is_never_waited_for(adopt: Adopt, world: World, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "empty").mkdir()
@@ -608,16 +583,26 @@ TABLES: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_that_is_none_is_refused(adopt: Adopt, world: World, tmp_path: Path, name: str) -> None:
-    content, reason = TABLES[name]
-    content = content.replace("FILE", world.permitted()[0])
-    (tmp_path / "rows.tsv").write_bytes(content.encode(errors="surrogateescape"))
-    result = adopt("rows.tsv")
+SOURCES: dict[str, dict[str, Any]] = {"rows.files.json": LISTS, "rows.pt": TENSORS, "rows.tsv": TABLES}
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, cases in SOURCES.items() for name in cases])
+def test_what_is_no_list_tensor_or_table_is_refused_with_the_reason(
+    adopt: Adopt, world: World, tmp_path: Path, file: str, name: str
+) -> None:
+    made, reason = SOURCES[file][name]
+    victim = world.permitted()[0]
+    content = made() if callable(made) else made.replace("FILE", victim).encode(errors="surrogateescape")
+    torch.save(torch.ones(3, 4), tmp_path / "rows.pt")
+    (tmp_path / "rows.files.json").write_text(json.dumps(["a", "b", "c"]))
+    (tmp_path / file).write_bytes(content)
+    before = set(tmp_path.iterdir())
+    result = adopt("rows.tsv" if file == "rows.tsv" else "rows.pt")
     assert result.exit_code == 2, result.stderr
     assert reason in result.stderr
+    assert file in result.stderr
     assert "error: unexpected" not in result.stderr
-    assert not (tmp_path / "mine").exists()
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_table_with_a_byte_order_mark_and_carriage_returns_is_read(

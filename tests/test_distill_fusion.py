@@ -18,6 +18,7 @@ from train_fixtures import town
 
 from kd_cache import LogitCache, Provenance
 from kd_cache.dataset.guard import Selection
+from kd_cache.dataset.task import DCASE
 from kd_cache.distill import fit, fit_gate, fit_weights, fuse, held_out, kl
 from kd_cache.distill.fitting import likeliest
 from kd_cache.distill.fusion import Weights
@@ -279,3 +280,12 @@ def test_a_gate_is_of_its_teachers_alone(town: World) -> None:
     gate = fit_gate(held_out(one.cache, one.selection, one.provenances))
     with pytest.raises(UsageError, match="the gate is of good, poor with 3 classes"):
         fuse(torch.zeros(4, 3, 3), gate)
+
+
+def test_rows_whose_classes_stand_in_another_order_than_the_labels_are_refused_and_not_averaged(town: World) -> None:
+    one = held(town)
+    with pytest.MonkeyPatch.context() as patched:
+        turned = (*DCASE.scenes[1:], DCASE.scenes[0])
+        patched.setattr(LogitCache, "class_names", {"good": None, "poor": turned})
+        with pytest.raises(UsageError, match="poor: the teacher and the task have the same classes in another order"):
+            fit(one.cache, one.selection, one.provenances)

@@ -92,8 +92,10 @@ def test_the_last_batch_is_padded_to_the_planned_size(
     monkeypatch.setenv("TINY_BATCHES", str(tmp_path / "batches"))
     args = ("--teacher", "count=tiny_teachers:counting", "--only", "count", "--batch-size", 8)
     run("dump", "--target", "b", "--json-path", world.json_path, *args)
-    # 8 + 4 samples of 12 frames, 4 of 16, 4 of 24: full batches of 8, 4 and 4.
-    assert sorted((tmp_path / "batches").read_text().split()) == ["4x16", "4x24", "8x12", "8x12"]
+    # 8 + 4 samples of 12 frames, 4 of 16, 4 of 24: full batches of 8, 4 and 4. The first is scored again in the same
+    # company, in another and alone, to see whether a row depends on that.
+    tested = ["1x12", "8x12", "8x12"]
+    assert sorted((tmp_path / "batches").read_text().split()) == sorted([*tested, "4x16", "4x24", "8x12", "8x12"])
 
 
 def test_a_changed_feature_alone_is_rescored(cached: World, dump: Run, world: World) -> None:
@@ -335,8 +337,8 @@ def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stay
     world.write()
     merge = kd_cache.store.publish.merge_packs
 
-    def damaged(directory: Path, union: Union, *wanted: np.ndarray) -> object:
-        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted)
+    def damaged(directory: Path, union: Union, *wanted: np.ndarray, **unread: np.ndarray) -> object:
+        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted, **unread)
 
     monkeypatch.setattr(kd_cache.store.publish, "merge_packs", damaged)
     result = dump("--num-verify", 0)
@@ -468,3 +470,14 @@ def test_samples_that_were_left_out_are_not_said_to_be_saved(dump: Run, world: W
     assert result.exit_code == 3
     assert "saved: 16/20 samples" in result.stderr
     assert "20/20" not in result.stderr
+
+
+def test_rows_that_become_current_again_are_named(dump: Run, world: World) -> None:
+    for args in ((), ("--dtype", "fp16"), ("--precision", "bf16")):
+        dump(*args)
+    back = ("precision: bf16 → fp32", "dtype: fp16 → fp32", "")
+    for args, how in zip(((), ("--dtype", "fp16"), ("--dtype", "fp16")), back, strict=True):
+        plan, done = dump(*args, "--dry-run"), dump(*args)
+        assert ("would become current" in plan.stdout) == ("are current now" in done.stdout) == bool(how)
+        assert ("Nothing to score" in done.stdout) == (not how)
+        assert how.partition(" ")[0] in done.stderr

@@ -19,6 +19,7 @@ __all__ = ["city", "scene", "town"]
 OWN = """
 import torch
 from kd_cache import Provenance
+from kd_cache.dataset.task import DCASE
 
 class Net(torch.nn.Module):
     num_classes = 3
@@ -55,6 +56,10 @@ def lying(ckpt):
     net = Net("probs"); net.value_kind = "probs"
     net.forward = lambda x: torch.full((len(x), 3), 0.9)
     return net
+def turned(ckpt):
+    net = Net("logits")
+    net.num_classes, net.class_names = 10, (*DCASE.scenes[1:], DCASE.scenes[0])
+    return net
 def leaking(ckpt): return Net("logits", Provenance.of(ckpt.read_text().split()))
 """
 
@@ -69,7 +74,7 @@ def own(town: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def evaluate(run: Run, town: World, model: object, *more: object, code: int = 0) -> Any:
-    counts = ("--num-scenes", 3, "--num-cities", 3)
+    counts = [part for count in ("--num-scenes", "--num-cities") if count not in more for part in (count, 3)]
     result = run("evaluate", model, "--json-path", town.json_path, *counts, "--json", *more)
     assert result.exit_code == code, result.output
     return json.loads(result.stdout) | {"notes": result.stderr} if code == 0 else result.stderr
@@ -159,6 +164,7 @@ def test_no_label_of_a_target_s_train_row_changes_a_byte(run: Run, town: World, 
         ("mine=mine_nets:failing", (), 1, "cannot be evaluated on cpu: SystemExit"),
         ("mine=mine_nets:lying", (), 1, "are not probabilities"),
         ("mine=mine_nets:logits", ("--num-scenes", 4), 2, "mine has 3 classes, and there are 4 (--num-scenes)"),
+        ("mine=mine_nets:turned", ("--num-scenes", 10), 2, "have the same classes in another order"),
         ("mine=mine_nets:logits", ("--label", "city", "--num-cities", 12), 2, "3 classes, and there are 12"),
         ("mine=mine_nets:logits", ("--split", "val", "--val-ratio", 0.9), 2, "validation ratio"),
     ],

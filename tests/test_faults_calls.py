@@ -132,7 +132,7 @@ def test_a_call_that_fails_is_named_and_costs_nothing_that_was_there(scenario: S
     if TIER == "one":
         chosen = one_of_each_kind(faults, scenario.name)
     else:
-        chosen = spread(faults, often(0, 24, len(faults) if scenario.name in EVERY else 400), scenario.name)
+        chosen = spread(faults, often(0, 40, len(faults) if scenario.name in EVERY else 400), scenario.name)
     counted: Counter[str] = Counter()
     failures = []
     for fault in chosen:

@@ -86,8 +86,9 @@ def documented(weights: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        if name.rpartition(".")[2] != "num_batches_tracked":
-            tensor = weights[name]
+        tensor = weights[name]
+        is_counter = tensor.ndim == 0 and not tensor.is_floating_point()
+        if not is_counter or name.rpartition(".")[2] != "num_batches_tracked":
             dtype = str(tensor.dtype).split(".")[1]
             digest.update(json.dumps([name, dtype, list(tensor.shape)], separators=(",", ":")).encode())
             bits = tensor.reshape(-1).view(torch.int16) if dtype == "bfloat16" else tensor.reshape(-1)
@@ -102,7 +103,7 @@ TENSORS = st.builds(
     st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0]), min_size=4, max_size=4),
     st.sampled_from(DTYPES),
     st.sampled_from([(4,), (2, 2), (4, 1), (1, 4, 1)]),
-) | st.sampled_from([torch.tensor(1.0), torch.zeros(0), torch.zeros(0, 4)])
+) | st.sampled_from([torch.tensor(1.0), torch.tensor(3), torch.zeros(0), torch.zeros(0, 4)])
 
 
 @small

@@ -22,6 +22,7 @@ FLOORS: Mapping[str, int] = {
     "distill": 6,
     "cli": 7,
     "__init__": 7,
+    "__main__": 8,
 }  # fmt: skip
 """The floor of each package and module in ``kd_cache``. A room imports
 none of its own floor, but for the ground's."""

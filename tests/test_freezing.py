@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.store.origin import weights_digest
-from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
 from kd_cache.train.freezing import BACKBONE, HEAD, NECK, UNUSED, Frozen, parts_of, trainable_parameters
 from kd_cache.train.layers import mlp
 from kd_cache.train.nets import Standardised
+from kd_cache.train.state_dicts import CITY_ENTRY, HEAD_ENTRY
 from teachers import CNN14, City2Scene, CPResNet, load_teacher, save_checkpoint
 
 CHANNELS = (2, 2, 2, 4, 4, 4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import resource
+import stat
 import struct
 import tempfile
 from itertools import pairwise
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, checksums, forge, md5, names, origin, plain_pack, seal_bytes
 
 from kd_cache.errors import CorruptError, KDCacheError, StoreError
+from kd_cache.files import atomic, mapped
 from kd_cache.files import hdf5 as hdf5_file
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
@@ -160,8 +164,8 @@ def test_every_bit_pattern_of_a_float_survives(packs: Path) -> None:
 
 
 def test_an_opened_pack_is_read_only_and_outlives_its_file(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for mapped in (1, 1 << 30):
-        monkeypatch.setattr(pack_module, "MAPPED", mapped)
+    for size in (1, 1 << 30):
+        monkeypatch.setattr(pack_module, "MAPPED", size)
         path = FIVE.write(packs, SCENE)
         pack = open_pack(path)
         for array in (pack.keys, pack.inputs, pack.checksums, pack.logits, pack.file_offsets, pack.files_blob):
@@ -315,6 +319,29 @@ def test_parts_too_long_for_an_attribute_are_refused(packs: Path) -> None:
     assert os.listdir(packs) == []
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EIO, errno.ENOSPC])
+def test_a_file_system_without_fsync_of_folders_is_told_of_once(
+    packs: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    genuine = os.fsync
+
+    def refuses(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    monkeypatch.setattr(atomic, "_told", set())
+    if code in (errno.EIO, errno.ENOSPC):
+        with pytest.raises(StoreError, match=os.strerror(code)):
+            FIVE.write(packs, SCENE)
+        return
+    with pytest.warns(UserWarning, match="cannot fsync a folder") as said:
+        FIVE.write(packs, SCENE)
+    assert len(said) == 1
+    atomic.make_directory(packs / "a" / "b")  # a second warning would be an error here
+
+
 def test_what_the_disk_did_not_keep_is_never_put_in_place(packs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = os.fsync
 
@@ -371,7 +398,11 @@ def test_an_interrupt_while_a_pack_is_read_is_no_damage(packs: Path, monkeypatch
             open_pack(path)
 
 
-def test_a_thousand_small_packs_need_no_thousand_descriptors(packs: Path) -> None:
+@pytest.mark.parametrize("mapped_from", [1, pack_module.MAPPED])
+def test_a_thousand_packs_need_no_thousand_descriptors(
+    packs: Path, mapped_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_module, "MAPPED", mapped_from)
     rows = Rows.of(names(150))
     for number in range(150):
         rows.part([number]).write(packs, SCENE)
@@ -385,6 +416,27 @@ def test_a_thousand_small_packs_need_no_thousand_descriptors(packs: Path) -> Non
     union = found.union(SCENE)
     assert union is not None
     assert (len(found.good), union.take(np.arange(150)).tobytes()) == (150, rows.logits.tobytes())
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        found.good[0].logits.flags.writeable = True
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.EINVAL, errno.ENOMEM])
+def test_where_a_file_system_has_no_maps_packs_are_read(
+    packs: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = FIVE.write(packs, SCENE)
+
+    def refuses(*_: object) -> int | None:
+        ctypes.set_errno(code)
+        return mapped._FAILED
+
+    monkeypatch.setattr(pack_module, "MAPPED", 1)
+    monkeypatch.setattr(mapped._LIBC, "mmap", refuses)
+    if code == errno.ENOMEM:
+        with pytest.raises(StoreError, match=os.strerror(code)):
+            open_pack(path)
+    else:
+        assert open_pack(path).logits.tobytes() == FIVE.logits.tobytes()
 
 
 def test_too_many_open_files_is_an_error_that_says_so(packs: Path) -> None:

@@ -422,19 +422,6 @@ def test_parts_are_sealed_and_merged_with_packed_features(dump: Run, run: Run, w
     assert run("verify", "--cache-root", "merged", "--all").exit_code == 0
 
 
-def test_a_changed_value_in_the_file_is_stale(dump: Run, run: Run, world: World, packed: Path) -> None:
-    dump("--features", packed)
-    file = world.permitted()[0]
-    with h5py.File(packed, "r+") as content:
-        if "files" in content:
-            content["features"][list(content["files"].asstr()).index(file), 0, 0] = 9
-        else:
-            content[file][0, 0] = 9
-    audit = run("verify", "--all")
-    assert audit.exit_code == 5
-    assert file in audit.output
-
-
 def test_a_sample_that_the_file_lacks_is_named_with_the_file(dump: Run, world: World) -> None:
     lacking = world.permitted()[3]
     values = {file: np.load(world.feature(file)) for file in world.permitted() if file != lacking}

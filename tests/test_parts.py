@@ -81,17 +81,18 @@ def shuffled(count: int, *more: str) -> list[str]:
 # -- parts together are one process -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3, 21])
+@pytest.mark.parametrize(("count", "more"), [(1, ()), (3, ("0/2", "2/3", "4/5")), (21, ())])
 def test_all_parts_in_any_order_are_sealed_to_the_bytes_of_one_process(
-    dump: Run, run: Run, world: World, count: int
+    dump: Run, run: Run, world: World, count: int, more: tuple[str, ...]
 ) -> None:
+    """Some run twice, and some samples are in several of them."""
     several_lengths(world)
     arguments = (*SLOTTED, "--batch-size", 4)
     assert dump(*arguments).exit_code == 0
     files, index = taken(world.cache)
     assert len([name for name in files if name.startswith("packs/")]) == 3
 
-    for number, part in enumerate(shuffled(count)):  # how a part reads and commits leaves no trace
+    for number, part in enumerate(shuffled(count, *more)):  # how a part reads and commits leaves no trace
         how = ("--workers", number % 3, "--shard-size", 1 + number)
         assert dump(*arguments, "--shard", part, *how).exit_code == 0
     result = run("seal", "--target", "b")

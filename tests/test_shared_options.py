@@ -109,3 +109,38 @@ def test_without_a_target_every_cache_under_the_root_is_meant(run: Run, world: W
     options = [part for part in COMMANDS[command][1:] if part not in (*DATA, "cache/A2b")]
     assert '"cache/A2b"' in (said := run(command, *options, "--json").stdout)
     assert '"cache/A2c"' in said
+
+
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_a_cache_is_named_by_its_path_its_index_its_folder_or_its_target(run: Run, world: World, command: str) -> None:
+    options = ("--json-path", "dataset.json", *TINY)
+    for named in (
+        ["cache/A2b"],
+        ["cache/A2b/cache_index.json"],
+        ["cache"],
+        ["whole", "--target", "B"],
+        ["--target", "B"],
+    ):
+        result = run(command, *named, *options)
+        assert result.exit_code == 0, result.output
+        assert "cache/A2b: " in result.stdout or named[0] == "whole"
+    wrong = run(command, "cache/A2b", "--target", "c", *options)
+    assert (wrong.exit_code, "cache/A2b is not the cache of target c" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("info", "cache/A2c"), "kd-cache dump --target c"),
+        (("gc", "cache/A2s1"), "kd-cache dump --target s1"),
+        (("info", "other/A2c"), "kd-cache dump --target c --cache-root other"),
+        (("diff", "cache/A2b", "cache/A2c"), "kd-cache dump --target c"),
+        (("gc", "cache"), "there is no cache at cache; it holds the caches A2b"),
+        (("export", "cache", "--to", "npy"), "Name one of them: cache/A2b"),
+    ],
+)
+def test_where_no_cache_is_the_command_that_makes_it_is_named(
+    run: Run, world: World, args: tuple[str, ...], says: str
+) -> None:
+    result = run(*args)
+    assert (result.exit_code, says in result.stderr) == (3, True), result.output

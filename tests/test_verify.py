@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 
-from kd_cache.score.recompute import agrees, deviation
+from kd_cache.score.tolerance import agrees, deviation
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, shown
-from kd_cache.files.atomic import TEMPORARY_NAME, store_errors
-from kd_cache.store.cache import CacheFolder, Named, no_finished_cache
+from kd_cache.files.atomic import TEMPORARY_NAME, store_errors, sync_opened_directory
+from kd_cache.store.cache import CacheFolder, Named, no_cache, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.names import PACK_NAME, PENDING_NAME, RESERVED_NAMES
 from kd_cache.store.pack import Pack
@@ -74,7 +74,7 @@ class GcReport:
 
 def is_cache(folder: CacheFolder) -> bool:
     """Whether there is an index, or packs that no index tells of yet."""
-    return folder.index_path.is_file() or folder.packs_path.is_dir()
+    return folder.is_anything
 
 
 def caches_below(root: Path, is_named: Named) -> list[CacheFolder]:
@@ -107,7 +107,7 @@ def find_garbage(path: str | Path, older_than: float = OLDER_THAN, now: float | 
     """
     folder = CacheFolder(Path(path).expanduser())
     if not is_cache(folder):
-        raise MissingLogitsError(f"there is no cache at {shown(folder.path)}", hint="Make one with kd-cache dump.")
+        raise no_cache(folder.path)
     return _Search(folder, older_than, time.time() if now is None else now).run()
 
 
@@ -339,7 +339,7 @@ def _remove(directory: Path, items: Sequence[Garbage], *, may_be_link: bool) -> 
     finally:
         with store_errors(directory, "sync"):
             try:
-                os.fsync(descriptor)
+                sync_opened_directory(descriptor, directory)
             finally:
                 os.close(descriptor)
 

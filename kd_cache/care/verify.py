@@ -140,7 +140,7 @@ class _Audit:
                 continue
             self._audit_teacher(index, name, origin, present)
             if permitted is not None:
-                self._compare_accuracy(index, permitted, name, origin)
+                self._compare_accuracy(index, permitted, name)
             self._compare_provenance(name)
             why = misplaced(origin.class_names, self.job.data.task.scenes, self.job.data.task.cities)
             if why is not None:
@@ -184,10 +184,10 @@ class _Audit:
         if not changed:
             return
         moved = []
-        for name, origin in index.origins.items():
+        for name in index.origins:
             before = stored_accuracy(index.record["teachers"][name])
             if before is not None:
-                accuracy = self.snapshot.accuracy(self.snapshot.union(origin), now)
+                accuracy = self.snapshot.accuracy(self.snapshot.served(name), now)
                 moved.append(f"{name} {before.share} → {accuracy.share}")
         file_of = {key.tobytes(): file for key, file in zip(selection.keys, selection.by_key, strict=True)}
         for key, old, new in changed:
@@ -195,8 +195,8 @@ class _Audit:
             reason = f"its scene label was {was} at the dump and is {is_now} now (accuracy: {', '.join(moved)})"
             self._problem(STALE, "", file_of[key], f"{reason}; run kd-cache repair", LABEL)
 
-    def _compare_accuracy(self, index: Index, then: Permitted, name: str, origin: Origin) -> None:
-        now = self.snapshot.accuracy(self.snapshot.union(origin), then)
+    def _compare_accuracy(self, index: Index, then: Permitted, name: str) -> None:
+        now = self.snapshot.accuracy(self.snapshot.served(name), then)
         wrong = alarm(now, index.record["teachers"][name])
         if wrong is not None:
             self._problem(CORRUPT, name, ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
@@ -241,32 +241,47 @@ class _Audit:
             is_current = False
         else:
             is_current = self._check_fingerprint(name, origin, result)
-        union = self.snapshot.union(origin)
+        union = self.snapshot.served(name)
+        self._look_at_packs(name, origin, entry["pack"])
         rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.keys, present)
         self._tell_of_rows(name, rows, index.missing)
-        result.rows = 0 if union is None else int((~union.repeats).sum())
+        result.rows = 0 if union is None else len(union)
         result.hits = int((rows.at >= 0).sum())
         result.intact = result.hits - int(rows.wrong.sum())
         if name in self.job.teachers and "adopted" not in entry:
-            good = (rows.at >= 0) & ~rows.wrong & ~rows.ambiguous & ~rows.outdated
+            good = (rows.at >= 0) & ~rows.wrong & ~rows.outdated
             result.fresh = int((good & present.readable).sum()) if is_current else 0
         else:
             result.fresh = None
         if index.record["files"] and union is not None:
             result.view = self._audit_view(index, name, union, rows.at)
 
+    def _look_at_packs(self, name: str, origin: Origin, named: str | None) -> None:
+        """The pack that the index names is there, and no other one of the same origin contradicts it."""
+        for path in self.snapshot.served_paths([name]):
+            if not path.exists():
+                self._problem(MISS, name, str(path), "the index names it, but it is not there; run kd-cache dump", PACK)
+        everything = self.snapshot.union(origin)
+        others = [pack for pack in everything.packs if pack.path.name != named] if everything else []
+        for pack in others:
+            if wrong := pack.wrong_rows():
+                reason = f"{len(wrong):,} of its rows do not match their checksums; run kd-cache repair"
+                self._problem(CORRUPT, name, str(pack.path), reason, PACK)
+        if everything is not None and (twice := everything.disagreements()):
+            packs = ", ".join(pack.path.name for pack in others)
+            reason = (
+                f"{len(twice):,} samples were scored twice with different bits, also in {packs}: kd-cache seal decides"
+            )
+            self._problem(UNCHECKED, name, twice[0], reason, PACK)
+
     def _tell_of_rows(self, name: str, rows: Rows, missing: Mapping[str, str]) -> None:
         """One problem for each sample whose row is not what it should be, in their order."""
-        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.ambiguous | rows.outdated).tolist():
+        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.outdated).tolist():
             file = self.files[number]
             if rows.at[number] < 0:
                 self._problem(MISS, name, file, missing.get(file) or "no row; run kd-cache dump")
             elif rows.wrong[number]:
                 self._wrong_row(name, file, "its row does not match its checksum")
-            elif rows.ambiguous[number]:
-                self._problem(
-                    STALE, name, file, "its feature changed, and the dump that scored it again has not finished"
-                )
             else:
                 self._problem(STALE, name, file, "its feature file is not the one that was scored; run kd-cache dump")
 
@@ -379,10 +394,10 @@ class _Audit:
             raise ValueError("recomputing needs a device")
         plan = self.snapshot.plan
         places = {} if plan is None else places_of(self.job.data.features, self.job.data.selection.by_key, plan)
-        for name, origin in index.origins.items():
+        for name in index.origins:
             if self.job.only is not None and name not in self.job.only:
                 continue
-            union = self.snapshot.union(origin)
+            union = self.snapshot.served(name)
             if name in self.changed or union is None:
                 why = "it changed since the dump" if name in self.changed else "it has no rows"
                 self.report.notes.append(f"{name}: not recomputed, because {why}")

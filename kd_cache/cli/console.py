@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -29,6 +30,7 @@ R = TypeVar("R")
 
 _LOG_SECONDS = 5.0
 _PIPE_WIDTH = 160
+_PACKAGE = Path(__file__).parents[1]
 
 
 def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -95,13 +97,24 @@ class Screen(Watcher):
         self._live: Live | None = None
         self._progress = Progress()
         self._noted: set[str] = set()
+        self._before, self._shown = warnings.catch_warnings(), warnings.showwarning
         self._logged = time.monotonic()
 
     def __enter__(self) -> Screen:
+        self._before.__enter__()
+        warnings.showwarning = self._warned  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._before.__exit__(None, None, None)
         self._close()
+
+    def _warned(self, message: Warning | str, kind: type[Warning], file: str, line: int, *more: Any) -> None:
+        """What a library's user gets as a warning, a command's gets as a note; others' warnings are theirs."""
+        if Path(file).is_relative_to(_PACKAGE):
+            self.note(str(message))
+        else:
+            self._shown(message, kind, file, line, *more)
 
     def stage(self, name: str, total: int) -> None:
         self._close()

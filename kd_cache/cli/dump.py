@@ -77,7 +77,8 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     if dry_run:
         report = plan_dump(job)
         content = {"dry_run": True, **_as_json(report), "devices": census(data.manifest)}
-        lines: list[str | Table] = [guard_table(data.manifest), "", _plan_table(report), _plan_line(report)]
+        current = [f"{name}: other rows would become current ({how})" for name, how in report.replaced.items()]
+        lines: list[str | Table] = [guard_table(data.manifest), "", _plan_table(report), *current, _plan_line(report)]
         return Report(content, [*lines, *missing_lines(report.missing)], 3 if report.missing else 0)
     code, content = dump_and_report(job, options.num_verify, screen)
     return Report(content, exit_code=code)
@@ -85,6 +86,9 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
 
 def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
     """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
+    for name, note in job.notes.items():
+        if ", " in (read_from := note.get("source", {}).get("read_from", "")):  # not simply what the file holds
+            screen.remark(f"{name}: weights read from {read_from}")
     report = dump_logits(job, screen)
     # A part has no index yet; what it wrote was read back before it was put in place.
     verified = None if job.part is not None else _verify(job, report, num_verify, screen)
@@ -167,8 +171,8 @@ def _summary_table(report: DumpReport) -> Table:
 
 
 def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
-    lines = []
-    if report.samples_scored == 0 and not report.missing:
+    lines = [f"{name}: other rows are current now ({how})" for name, how in report.replaced.items()]
+    if report.samples_scored == 0 and not report.missing and not report.replaced:
         what = "permitted sample" if job.part is None else "sample of this part"
         lines.append(f"Nothing to score: every {what} is cached and fresh.")
     elif report.samples_scored:

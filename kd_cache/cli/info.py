@@ -15,7 +15,7 @@ from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import PLACES, check_of, choose
 from kd_cache.store.accuracy import stored_accuracy
-from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache, teacher_in_name
+from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
 
@@ -30,9 +30,7 @@ def info(screen: Screen, path: Path) -> Report:
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path, is_adaptation)
-    if CacheFolder(path).index_path.is_file():
-        folders = [CacheFolder(path)]
+    folders = [CacheFolder(path)] if CacheFolder(path).is_anything else find_caches(path, is_adaptation)
     if not folders and not trained and not pretrained:
         raise no_finished_cache(path, is_adaptation)
     described = []
@@ -64,7 +62,7 @@ def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
     found = {}
     for (_, classes, item), names in together.items():
         table = index.num_samples * len(names) * classes * item
-        on_disk = sum(bytes_ for pack, bytes_ in packs.items() if teacher_in_name(Path(pack)) in names)
+        on_disk = sum(packs.get(index.record["teachers"][name]["pack"], 0) for name in names)
         verify = check_of("auto", "auto", on_disk)
         place = choose("auto", table, is_lazy=verify == "lazy")
         found[", ".join(names)] = {"preload": place, "verify": verify, "table_bytes": table}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from kd_cache.cli.commands import all_commands
 from kd_cache.cli.help import print_command_help, print_group_help
@@ -31,6 +32,8 @@ def parameter(option: Option) -> inspect.Parameter:
     """The option as typer is told of it."""
     shared: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
     shared |= {"min": option.low, "max": option.high, "show_envvar": False}
+    if len({choice.casefold() for choice in option.choices}) == len(option.choices):
+        shared["case_sensitive"] = False  # where no two are alike, "B" can only mean "b"
     if option.parse is not None:
         shared["parser"] = _parser(option.parse)
     if option.name == "config":
@@ -58,8 +61,27 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
+def _sensible(parameter: Any, ctx: Any, text: Any, value: Any) -> Any:
+    """The value, wherever it comes from, if any option has a use for such a one."""
+    if "" in (text if isinstance(text, list | tuple) else [text]):
+        raise typer.BadParameter("it is empty", ctx, parameter)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
+    return value
+
+
+class TableArgument(TyperArgument):
+    """An argument that takes no empty text."""
+
+    def type_cast_value(self, ctx: Any, value: Any) -> Any:
+        return _sensible(self, ctx, value, super().type_cast_value(ctx, value))
+
+
 class TableOption(TyperOption):
     """An option that refuses to be given twice where it takes one value: the first would be lost without a word."""
+
+    def type_cast_value(self, ctx: Any, value: Any) -> Any:
+        return _sensible(self, ctx, value, super().type_cast_value(ctx, value))
 
     def add_to_parser(self, parser: Any, ctx: Any) -> None:
         takes_many, self.multiple = self.multiple, True  # so that the parser hands over every value
@@ -118,8 +140,8 @@ def built(name: str) -> Any:
     made = typer.main.get_command(app)
     made.entry = entry  # type: ignore[attr-defined]
     for each in made.params:
-        if type(each) is TyperOption:
-            each.__class__ = TableOption  # typer has no way to ask for it
+        # typer has no way to ask for them
+        each.__class__ = TableArgument if isinstance(each, TyperArgument) else TableOption
     return made
 
 

@@ -23,6 +23,7 @@ from kd_cache.distill.fusion import Gate, Weights
 from kd_cache.errors import UsageError
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.serve.logit_cache import LogitCache
+from kd_cache.serve.student_loader import refuse_misplaced
 from kd_cache.train.division import locations_of
 from kd_cache.train.evaluation import measure
 
@@ -32,6 +33,10 @@ FOLDS: Final = 5
 _PRIOR: Final = 10.0
 """Standard deviation of a weight, in units of its teacher's own spread: far above any calibrated teacher. It counts
 where the teachers are right on every row, and likelihood alone would make them infinitely sure."""
+
+
+class UnfitError(UsageError):
+    """There is nothing to fit on."""
 
 
 class HeldOut:
@@ -51,6 +56,7 @@ class HeldOut:
         self.teachers = cache.teachers
         known = [_complete(name, provenances.get(name)) for name in self.teachers]
         everyone, task = selection.samples, selection.task
+        refuse_misplaced(cache, task)
         trained = np.logical_or.reduce([each.has_trained(selection.listed) for each in known])
         samples, places = [], []
         for place in sorted(locations_of(everyone, task), key=lambda place: _chance(place.name)):
@@ -83,7 +89,8 @@ def held_out(cache: LogitCache, selection: Selection, provenances: Mapping[str, 
         provenances: of every teacher by name: its attribute ``provenance``.
 
     Raises:
-        UsageError: a teacher that does not say all that it was trained on.
+        UsageError: a teacher that does not say all that it was trained on, or has its classes in another order than
+            the labels.
         MissingLogitsError: the cache lacks one of the rows.
     """
     return HeldOut(cache, selection, provenances)
@@ -98,7 +105,7 @@ def fit(cache: LogitCache, selection: Selection, provenances: Mapping[str, Prove
     """
     try:
         return fit_weights(held_out(cache, selection, provenances))
-    except UsageError as error:
+    except UnfitError as error:
         warnings.warn(f"the teachers' mean is taken in place of a fit: {error.message}", stacklevel=2)
         return Weights(dict.fromkeys(cache.teachers, 1 / len(cache.teachers)))
 
@@ -191,7 +198,7 @@ def _even(logits: Tensor) -> Tensor:
 
 def _refuse_few(rows: HeldOut) -> None:
     if len(rows) < LEAST:
-        raise UsageError(
+        raise UnfitError(
             f"{len(rows)} labelled source rows trained none of the teachers, fewer than {LEAST}: too few to fit",
             hint="Train the teachers with the same --val-ratio and --fold, or take another fusion.",
         )
@@ -200,7 +207,7 @@ def _refuse_few(rows: HeldOut) -> None:
 def _complete(name: str, provenance: Provenance | None) -> Provenance:
     if provenance is None or not provenance.complete:
         how_much = "nothing" if provenance is None else "not all"
-        raise UsageError(
+        raise UnfitError(
             f"{name} says {how_much} of what it was trained on, so nobody knows which rows are held out",
             hint="Train it with kd-cache train, or take another fusion than fit and gate.",
         )

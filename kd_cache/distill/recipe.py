@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -83,3 +84,34 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "dcase": Recipe(loss="dcase", temperature=2.0, alpha=0.98, apply_to="all"),
 }
 """Bundles by name: ours, that of the City2Scene pipeline, and CP-JKU's of 2023 (λ = 1 − α = 0.02)."""
+
+
+MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean", "attn_fusion": "gate"}
+"""What an older pipeline calls modes, and what they are called here."""
+
+
+def parse_temperature(text: str) -> tuple[float, float | None]:
+    """``4``, or ``4:1`` for a line from 4 to 1 over the epochs. Raises `UsageError`."""
+    start, colon, end = text.partition(":")
+    try:
+        found = float(start), float(end) if colon else None
+    except ValueError:
+        found = (math.nan, None)
+    if not all(0 < value < math.inf for value in found if value is not None):
+        raise UsageError(f"expected a temperature such as 4, or 4:1, found {shown(text)}")
+    return found
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, float]:
+    """``beta=4``: further parameters of a loss. Raises `UsageError`."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name or name in found or math.isnan(number):
+            raise UsageError(f"--loss-option {shown(text)}: expected each parameter once, as NAME=X")
+        found[name] = number
+    return found

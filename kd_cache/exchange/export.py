@@ -33,7 +33,7 @@ from kd_cache.files.atomic import (
 from kd_cache.files.hdf5 import Outlet
 from kd_cache.keys import keys_of
 from kd_cache.serve.logit_cache import LogitCache
-from kd_cache.store.cache import CacheFolder, teacher_in_name
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import INDEX_NAME, Index, read_older_maps
 from kd_cache.store.origin import Origin
 from kd_cache.store.publish import publish_view
@@ -211,9 +211,8 @@ def _targets(to: str, output: Path, name: str) -> list[Path]:
 
 def _refuse_damage(snapshot: Snapshot, origins: dict[str, Origin]) -> None:
     """Damage anywhere in what is asked for is found before the first file is written."""
-    for path, error in snapshot.packs.damaged.items():
-        if teacher_in_name(path) in origins:
-            raise error
+    for name in origins:
+        snapshot.served_pack(name)
 
 
 def _served(folder: CacheFolder, origin: Origin, watcher: Watcher) -> _Served:

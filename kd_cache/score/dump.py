@@ -68,7 +68,19 @@ class _Dump:
             len(self.part),
             selection.per_device,
             {name: _empty_report(job, name) for name in job.origins},
+            replaced=self._replaced(),
         )
+        for name, how in self.report.replaced.items():
+            watcher.note(f"{name}: other rows become current ({how})")
+
+    def _replaced(self) -> dict[str, str]:
+        """What was current before and is not what this run makes, and how they differ."""
+        before = self.found.earlier.origins if self.found.earlier and self.job.part is None else {}
+        return {
+            name: before[name].fingerprint.difference(now.fingerprint)
+            for name, now in self.job.origins.items()
+            if name in before and before[name].fingerprint.digest != now.fingerprint.digest
+        }
 
     # -- the two ways to run ------------------------------------------------------------------------------------------
 
@@ -76,7 +88,7 @@ class _Dump:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
         from kd_cache.score.scoring import due_reasons, refuse_bad
 
-        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
+        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part, self.watcher)
         digests, good = unchanged.digests, unchanged.fresh.copy()
         for number in self.part:
             if good[number]:
@@ -105,10 +117,12 @@ class _Dump:
         return self.report
 
     def run(self) -> DumpReport:
+        from kd_cache.score.cached_rows import check_unknown_code
         from kd_cache.score.commits import Commits
         from kd_cache.score.scoring import Scoring
         from kd_cache.score.stages import Busy
 
+        check_unknown_code(self.job, self.found, self.files, self.watcher)
         began = time.monotonic()
         # Packs are content-named: a row scored again may bring back a name that was here before.
         before = [pack.path for origin in self.job.origins.values() for pack in self.found.snapshot.packs.of(origin)]
@@ -121,6 +135,7 @@ class _Dump:
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
+            scoring.remember()  # a seal need not read again what its parts have read
             return self.report
         if self.part and not scoring.readable.any():
             raise nothing_readable(len(self.part))

@@ -17,6 +17,7 @@ import torch
 from kd_cache.errors import KDCacheError, TeacherError, shown
 from kd_cache.score.device import full_precision
 from kd_cache.score.factory import users_code
+from kd_cache.score.self_test import refuse_unsteady
 from kd_cache.score.stages import COPYING, SCORING, Busy
 from kd_cache.score.teacher import Teacher
 from kd_cache.watch import Stopped
@@ -71,6 +72,7 @@ class Engine:
     Args:
         teachers: by name; moved to ``device`` and to evaluation mode.
         compiled: run them through ``torch.compile``.
+        precision: what they compute in; where it is given, each is tested with its first batch (`refuse_unsteady`).
         compare: score batch 1, 2, 4, 8, … in full precision as well (`Scored.exact`).
         busy: hears how long copying and scoring take.
         note: hears what a person should know.
@@ -82,6 +84,7 @@ class Engine:
         device: torch.device,
         *,
         compiled: bool = False,
+        precision: str | None = None,
         compare: bool = False,
         busy: Busy | None = None,
         note: Callable[[str], None] = lambda text: None,
@@ -90,6 +93,7 @@ class Engine:
         self.teachers = {name: _placed(name, teacher, device) for name, teacher in teachers.items()}
         self.most_rows: int | None = None
         self._calls = {name: _compiled(teacher) if compiled else teacher for name, teacher in self.teachers.items()}
+        self._precision, self._untested = precision, set(teachers if precision else ())
         self._compare = compare
         self._busy = busy or Busy()
         self._note = note
@@ -140,6 +144,8 @@ class Engine:
                 continue
             try:
                 running.logits[name] = self._to_host(self._run(name, features))
+                if name in self._untested:
+                    self._test(name, features, running.logits[name])
                 if compare:
                     with full_precision():
                         running.exact[name] = self._to_host(self._run(name, features))
@@ -147,6 +153,15 @@ class Engine:
                 running.scored.errors[name] = TeacherError(str(error))
         marks.append(self._mark())
         return running
+
+    def _test(self, name: str, features: torch.Tensor, logits: torch.Tensor) -> None:
+        self._untested.discard(name)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        teacher: Any = self.teachers[name]
+        refuse_unsteady(
+            name, teacher, str(self._precision), features, logits, lambda batch: self._to_host(self._run(name, batch))
+        )
 
     def _result(self, running: _Running) -> Scored:
         if self.device.type == "cuda":

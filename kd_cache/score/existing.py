@@ -42,6 +42,11 @@ class Known:
         """A row of the present fingerprint exists, fresh or not."""
         return bool(self.first[number] >= 0)
 
+    def is_first(self, number: int, digest: bytes) -> bool:
+        """Whether the row that a search finds first was made of a feature with this digest."""
+        position = int(self.first[number])
+        return self.union is not None and position >= 0 and self.union.inputs[position].tobytes() == digest
+
     def was_scored(self, numbers: np.ndarray) -> np.ndarray:
         """``[n]`` bool: a row exists, whatever its fingerprint."""
         scored: np.ndarray = (self.first[numbers] >= 0) | (self._superseded[numbers] > 0)

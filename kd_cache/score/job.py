@@ -35,6 +35,7 @@ class DumpJob:
         teachers: by name, in the order of the index.
         notes: further content of a teacher's index entry (its checkpoint, for example).
         batch_size: the most samples scored at once; ``None`` chooses by device, ``auto`` by measuring.
+        check_cached: score a few rows again that are there, of teachers whose code is not built in (`cached_rows`).
         reread: read every feature, also where nobody touched its file since a dump read it.
         compiled: run the teachers through ``torch.compile``.
         shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
@@ -52,6 +53,7 @@ class DumpJob:
     precision: str = "fp32"
     batch_size: int | Literal["auto"] | None = None
     compiled: bool = False
+    check_cached: bool = True
     reread: bool = False
     skip_existing: bool = True
     files: bool = True
@@ -122,6 +124,7 @@ class DumpReport:
     ``part_size`` is the number of samples in this process's part, all of them where the work was not split. ``busy``
     maps each stage to the part of the time that it worked. ``halved_to`` is the number of rows scored at once after
     memory ran out, ``None`` where it did not. ``snapshot`` is the cache as the dump left it, for who reads on.
+    ``replaced`` says of each teacher whose rows were others' before how those differ (``dtype: fp32 → fp16``).
     """
 
     cache: Path
@@ -137,6 +140,7 @@ class DumpReport:
     busy: dict[str, float] = field(default_factory=dict)
     halved_to: int | None = None
     snapshot: Snapshot | None = None
+    replaced: dict[str, str] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:

@@ -55,7 +55,7 @@ class Scoring:
         busy: Busy,
     ) -> None:
         self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
-        self._unchanged = Unchanged(job, found, files, keys, part)
+        self._unchanged = Unchanged(job, found, files, keys, part, watcher)
         self._report, self._commits, self._watcher, self._busy = report, commits, watcher, busy
         self._ranks = Ranks(job.data.features, files)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
@@ -91,6 +91,7 @@ class Scoring:
             job.teachers,
             job.device,
             compiled=job.compiled,
+            precision=job.precision,
             compare=job.precision != "fp32",
             busy=self._busy,
             note=self._watcher.note,

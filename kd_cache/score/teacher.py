@@ -6,7 +6,9 @@ named ``module:factory`` or ``path/to/file.py:factory``, or registered in the en
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +25,10 @@ from kd_cache.watch import Watcher
 if TYPE_CHECKING:
     import torch
 
+    from kd_cache.score.unregistered import Unregistered
+
+UNREGISTERED = "unregistered"
+"""The part of a fingerprint that covers what a module computes with besides its state dict."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "format_version")
 
@@ -49,7 +55,8 @@ class Teacher(Protocol):
         """What the numbers depend on besides the input: at least ``architecture`` (with a version), and ``weights``.
 
         ``weights`` may be left out by a teacher with a ``state_dict()``: it is digested here. ``feature_spec`` names
-        the front end. Any further part is kept as it is.
+        the front end. Any further part is kept as it is. Buffers that are not saved, and tensors and numbers in
+        attributes, are digested with ``weights``, where these are left out.
         """
 
 
@@ -79,11 +86,12 @@ def parse_teacher(text: str) -> TeacherSpec:
 
     With ``NAME[,ckpt=PATH]`` the factory is the entry point of that name.
     """
-    head, separator, tail = text.partition(",")
+    head, separator, checkpoint = text.partition(",ckpt=")
     name, named, factory = head.partition("=")
-    checkpoint = tail.removeprefix("ckpt=")
-    if separator and (checkpoint == tail or not checkpoint):
-        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found ,{shown(tail)}")
+    tail = head.rpartition(":")[2].partition(",")[1:]  # a path before it may have commas, and a factory has none
+    if (separator and not checkpoint) or tail[0]:
+        found = f"{tail[0]}{tail[1]}{separator}{checkpoint}"
+        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found {shown(found)}")
     if not is_teacher_name(name):
         raise UsageError(
             f'--teacher {shown(text)}: "{shown(name)}" cannot be a teacher\'s name (letters, digits, _ . -)'
@@ -117,6 +125,7 @@ def check_teacher(name: str, teacher: Any) -> None:
     if not isinstance(getattr(teacher, "provenance", None), Provenance | None):
         raise TeacherError(f"teacher {name}: provenance must be a kd_cache.Provenance, or None")
     teacher_fingerprint(teacher)
+    _remember_as_loaded(teacher)
 
 
 def teacher_fingerprint(
@@ -149,7 +158,10 @@ def _own_parts(teacher: Teacher) -> dict[str, str]:
     with users_code(lambda why: TeacherError(f"{who} failed: {why}")):
         parts = dict(teacher.fingerprint_parts())
         if "weights" not in parts and callable(state_dict):
-            parts["weights"] = weights_digest(state_dict())
+            parts["weights"] = weights_digest(state := state_dict())
+            further = _as_loaded(teacher, state).digest
+            if further is not None:
+                parts[UNREGISTERED] = further
     for part in ("weights", "architecture"):
         if not parts.get(part):
             raise TeacherError(f"{who} must name {part!r}")
@@ -158,6 +170,33 @@ def _own_parts(teacher: Teacher) -> dict[str, str]:
         raise TeacherError(f"{who} must map names to texts")
     # A name that kd-cache fills in itself is kept beside its own: whatever a teacher names must count.
     return {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
+
+
+_LOADED: weakref.WeakKeyDictionary[Any, Unregistered] = weakref.WeakKeyDictionary()
+
+
+def _as_loaded(teacher: Any, state: Mapping[str, Any]) -> Unregistered:
+    """What it held besides its state dict when it was loaded: what a forward keeps for the next one is no setting."""
+    from kd_cache.score.unregistered import unregistered
+
+    with suppress(TypeError):  # it cannot be a key
+        if teacher in _LOADED:
+            return _LOADED[teacher]
+    return unregistered(teacher, state)
+
+
+def _remember_as_loaded(teacher: Any) -> None:
+    if callable(getattr(teacher, "state_dict", None)):
+        with suppress(TypeError):
+            _LOADED[teacher] = _as_loaded(teacher, teacher.state_dict())
+
+
+def unknown_state(teacher: Any) -> list[str]:
+    """Attributes that may hold what no fingerprint covers; none where the teacher names its ``weights`` itself."""
+    state_dict = getattr(teacher, "state_dict", None)
+    if not callable(state_dict) or "weights" in teacher.fingerprint_parts():
+        return []
+    return _as_loaded(teacher, state_dict()).unknown
 
 
 def teacher_origin(

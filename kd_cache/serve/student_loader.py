@@ -158,7 +158,7 @@ def student_loader(
         refuse_outside(selection, wanted)
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
-    _refuse_misplaced(cache, manifest.task)
+    refuse_misplaced(cache, manifest.task)
     scored = _scored(cache, samples) if check_features else None
     packed = None if features is None else Path(features).expanduser()
     source = feature_source(root, packed, [*map(Path, allow_outside)], max_feature_bytes, manifest.bins)
@@ -174,7 +174,8 @@ def student_loader(
     )
 
 
-def _refuse_misplaced(cache: LogitCache, task: Task) -> None:
+def refuse_misplaced(cache: LogitCache, task: Task) -> None:
+    """Raise `UsageError` where a teacher names the task's classes in another order than the labels have."""
     for name, names in cache.class_names.items():
         if (why := misplaced(names, task.scenes, task.cities)) is not None:
             raise UsageError(f"{name}: {why}", hint="Its logits and the labels would not speak of the same classes.")

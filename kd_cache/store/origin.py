@@ -78,7 +78,7 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
 
     digest = hashlib.sha256()
     for name in sorted(state):
-        if name.rsplit(".", 1)[-1] == "num_batches_tracked":
+        if name.rsplit(".", 1)[-1] == "num_batches_tracked" and _is_counter(state[name]):
             continue
         if not isinstance(state[name], torch.Tensor):
             raise TeacherError(
@@ -92,6 +92,11 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_counter(value: Any) -> bool:
+    """Whether it is what a batch norm counts with, and no parameter that happens to be called so."""
+    return getattr(value, "ndim", 0) == 0 and not getattr(value, "is_floating_point", bool)()
 
 
 def class_order(names: Iterable[str] | None, num_classes: int) -> str:

@@ -22,7 +22,7 @@ from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
 from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import Pack, open_pack
+from kd_cache.store.pack import Pack
 from kd_cache.store.pending import begun, begun_with, forget
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
@@ -56,7 +56,7 @@ class Wanted:
     Attributes:
         files: their manifest paths; ``listed`` are the same in the manifest's order, in which the index lists them.
         keys, inputs: ``[N, 16]`` u1: their keys, ascending, and the digests of their features as they are now.
-        known: ``[N]`` bool: where it is False the feature could not be read, and the sample keeps no row.
+        known: ``[N]`` bool: where it is False the feature could not be read just now, and the sample keeps its row.
         permitted: their keys and labels.
     """
 
@@ -107,10 +107,14 @@ class Change:
 
 @dataclass
 class Published:
-    """What publishing did; ``rows``, ``left_out``, ``packs`` and ``accuracy`` by teacher."""
+    """What publishing did; ``rows``, ``left_out``, ``unread`` (kept, though nobody could read their features now),
+    ``packs`` and ``accuracy`` by teacher. ``missing``: the change's, as far as some teacher lacks a row of the file.
+    """
 
     rows: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
     num_samples: int = 0
     pack_bytes: int = 0
     view_written: int = 0
@@ -151,7 +155,8 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
         StoreError: the cache cannot be written, or another process wrote the index meanwhile.
     """
     folder, index = snapshot.folder, snapshot.finished()
-    packs = {name: _named_pack(folder, entry) for name, entry in index.record["teachers"].items()}
+    held = [name for name, entry in index.record["teachers"].items() if entry["pack"] is not None]
+    packs = {name: snapshot.served_pack(name) if name in held else None for name in index.record["teachers"]}
     done = Published(num_samples=index.num_samples)
     done.rows = {name: 0 if pack is None else len(pack) for name, pack in packs.items()}
     keys = dict(pair for pack in packs.values() if pack for pair in zip(pack.files, view_names(pack.keys), strict=True))
@@ -174,19 +179,6 @@ def _restless(folder: CacheFolder) -> StoreError:
     return StoreError(f"the index {shown(folder.index_path)} keeps changing; try again when the other dumps are done")
 
 
-def _named_pack(folder: CacheFolder, entry: Mapping[str, Any]) -> Pack | None:
-    """The pack that an index entry names, checked."""
-    if entry["pack"] is None:
-        return None
-    try:
-        return open_pack(folder.packs_path / entry["pack"])
-    except FileNotFoundError as error:
-        raise MissingLogitsError(
-            f"{shown(folder.path)} lacks the pack {shown(entry['pack'])} that its index names",
-            hint="Restore it, or run kd-cache dump again.",
-        ) from error
-
-
 class _Publication:
     """One attempt, on the cache as ``snapshot`` found it.
 
@@ -204,6 +196,7 @@ class _Publication:
         self.others = {name: each for name, each in {**change.others, **found}.items() if name not in change.origins}
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
         self.done = Published()
+        self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
     @property
     def origins(self) -> dict[str, Origin]:
@@ -228,7 +221,7 @@ class _Publication:
         record = {
             **{key: value for key, value in change.record.items() if key not in _RESULTS},
             "plan": None if (plan := self.snapshot.again().saved_plan) is None else plan.as_json(),
-            "missing": dict(change.missing),
+            "missing": {file: reason for file, reason in change.missing.items() if file in done.missing},
             "files": change.files,
             "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
             "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
@@ -238,20 +231,28 @@ class _Publication:
             self.watcher.note(keep_older_index(self.folder.index_path))
         written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
         self.snapshot.wrote(*written, permitted)
-        current = set(done.packs.values())
-        remove_files(self.folder.packs_path, sorted(path for path in superfluous if path.name not in current))
+        self.superfluous = superfluous
         return done
 
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""
-        now = self.snapshot.again()
-        index = now.index or self.earlier
+        self.now = self.snapshot.again()
+        index = self.now.index or self.earlier
         return index is not None and self.change.origins.keys() <= index.record["teachers"].keys()
 
     def clean_up(self) -> None:
-        """Remove what became useless: overtaken pending records, damaged packs, rows that are no longer permitted."""
+        """Remove what became useless: merged packs, overtaken pending records, damaged packs, rows no longer permitted.
+
+        Another process may have written the index since ours: what that one names stays.
+        """
+        current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
+        remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
         words = {name: self._begun(name) for name in {**self.change.origins, **self.others}}
         forget(self.folder, self.pending, words)
+        if self.change.wanted.known.any():
+            for name, count in self.done.unread.items():
+                if count:
+                    self.watcher.note(f"{name}: {count:,} rows were kept although their features cannot be read now")
         for name in self.others:
             if left_out := self.done.left_out[name]:
                 what = f"{left_out} rows went, no longer permitted or no longer fresh; it was not asked"
@@ -265,16 +266,17 @@ class _Publication:
     def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
         """One teacher's rows as one pack, and the packs that it stands for; anew where another dump does the same."""
         name, wanted = origin.teacher, self.change.wanted
-        known = np.flatnonzero(wanted.known)
-        keys, inputs = wanted.keys[known], wanted.inputs[known]
         asked = name in self.change.origins
         missing = self.change.missing if asked else {}
-        required = np.array([asked and wanted.files[number] not in missing for number in known.tolist()], bool)
+        required = np.full(len(wanted.keys), asked)
+        required[[self._number[file] for file in missing if file in self._number]] = False
         now = self.snapshot
         for _ in range(100):
             union = now.union(origin, without=self.change.replaced)
-            result = merge_packs(self.folder.packs_path, union, keys, inputs, required)
-            lost = known[result.absent & required]
+            result = merge_packs(
+                self.folder.packs_path, union, wanted.keys, wanted.inputs, required, unread=~wanted.known
+            )
+            lost = np.flatnonzero(result.absent & required)
             if len(lost):
                 raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
             now = now.again()
@@ -297,6 +299,9 @@ class _Publication:
                 f"batch shape?); the first pack by name is kept, first such sample: {result.disagreements[0]}"
             )
         self.done.left_out[name] = result.left_out
+        self.done.unread[name] = int((~result.absent & ~self.change.wanted.known).sum())
+        lacking = [file for file in self.change.missing if file in self._number and result.absent[self._number[file]]]
+        self.done.missing.update((file, self.change.missing[file]) for file in lacking)
         self.done.rows[name] = 0 if pack is None else len(pack)
         if pack is not None:
             self.done.packs[name] = pack.path.name

@@ -20,6 +20,7 @@ from kd_cache.score.device import numerics
 from kd_cache.score.factory import users_code
 from kd_cache.score.teacher import Teacher, compare_front_ends
 from kd_cache.score.value_kind import RowCheck
+from kd_cache.store.classes import misplaced
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.division import divide, locations_of
 from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, scored
@@ -60,17 +61,23 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
 
     Raises:
         DataLeakageError: a test row made the net, as its provenance says.
-        UsageError: no labelled rows, or values that no probability follows from.
+        UsageError: no labelled rows, values that no probability follows from, or classes in another order than the
+            labels.
         TeacherError: the net fails, does not give what it says, or was trained with another front end.
         FeatureError: a feature cannot be read.
     """
+    task = job.data.task
+    if why := misplaced(getattr(job.teacher, "class_names", None), task.scenes, task.cities):
+        raise UsageError(
+            f"{shown(job.name)}: {why}", hint="Its outputs and the labels do not speak of the same classes."
+        )
     compare_front_ends({job.name: job.teacher}, job.data.manifest, watcher)
     samples = _labelled(job)
     counts = _made_with(job, samples, watcher)
     clips = Clips.read(job.data.features, samples, job.workers, watcher)
     logits, labels = _logits(job, clips), clips.labels(job.label).numpy()
     places = _places(samples, job.data, watcher)
-    groups = groups_of(samples, job.data.task, job.data.target)
+    groups = groups_of(samples, task, job.data.target)
     groups["scene"] = [_scene(sample, job) for sample in samples]
     by = measure_groups(logits, labels, groups)
     for kind, members in groups.items():
@@ -86,7 +93,7 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         **counts,
         **measure(logits, labels).as_json(),
         "intervals": intervals(logits, labels, places, job.seed),
-        "class_names": class_names(job.data.task, job.label, job.teacher.num_classes),
+        "class_names": class_names(task, job.label, job.teacher.num_classes),
         "by": by,
     }
 

@@ -20,6 +20,7 @@ class Backbone(nn.Module):
 
     classifier_prefix: ClassVar[str]
     neck_prefixes: ClassVar[tuple[str, ...]] = ()
+    bare_prefixes: ClassVar[tuple[str, ...]] = ()  # what names of published weights that it can start from lack
     num_classes: int
 
     @classmethod

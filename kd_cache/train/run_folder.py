@@ -46,11 +46,9 @@ from kd_cache.files.atomic import (
 )
 from kd_cache.train.checkpoint import (
     STATE_PREFIX,
-    Weights,
     checkpoint_names,
     naming,
     net_names,
-    read_weights,
     save_checkpoint,
 )
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
@@ -425,32 +423,44 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: W
             watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
     write_atomic(checkpoint, content)
     if job.pth:
-        held = read_weights(checkpoint)
+        with naming(checkpoint):
+            record, tensors = _content(checkpoint)
         beside = {
             "epoch": results.get("best_epoch", 0),
             "optimizer_state_dict": {},
             "val_acc": results["validation"].get("accuracy"),
             "val_loss": results["validation"].get("log_loss"),
         }
-        save_checkpoint(pth, checkpoint_names(held.tensors), held.record, beside)
+        save_checkpoint(pth, tensors, json.loads(record), beside)
 
 
-def _recorded(checkpoint: Path) -> Weights | None:
+def _content(checkpoint: Path) -> tuple[str, dict[str, Tensor]]:
+    """Record and tensors (float32) of a checkpoint, under the names that they were saved with."""
+    content, _, _ = read_content(checkpoint)
+    for entry in [name for name, value in content.items() if isinstance(value, dict)]:
+        start = "" if entry == "model_state_dict" else f"{entry}."
+        content |= {f"{start}{name}": value for name, value in content.pop(entry).items()}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    found = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    return str(content.get(RECORD_ENTRY, "{}")), found
+
+
+def _recorded(checkpoint: Path) -> tuple[str, dict[str, Tensor]] | None:
     """The content of a checkpoint that kd-cache wrote: it says so itself, and its checksum holds."""
     try:
-        found = read_weights(checkpoint)
+        found = _content(checkpoint)
     except (CheckpointError, StoreError):
         return None
-    return found if found.record else None
+    return None if found[0] == "{}" else found
 
 
 def _hold_the_same(checkpoint: Path, pth: Path) -> bool:
     """Whether a ``.pth`` is the one that was written beside these weights."""
     one = _recorded(checkpoint) if checkpoint.is_file() else None
     other = None if one is None else _recorded(pth)
-    if one is None or other is None or one.record != other.record or one.tensors.keys() != other.tensors.keys():
+    if one is None or other is None or one[0] != other[0] or one[1].keys() != other[1].keys():
         return False
-    return all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+    return all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
 
 
 def _set_aside(path: Path, watcher: Watcher) -> None:

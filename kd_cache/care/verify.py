@@ -205,7 +205,7 @@ class _Audit:
         low = below(name, now, self.job.min_accuracy)
         if low is not None:
             self._problem(UNCHECKED, name, ALL_ROWS, low, TEACHER)
-        warning = near_chance(origin, now, self.job.data.task.cities)
+        warning = near_chance(index.origins[name], now, self.job.data.task.cities)
         if warning is not None:
             self.report.notes.append(warning)
 

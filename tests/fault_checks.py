@@ -29,7 +29,7 @@ from kd_cache.store.cache import CacheFolder
 Arguments = tuple[object, ...]
 
 _SAVED = re.compile(r"^saved: ([\d,]+)/[\d,]+ samples", re.MULTILINE)
-_MOMENT = ("created", "begun", "settings", "digest")
+_MOMENT = ("created", "begun", "generation", "settings", "digest")
 """What the index says of the run, not of its result."""
 
 

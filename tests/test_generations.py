@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from store_fixtures import Rows, md5
 from kd_cache import LogitCache
 from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack
+from kd_cache.store.pending import Age
 
 SMALL = ("--shard-size", 1, "--batch-size", 2)
 ONE = (*TINY[:2], "--only", "tiny")
@@ -147,3 +150,97 @@ def test_a_row_stays_whose_feature_cannot_be_read_just_now(
     assert differing == ({("tiny", another), ("other", another)} if changed else set())
     back()
     assert json.loads(one("--json").stdout)["teachers"]["tiny"]["skipped"] == 20
+
+
+# -- which generation is current, and what stays of the others ---------------------------------------------------------
+
+
+def weighing(world: World, seed: int) -> tuple[object, ...]:
+    """A dump with these weights."""
+    (world.root / f"w{seed}.txt").write_text(str(seed))
+    teacher = ("--teacher", f"tiny=tiny_teachers:linear,ckpt={world.root}/w{seed}.txt", "--only", "tiny")
+    return ("dump", "--target", "b", "--json-path", world.json_path, *teacher)
+
+
+def fingerprint(world: World) -> str:
+    return read_index(world.cache / "cache_index.json").origins["tiny"].fingerprint.digest
+
+
+def pending(world: World) -> list[Path]:
+    return sorted((world.cache / "pending").glob("*.json"))
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "old weights", "a sample less", "drop"])
+def test_what_a_dump_of_new_weights_acknowledged_stays_until_it_is_dropped(
+    run: Run, world: World, meanwhile: str
+) -> None:
+    assert run(*weighing(world, 1)).exit_code == 0
+    last = by_key(world)[-1]
+    content = world.feature(last).read_bytes()
+    world.feature(last).write_bytes(b"no array")
+    assert run(*weighing(world, 2), "--shard-size", 1).exit_code == 1
+    world.feature(last).write_bytes(content)
+    current = fingerprint(world)
+    packs = [open_pack(world.cache / "packs" / name) for name in world.packs("tiny")]
+    committed = {file for pack in packs if pack.origin.fingerprint.digest != current for file in pack.files}
+    assert len(committed) > 2
+    if meanwhile == "a sample less":
+        gone = next(row for row in world.rows if row["file"] in committed)
+        world.rows.remove(gone)
+        committed.remove(gone["file"])
+        world.write()
+    if meanwhile != "nothing":
+        again = run(*weighing(world, 1), "--json")
+        assert json.loads(again.stdout)["samples_scored"] == 0
+    drop = ("--drop-unfinished",) if meanwhile == "drop" else ()
+    assert run("gc", world.cache, "--older-than", 0, *drop).exit_code == 0
+    assert (fingerprint(world), pending(world) == []) == (current, meanwhile == "drop")
+    counts = json.loads(run(*weighing(world, 2), "--json").stdout)["teachers"]["tiny"]
+    assert counts["skipped"] == (0 if meanwhile == "drop" else len(committed))
+    assert pending(world) == []
+
+
+def test_a_clock_that_was_ahead_does_not_make_old_weights_current(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        now = time.time_ns()
+        patch.setattr(time, "time_ns", lambda: now + 86_400 * 10**9)
+        for part in ("0/2", "1/2"):
+            assert run(*weighing(world, 1), "--shard", part).exit_code == 0
+    assert run(*weighing(world, 2)).exit_code == 0
+    current = fingerprint(world)
+    assert run("seal", "--target", "b").exit_code == 0
+    assert fingerprint(world) == current
+
+
+def test_of_dumps_that_had_not_read_each_other_the_index_counts_or_the_user_says_which(run: Run, world: World) -> None:
+    def unread(*command: object) -> Path:
+        """Run a dump that no later one reads, until its record is put back."""
+        assert run(*command).exit_code == 0
+        (record,) = pending(world)
+        return record.rename(world.root / record.name)
+
+    first = unread(*weighing(world, 1), "--shard", "0/2")
+    assert run(*weighing(world, 2), "--shard", "1/2").exit_code == 0
+    first.rename(world.cache / "pending" / first.name)
+    refused = run("seal", "--target", "b")
+    assert refused.exit_code == 5
+    assert "two dumps at the same time made rows of tiny with different fingerprints" in refused.stderr
+    assert run(*weighing(world, 2), "--shard", "1/2").exit_code == 0  # as it says
+    assert run("seal", "--target", "b").exit_code == 3, "one part of the weights that count is lacking"
+    assert run(*weighing(world, 2), "--shard", "0/2").exit_code == 0
+    assert run("seal", "--target", "b").exit_code == 0
+    shutil.rmtree(world.cache)
+    first = unread(*weighing(world, 1), "--shard", "0/2")
+    assert run(*weighing(world, 2)).exit_code == 0
+    current = fingerprint(world)
+    first.rename(world.cache / "pending" / first.name)
+    assert run("seal", "--target", "b").exit_code == 0
+    assert (fingerprint(world), len(pending(world))) == (current, 1)
+
+
+def test_runs_of_the_first_version_come_before_all_that_have_a_number() -> None:
+    now = time.time_ns()
+    ages = [Age(2, 3), Age.of({"generation": 1, "begun": 5}), Age.of({"begun": now + 1}), Age.of({"begun": now})]
+    assert sorted(ages) == ages[::-1]

@@ -20,7 +20,7 @@ from kd_cache.keys import sample_key
 from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack
 
-OTHER_RUN = ("begun", "created", "digest", "settings", "shown_path", "environment", "manifest")
+OTHER_RUN = ("begun", "generation", "created", "digest", "settings", "shown_path", "environment", "manifest")
 
 
 def cache_at(world: World, root: str) -> Path:

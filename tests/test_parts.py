@@ -53,7 +53,7 @@ def permanent(cache: Path) -> dict[str, bytes]:
 def told(cache: Path) -> dict[str, Any]:
     """The index without what differs from run to run."""
     index = json.loads((cache / "cache_index.json").read_bytes())
-    for name in ("created", "begun", "settings", "digest"):
+    for name in ("created", "begun", "generation", "settings", "digest"):
         del index["kd_cache"][name]
     return dict(index)
 

@@ -1,10 +1,11 @@
 """Removing what a cache no longer needs: leftovers of killed processes, superseded rows, files without an index entry.
 
 What goes must be older than a grace period, so that nothing running loses what it is making: a dump's temporaries are
-seconds old, and a superseded file counts from the moment the index that superseded it was written. What an index or a
-pending record names stays, whatever its age; so does a damaged pack, which `verify` and `repair` tell of. Packs of the
-current fingerprint stay even if another holds all their rows: a seal that runs at the same time may be keeping just
-this one. Each removal stands for itself: wherever a machine stops, what is gone was superfluous.
+seconds old, and a superseded file counts from the moment the index that superseded it was written. What an index names
+stays, whatever its age, and what a pending record names, unless the user says that unfinished dumps may go; so does a
+damaged pack, which `verify` and `repair` tell of. Packs of the current fingerprint stay even if another holds all their
+rows: a seal that runs at the same time may be keeping just this one. Each removal stands for itself: wherever a machine
+stops, what is gone was superfluous.
 
 Only what kd-cache can prove that it wrote goes: packs and permitted lists by their digests, row files that are some
 pack's row, temporaries by their exact names in folders of its own. What else lies there is told of and left.
@@ -35,6 +36,7 @@ from kd_cache.store.view import ROW_FILE_NAME, rows_of
 
 OLDER_THAN = 3600
 TEMPORARY_FILE, PACK, PERMITTED, ROW_FILE, FOLDER = "temporary", "pack", "permitted file", "row file", "folder"
+PENDING = "pending record"
 _MOST_TOLD = 10
 _Made = tuple[str, str]  # teacher, fingerprint
 
@@ -60,6 +62,7 @@ class GcReport:
     """What one cache holds that may go; after `remove_garbage`, what went. Damaged packs are only told of."""
 
     cache: str
+    drop_unfinished: bool = False
     garbage: list[Garbage] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -93,13 +96,16 @@ def caches_below(root: Path, is_named: Named) -> list[CacheFolder]:
     return caches
 
 
-def find_garbage(path: str | Path, older_than: float = OLDER_THAN, now: float | None = None) -> GcReport:
+def find_garbage(
+    path: str | Path, older_than: float = OLDER_THAN, now: float | None = None, *, drop_unfinished: bool = False
+) -> GcReport:
     """What may go from one cache; removes nothing.
 
     Args:
         path: the cache's folder.
         older_than: seconds of grace. Less than a dump takes between two commits endangers what runs at the same time.
         now: seconds since the epoch; by default the present.
+        drop_unfinished: what dumps committed that did not finish goes too: all packs that the index does not name.
 
     Raises:
         MissingLogitsError: there is no cache.
@@ -108,7 +114,7 @@ def find_garbage(path: str | Path, older_than: float = OLDER_THAN, now: float | 
     folder = CacheFolder(Path(path).expanduser())
     if not is_cache(folder):
         raise no_cache(folder.path)
-    return _Search(folder, older_than, time.time() if now is None else now).run()
+    return _Search(folder, older_than, time.time() if now is None else now, drop_unfinished).run()
 
 
 def remove_garbage(report: GcReport) -> None:
@@ -118,12 +124,13 @@ def remove_garbage(report: GcReport) -> None:
         StoreError: naming the path that could not be removed; what went before it stays gone.
     """
     folder = CacheFolder(Path(report.cache))
-    needed = _needed_now(Snapshot(folder)) if any(item.kind == PACK for item in report.garbage) else set()
-    if needed is None:
+    snapshot = Snapshot(folder)
+    sure = snapshot.index is not None and not snapshot.damaged_pending
+    if not sure and any(item.kind == PACK for item in report.garbage):
         report.notes.append("the index or a pending record was damaged or removed meanwhile; all packs stay")
     by_folder: dict[Path, list[Garbage]] = {}
     for item in report.garbage:
-        if item.made is None or (needed is not None and item.made not in needed):
+        if item.made is None or (sure and not _is_needed(snapshot, item.made, item.path, report.drop_unfinished)):
             by_folder.setdefault(item.path.parent, []).append(item)
     # The cache's own entries last: among them are folders that must be empty by then. Packs prove whose row files are.
     directories = sorted(by_folder, key=lambda path: (path == folder.path, path == folder.packs_path, path))
@@ -134,29 +141,26 @@ def remove_garbage(report: GcReport) -> None:
     ]
 
 
-def _needed_now(snapshot: Snapshot) -> set[_Made] | None:
-    """Whose packs must stay, as the index and the pending records have it at this moment; ``None``: nobody can tell."""
-    if snapshot.index is None or snapshot.damaged_pending:
-        return None
-    return _needed(snapshot)
-
-
-def _needed(snapshot: Snapshot) -> set[_Made]:
+def _is_needed(snapshot: Snapshot, made: _Made, path: Path, drop_unfinished: bool) -> bool:
+    """Whether a pack must stay, as the index and the pending records have it at this moment."""
+    if drop_unfinished:
+        return path in snapshot.served_paths(snapshot.origins)
     current = {(name, origin.fingerprint.digest) for name, origin in snapshot.origins.items()}
-    return current | protected(snapshot.pending)
+    return made in current | protected(snapshot.pending)
 
 
 class _Search:
     """One look at a cache. Nothing is removed before the whole of it has succeeded."""
 
-    def __init__(self, folder: CacheFolder, older_than: float, now: float) -> None:
+    def __init__(self, folder: CacheFolder, older_than: float, now: float, drop_unfinished: bool) -> None:
         self.folder = folder
         self.snapshot = Snapshot(folder, maps=True)
         self.older_than = older_than
         self.limit = now - older_than
         self.young = 0
         self.since = 0.0  # when the index was written: what it superseded counts from then
-        self.report = GcReport(str(folder.path))
+        self.drop_unfinished = drop_unfinished
+        self.report = GcReport(str(folder.path), drop_unfinished)
 
     def run(self) -> GcReport:
         ours = (self.folder.packs_path.name, self.folder.pending_path.name)
@@ -220,23 +224,25 @@ class _Search:
         if damaged := self.snapshot.damaged_pending:
             self.report.notes += [f"{error.message}; no packs are removed while it is there" for error in damaged]
             return
-        needed = _needed(self.snapshot)
         groups: dict[_Made, list[Pack]] = {}
         for pack in packs.good:
             made = (pack.origin.teacher, pack.origin.fingerprint.digest)
-            if made not in needed:
+            if not _is_needed(self.snapshot, made, pack.path, self.drop_unfinished):
                 groups.setdefault(made, []).append(pack)
         for made, group in groups.items():
             self._add_packs(made, group, index)
+        for record in self.snapshot.pending if self.drop_unfinished else []:
+            youngest = max((_youngest(groups.get(made, [])) for made in protected([record])), default=0.0)
+            self._add(PENDING, record.path, "its dump has not finished", since=youngest)
 
     def _add_packs(self, made: _Made, group: Sequence[Pack], index: Index) -> None:
         """Packs of one fingerprint: as long as one of them is young, a dump may be adding to them."""
-        newest = max([found.st_mtime for pack in group if (found := _look(pack.path)) is not None], default=0.0)
+        newest = _youngest(group)
         current = index.origins.get(made[0])
         reason = f"{made[0]} is not in the index"
         if current is not None:
             changed = group[0].origin.fingerprint.differing_parts(current.fingerprint)
-            reason = f"superseded: {', '.join(map(shown, changed))} changed"
+            reason = f"superseded: {', '.join(map(shown, changed))} changed" if changed else "no index names it"
         for pack in group:
             self._add(PACK, pack.path, reason, since=max(newest, self.since), made=made)
 
@@ -289,6 +295,10 @@ def _is_whole(path: Path) -> bool:
     except (KDCacheError, FileNotFoundError):
         return False
     return True
+
+
+def _youngest(packs: Sequence[Pack]) -> float:
+    return max([found.st_mtime for pack in packs if (found := _look(pack.path)) is not None], default=0.0)
 
 
 def _folders(directory: Path, notes: list[str] | None = None) -> list[Path]:

@@ -267,13 +267,16 @@ GC = Command(
         Option("older_than", int,
                "Keep files younger than this: a running dump or seal may need them. With 0, no other kd-cache may run.",
                CACHE, 3600, low=0, high=10**10, metavar="SECONDS"),
+        Option("drop_unfinished", bool, "Drop what dumps committed that did not finish: they start anew then.", CACHE,
+               False),
         "config",
         changed("dry_run", help="Only say what would be removed, and why."),
         *SHOWING,
     ),
-    "Rows that the index or an unfinished dump needs, and files that kd-cache did not name, are never removed.",
+    "Rows that the index needs, and files that kd-cache did not name, are never removed; what an unfinished dump "
+    "committed only with --drop-unfinished.",
     ("kd-cache gc cache/A2b --dry-run", "kd-cache gc cache/A2b", "kd-cache gc --older-than 86400 --json"),
-    ("older_than", "dry_run"),
+    ("older_than", "drop_unfinished", "dry_run"),
     (0, 1, 2, 4),
     notes=notes.GC,
 )  # fmt: skip
@@ -396,22 +399,8 @@ STUDENT = Command(
 )  # fmt: skip
 
 COMMANDS = (
-    DUMP,
-    VERIFY,
-    INFO,
-    SEAL,
-    MERGE,
-    REPAIR,
-    DIFF,
-    GC,
-    EXPORT,
-    ADOPT,
-    STUDENT,
-    EVALUATE,
-    PREPARE,
-    CHECK,
-    SAMPLE_DATA,
-)
+    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, EVALUATE, PREPARE, CHECK, SAMPLE_DATA
+)  # fmt: skip
 
 
 @functools.cache

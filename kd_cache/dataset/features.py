@@ -148,34 +148,20 @@ class FeatureSource:
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
-    def absent(self, files: Sequence[str]) -> list[str]:
-        """Those of ``files`` that are not there at all."""
-        found = []
-        for file in files:
-            try:
-                os.stat(self._path(file)[0])  # noqa: PTH116 (a `Path` would take ten times as long)
-            except FileNotFoundError:
-                found.append(file)
-            except (ValueError, OSError):
-                pass  # what is wrong with it, only reading tells
-        return found
-
     def refusal(self, file: str, error: FeatureError, files: Sequence[str]) -> FeatureError:
         """What to raise where ``file`` cannot be done without: if it is missing, it names all of ``files`` that are."""
-        missing = self.absent(files) if self.absent([file]) else []
+        missing = list(self.missing(files) if self.missing([file]) else ())
         if not missing:
             return error
         others = (name for name in _other_spellings(missing[0]) if name != missing[0])
-        there = next((name for name in others if not self.absent([name])), None)
+        there = next((name for name in others if not self.missing([name])), None)
         hint = error.hint
         if there is not None:
             hint = f"{shown(there)} is there: the manifest must call it so, or --data-root is another folder."
         if len(missing) == 1:
             return FeatureError(error.message, hint=hint)
-        return FeatureError(
-            f"{len(missing):,} of {len(files):,} features are missing {self._place_in_words}\n{listed(missing)}",
-            hint=hint,
-        )
+        what = f"{len(missing):,} of {len(files):,} features are missing, or cannot be opened,"
+        return FeatureError(f"{what} {self._place_in_words}\n{listed(missing)}", hint=hint)
 
     @property
     def _place_in_words(self) -> str:

@@ -105,9 +105,6 @@ class PackedFeatures(FeatureSource):
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
-    def absent(self, files: Sequence[str]) -> list[str]:
-        return [file for file, row in zip(files, self._rows(files), strict=True) if row < 0]
-
     def _look(self, file: str) -> None:
         self._place(self._rows([file])[0])
 

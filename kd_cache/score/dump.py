@@ -199,7 +199,8 @@ class _Dump:
             "shown_path": self._shown_path,
         }
         part = {} if self.job.part is None else {"part": list(self.job.part)}
-        return {"begun": self.begun, **self.job.record, **self.job.data.described, **own, **part}
+        moment = {"begun": self.begun, "generation": self.found.snapshot.next_generation}
+        return {**moment, **self.job.record, **self.job.data.described, **own, **part}
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """What this run adds to its teachers' entries."""

@@ -52,12 +52,14 @@ _TEACHER = {
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
     "measured": str,
+    "generation": int,
     "storage_cost": (None, {...: (int, float)}),
     "begun": int,
 }
 _RECORD = {
     "adaptation": str,
     "begun": int,
+    "generation": int,
     "created": str,
     "tool": str,
     "files": bool,

@@ -22,8 +22,8 @@ from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
 from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import Pack
-from kd_cache.store.pending import begun, begun_with, forget
+from kd_cache.store.pack import Pack, write_part
+from kd_cache.store.pending import Age, age_with, forget, protected
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Merged, merge_packs
@@ -231,6 +231,7 @@ class _Publication:
             self.watcher.note(keep_older_index(self.folder.index_path))
         written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
         self.snapshot.wrote(*written, permitted)
+        self.written = written[0]
         self.superfluous = superfluous
         return done
 
@@ -247,8 +248,7 @@ class _Publication:
         """
         current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
         remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
-        words = {name: self._begun(name) for name in {**self.change.origins, **self.others}}
-        forget(self.folder, self.pending, words)
+        forget(self.folder, self.pending, [index for index in (self.written, self.earlier) if index is not None])
         if self.change.wanted.known.any():
             for name, count in self.done.unread.items():
                 if count:
@@ -315,7 +315,6 @@ class _Publication:
         same = before.get("fingerprint") == origin.fingerprint.digest
         # Adopted rows say so themselves: the mark outlives an index that was damaged.
         mark = {"adopted": {"source": "unknown"}} if "adopted" in origin.fingerprint.parts else {}
-        when = self._begun(name)
         union = None if pack is None else self.snapshot.union_of(pack)
         accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
         return {
@@ -323,7 +322,7 @@ class _Publication:
             **mark,
             **(carried(before) if same else {}),
             **(self.change.entries.get(name, {}) if name in self.change.origins else {}),
-            **({} if when == begun(self.change.record) else {"begun": when}),
+            **self._age(name).beside(self.change.record),
             "rows": 0 if pack is None else len(pack),
             "pack": None if pack is None else pack.path.name,
             "accuracy": accuracy.as_json(),
@@ -331,15 +330,19 @@ class _Publication:
             "earlier": _earlier_parts(before, origin),
         }
 
-    def _begun(self, name: str) -> int:
-        """When what the index is to say of a teacher was begun: by this run, or, for a seal, by the dump it goes by.
+    def _age(self, name: str) -> Age:
+        """The age of what the index is to say of a teacher: this run's or, for a seal, that of the dump it goes by.
 
         What is said of a teacher that is carried over is as old as it was.
         """
-        if name in self.change.origins:
-            return int(self.change.entries.get(name, {}).get("begun", begun(self.change.record)))
-        earlier = self.earlier
-        return 0 if earlier is None or name not in earlier.record["teachers"] else begun_with(earlier, name)
+        held = self.earlier is not None and name in self.earlier.record["teachers"]
+        before = age_with(self.earlier, name) if self.earlier is not None and held else Age(0, 0)
+        if name not in self.change.origins:
+            return before
+        entry = self.change.entries.get(name, {})
+        own = Age.of(entry if "begun" in entry else self.change.record)
+        # An index that another dump wrote meanwhile is read by now, and overtaken.
+        return own._replace(generation=before.generation + 1) if before.generation > own.generation > 0 else own
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
@@ -374,13 +377,17 @@ class _Publication:
     def _remove_forbidden(self) -> int:
         """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
         permitted = KeyFinder(self.change.wanted.keys)
-        origins = self.origins
+        origins, unfinished = self.origins, protected(self.pending)
         gone = 0
         for pack in self.snapshot.packs.good:
             current = origins.get(pack.origin.teacher)
             if current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest:
                 continue
-            if (permitted.find(pack.keys) < 0).any():
+            kept = np.flatnonzero(permitted.find(pack.keys) >= 0)
+            if len(kept) < len(pack):
+                if len(kept) and (pack.origin.teacher, pack.origin.fingerprint.digest) in unfinished:
+                    write_part(self.folder.packs_path, pack, kept)  # a dump can go on from the others
+                    gone -= len(kept)
                 gone += len(pack)
                 with store_errors(pack.path, "remove"):
                     pack.path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from kd_cache.store.current import Current, current_of
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack
-from kd_cache.store.pending import read_pending
+from kd_cache.store.pending import age_with, read_pending
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.plan import BatchPlan, load_plan
 from kd_cache.store.union import Union
@@ -175,6 +175,13 @@ class Snapshot:
     def damaged_pending(self) -> list[KDCacheError]:
         """What is wrong with pending records that cannot be read."""
         return self._pending[1]
+
+    @property
+    def next_generation(self) -> int:
+        """The number of a run that has read all this: one more than the largest."""
+        records = [*([] if self.index is None else [self.index]), *self.pending]
+        ages = [age_with(record, name) for record in records for name in ("", *record.record["teachers"])]
+        return 1 + max((age.generation for age in ages), default=0)
 
     @cached_property
     def packs(self) -> PackSet:

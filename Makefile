@@ -5,6 +5,12 @@ BIN := .venv/bin
 # Two processes share the tests; who is ready takes over from who is not. For one file, .venv/bin/pytest alone is quicker.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
+define INSTALLING
+Installing into .venv. PyTorch with CUDA takes 2.5 GB: minutes, on a slow line many. Who has no GPU needs 200 MB:
+stop this, and first run  $(BIN)/python -m pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu
+endef
+export INSTALLING
+
 .PHONY: demo test faults mutations bench gpu sample-teachers clean
 
 demo: .venv/installed  ## dump the sample's logits, verify them, and let a student read them
@@ -40,17 +46,20 @@ sample-teachers: .venv/installed  ## train the committed teachers of the sample 
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@echo "$$INSTALLING"
+	$(BIN)/python -m pip install -c constraints.txt -e .
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "$$INSTALLING"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
 .venv/installed-bench: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@echo "$$INSTALLING"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

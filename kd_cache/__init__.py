@@ -6,8 +6,16 @@ imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+
+_started_as = " ".join(sys.orig_argv).replace(" -m ", " -m")
+if sys.argv[:1] == ["-m"] and " -mkd_cache" in _started_as and not sys.flags.safe_path:
+    # python -m kd_cache…: the current folder comes first, and any file in it would pass for a module that we import.
+    # A module that --teacher names is looked for there all the same, last.
+    del sys.path[0]
+
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from kd_cache.care.diff import DiffReport, diff_caches

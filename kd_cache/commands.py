@@ -118,9 +118,18 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+class Failure(str):
+    """A line of a report that says why it does not exit with 0. ``--quiet`` prints it, on standard error."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Report:
-    """What a command has to say: ``content`` for a program (``--json``), ``lines`` for a person, and how it exits."""
+    """What a command has to say: ``content`` for a program (``--json``), ``lines`` for a person, and how it exits.
+
+    Lines that say why it does not exit with 0 are `Failure`s.
+    """
 
     content: Any
     lines: Sequence[str | Table] = ()

@@ -66,6 +66,8 @@ class Option:
     """Reads a text from the command line, the environment or the file; raises `UsageError`."""
     keyed: bool = False
     """An item may be a section of its own in a file: ``{level: 2, lr: 1e-4}`` for ``level=2,lr=1e-4``."""
+    names_code: bool = False
+    """A value with a colon names code that runs: it is not taken from a file that nobody named."""
     positional: bool = False
     kept: bool = True
     """Whether its value is written down with what the command makes. Not a teacher of one's own, which names code: what
@@ -193,7 +195,7 @@ _TABLE = (
     Option("teacher", list[str],
            "A further teacher of your own; repeatable. A file is found by its path, and imports others beside it as "
            "'from .other import …'. Its code runs, so it is never taken from a cache.", TEACHERS, [],
-           metavar="NAME=module:factory|file.py:factory[,ckpt=PATH]", kept=False),
+           metavar="NAME=module:factory|file.py:factory[,ckpt=PATH]", kept=False, names_code=True),
     Option("only", list[str], "Use this teacher only; repeatable.", TEACHERS, [], metavar="NAME"),
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),

@@ -20,7 +20,7 @@ class Watcher:
         """So many more samples of the current stage are done."""
 
     def saved(self, count: int) -> None:
-        """The first ``count`` samples that the current stage advanced over are durable from now on."""
+        """So many samples that the current stage advanced over are durable from now on; bad ones never are."""
 
     def busy(self, shares: Mapping[str, float]) -> None:
         """The part of the time that each stage of the work has been busy, from 0 to 1, the busiest first."""

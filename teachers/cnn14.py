@@ -108,6 +108,8 @@ class CNN14(Backbone):
         "feature_extractor.projection_head.",
     )
 
+    bare_prefixes: ClassVar[tuple[str, ...]] = ("feature_extractor.",)  # PANNs has conv_block1 to fc1 by themselves
+
     def __init__(
         self,
         num_classes: int,

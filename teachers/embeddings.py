@@ -83,7 +83,12 @@ class Source:
             )
         teacher, origin = load_teacher(checkpoint), index.origins[name]
         parts = origin.fingerprint.parts
-        now = teacher_fingerprint(EmbeddingTeacher(teacher), precision=parts["precision"], dtype=origin.dtype)
+        now = teacher_fingerprint(
+            EmbeddingTeacher(teacher),
+            precision=parts["precision"],
+            dtype=origin.dtype,
+            front_end=parts.get("front_end"),
+        )
         if now.digest != origin.fingerprint.digest:
             raise StaleError(
                 f"the embeddings {shown(name)} were made by another teacher than {shown(checkpoint)} is now "

@@ -17,11 +17,12 @@ from kd_cache.errors import CheckpointError, shown
 from kd_cache.score.factory import without_folder
 from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, backbone_from
-from kd_cache.train.checkpoint import HEAD_PREFIX, Weights, naming, read_record, read_weights, under
+from kd_cache.train.checkpoint import Weights, naming, read_record, read_weights, under
 from kd_cache.train.checkpoint_file import AGAIN
 from kd_cache.train.layers import Backbone, mlp_widths
 from kd_cache.train.nets import embedding_dim, fill_matching, make_head, make_net, source_digest
 from kd_cache.train.settings import CITY, CITY2SCENE, FULL_MODEL, ROLES, SCENE, Settings
+from kd_cache.train.state_dicts import HEAD_PREFIX
 from teachers.two_parts import City2Scene, backbone_name, city2scene_from
 
 UNSTATED_FRONT_END: Final = "log-mel [T, F], front end unstated"
@@ -211,7 +212,7 @@ def own_teacher(arch: str, path: str | os.PathLike[str], *, num_cities: int = 12
     cities = num_cities if role == CITY2SCENE else len(names)
     settings = Settings(role, arch=arch, num_scenes=len(names), num_cities=cities)
     net = make_net(settings, cities)
-    weights = read_weights(path, frozenset(net.state_dict()))
+    weights = read_weights(path, [net.state_dict().keys()])
     if role == CITY2SCENE:
         head = under(weights.tensors, HEAD_PREFIX)
         hidden = mlp_widths(head, "", (embedding_dim(net), len(names)))[:-1] if "weight" not in head else []

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, TrainingError, UsageError, shown
+from kd_cache.score.teacher import compare_front_end
 from kd_cache.train.architectures import architecture_of, architectures
-from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_PREFIX, read_weights
+from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips
 from kd_cache.train.evaluation import embedded
 from kd_cache.train.freezing import digest_of
@@ -27,6 +28,7 @@ from kd_cache.train.nets import Standardised, WarmStart, embedding_dim, make_hea
 from kd_cache.train.pretraining import key_of
 from kd_cache.train.run_folder import Progress, RunFolder
 from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE, Settings
+from kd_cache.train.state_dicts import CITY_PREFIX, HEAD_PREFIX
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
 from teachers.embeddings import FOLDER, Source, described, made_with, side_by_side
@@ -65,12 +67,14 @@ class City2SceneTraining(Training):
     def build(self) -> tuple[nn.Module, WarmStart | None]:
         city, below = self._city_net()
         self.inherit(below.provenance)
+        if below.front_end:  # what was extracted was compared when it was
+            compare_front_end("the backbone", below.front_end, self.job.data.manifest, self.watcher)
         if below.provenance is None:
             self.watcher.note("what the backbone was trained on is not known: its checkpoint says nothing of it")
         net = City2Scene(city, make_head(embedding_dim(city), self.settings))
         if self.job.init is None:
             return net, replace(below, kind=FROZEN)
-        start = self.started_from(self.job.init, net, CITY_PREFIX)
+        start = self.started_from(self.job.init, net)
         return net, replace(start, sha256=f"{below.sha256}+{start.sha256}")
 
     def architecture(self) -> str | None:
@@ -157,7 +161,7 @@ RECIPES: Mapping[str, type[Training]] = {CITY: CityTraining, CITY2SCENE: City2Sc
 
 def is_city2scene(path: Path) -> bool:
     """Whether a checkpoint is that of a whole City2Scene teacher. Raises `CheckpointError`."""
-    return any(name.startswith(CITY_PREFIX) for name in read_weights(path).tensors)
+    return read_weights(path).has_two_parts
 
 
 def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn.Module, WarmStart]:
@@ -172,7 +176,9 @@ def city_net(path: Path, settings: Settings, *, whole: bool = False) -> tuple[nn
     if settings.arch in architectures():
         teacher = load_teacher(path, role=CITY2SCENE if whole else CITY)
         told = f"backbone {teacher.architecture}, {teacher.backbone.embedding_dim} wide, from {shown(path)}"
-        return teacher.backbone, WarmStart(FULL_MODEL, told, teacher.checkpoint_sha256 or "", teacher.provenance)
+        front_end = teacher.fingerprint_parts()["feature_spec"]
+        sha256, provenance = teacher.checkpoint_sha256 or "", teacher.provenance
+        return teacher.backbone, WarmStart(FULL_MODEL, told, sha256, provenance, front_end)
     net = make_net(settings, settings.num_cities)
     start = warm_start(net, path, replace(settings, role=CITY), whole=True)
     if start.kind != FULL_MODEL:

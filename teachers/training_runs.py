@@ -190,7 +190,7 @@ def settings_of(role: str, run: Run) -> Settings:
 def _dumped(run: Run, target: str, checkpoints: dict[str, Path], screen: Screen) -> tuple[int, dict[str, Any]]:
     specs = [TeacherSpec(name, _factory(run, name), path) for name, path in checkpoints.items()]
     data = data_of(target, run.values)
-    return _scored(run, data, specs, _loaded(run, specs), screen, cache_root=run.values["cache_root"])
+    return _scored(run, data, specs, _loaded(run, specs, screen), screen, cache_root=run.values["cache_root"])
 
 
 def _scored(
@@ -214,11 +214,11 @@ def _factory(run: Run, role: str) -> str:
     return BUILT_IN[role] if ":" not in run.section(role).values["arch"] else ""
 
 
-def _loaded(run: Run, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
+def _loaded(run: Run, specs: Sequence[TeacherSpec], screen: Screen) -> dict[str, Any]:
     values = run.values
     built_in = [spec for spec in specs if spec.factory]
     limits = (values["num_scenes"], values["num_cities"], values["max_checkpoint_bytes"])
-    loaded: dict[str, Any] = dict(load_teachers(built_in, *limits))
+    loaded: dict[str, Any] = dict(load_teachers(built_in, *limits, screen))
     for spec in specs:
         if not spec.factory and spec.checkpoint is not None:
             arch = run.section(spec.name).values["arch"]

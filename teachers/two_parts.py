@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, shown
 from kd_cache.train.architectures import architecture_of, backbone_from, fill
-from kd_cache.train.checkpoint import CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX, under
+from kd_cache.train.checkpoint import under
 from kd_cache.train.checkpoint_file import AGAIN
 from kd_cache.train.layers import Backbone, mlp, mlp_widths, rows
+from kd_cache.train.state_dicts import CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX
 
 _SEVERAL: Final = "backbones."
 _MOST_BACKBONES: Final = 9
@@ -72,6 +73,11 @@ class City2Scene(nn.Module):
     def neck_prefixes(self) -> tuple[str, ...]:
         """Names of the tensors between the backbone and the scene head."""
         return tuple(f"{CITY_PREFIX}{prefix}" for prefix in getattr(self.city_model, "neck_prefixes", ()))
+
+    @property
+    def bare_prefixes(self) -> tuple[str, ...]:
+        """What the names of a city teacher, or of weights that one can start from, lack."""
+        return tuple(f"{CITY_PREFIX}{prefix}" for prefix in ("", *getattr(self.city_model, "bare_prefixes", ())))
 
     @property
     def unused_prefixes(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from kd_cache.store.cache import CacheFolder
 Arguments = tuple[object, ...]
 
 _SAVED = re.compile(r"^saved: ([\d,]+)/[\d,]+ samples", re.MULTILINE)
-_MOMENT = ("created", "begun", "settings", "digest")
+_MOMENT = ("created", "begun", "generation", "settings", "digest")
 """What the index says of the run, not of its result."""
 
 
@@ -73,7 +73,7 @@ class Place:
 def dumping(*further: object, weights: str = "", root: str = "disk/cache") -> Arguments:
     """A dump with two tiny teachers, many small commits, into ``disk/cache``; ``weights`` (a file) changes both."""
     where = ("--target", "b", "--json-path", "dataset.json", "--cache-root", root)
-    sizes = ("--batch-size", "2", "--shard-size", "4", "--num-verify", "2")
+    sizes = ("--batch-size", "2", "--num-verify", "2", *(() if "--shard-size" in further else ("--shard-size", "4")))
     return ("dump", *where, *_teachers(weights), "--only", "tiny", "--only", "other", *sizes, *further)
 
 
@@ -252,6 +252,36 @@ def check_exported(scenario: Scenario, *, durable: bool = False) -> None:
         assert found.get(name, scenario.after[name]) == scenario.after[name], f"not whole: {name}"
 
 
+def check_after(
+    scenario: Scenario, outcome: Outcome, fault: object, *, left: bool = False, durable: bool = False
+) -> tuple[int, int]:
+    """What must hold after any fault of a command; then the command is run again, and comes to the same bytes.
+
+    Args:
+        scenario: the command, and what it found.
+        outcome: how it ended.
+        fault: what was done to it, for the message.
+        left: temporary files may be left behind.
+        durable: files of single rows need not be whole either; see `check_exported`.
+
+    Returns the samples that the command said were saved, and those that are complete.
+    """
+    place = scenario.place
+    try:
+        assert left or not temporaries(place.disk), "a temporary file was left behind"
+        rows = check_rows(place.cache, place.right, scenario.acknowledged)
+        said, complete = acknowledged_samples(outcome.stderr), complete_samples(rows)
+        assert said <= complete, f"{said} samples were said to be saved, {complete} are there"
+        check_served(place.cache, place.right, whole=scenario.whole)
+        check_exported(scenario, durable=durable)
+        if outcome.code == 0 and not durable and len(scenario.again) == 1:
+            check_same(tree(place.disk), scenario.after)
+        check_same(place.finish(*scenario.again), scenario.after)
+    except AssertionError as error:
+        raise AssertionError(f"{scenario.name}, {fault}: {error}\n{outcome}") from error
+    return said, complete
+
+
 def acknowledged_samples(stderr: str) -> int:
     """The largest number of samples that a dump has said are saved."""
     return max((int(count.replace(",", "")) for count in _SAVED.findall(stderr)), default=0)
@@ -297,10 +327,13 @@ def _comparable(name: str, content: bytes | None) -> Any:
 
 
 def check_outcome(outcome: Outcome, fault: Fault) -> None:
-    """A command that failed says where and why, in words."""
+    """A command that failed says where and why, in words; one that a signal ended has that signal's status."""
     said = outcome.stdout + outcome.stderr
     assert "Traceback" not in said, outcome
     if outcome.code == 0:
+        return
+    if fault.how == "signal":
+        assert outcome.code == 128 + fault.code, outcome
         return
     assert outcome.code > 0, f"it died\n{outcome}"
     assert "unexpected" not in said, outcome

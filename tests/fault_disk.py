@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,81 +213,3 @@ def _listing(folder: _Folder, kept: Any, left: Any, prefix: str = "") -> Iterato
             yield from _listing(entry, kept, left, f"{prefix}{name}/")
         else:
             yield prefix + name, left(entry)
-
-
-# -- the protocol of a commit -----------------------------------------------------------------------------------------
-
-
-class Protocol:
-    """Follows the calls of a command and fails at the first that breaks the rules of a durable commit.
-
-    A file is written under a temporary name only, or in a folder that has one, which no other process uses; it is
-    fsynced after its last byte and before it gets its name (the row files of a view are not: it can be rebuilt); the
-    name is fsynced before anything is acknowledged or removed, and before the end.
-    """
-
-    def __init__(self) -> None:
-        self.temporary: set[str] = set()
-        self.commits = 0
-        self._nameless: set[str] = set()
-        self._folders: set[str] = set()  # temporary ones, for the rows of a view
-        self._unsynced: set[str] = set()
-        self._synced: set[str] = set()
-        self._named: dict[str, set[str]] = {}  # by folder: names that a power cut may still take away
-
-    def follow(self, recorded: Iterable[Call]) -> Protocol:
-        for call in recorded:
-            if call.result >= 0:
-                getattr(self, f"_{call.what}", lambda call: None)(call)
-        self._nothing_pending("the end")
-        return self
-
-    def _create(self, call: Call) -> None:
-        assert is_temporary(call.path), f"written under its final name: {call}"
-        if not call.path.endswith(UNNAMED):
-            self.temporary.add(call.path)
-        self._nameless.add(call.path)
-
-    def _write(self, call: Call) -> None:
-        assert call.path in self._nameless, f"written under its final name, or after it got one: {call}"
-        self._unsynced.add(call.path)
-
-    _truncate = _write
-
-    def _fsync(self, call: Call) -> None:
-        self._unsynced.discard(call.path)
-        self._synced.add(call.path)
-        self._named.pop(call.path, None)
-
-    def _mkdir(self, call: Call) -> None:
-        if is_temporary(call.path):
-            self._folders.add(call.path)
-            return
-        self._named.setdefault(str(Path(call.path).parent), set()).add(call.path)
-
-    def _rename(self, call: Call) -> None:
-        if call.path in self._folders:
-            self._folders.discard(call.path)
-            inside = {path for path in self._nameless if path.startswith(f"{call.path}/")}
-            assert all(map(ROW_FILE.match, inside)), f"not a view: {inside}"
-            self._nameless -= inside
-            self._named.setdefault(str(Path(call.second).parent), set()).add(call.second)
-        elif not ROW_FILE.match(call.second):
-            durable = call.path in self._synced and call.path not in self._unsynced
-            assert durable, f"named before its bytes are durable: {call}"
-            self._named.setdefault(str(Path(call.second).parent), set()).add(call.second)
-            self.commits += 1
-        for names in (self._synced, self._unsynced, self._nameless):
-            names.discard(call.path)
-
-    def _unlink(self, call: Call) -> None:
-        if not ROW_FILE.match(call.path) and call.path not in self.temporary:
-            self._nothing_pending(f"the removal of {call.path}")
-
-    def _say(self, call: Call) -> None:
-        if b"saved:" in call.content:
-            self._nothing_pending(call.content.decode())
-
-    def _nothing_pending(self, before: str) -> None:
-        pending = sorted(name for names in self._named.values() for name in names)
-        assert not pending, f"before {before.strip()}: not durable yet: {', '.join(pending)}"

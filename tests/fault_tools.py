@@ -180,7 +180,6 @@ class Host:
         *arguments: object,
         cwd: Path,
         fault: Fault | None = None,
-        sabotage: str | None = None,
         call: str = "command",
         env: Mapping[str, str] | None = None,
     ) -> Command:
@@ -202,7 +201,6 @@ class Host:
             cwd=str(cwd),
             output=str(output),
             plan=plan,
-            sabotage=sabotage,
             env=dict(env or {}),
         )
         return Command(self, answer["pid"], output)
@@ -319,8 +317,6 @@ def _become(question: Mapping[str, Any]) -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
         os.chdir(question["cwd"])
         os.environ.update(question["env"])
-        if question["sabotage"]:
-            SABOTAGE[question["sabotage"]]()
         if question["plan"]:
             _configure_shim(*question["plan"])
         sys.argv = ["kd-cache", *question["arguments"]]
@@ -475,69 +471,6 @@ def save_rows(path: Path, rows: Rows) -> None:
 
 def load_rows(path: Path) -> Rows:
     return {(name, made_by, file): bytes.fromhex(row) for name, made_by, file, row in json.loads(path.read_text())}
-
-
-# -- commits broken on purpose ----------------------------------------------------------------------------------------
-
-
-def _no_fsync() -> None:
-    os.fsync = lambda descriptor: None
-
-
-def _no_folder_fsync() -> None:
-    _replace_everywhere("sync_directory", lambda directory: None)
-
-
-def _shared_temporary_name() -> None:
-    @contextlib.contextmanager
-    def shared(path: Path) -> Iterator[Path]:
-        temporary = path.with_name(".tmp-shared")
-        temporary.unlink(missing_ok=True)
-        yield temporary
-        temporary.unlink(missing_ok=True)
-
-    _replace_everywhere("temporary_beside", shared)
-
-
-def _in_place() -> None:
-    import kd_cache.store.pack
-
-    @contextlib.contextmanager
-    def visible(path: Path) -> Iterator[Path]:
-        path.unlink(missing_ok=True)
-        yield path
-
-    kd_cache.store.pack.temporary_beside = visible
-
-
-def _remove_before_writing() -> None:
-    import kd_cache.store.union
-
-    write = kd_cache.store.union.write_pack
-
-    def late(directory: Path, origin: Any, *rest: Any, **further: Any) -> Path:
-        for pack in directory.glob(f"{origin.teacher}-*.h5"):
-            pack.unlink()
-        return write(directory, origin, *rest, **further)
-
-    kd_cache.store.union.write_pack = late
-
-
-def _replace_everywhere(name: str, replacement: Any) -> None:
-    """In every module of kd_cache that has imported it."""
-    for module in [module for at, module in sys.modules.items() if at.startswith("kd_cache")]:
-        if hasattr(module, name):
-            setattr(module, name, replacement)
-
-
-SABOTAGE: dict[str, Callable[[], object]] = {
-    "no fsync": _no_fsync,
-    "no fsync of the folder": _no_folder_fsync,
-    "a shared temporary name": _shared_temporary_name,
-    "in place": _in_place,
-    "remove before writing": _remove_before_writing,
-}
-"""Ways to break a commit on purpose, done in the forked process before the command runs."""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import os
 import pickle
 import socket
 import struct
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,10 +230,6 @@ PATHS: dict[str, Named] = {
     ),
 }
 
-NFC = unicodedata.normalize("NFC", "x/é.npy")
-NFD = unicodedata.normalize("NFD", NFC)
-
-
 # -- manifests ---------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +286,7 @@ MANIFESTS: dict[str, Manifest] = {
     "a file that is a list": Manifest(first_row(file=["x"]), "file must be a string, found a list"),
     "a label that is a truth value": Manifest(first_row(scene_label=True), "must be an integer, found a truth value"),
     "a label that is a text": Manifest(first_row(scene_label="0"), "must be an integer, found a string"),
-    "a label out of range": Manifest(first_row(scene_label=-1), "scene_label is -1, expected 0 to 9"),
+    "a label out of range": Manifest(first_row(scene_label=-2), "scene_label is -2, expected 0 to 9"),
     "a split that is a number": Manifest(first_row(split=0), "split must be a word"),
     "a device with escapes": Manifest(first_row(device_id="\x1b[2J"), r"device_id is \"\x1b[2J\"".replace('\\"', '"')),
     "a format of tomorrow": Manifest(

@@ -162,6 +162,7 @@ INDEXES: dict[str, Store] = {
     ),
     "earlier parts that are a number": Store(teacher(earlier=3), "kd_cache.teachers.tiny.earlier"),
     "earlier parts that are lists": Store(teacher(earlier=[["weights"]]), "kd_cache.teachers.tiny.earlier"),
+    "an accuracy in text": Store(teacher(accuracy={"correct": "many", "rows": 3}), "kd_cache.teachers.tiny.accuracy"),
     "a pack outside": Store(teacher(pack="../../outside/x.h5"), "kd_cache.teachers.tiny.pack"),
     "no classes": Store(teacher(num_classes=0), "kd_cache.teachers.tiny.num_classes"),
     "class names that are a text": Store(teacher(class_names="0123456789"), "kd_cache.teachers.tiny.class_names"),
@@ -241,7 +242,8 @@ def forged(build: Build, version: int = 1) -> Callable[[World], object]:
         pack = open_pack(path)
         rows, made_by = rows_of(pack), pack.origin
         path.unlink()
-        forge(path.parent, lambda file: build(file, rows, made_by), "tiny", version)
+        forged_path = forge(path.parent, lambda file: build(file, rows, made_by), "tiny", version)
+        teacher(pack=forged_path.name)(world)
 
     return make
 
@@ -332,13 +334,13 @@ def torn_under_a_digest(world: World) -> None:
     path = pack_path(world)
     body = path.read_bytes()[512:]
     path.unlink()
-    seal_bytes(path.parent, body[: len(body) // 2], "tiny")
+    teacher(pack=seal_bytes(path.parent, body[: len(body) // 2], "tiny").name)(world)
 
 
 def no_hdf5(world: World) -> None:
     path = pack_path(world)
     path.unlink()
-    seal_bytes(path.parent, pickle.dumps(Touch()) * 100, "tiny")
+    teacher(pack=seal_bytes(path.parent, pickle.dumps(Touch()) * 100, "tiny").name)(world)
 
 
 def in_place_of_pack(make: Callable[[Path], object]) -> Callable[[World], object]:
@@ -561,8 +563,8 @@ OTHERS: dict[str, Store] = {
     ),
     "packs that are elsewhere": Store(moved_out("packs"), LINK, (1, 1, 1), 1),
     "pending records that are elsewhere": Store(moved_out("pending"), LINK, (0, 1, 1), 1),
-    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 5, 0), 1),
-    "a view of nobody that is elsewhere": Store(moved_out("foo"), LINK, (0, 5, 0), 1),
+    "a view that is elsewhere": Store(moved_out("tiny"), LINK, (0, 0, 0), 1),
+    "a folder of nobody's that is elsewhere": Store(moved_out("foo"), "", (0, 0, 0)),
 }
 
 # -- row files, older caches -------------------------------------------------------------------------------------------

@@ -27,235 +27,203 @@ class Mutant:
 
     name: str
     file: str
+    tests: list[str]
     old: str
     new: str
-    tests: tuple[str, ...]
+
+    @classmethod
+    def parsed(cls, text: str) -> Mutant:
+        """Its name, ``file: test, test``, and a difference: lines, or parts of one, with - and with + before them."""
+        name, where, *lines = text.split("\n")
+        file, tests = where.split(": ")
+        old, new = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+        return cls(name, file, [f"{test}.py" for test in tests.split(", ")], old, new)
 
 
-MUTANTS = (
-    Mutant(
-        "a row is carried into a new pack without a look at its checksum",
-        "kd_cache/store/union.py",
-        "    if len(wrong):\n",
-        "    if len(wrong) < 0:\n",
-        ("test_union_and_seal.py", "test_repair.py"),
-    ),
-    Mutant(
-        "a pack is opened without a look at its digest",
-        "kd_cache/store/pack.py",
-        'if check == "full" and xxhash',
-        'if check == "never" and xxhash',
-        ("test_pack.py", "test_faults_bits.py"),
-    ),
-    Mutant(
-        "rows read lazily are not checked",
-        "kd_cache/store/pack.py",
-        '            if wrong:\n                raise _damaged(self.path, f"row',
-        '            if not wrong and wrong:\n                raise _damaged(self.path, f"row',
-        ("test_lazy.py", "test_loader.py"),
-    ),
-    Mutant(
-        "a file is renamed into place without an fsync",
-        "kd_cache/files/atomic.py",
-        "            os.fsync(file.fileno())\n            status",
-        "            status",
-        ("test_stored_files.py", "test_union_and_seal.py", "test_faults_calls.py"),
-    ),
-    Mutant(
-        "a folder is not fsynced after a rename",
-        "kd_cache/files/atomic.py",
-        "    try:\n        os.fsync(descriptor)\n    finally:",
-        "    try:\n        pass\n    finally:",
-        ("test_union_and_seal.py", "test_faults_calls.py"),
-    ),
-    Mutant(
-        "files resolve to the row after theirs",
-        "kd_cache/serve/resolve.py",
-        "        found = self._finder.find(keys_of_bytes(names))\n",
-        "        found = self._finder.find(keys_of_bytes(names))\n"
-        "        found = np.where(found >= 0, (found + 1) % len(self), found)\n",
-        ("test_loader.py", "test_student.py"),
-    ),
-    Mutant(
-        "unseen devices may train",
-        "kd_cache/dataset/guard.py",
-        '    if wrong:\n        raise DataLeakageError(\n            f"{len(wrong)} train samples come',
-        '    if not wrong and wrong:\n        raise DataLeakageError(\n            f"{len(wrong)} train samples come',
-        ("test_splits.py",),
-    ),
-    Mutant(
-        "a location in train and test is let pass",
-        "kd_cache/dataset/guard.py",
-        "    if shared and not allow_shared_locations:",
-        "    if shared and not shared:",
-        ("test_splits.py",),
-    ),
-    Mutant(
-        "a file in train and in another split is let pass",
-        "kd_cache/dataset/guard.py",
-        "    if both:\n",
-        "    if both and not both:\n",
-        ("test_splits.py",),
-    ),
-    Mutant(
-        "a row counts as fresh whatever its feature",
-        "kd_cache/score/existing.py",
-        "            fresh[pending] = (self.union.inputs[position[pending]] == digests[pending]).all(axis=1)",
-        "            fresh[pending] = True",
-        ("test_known.py", "test_dump.py"),
-    ),
-    Mutant(
-        "a seal keeps rows of features that changed",
-        "kd_cache/store/union.py",
-        "            hit = (self.inputs[position[pending]] == inputs[pending]).all(axis=1)",
-        "            hit = np.ones(len(pending), bool)",
-        ("test_union_and_seal.py", "test_seal.py"),
-    ),
-    Mutant(
-        "two teachers are swapped in the table",
-        "kd_cache/serve/gather.py",
-        "            table[:, number] = rows.all()",
-        "            table[:, -1 - number] = rows.all()",
-        ("test_loader.py",),
-    ),
-    Mutant(
-        "two teachers are swapped when their maps are read",
-        "kd_cache/serve/gather.py",
-        "                    out[part, number] = scratch[0]",
-        "                    out[part, -1 - number] = scratch[0]",
-        ("test_loader.py", "test_lazy.py"),
-    ),
-    Mutant(
-        "readers forget the list of permitted samples",
-        "kd_cache/serve/rows.py",
-        "    allowed = permitted is None or permitted.has_keys(union.keys)",
-        "    allowed = True",
-        ("test_permitted.py",),
-    ),
-    Mutant(
-        "workers do not compare the list of permitted samples",
-        "kd_cache/serve/logit_cache.py",
-        'chosen = () if permitted is None else (str(permitted["file"]),)',
-        "chosen = ()",
-        ("test_permitted.py", "test_loader.py"),
-    ),
-    Mutant(
-        "packs just written go with those they replace",
-        "kd_cache/store/publish.py",
-        "sorted(path for path in superfluous if path.name not in current)",
-        "sorted(superfluous)",
-        ("test_dump.py", "test_seal.py"),
-    ),
-    Mutant(
-        "an index that another process wrote meanwhile is overwritten",
-        "kd_cache/store/publish.py",
-        "maps, record, state=self.snapshot.state)",
-        "maps, record)",
-        ("test_seal.py",),
-    ),
-    Mutant(
-        "pending records go although the index does not know them",
-        "kd_cache/store/pending.py",
-        "[record.path for record in records if is_told(record)]",
-        "[record.path for record in records]",
-        ("test_seal.py", "test_parts.py"),
-    ),
-    Mutant(
-        "a seal forgets what a dump measured",
-        "kd_cache/store/entry.py",
-        '    "precision_cost": _added,\n',
-        "",
-        ("test_kept_words.py",),
-    ),
-    Mutant(
-        "precision is no part of the fingerprint",
-        "kd_cache/score/teacher.py",
-        "        precision,\n        dtype,\n        str(FORMAT_VERSION),",
-        '        "fp32",\n        dtype,\n        str(FORMAT_VERSION),',
-        ("test_fingerprint.py", "test_teacher_contract.py"),
-    ),
-    Mutant(
-        "weights are digested by their names alone",
-        "kd_cache/store/origin.py",
-        "            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)",
-        "            pass",
-        ("test_fingerprint.py",),
-    ),
-    Mutant(
-        "every sample is computed at the first slot",
-        "kd_cache/store/plan.py",
-        "        return Place(size, rank % size)",
-        "        return Place(size, 0)",
-        ("test_engine.py", "test_pipeline.py", "test_dump.py"),
-    ),
-    Mutant(
-        "rows of a batch come back in another order",
-        "kd_cache/score/engine.py",
-        "logits.numpy()[running.slots]",
-        "logits.numpy()[running.slots[::-1]]",
-        ("test_engine.py", "test_pipeline.py"),
-    ),
-    Mutant(
-        "a damaged batch plan is believed",
-        "kd_cache/store/plan.py",
-        "if digest in (None, _digest(content)) else None",
-        "if digest != 0 else None",
-        ("test_engine.py", "test_dump.py"),
-    ),
-    Mutant(
-        "students see the scene labels of the target",
-        "kd_cache/serve/student_loader.py",
-        "torch.where(source_mask, scene, IGNORED)",
-        "scene",
-        ("test_student.py",),
-    ),
-    Mutant(
-        "a student's feature is compared with the first teacher's alone",
-        "kd_cache/serve/student_loader.py",
-        "            if digests != feature.digest * (len(digests) // len(feature.digest)):",
-        "            if digests[: len(feature.digest)] != feature.digest:",
-        ("test_student.py",),
-    ),
-    Mutant(
-        "a changed file counts as unchanged by its size",
-        "kd_cache/score/unchanged.py",
-        'self.notes["stat"][at[held]] == stats[held]).all(axis=1)',
-        'self.notes["stat"][at[held]][:, :3] == stats[held][:, :3]).all(axis=1)',
-        ("test_seen.py", "test_unchanged.py"),
-    ),
-    Mutant(
-        "rows joined to wrong files are not noticed by their accuracy",
-        "kd_cache/store/accuracy.py",
-        "now.correct == before.correct:",
-        "now.correct >= 0:",
-        ("test_accuracy.py",),
-    ),
-    Mutant(
-        "verify does not look for rows that are not permitted",
-        "kd_cache/care/verify.py",
-        "        self._look_for_forbidden_rows()\n",
-        "",
-        ("test_verify.py", "test_permitted.py"),
-    ),
-    Mutant(
-        "a teacher may have seen anything in training",
-        "kd_cache/dataset/guard.py",
-        "    if not len(outside):\n        return []",
-        "    if len(outside) >= 0:\n        return []",
-        ("test_provenance.py",),
-    ),
-    Mutant(
-        "gc takes what is young",
-        "kd_cache/care/gc.py",
-        "        if max(found.st_mtime, since) > self.limit:",
-        "        if max(found.st_mtime, since) < 0:",
-        ("test_gc.py",),
-    ),
-)
+MUTANTS = r"""
+a row is carried into a new pack without a look at its checksum
+kd_cache/store/union.py: test_union_and_seal, test_repair
+-    if len(wrong):
++    if len(wrong) < 0:
+
+a pack is opened without a look at its digest
+kd_cache/store/pack.py: test_pack, test_faults_bits
+-if check == "full" and xxhash
++if check == "never" and xxhash
+
+rows read lazily are not checked
+kd_cache/store/pack.py: test_lazy, test_loader
+-            if wrong:
+-                raise _damaged(self.path, f"row
++            if not wrong and wrong:
++                raise _damaged(self.path, f"row
+
+a file is renamed into place without an fsync
+kd_cache/files/atomic.py: test_stored_files, test_union_and_seal, test_faults_calls
+-            os.fsync(file.fileno())
+-            status
++            status
+
+a folder is not fsynced after a rename
+kd_cache/files/atomic.py: test_union_and_seal, test_faults_calls
+-    try:
+-        os.fsync(descriptor)
+-    finally:
++    try:
++        pass
++    finally:
+
+all processes share one temporary name
+kd_cache/files/atomic.py: test_faults_calls
+-{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
++{TEMPORARY}shared"
+
+merged packs go before the merged one is written
+kd_cache/store/union.py: test_faults_calls
+-        path = write_pack(
++        [pack.path.unlink() for pack in union.packs]
++        path = write_pack(
+
+files resolve to the row after theirs
+kd_cache/serve/resolve.py: test_loader, test_student
+-        found = self._finder.find(keys_of_bytes(names))
++        found = self._finder.find(keys_of_bytes(names))
++        found = np.where(found >= 0, (found + 1) % len(self), found)
+
+unseen devices may train
+kd_cache/dataset/guard.py: test_splits
+-            _unseen_devices(train, task),
++            [],
+
+a location in train and test is let pass
+kd_cache/dataset/guard.py: test_splits
+-            [] if allow_shared_locations else shared,
++            [],
+
+a file in train and in another split is let pass
+kd_cache/dataset/guard.py: test_splits
+-_files_in_two_splits(manifest, data_root)),
++[]),
+
+a row counts as fresh whatever its feature
+kd_cache/score/existing.py: test_known, test_dump
+-            fresh[pending] = (self.union.inputs[position[pending]] == digests[pending]).all(axis=1)
++            fresh[pending] = True
+
+a seal keeps rows of features that changed
+kd_cache/store/union.py: test_union_and_seal, test_seal
+-            hit = (self.inputs[position[pending]] == inputs[pending]).all(axis=1)
++            hit = np.ones(len(pending), bool)
+
+two teachers are swapped in the table
+kd_cache/serve/gather.py: test_loader
+-            table[:, number] = rows.all()
++            table[:, -1 - number] = rows.all()
+
+two teachers are swapped when their maps are read
+kd_cache/serve/gather.py: test_loader, test_lazy
+-                    out[part, number] = scratch[0]
++                    out[part, -1 - number] = scratch[0]
+
+readers forget the list of permitted samples
+kd_cache/serve/rows.py: test_permitted
+-            self._kept = None if permitted is None else _kept(union, permitted)
++            self._kept = None
+
+workers do not compare the list of permitted samples
+kd_cache/serve/logit_cache.py: test_permitted, test_loader
+-chosen = () if permitted is None else (str(permitted["file"]),)
++chosen = ()
+
+packs just written go with those they replace
+kd_cache/store/publish.py: test_dump, test_seal
+-sorted(path for path in self.superfluous if path.name not in current)
++sorted(self.superfluous)
+
+an index that another process wrote meanwhile is overwritten
+kd_cache/store/publish.py: test_seal
+-maps, record, state=self.snapshot.state)
++maps, record)
+
+pending records go although the index does not know them
+kd_cache/store/pending.py: test_seal, test_parts
+-[record.path for record in records if is_told(record)]
++[record.path for record in records]
+
+a seal forgets what a dump measured
+kd_cache/store/entry.py: test_kept_words
+-    "precision_cost": _added,
+
+precision is no part of the fingerprint
+kd_cache/score/teacher.py: test_fingerprint, test_teacher_contract
+-        precision,
+-        dtype,
+-        str(FORMAT_VERSION),
++        "fp32",
++        dtype,
++        str(FORMAT_VERSION),
+
+weights are digested by their names alone
+kd_cache/store/origin.py: test_fingerprint
+-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
++            pass
+
+every sample is computed at the first slot
+kd_cache/store/plan.py: test_engine, test_pipeline, test_dump
+-        return Place(size, rank % size)
++        return Place(size, 0)
+
+rows of a batch come back in another order
+kd_cache/score/engine.py: test_engine, test_pipeline
+-logits.numpy()[running.slots]
++logits.numpy()[running.slots[::-1]]
+
+a damaged batch plan is believed
+kd_cache/store/plan.py: test_engine, test_dump
+-if digest in (None, _digest(content)) else None
++if digest != 0 else None
+
+students see the scene labels of the target
+kd_cache/serve/student_loader.py: test_student
+-torch.where(source_mask, scene, IGNORED)
++scene
+
+a student's feature is compared with the first teacher's alone
+kd_cache/serve/student_loader.py: test_student
+-            if digests != feature.digest * (len(digests) // len(feature.digest)):
++            if digests[: len(feature.digest)] != feature.digest:
+
+a changed file counts as unchanged by its size
+kd_cache/score/unchanged.py: test_seen, test_unchanged
+-self.notes["stat"][at[held]] == stats[held]).all(axis=1)
++self.notes["stat"][at[held]][:, :3] == stats[held][:, :3]).all(axis=1)
+
+rows joined to wrong files are not noticed by their accuracy
+kd_cache/store/accuracy.py: test_accuracy
+-now.correct == before.correct:
++now.correct >= 0:
+
+verify does not look for rows that are not permitted
+kd_cache/care/verify.py: test_verify, test_permitted
+-        self._look_for_forbidden_rows()
+
+a teacher may have seen anything in training
+kd_cache/dataset/guard.py: test_provenance
+-    if not len(outside):
+-        return []
++    if len(outside) >= 0:
++        return []
+
+gc takes what is young
+kd_cache/care/gc.py: test_gc
+-        if max(found.st_mtime, since) > self.limit:
++        if max(found.st_mtime, since) < 0:
+"""
 
 
 def main(names: Iterable[str]) -> int:
-    wanted = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    every = [Mutant.parsed(text) for text in MUTANTS.strip("\n").split("\n\n")]
+    wanted = [mutant for mutant in every if not names or any(name in mutant.name for name in names)]
     status = ("git", "status", "--porcelain", "--", "kd_cache", "teachers")
     if subprocess.run(status, cwd=REPO, capture_output=True, check=True).stdout:
         print("the working tree has changes in kd_cache or teachers: commit them first", file=sys.stderr)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from kd_cache.store.index import origin_entry, write_index
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.index import origin_entry, read_index, write_index
 from kd_cache.store.origin import Fingerprint, Origin
 from kd_cache.store.pack import Pack, write_pack
 
@@ -99,8 +100,10 @@ class MadeCache:
         return np.stack([np.stack([self.oracle(teacher, file) for teacher in chosen]) for file in files])
 
     def write_index(self, **record: Any) -> None:
+        packs = CacheFolder(self.path).packs(self.origins, "off")
+        named = {name: max(packs.of(made_by), key=len).path.name for name, made_by in self.origins.items()}
         entries = {
-            name: {**origin_entry(made_by), "rows": len(self.rows[name]), "pack": None, "earlier": []}
+            name: {**origin_entry(made_by), "rows": len(self.rows[name]), "pack": named[name], "earlier": []}
             for name, made_by in self.origins.items()
         }
         for name, extra in record.pop("entries", {}).items():
@@ -116,13 +119,14 @@ class MadeCache:
 
 
 def make_cache(path: Path, rows: Mapping[str, Rows], origins: Mapping[str, Origin], packs: int = 1) -> MadeCache:
-    """Rows by teacher, in so many packs each, with view and index."""
+    """Rows by teacher, with view and index; further ``packs`` are those of the dump, of which no reader knows."""
     cache = MadeCache(path, dict(rows), dict(origins))
     (path / "packs").mkdir(parents=True)
     for name, mine in rows.items():
         (path / name).mkdir()
         for number in range(packs):
             mine.part(range(number, len(mine), packs)).write(path / "packs", origins[name])
+        mine.write(path / "packs", origins[name])
         for file, row in mine.by_file().items():
             np.save(path / name / f"{md5(file).hex()}.npy", row)
     cache.write_index()
@@ -134,6 +138,19 @@ def two_teachers(path: Path, count: int = 40, classes: int = 3, dtype: str = "fp
     teachers = ("city2scene", "scene")
     rows = {name: Rows.of(names(count), classes, dtype, seed=seed) for seed, name in enumerate(teachers)}
     return make_cache(path, rows, {name: origin(name, classes, dtype) for name in teachers}, packs)
+
+
+def write_older(path: Path, rows: Mapping[str, Mapping[str, np.ndarray]], where: str | Path = "/elsewhere") -> Path:
+    """A cache as the older script leaves it: plain row files, and an index of nothing but paths below ``where``."""
+    index: dict[str, Any] = {}
+    for name, mine in rows.items():
+        (path / name).mkdir(parents=True)
+        for file, row in mine.items():
+            np.save(path / name / f"{md5(file).hex()}.npy", row)
+        index[name] = {file: f"{where}/{name}/{md5(file).hex()}.npy" for file in mine}
+    index["num_samples"] = max(map(len, rows.values()))
+    (path / "cache_index.json").write_text(json.dumps(index, indent=1))
+    return path
 
 
 # -- forging ----------------------------------------------------------------------------------------------------------
@@ -198,10 +215,22 @@ def flip(path: Path, at: int | None = None) -> None:
 
 
 def rewrite(pack: Pack, rows: np.ndarray) -> Path:
-    """The same pack with other logits, every checksum right."""
+    """The same pack with other logits, every checksum right, in the index too if there is one."""
     pack.path.unlink()
     names = [file.encode() for file in pack.files]
-    return write_pack(pack.path.parent, pack.origin, pack.keys, pack.inputs, names, rows.__getitem__)
+    path = write_pack(pack.path.parent, pack.origin, pack.keys, pack.inputs, names, rows.__getitem__)
+    name_in_index(path)
+    return path
+
+
+def name_in_index(pack: Path) -> None:
+    """Have the index of its cache name this pack for its teacher, whatever it named before."""
+    index_path = pack.parent.parent / "cache_index.json"
+    if index_path.exists():
+        index = read_index(index_path)
+        index.record["teachers"][pack.name.rpartition("-")[0]]["pack"] = pack.name
+        record = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
+        write_index(index_path, index.num_samples, index.maps, record)
 
 
 @contextmanager

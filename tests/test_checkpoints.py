@@ -7,35 +7,39 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Run, World, kaiming
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kd_cache.errors import CheckpointError
-from kd_cache.train.checkpoint import CITY_ENTRY, HEAD_ENTRY
-from kd_cache.train.layers import kaiming
-from teachers import CNN14, CPResNet, load_teacher, save_checkpoint
+from kd_cache.train.nets import warm_start
+from kd_cache.train.settings import Settings
+from kd_cache.train.state_dicts import CITY_ENTRY, HEAD_ENTRY
+from teachers import CNN14, City2Scene, CPResNet, load_teacher, save_checkpoint
 
 CHANNELS = (4, 4, 8, 8, 16, 16)
 
 
 def cnn14(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
     net = CNN14(classes, CHANNELS, 16, (8, 8))
-    kaiming(net, torch.Generator().manual_seed(seed))
+    kaiming(net, seed)
     return net.state_dict()
 
 
 def cp_resnet(classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
     net = CPResNet(classes, (4, 4, 8, 12))
-    kaiming(net, torch.Generator().manual_seed(seed))
+    kaiming(net, seed)
     return net.state_dict()
 
 
@@ -137,8 +141,10 @@ def test_a_record_that_is_not_json_is_not_written(tmp_path: Path, record: dict[s
         (lambda t: {"epoch": 3, "model_state_dict": t, "optimizer_state_dict": {}}, "model_state_dict"),
         (lambda t: {"model": t, "args": None}, "model"),
         (lambda t: {"state_dict": t, "model_ema": None}, "state_dict"),
-        (lambda t: {"state_dict": {"x": torch.zeros(1)}, "state_dict_ema": t}, "state_dict_ema"),
-        (lambda t: {"model": {"x": torch.zeros(1)}, "model_ema": t}, "model_ema"),
+        (
+            lambda t: {"state_dict": {"x": torch.zeros(1)}, "state_dict_ema": t},
+            "state_dict_ema, 1 tensors beside it left out (state_dict.x)",
+        ),
         (lambda t: prefixed("module.", t), "bare state dict, prefix 'module.' removed"),
         (
             lambda t: {"model": prefixed("_orig_mod.module.", t)},
@@ -146,16 +152,29 @@ def test_a_record_that_is_not_json_is_not_written(tmp_path: Path, record: dict[s
         ),
         (
             lambda t: {"model_ema": {"n_averaged": torch.tensor(5), **prefixed("module.", t)}},
-            "model_ema, counter n_averaged dropped, prefix 'module.' removed",
+            "model_ema, prefix 'module.' removed, 1 tensors beside it left out (n_averaged)",
         ),
         (
             lambda t: {"state_dict": {**prefixed("model._orig_mod.", t), "loss.weight": torch.ones(10)}},
-            "state_dict, prefix 'model.' removed, 1 tensors beside it left out, prefix '_orig_mod.' removed",
+            "state_dict, prefix 'model.' removed, prefix '_orig_mod.' removed, "
+            "1 tensors beside it left out (loss.weight)",
         ),
         (lambda t: {"state_dict": prefixed("net.", t)}, "state_dict, prefix 'net.' removed"),
         (
+            lambda t: {"module": prefixed("backbone.", t), "optimizer": {"state": t}},
+            "module, prefix 'backbone.' removed",
+        ),
+        (
+            lambda t: {**t, "accuracy.tp": torch.tensor([3]), "queue": torch.zeros(0), "loss_fn.weight": torch.ones(3)},
+            "bare state dict, 3 tensors beside it left out (accuracy.tp, queue, loss_fn.weight)",
+        ),
+        (
+            lambda t: {"state_dict": {**prefixed("a.net.", t), "head.0.weight": torch.ones(3), "n": torch.tensor(1)}},
+            "state_dict, prefix 'a.' removed, prefix 'net.' removed, 2 tensors beside it left out (head.0.weight, n)",
+        ),
+        (
             lambda t: {"model_state_dict": {**t, "adapt_layer.0.weight": torch.ones(2)}},
-            "model_state_dict, adapt_layer.* dropped (unused at inference)",
+            "model_state_dict, 1 tensors beside it left out (adapt_layer.0.weight)",
         ),
     ],
 )
@@ -169,6 +188,105 @@ def test_every_layout_loads_and_says_what_was_used(
         assert torch.equal(tensor, tensors[name])
 
 
+def loaded_as(path: Path, expected: Mapping[str, Tensor]) -> str:
+    """How the teacher was found that has exactly these tensors; counters of batch norm do not matter."""
+    teacher = load_teacher(path)
+    for name, tensor in teacher.net.state_dict().items():
+        assert name.endswith("num_batches_tracked") or torch.equal(tensor, expected[name]), name
+    return teacher.source
+
+
+RAW, AVERAGED = cp_resnet(seed=1), cp_resnet(seed=0)
+AVERAGES: dict[str, Any] = {
+    **{
+        f"in {name}": {"model": RAW, name: AVERAGED}
+        for name in ("ema_state_dict", "ema", "model_ema_state_dict", "ema_model", "swa_model", "averaged_model")
+    },
+    "in two dicts": {"state_dict": RAW, "ema": {"decay": 0.999, "shadow": AVERAGED}},
+    "wrapped in a dict": {"model": RAW, "modelEMA": {"module": AVERAGED}},
+    "of a callback": {"state_dict": RAW, "callbacks": {"SWA": {"average_model_state": prefixed("module.", AVERAGED)}}},
+    "beside the net": {"state_dict": prefixed("online_model.", RAW) | prefixed("ema_model.module.", AVERAGED)},
+    "preferred of two": {"model_ema": AVERAGED, "swa": RAW},
+}
+
+
+@pytest.mark.parametrize("where", AVERAGES)
+def test_averaged_weights_go_first_however_they_are_spelled_and_the_others_are_named(
+    saved: Callable[[Any], Path], where: str
+) -> None:
+    assert ", which fits too" in loaded_as(saved(AVERAGES[where]), AVERAGED)
+
+
+def test_a_dump_says_which_of_two_nets_it_took(run: Run, world: World) -> None:
+    torch.save(AVERAGES["in ema"], world.root / "two.pth")
+    args = ("--json-path", world.json_path, "--only", "scene", "--scene-teacher-ckpt", world.root / "two.pth")
+    result = run("dump", "--target", "b", *args)
+    assert result.exit_code == 0, result.output
+    assert "scene: weights read from ema, chosen before 'model.', which fits too" in result.stderr
+
+
+PANNS = {
+    **{name.removeprefix("feature_extractor."): tensor for name, tensor in cnn14(seed=3).items()},
+    **{f"bn0.{name}": torch.ones(64) for name in ("weight", "bias", "running_mean", "running_var")},
+    "spectrogram_extractor.stft.conv_real.weight": torch.zeros(257, 1, 512),
+    "fc_audioset.weight": torch.zeros(527, 16),
+}
+"""The published tagger's names: no batch norm behind fc1, no classifier of scenes."""
+
+
+@pytest.mark.parametrize("as_city2scene", [False, True])
+def test_published_weights_start_a_net_and_what_is_not_taken_is_said(
+    saved: Callable[[Any], Path], as_city2scene: bool
+) -> None:
+    net: Any = CNN14(10, CHANNELS, 16, (8, 8))
+    inner = net.feature_extractor
+    if as_city2scene:
+        net = City2Scene(net, torch.nn.Linear(16, 10))
+    published = {name: tensor for name, tensor in PANNS.items() if not name.startswith(("bn1.", "classifier."))}
+    path = saved({"iteration": 1, "model": published})
+    told = warm_start(net, path, Settings("city2scene" if as_city2scene else "scene")).told
+    assert re.search(r"feature_extractor.bn1.weight.*6 of the file .* left out: bn0.weight, .*fc_audioset.weight", told)
+    for name, tensor in published.items():
+        if name.startswith(("conv", "fc1")) and not name.endswith("tracked"):
+            assert torch.equal(inner.state_dict()[name], tensor), name
+    with pytest.raises(CheckpointError) as caught:
+        load_teacher(path)
+    assert "kd-cache train --arch cnn14 --init" in str(caught.value.hint)
+
+
+def test_averages_that_are_no_whole_net_are_not_used_and_said(saved: Callable[[Any], Path]) -> None:
+    parameters = {name: tensor for name, tensor in AVERAGED.items() if "running" not in name}
+    for shadow in ({"shadow": parameters}, {"shadow_params": list(parameters.values())}):
+        assert "averages in ema" in loaded_as(saved({"model": RAW, "ema": shadow}), RAW)
+
+
+def test_a_module_of_wrapped_compiled_and_averaged_nets_with_metrics_loads(saved: Callable[[Any], Path]) -> None:
+    net = CPResNet(10, (4, 4, 8, 12))
+    net.load_state_dict(AVERAGED)
+    net.block1 = torch.compile(net.block1, backend="eager")
+    net.head = torch.nn.DataParallel(net.head)
+    module = torch.nn.Module()
+    module.teacher = torch.optim.swa_utils.AveragedModel(net)
+    module.student, module.same = torch.nn.Linear(3, 3), module.teacher
+    source = loaded_as(saved({"state_dict": module.state_dict(), "hyper_parameters": {"lr": 0.1}}), AVERAGED)
+    assert source.startswith("state_dict, prefix 'teacher.' removed")
+    assert "student.weight" in source
+
+
+def test_two_nets_that_are_equally_good_are_refused_by_their_names(saved: Callable[[Any], Path]) -> None:
+    pairs = [
+        {"state_dict": prefixed("teacher.", cnn14()) | prefixed("student.", RAW)},
+        {"best": RAW, "last": AVERAGED},
+        {"ema": {"a": RAW, "b": AVERAGED}},
+    ]
+    for content in pairs:
+        assert re.search(r"two networks, under '\S+\.' and under '\S+\.'", refusal(saved(content)))
+    assert "1 unexpected" in refusal(saved({**RAW, "gate.weight": torch.ones(2)}))
+    assert "block1.flag: int64" in refusal(saved({**RAW, "block1.flag": torch.tensor(1)}))
+    twice = {**RAW, "block1._orig_mod.conv1.weight": AVERAGED["block1.conv1.weight"]}
+    assert "1 unexpected" in refusal(saved(twice))
+
+
 def test_a_city2scene_file_loads_nested_flattened_and_prefixed(tmp_path: Path) -> None:
     entries = city2scene()
     tensors = flattened(entries)
@@ -178,13 +296,14 @@ def test_a_city2scene_file_loads_nested_flattened_and_prefixed(tmp_path: Path) -
     prefixes = {entry: prefixed("module.", entries[entry]) for entry in (CITY_ENTRY, HEAD_ENTRY)}
     torch.save(prefixes, tmp_path / "d.pth")
     save_file(flattened(prefixes), tmp_path / "e.safetensors")
+    save_checkpoint(tmp_path / "f.safetensors", load_teacher(tmp_path / "c.pth").state_dict(), {})
     loaded = [load_teacher(path, role="city2scene") for path in sorted(tmp_path.iterdir())]
     parts = [teacher.fingerprint_parts() for teacher in loaded]
-    assert parts == [parts[0]] * 5
+    assert parts == [parts[0]] * 6
     assert parts[0]["architecture"] == "cnn14/1+city2scene"
     assert {(teacher.num_classes, teacher.num_cities) for teacher in loaded} == {(10, 12)}
     assert loaded[0].source == f"{CITY_ENTRY} + {HEAD_ENTRY}"
-    assert loaded[3].source == (f"{CITY_ENTRY}, prefix 'module.' removed + {HEAD_ENTRY}, prefix 'module.' removed")
+    assert loaded[3].source == f"{CITY_ENTRY} + {HEAD_ENTRY}, prefix 'module.' removed"
     raw = torch.load(tmp_path / "a.pth", weights_only=True)
     assert raw.keys() == {CITY_ENTRY, HEAD_ENTRY, "kd_cache"}
 
@@ -343,7 +462,7 @@ def test_a_prefix_on_some_names_or_on_two_networks_is_no_partial_load(saved: Cal
     tensors = cnn14()
     tensors["module.classifier.6.bias"] = tensors.pop("classifier.6.bias")
     assert "1 missing, 1 unexpected" in refusal(saved(tensors))
-    both = {**prefixed("model.", cnn14()), **prefixed("net.", cnn14())}
+    both = {**prefixed("model.", cnn14()), **prefixed("net.", cnn14(seed=1))}
     assert "two networks" in refusal(saved({"state_dict": both}))
 
 
@@ -377,7 +496,7 @@ NO_TEACHERS: list[tuple[object, str]] = [
     ([1, 2], "found a list"),
     (torch.zeros(3), "found a Tensor"),
     ({}, "nothing"),
-    ({"model_state_dict": "weights"}, "found a str"),
+    ({"model_state_dict": "weights"}, "model_state_dict: a str"),
     ({"model_state_dict": {}}, "an empty dict"),
     ({"epoch": 3, "weights": {}}, "epoch: a int"),
     ({3: torch.zeros(1)}, "3: a name that is not text"),
@@ -394,8 +513,8 @@ NO_TEACHERS: list[tuple[object, str]] = [
     (noted('{"class_names": "abc"}'), "class_names of the record must be a list"),
     (noted('{"feature_spec": 256}'), "feature_spec of the record must be text"),
     (noted('{"class_names": ["a", "b"]}'), "names 2 classes, the weights have 10"),
-    ({CITY_ENTRY: cnn14(12)}, f"entry {HEAD_ENTRY}, found nothing"),
-    ({HEAD_ENTRY: head(16), CITY_ENTRY: {}}, f"entry {CITY_ENTRY}, found an empty dict"),
+    ({CITY_ENTRY: cnn14(12)}, "both and nothing else; found 85, 0"),
+    ({HEAD_ENTRY: head(16), CITY_ENTRY: {}}, "both and nothing else; found 0, 2"),
     ({CITY_ENTRY: cnn14(12), HEAD_ENTRY: head(17)}, "weight: expected [10, 16], found [10, 17]"),
     ({CITY_ENTRY: cnn14(12), HEAD_ENTRY: {"weight": torch.ones(10, 16)}}, "missing:\n  bias"),
     (prefixed(f"{CITY_ENTRY}.", cnn14(12)), "both and nothing else"),
@@ -437,7 +556,7 @@ np.savez(ANOTHER_ZIP, a=np.zeros(3))
         (ANOTHER_ZIP.getvalue(), "another zip file"),
         (b"\x80\x02", "damaged"),
         (b"\x80", "damaged"),
-        (pickle.dumps({"a": 1}), "damaged"),
+        (pickle.dumps({"a": 1}), "found a plain pickle"),
         (b"cposix\nsystem\n(S'id'\ntR.", "starts with cposix"),
         (struct.pack("<Q", 50) + b"{}", "header claims 50 bytes"),
         (struct.pack("<Q", 2) + b"{}" + b"surplus", "damaged"),
@@ -518,6 +637,35 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 # Code in a pickle
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [argparse.Namespace(lr=0.1), defaultdict(list, a=[1]), Path("runs"), np.ones(3), datetime(2024, 1, 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_file_that_a_user_trusts_loads_by_the_hint_as_it_is_printed(
+    saved: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch, beside: object
+) -> None:
+    path = saved({**city2scene(), "args": beside})
+    with pytest.raises(CheckpointError, match="nothing ran") as refused:
+        load_teacher(path)
+    monkeypatch.chdir(path.parent)
+    exec(str(refused.value.hint).partition("\n")[2], {})  # noqa: S102 - the lines that a person is told to run
+    parts = [
+        load_teacher(file, role="city2scene").fingerprint_parts()
+        for file in ("trusted.safetensors", saved(city2scene()))
+    ]
+    assert parts[0] == parts[1]
+
+
+def test_no_line_to_run_is_printed_for_what_may_be_code(tmp_path: Path) -> None:
+    for name in ("builtins.eval", "os.system", "subprocess.Popen", "a.B]);import os;os.system('x')#.C"):
+        module, _, what = name.rpartition(".")
+        (tmp_path / "t.pth").write_bytes(b"\x80\x02" + f"c{module}\n{what}\n)R.".encode())
+        with pytest.raises(CheckpointError, match="nothing ran") as refused:
+            load_teacher(tmp_path / "t.pth")
+        assert "safe_globals" not in str(refused.value.hint)
+
+
 def test_names_a_user_trusts_may_be_allowed_explicitly(saved: Callable[[Any], Path]) -> None:
     path = saved({"model_state_dict": cnn14(), "args": argparse.Namespace(lr=0.1)})
     assert "argparse.Namespace" in refusal(path)
@@ -525,8 +673,32 @@ def test_names_a_user_trusts_may_be_allowed_explicitly(saved: Callable[[Any], Pa
         assert load_teacher(path).source == "model_state_dict"
 
 
-@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)])
+NUMBERS = [
+    *(np.dtype(code).type(1) for code in "?bBhHiIlLefdFD"),
+    *(np.str_("bést"), np.bytes_(b"best"), np.array(1, ">f4")[()]),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
 def test_a_training_scripts_numpy_numbers_beside_the_weights_do_no_harm(tmp_path: Path, number: np.generic) -> None:
     net = CPResNet(10)
     torch.save({"model_state_dict": net.state_dict(), "val_acc": number}, tmp_path / "best.pth")
     assert load_teacher(tmp_path / "best.pth").num_classes == 10
+
+
+def test_healthy_files_that_cannot_be_read_are_not_called_damaged(tmp_path: Path, run: Run, world: World) -> None:
+    path = tmp_path / "t.pth"
+    for content, protocol, said in (
+        (cp_resnet(), 4, "saved with pickle protocol 4"),
+        ({"model": cp_resnet(), "key": b"bytes"}, 3, "saved with pickle protocol 3"),
+        ({"model": cp_resnet(), "when": np.datetime64("2024")}, 2, "a numpy M8"),
+        ({"model": cp_resnet(), "x": np.longdouble(1)}, 2, "a numpy f16"),
+    ):
+        torch.save(content, path, pickle_protocol=protocol)
+        assert said in refusal(path)
+        assert "damaged" not in refusal(path)
+    torch.save(torch.zeros(3, 10), tmp_path / "l.pt", pickle_protocol=4)
+    (tmp_path / "l.files.json").write_text(json.dumps(["a", "b", "c"]))
+    result = run("adopt", tmp_path / "l.pt", "--target", "b", "--json-path", world.json_path)
+    assert (result.exit_code, "pickle protocol 4" in result.stderr) == (2, True)
+    assert not re.search("damaged|weights_only|Warning", result.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pkgutil
 import typing
 from pathlib import Path
@@ -87,6 +88,30 @@ def test_command_line_over_environment_over_file_over_default(
             assert repr(found(*args)[0]) in values
         monkeypatch.delenv(option.envvar)
         Path("kd-cache.yaml").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+def test_an_option_of_one_value_is_refused_where_it_is_given_twice(command: Command) -> None:
+    for option in command.options:
+        if option.positional or option.is_list or (option.is_switch and not option.off):
+            continue
+        first, second = two_values(option)
+        twice = [option.flags[0], option.flags[1]] if option.off else [option.flags[0], first, option.flags[-1], second]
+        named = twice if option.off else [first, second]
+        words = ["x" for each in command.options if each.positional]
+        says = f"{option.flags[0]} takes one value and is given {' and '.join(named)}"
+        for args in (twice, [twice[0].replace("-", "_").replace("__", "--"), *twice[1:]]):
+            with pytest.raises(Exception, match=says):
+                parser.built(command.name).make_context(command.name, [*words, *args])
+    assert resolve(command, "--json", "--json").params["as_json"]
+
+
+def test_a_choice_is_known_in_capitals() -> None:
+    for command, option in EVERY:
+        for choice in option.choices:
+            if option.default is not ...:
+                made = resolve(command, option.flags[0], choice.upper())
+                assert made.params[option.name] == choice, f"{command.name} {option.name}"
 
 
 def test_every_option_has_a_variable_and_a_key_of_its_own() -> None:
@@ -213,3 +238,26 @@ def test_a_variable_of_any_command_is_known(monkeypatch: pytest.MonkeyPatch) -> 
         for name in option.variables:
             monkeypatch.setenv(name, "x")
     settings_file.check_environment()
+
+
+# -- odd values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+@pytest.mark.parametrize("text", ["", "nan", "inf", "-inf"])
+def test_no_option_takes_an_empty_text_or_a_number_that_is_none(command: Command, text: str) -> None:
+    for option in command.options:
+        takes = option.bare is float or (text == "" and not option.is_switch)
+        if option.positional or not takes:
+            continue
+        with pytest.raises(
+            Exception, match="empty|finite|valid number|greater|less|in the range|expected|one of|integer"
+        ):
+            resolve(command, option.flags[0], text)
+
+
+def test_a_settings_file_that_is_none_is_refused_and_never_waited_for(run: Call, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("pipe", "/dev/zero", "/proc/self/mem", "."):
+        result = run("gc", "--config", path)
+        assert (result.exit_code, f"cannot read {path}" in said_in(result)) == (2, True), result.output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,8 @@ def test_use_fp16_is_another_spelling_of_dtype_fp16(shown: Shown, monkeypatch: p
     def dtype(*args: str) -> str:
         return str(shown(*args)["values"]["dtype"])
 
-    assert dtype("--use-fp16") == dtype("--use_fp16") == dtype("--dtype", "fp32", "--use-fp16") == "fp16"
-    assert dtype("--use-fp16", "--dtype", "fp32") == "fp32"
+    assert dtype("--use-fp16") == dtype("--use_fp16") == "fp16"
+    assert "--dtype takes one value and is given fp16 and fp32" in shown.refusal("--use-fp16", "--dtype", "fp32")
     config("use_fp16: true")
     assert (dtype(), dtype("--dtype", "fp32")) == ("fp16", "fp32")
     config("dtype: fp32")
@@ -241,3 +243,42 @@ def test_kd_cache_takes_what_it_requires_from_the_environment_or_the_file(
     monkeypatch.setenv("KD_CACHE_TARGET", "c")
     monkeypatch.setenv("KD_CACHE_JSON_PATH", "from-environment.json")
     assert "from-environment.json" in run("dump").stderr
+
+
+CODE = "print('it ran'); raise SystemExit(99)"
+
+
+@pytest.mark.parametrize("text", ["teacher: x=payload:y", "teacher: [a=./payload.py:y]", "scene: {arch: 'payload:y'}"])
+def test_a_file_that_nobody_named_names_no_code(run: Call, text: str) -> None:
+    """Whatever the command: a folder may be anybody's."""
+    config(text)
+    Path("payload.py").write_text(CODE)
+    for command in (("verify",), ("repair",), ("train", "scene"), ("dump", "--target", "b")):
+        refused = run(*command)
+        said = " ".join(refused.output.replace("│", " ").split())
+        assert refused.exit_code == 2, refused.output
+        assert "code comes only from the command line, the environment or a file named with --config" in said
+    named = (
+        run("train", "scene", "--config", "kd-cache.yaml")
+        if "arch" in text
+        else run("dump", "--target", "b", "--config", "kd-cache.yaml")
+    )
+    assert "code comes only" not in named.output
+    config("scene: {arch: cnn14}")
+    assert "code comes only" not in run("train", "scene", "--json-path", "none.json").output
+
+
+@pytest.mark.parametrize("module", [("-m", "kd_cache"), ("-mkd_cache",), ("-m", "kd_cache.cli.reference")])
+def test_a_module_of_the_current_folder_never_passes_for_one_that_is_imported(module: tuple[str, ...]) -> None:
+    for name in ("typer", "yaml", "rich", "numpy", "teachers", "dataclasses", "pkgutil"):
+        Path(f"{name}.py").write_text(CODE)
+    Path("evil-1.dist-info").mkdir()
+    Path("evil-1.dist-info", "METADATA").write_text("Name: evil\nVersion: 1\n")
+    Path("evil-1.dist-info", "entry_points.txt").write_text("[kd_cache.commands]\nx = typer:x\n")
+    Path("mine.py").write_text("def own(ckpt): raise SystemExit('mine was asked for')")
+    done = subprocess.run([sys.executable, *module, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "it ran" in done.stdout) == (0, False), done.stderr
+    if module[-1] == "kd_cache":  # a module that is asked for is found there all the same
+        dump = ("dump", "--target", "b", "--teacher", "mine=mine:own", "--only", "mine")
+        asked = subprocess.run([sys.executable, *module, *dump], capture_output=True, text=True, check=False)
+        assert "cannot import" not in asked.stderr

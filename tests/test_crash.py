@@ -26,7 +26,17 @@ MOMENTS = often(6, 30, 1000)
 """How many of a command's moments are tried."""
 DATA = ("--target", "b", "--json-path", "dataset.json")
 OWN = (*TINY, "--only", "tiny", "--only", "other")
-OTHER_RUN = ("begun", "created", "digest", "settings", "shown_path", "environment", "manifest", "measured")
+OTHER_RUN = (
+    "begun",
+    "generation",
+    "created",
+    "digest",
+    "settings",
+    "shown_path",
+    "environment",
+    "manifest",
+    "measured",
+)
 
 
 # -- commands, and what they are to do ---------------------------------------------------------------------------------
@@ -131,6 +141,7 @@ def kept(world: World) -> dict[str, Any]:
             record = {key: value for key, value in index.pop("kd_cache").items() if key not in OTHER_RUN}
             for entry in record["teachers"].values():
                 entry.pop("begun", None)
+                entry.pop("generation", None)
             found[name] = index, record
         else:
             found[name] = content

@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, Run, World
-from store_fixtures import MadeCache, Rows, make_cache, names, origin, two_teachers
+from store_fixtures import MadeCache, Rows, make_cache, names, origin, two_teachers, write_older
 
 from kd_cache.care.diff import TeacherDiff, diff_caches
 from kd_cache.errors import MissingLogitsError
@@ -44,18 +43,8 @@ def torch_kl(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return found
 
 
-def older(path: Path, rows: Mapping[str, Rows]) -> Path:
-    """A cache as the script before kd-cache left it: plain files and an index without ``kd_cache``."""
-    made = path / "A2b"
-    maps: dict[str, Any] = {}
-    for name, mine in rows.items():
-        (made / name).mkdir(parents=True)
-        for file, key, row in zip(mine.files, mine.keys, mine.logits, strict=True):
-            np.save(made / name / f"{key.tobytes().hex()}.npy", row)
-            maps.setdefault(name, {})[file] = f"elsewhere/{name}/{key.tobytes().hex()}.npy"
-    maps["num_samples"] = max(map(len, rows.values()))
-    (made / "cache_index.json").write_text(json.dumps(maps))
-    return made
+def older(path: Path, **rows: Rows) -> Path:
+    return write_older(path / "A2b", {name: mine.by_file() for name, mine in rows.items()})
 
 
 # -- equal caches -----------------------------------------------------------------------------------------------------
@@ -189,7 +178,7 @@ def test_rows_that_are_not_finite_are_told_of_and_left_out_of_the_distances(tmp_
     # A dump refuses such rows; a cache of an older script may hold them.
     a, b = Rows.of(names(6), seed=1), Rows.of(names(6), seed=2)
     a.logits[1, 0], b.logits[4, 1] = np.nan, np.inf
-    report = diff_caches(older(tmp_path / "a", {"scene": a}), one(tmp_path / "b", b).path)
+    report = diff_caches(older(tmp_path / "a", scene=a), one(tmp_path / "b", b).path)
     found = report.teachers["scene"]
     good = [0, 2, 3, 5]
     assert (found.in_both, found.not_finite, found.compared) == (6, 2, 4)
@@ -257,7 +246,7 @@ def test_only_the_current_fingerprint_is_compared(tmp_path: Path) -> None:
 def test_a_cache_of_an_older_script_is_compared_with_a_note(tmp_path: Path) -> None:
     a, b = Rows.of(names(10), seed=1), Rows.of(names(12), seed=1)
     a = nudged(a, {names(1)[0]: 100.0})
-    report = diff_caches(older(tmp_path / "a", {"scene": a}), one(tmp_path / "b", b).path)
+    report = diff_caches(older(tmp_path / "a", scene=a), one(tmp_path / "b", b).path)
     found = report.teachers["scene"]
     assert (found.in_both, found.only_in_b, found.bit_equal) == (10, 2, 9)
     assert (found.fingerprints_equal, found.difference, found.other_features) == (None, None, None)
@@ -268,7 +257,7 @@ def test_a_cache_of_an_older_script_is_compared_with_a_note(tmp_path: Path) -> N
 
 
 def test_older_teachers_of_different_sizes_are_each_compared(tmp_path: Path) -> None:
-    made = older(tmp_path, {"scene": Rows.of(names(4), 3), "city": Rows.of(names(4), 5)})
+    made = older(tmp_path, scene=Rows.of(names(4), 3), city=Rows.of(names(4), 5))
     assert {name: found.bit_equal for name, found in diff_caches(made, made).teachers.items()} == {
         "scene": 4,
         "city": 4,

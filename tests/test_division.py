@@ -13,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_cache.dataset.guard import select
-from kd_cache.dataset.manifest import Sample, load_manifest
+from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import DataLeakageError, UsageError
 from kd_cache.train import division
@@ -296,39 +294,6 @@ def test_no_tie_of_any_manifest_crosses_the_sides(
     check(kept, made, root)
     group = dict(zip(samples, components(samples, root), strict=True))
     assert not {group[each] for each in kept} & {group[each] for each in samples if each not in set(kept)}
-
-
-# -- real layouts ------------------------------------------------------------------------------------------------------
-
-
-def test_a_whole_tau_is_divided_by_location() -> None:
-    samples = tau(cities=12, scenes=10, places=4, segments=146, devices=("A", "b"))
-    assert len(samples) > 140_000
-    made = divide(samples, ratio=0.2)
-    assert len(made.train) + len(made.validation) == len(samples)
-    train, validation = ({place_in_name(each.file) for each in side} for side in (made.train, made.validation))
-    assert not train & validation
-    assert (len(train), len(validation)) == (made.train_locations, made.validation_locations) == (384, 96)
-    assert len(made.validation) == 96 * 146 * 2
-    assert Counter(each.city_label for each in made.validation) == dict.fromkeys(range(12), 8 * 292)
-    assert {each.scene_label for each in made.train} == {each.scene_label for each in made.validation} == set(range(10))
-
-
-@pytest.mark.parametrize(("ratio", "share"), [(0.1, 0.1), (0.3, 1.0)])
-def test_no_test_file_of_the_sample_data_is_in_either_side(ratio: float, share: float) -> None:
-    manifest = load_manifest(SAMPLE / "dataset.json")
-    permitted = select(manifest, "b", data_root=SAMPLE).samples
-    chosen = subsample(permitted, share, data_root=SAMPLE)
-    made = divide(chosen, ratio=ratio, data_root=SAMPLE)
-    check(chosen, made, SAMPLE)
-    both = [*made.train, *made.validation]
-    assert Counter(both) == Counter(chosen)
-    elsewhere = [each for each in manifest if each.split != "train"]
-    assert len(elsewhere) > 0
-    assert not {os.path.normpath(each.file) for each in both} & {os.path.normpath(each.file) for each in elsewhere}
-    assert not places(both) & places(each for each in elsewhere if each.split == "test")
-    assert {each.split for each in both} == {"train"}
-    assert {each.device_id for each in both} == {"A", "b"}
 
 
 # -- a share of the locations ------------------------------------------------------------------------------------------

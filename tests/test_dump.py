@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, Run, World
-from fault_tools import ended_at_last, host
 from tiny_teachers import Linear
 
 from kd_cache import LogitCache
-from kd_cache.errors import worst_exit_code
 from kd_cache.keys import sample_key
 from kd_cache.store.pack import open_pack
 from kd_cache.store.union import Union
@@ -256,28 +254,22 @@ BAD_TEACHERS = {
     "raises": "no such kernel",
     "unloadable": "my disk is gone",
     "no_fingerprint": "fingerprint_parts",
+    "overflow": "do not fit fp16",
+    "softmax": "not logits",
+    "log_softmax": "not logits",
 }
 
 
 @pytest.mark.parametrize("factory", BAD_TEACHERS)
 def test_a_teacher_that_breaks_its_contract_stops_with_the_reason(run: Run, world: World, factory: str) -> None:
-    import re
-
     args = ("--teacher", f"bad=tiny_teachers:{factory}", "--only", "bad", "--batch-size", 8)
-    result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
+    dtype = ("--dtype", "fp16") if factory == "overflow" else ()
+    result = run("dump", "--target", "b", "--json-path", world.json_path, *args, *dtype)
     assert result.exit_code == 1
     assert re.search(BAD_TEACHERS[factory], result.stderr), result.stderr
-    if factory in ("nan", "wrong_shape"):
+    if factory in ("nan", "wrong_shape", "overflow"):
         assert any(file in result.stderr for file in world.permitted())
     assert not (world.cache / "cache_index.json").exists()
-
-
-def test_overflow_to_inf_in_fp16_is_refused_by_name(run: Run, world: World) -> None:
-    args = ("--teacher", "big=tiny_teachers:overflow", "--only", "big", "--dtype", "fp16")
-    result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
-    assert result.exit_code == 1
-    assert "do not fit fp16" in result.stderr
-    assert any(file in result.stderr for file in world.permitted())
 
 
 def test_a_bad_feature_stops_with_its_name_and_keeps_what_was_scored(dump: Run, world: World) -> None:
@@ -320,36 +312,6 @@ def test_skip_lists_non_finite_logits_for_their_teacher_only(run: Run, world: Wo
     assert set(index["bad"]) == set(world.permitted()) - bad
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_was_scored_and_a_rerun_goes_on(
-    world: World, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    command = [
-        *("dump", "--target", "b", "--json", "--json-path", world.json_path),
-        *("--teacher", "slow=tiny_teachers:slow", "--only", "slow"),
-        *("--batch-size", "1", "--shard-seconds", "0.5", "--shard-size", "1000"),
-    ]
-    process = host().start(*command, cwd=tmp_path)
-    with ended_at_last([process]):
-        while not world.packs() and not process.ended(0.02):
-            pass
-        process.send(number)
-        outcome = process.wait()
-    assert outcome.code == code
-    assert "Traceback" not in outcome.stderr
-    kept = sum(len(open_pack(path)) for path in (world.cache / "packs").glob("*.h5"))
-    assert kept > 0
-    again = host().run(*command, cwd=tmp_path)
-    assert json.loads(again.stdout)["samples_scored"] == 20 - kept
-
-
-def test_the_worst_of_several_exit_codes_wins() -> None:
-    assert worst_exit_code([3, 5]) == 5
-    assert worst_exit_code([3, 5, 4]) == 4
-    assert worst_exit_code([3, 5, 4, 6]) == 6
-    assert worst_exit_code([]) == 0
-
-
 # What attacks found; each of these once lost rows, served wrong ones or blocked a cache.
 
 
@@ -375,8 +337,8 @@ def test_rows_that_vanish_while_a_dump_publishes_are_an_error_and_the_index_stay
     world.write()
     merge = kd_cache.store.publish.merge_packs
 
-    def damaged(directory: Path, union: Union, *wanted: np.ndarray) -> object:
-        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted)
+    def damaged(directory: Path, union: Union, *wanted: np.ndarray, **unread: np.ndarray) -> object:
+        return merge(directory, Union([pack for pack in union.packs if len(pack) > 1]), *wanted, **unread)
 
     monkeypatch.setattr(kd_cache.store.publish, "merge_packs", damaged)
     result = dump("--num-verify", 0)
@@ -427,34 +389,12 @@ def test_another_number_of_bins_is_a_new_plan_for_a_new_teacher(run: Run, cached
     assert run("dump", "--target", "b", "--json-path", world.json_path, *wide).exit_code == 0
 
 
-def test_a_view_that_is_a_link_is_refused(cached: World, dump: Run, world: World, tmp_path: Path) -> None:
-    shutil.move(world.cache / "tiny", tmp_path / "elsewhere")
-    (world.cache / "tiny").symlink_to(tmp_path / "elsewhere")
-    result = dump()
-    assert result.exit_code == 1
-    assert "is a link" in result.stderr
-    assert len(list((tmp_path / "elsewhere").iterdir())) == 20
-
-
-def test_a_plan_of_absurd_sizes_or_kind_is_made_anew(cached: World, dump: Run, world: World) -> None:
-    plan = world.cache / "plan.json"
-    world.add(80, "b", "train")
-    world.write()
-    plan.write_text('{"batch_size": 1000000000, "bins": 20, "batches": {"12x20": 1000000000}}')
-    assert dump().exit_code == 0
+def test_a_plan_that_is_a_fifo_is_made_anew(cached: World, dump: Run, world: World) -> None:
     world.add(81, "b", "train")
     world.write()
-    plan.unlink()
-    os.mkfifo(plan)
+    (world.cache / "plan.json").unlink()
+    os.mkfifo(world.cache / "plan.json")
     assert dump().exit_code == 0
-
-
-@pytest.mark.parametrize("factory", ["softmax", "log_softmax"])
-def test_probabilities_declared_as_logits_are_refused(run: Run, world: World, factory: str) -> None:
-    args = ("--teacher", f"soft=tiny_teachers:{factory}", "--only", "soft")
-    result = run("dump", "--target", "b", "--json-path", world.json_path, *args)
-    assert result.exit_code == 1
-    assert "not logits" in result.stderr
 
 
 def test_waiting_features_do_not_grow_with_the_data_set() -> None:
@@ -510,3 +450,34 @@ def test_rescoring_a_finished_cache_in_several_shards_leaves_it_whole(run: Run, 
         after = LogitCache.open(world.cache)
         assert after.files == before.files
         assert torch.equal(after.batch(after.files), rows)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--workers", 0)])
+def test_a_dump_names_all_missing_features_at_once(dump: Run, world: World, more: tuple[object, ...]) -> None:
+    gone = world.permitted()[3:7]
+    for file in gone:
+        world.feature(file).unlink()
+    result = dump(*more)
+    assert result.exit_code == 1
+    assert "4 of 20 features are missing under" in result.stderr
+    assert all(file in result.stderr for file in gone)
+
+
+def test_samples_that_were_left_out_are_not_said_to_be_saved(dump: Run, world: World) -> None:
+    for file in world.permitted()[3:7]:
+        world.feature(file).unlink()
+    result = dump("--on-bad-sample", "skip")
+    assert result.exit_code == 3
+    assert "saved: 16/20 samples" in result.stderr
+    assert "20/20" not in result.stderr
+
+
+def test_rows_that_become_current_again_are_named(dump: Run, world: World) -> None:
+    for args in ((), ("--dtype", "fp16"), ("--precision", "bf16")):
+        dump(*args)
+    back = ("precision: bf16 → fp32", "dtype: fp16 → fp32", "")
+    for args, how in zip(((), ("--dtype", "fp16"), ("--dtype", "fp16")), back, strict=True):
+        plan, done = dump(*args, "--dry-run"), dump(*args)
+        assert ("would become current" in plan.stdout) == ("are current now" in done.stdout) == bool(how)
+        assert ("Nothing to score" in done.stdout) == (not how)
+        assert how.partition(" ")[0] in done.stderr

@@ -100,11 +100,3 @@ def test_each_way_not_to_find_a_factory_in_a_file_is_a_usage_error(
         with pytest.raises(UsageError) as caught:
             resolve_factory(f"{folder}/{name}")
         assert reason in caught.value.message
-
-
-def test_an_error_at_import_is_one_for_a_person_on_the_command_line(write: Write, world: World, run: Run) -> None:
-    write(text="1 / 0")
-    asked = ("--target", "b", "--json-path", world.json_path, "--teacher", "mine=teachers/mine.py:mine")
-    result = run("dump", *asked, "--only", "mine")
-    assert result.exit_code == 2
-    assert "cannot import teachers/mine.py:mine: ZeroDivisionError: division by zero" in result.stderr

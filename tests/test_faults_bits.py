@@ -9,16 +9,15 @@ bytes, the header of a ``.npy``, the index's last 64 bytes) and an even spread o
 from __future__ import annotations
 
 import faulthandler
-import mmap
 import os
 import shutil
 import signal
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,7 +25,19 @@ import pytest
 import tiny_teachers
 from conftest import TINY, World
 from fault_tools import FULL, LIMIT, often
-from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, seal_bytes, two_teachers
+from hostile_fence import Work, each_fenced
+from store_fixtures import (
+    MadeCache,
+    Rows,
+    byte_rows,
+    forks,
+    md5,
+    name_in_index,
+    names,
+    origin,
+    seal_bytes,
+    two_teachers,
+)
 from typer.testing import CliRunner
 
 from kd_cache.care.verify import VerifyJob, verify_cache
@@ -35,19 +46,17 @@ from kd_cache.errors import KDCacheError
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
+from kd_cache.store.index import read_index
 from kd_cache.store.snapshot import Snapshot
 
 pytestmark = [pytest.mark.faults, LIMIT, forks]
 
 ONE = ("--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
-HANG_SECONDS = 120
 RIGHT, REFUSED, WRONG = "right", "refused", "served wrong"
 REPORTED, UNREPORTED = "reported", "not reported"
 UNTYPED, CRASHED, HUNG = "untyped error", "crashed", "hung"
-OUTCOMES = ("untried", RIGHT, REFUSED, WRONG, REPORTED, UNREPORTED, UNTYPED, CRASHED, HUNG)
-
 Check = Callable[[], str]
-"""Looks at the damaged cache and says which of `OUTCOMES` it saw."""
+"""Looks at the damaged cache and says which of these it saw."""
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
@@ -114,120 +123,50 @@ def sector_faults(content: bytes, sector: int = 512, most: int = 200) -> list[Da
     return [changing[number] for number in spread(len(changing), most)]
 
 
-@contextmanager
-def damaging(path: Path) -> Iterator[Callable[[Damage], None]]:
-    """``damage(one)`` does this one damage to the file, and none of those before. It is whole again at the end."""
-    content = path.read_bytes()
-    with path.open("r+b", buffering=0) as file:
-
-        def put(wanted: bytes) -> None:
-            os.pwrite(file.fileno(), wanted, 0)
-            os.ftruncate(file.fileno(), len(wanted))
-
-        try:
-            yield lambda damage: put(damage.on(content))
-        finally:
-            put(content)
-    assert path.read_bytes() == content
-
-
 # -- trying it, where neither a crash nor a hang ends the suite -------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """What each check saw, over all damages tried."""
+    """What each check saw, over all damages tried, and remarks on what it should not have seen."""
 
-    tried: Counter[str] = field(default_factory=Counter)
-    seen: dict[str, Counter[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seen: dict[str, Counter[str]]
+    notes: list[str]
 
     def of(self, check: str) -> dict[str, int]:
         return dict(self.seen[check])
 
-    @property
-    def line(self) -> str:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.tried.items())
-        results = "; ".join(
-            f"{check}: {', '.join(f'{count:,} {outcome}' for outcome, count in sorted(found.items()))}"
-            for check, found in self.seen.items()
-        )
-        return f"{self.tried.total():,} faults ({kinds}) in {self.seconds:.1f} s → {results}"
-
-
-def kind(damage: Damage) -> str:
-    words = (("flipped", "flips"), ("cut", "truncations"), ("appended", "appended"))
-    return next((name for word, name in words if word in damage.what), "multi-byte")
-
 
 def trial(path: Path, damages: Sequence[Damage], checks: dict[str, Check], scratch: Path) -> Tally:
-    """Do each damage to ``path`` and run the checks on it, in a forked child; a fresh one after a crash or a hang."""
-    began = time.monotonic()
+    """Do each damage to ``path`` and run the checks on it, in a child that may crash or hang: then all of them did."""
     content = path.read_bytes()
-    # A byte per damage and check, shared with the child: which of OUTCOMES it saw.
-    shared = mmap.mmap(-1, max(1, len(damages) * len(checks)))
-    seen = np.frombuffer(shared, np.uint8)[: len(damages) * len(checks)].reshape(len(damages), len(checks))
-    notes = scratch / "notes.txt"
-    notes.touch()
-    while len(untried := np.flatnonzero((seen == 0).any(axis=1))):
-        start = int(untried[0])
-        end = in_child(lambda start=start: observe(path, damages, start, checks, seen, notes), seen)  # type: ignore[misc]
-        path.write_bytes(content)
-        if end is not None:
-            at = int(np.flatnonzero((seen == 0).any(axis=1))[0])
-            seen[at][seen[at] == 0] = OUTCOMES.index(end)
-            with notes.open("a") as file:
-                file.write(f"{damages[at].what}: {end}\n")
-    found = {name: Counter(OUTCOMES[code] for code in seen[:, at].tolist()) for at, name in enumerate(checks)}
-    lines = notes.read_text(errors="replace").splitlines()
-    return Tally(Counter(map(kind, damages)), found, lines[:20], time.monotonic() - began)
 
+    def tried(damage: Damage) -> Work:
+        def work() -> dict[str, Any]:
+            path.write_bytes(damage.on(content))
+            return {"value": {name: seen_by(check) for name, check in checks.items()}}
 
-def observe(
-    path: Path, damages: Sequence[Damage], start: int, checks: dict[str, Check], seen: np.ndarray, notes: Path
-) -> None:
-    """What the child does, from the damage numbered ``start`` on."""
-    with damaging(path) as damage, notes.open("a") as file:
-        for number in range(start, len(damages)):
-            damage(damages[number])
-            for at, check in enumerate(checks.values()):
-                try:
-                    outcome = check()
-                except Exception as error:  # noqa: BLE001 (an untyped error is what is looked for)
-                    outcome = UNTYPED
-                    file.write(f"{damages[number].what}: {error!r}\n")
-                if outcome in (WRONG, UNREPORTED):
-                    file.write(f"{damages[number].what}: {outcome}\n")
-                seen[number, at] = OUTCOMES.index(outcome)
+        return work
 
-
-def in_child(work: Callable[[], None], progress: np.ndarray) -> str | None:
-    """Run ``work`` in a forked child; says if it crashed, or hung without changing ``progress``."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    done, since = -1, time.monotonic()
-    ended, status = 0, 0
     try:
-        while not ended:
-            time.sleep(0.005)
-            ended, status = os.waitpid(child, os.WNOHANG)
-            now = int(np.count_nonzero(progress))
-            if now != done:
-                done, since = now, time.monotonic()
-            elif time.monotonic() - since > HANG_SECONDS:
-                return HUNG
+        outcomes = each_fenced([([tried(damage)], scratch) for damage in damages])
     finally:
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    return CRASHED if status else None
+        path.write_bytes(content)
+    tally = Tally({name: Counter() for name in checks}, [])
+    for damage, (outcome,) in zip(damages, outcomes, strict=True):
+        died = HUNG if outcome.killed in ("SIGPROF", "SIGALRM") else CRASHED
+        for name, seen in (outcome.value or dict.fromkeys(checks, died)).items():
+            tally.seen[name][seen.partition(":")[0]] += 1
+            if seen not in (RIGHT, REFUSED, REPORTED):
+                tally.notes.append(f"{damage.what}: {name}: {seen}")
+    return tally
+
+
+def seen_by(check: Check) -> str:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 (an untyped error is what is looked for)
+        return f"{UNTYPED}: {error!r}"
 
 
 # -- the cache and what looks at it -----------------------------------------------------------------------------------
@@ -302,7 +241,7 @@ def reading(path: Path, files: Sequence[str], expected: bytes, verify: str = "fu
 
     def check() -> str:
         try:
-            values = LogitCache.open(path, verify=verify).batch(files).numpy()
+            values = LogitCache.open(path, verify=verify, strict=True).batch(files).numpy()
         except KDCacheError:
             return REFUSED
         return RIGHT if values.tobytes() == expected else WRONG
@@ -332,21 +271,7 @@ def auditor(cache: Finished, path: Path) -> Check:
     return check
 
 
-def told(capsys: pytest.CaptureFixture[str], name: str, tally: Tally) -> None:
-    """The count tried is for whoever runs the suite."""
-    with capsys.disabled():
-        print(f"\n{name}: {tally.line}")
-
-
 # -- single faults ----------------------------------------------------------------------------------------------------
-
-# Which bytes have every bit tried in the default run too.
-CRITICAL: dict[str, Callable[[int], Sequence[int]]] = {
-    "packs/tiny-*.h5": lambda size: range(64),
-    "tiny/*.npy": lambda size: range(128),
-    "permitted-*.npy": lambda size: range(128, 148),
-    "cache_index.json": lambda size: range(size - 64, size),
-}
 
 
 def test_the_undamaged_cache_reads_right_and_verifies(finished: Finished) -> None:
@@ -354,92 +279,37 @@ def test_the_undamaged_cache_reads_right_and_verifies(finished: Finished) -> Non
     assert verify_cache(audit_job(finished)).problems == []
 
 
-@pytest.mark.parametrize("which", ["packs/tiny-*.h5", "cache_index.json", "permitted-*.npy"])
-def test_no_damage_to_what_readers_use_gives_a_wrong_value_and_the_audit_names_it(
-    finished: Finished, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("which", ["packs/tiny-*.h5", "cache_index.json", "permitted-*.npy", "tiny/*.npy"])
+def test_no_damage_gives_a_wrong_value_and_the_audit_names_it(finished: Finished, which: str, tmp_path: Path) -> None:
+    """Flips, cuts, bytes appended; lost and swapped sectors, and bursts. A reader does not use the view's files."""
     path = finished.find(which)
     content = path.read_bytes()
-    damages = single_faults(content, CRITICAL[which](len(content)))
+    view, size = which == "tiny/*.npy", len(content)
+    critical = {".h5": range(64), ".json": range(size - 64, size)}.get(path.suffix, range(128, 148))
+    damages = single_faults(content, critical, most=100 if view else 500)
+    damages += sector_faults(content, sector=512 if size > 512 else 64)
     checks = {"full": reader(finished), "lazy": reader(finished, "lazy"), "audit": auditor(finished, path)}
+    if "packs" in which:
+        checks["off"] = reader(finished, "off")
     tally = trial(path, damages, checks, tmp_path)
-    told(capsys, which, tally)
-    assert tally.of("full") == {REFUSED: len(damages)}, tally.notes
+    read = RIGHT if view else REFUSED
+    assert tally.of("full") == {read: len(damages)}, tally.notes
     # Lazily, what lies in no row that is read and in no structure goes unnoticed, and harms nobody.
-    assert tally.of("lazy").keys() <= {REFUSED, RIGHT if "packs" in which else REFUSED}, tally.notes
+    assert tally.of("lazy").keys() <= {read, RIGHT if "packs" in which else read}, tally.notes
     assert tally.of("audit") == {REPORTED: len(damages)}, tally.notes
-
-
-def test_a_reader_told_to_believe_the_disk_does_not_crash_or_hang_on_a_damaged_pack(
-    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = finished.find("packs/tiny-*.h5")
-    damages = single_faults(path.read_bytes(), ())
-    tally = trial(path, damages, {"off": reader(finished, "off")}, tmp_path)
-    told(capsys, "packs/tiny-*.h5", tally)
-    assert tally.of("off").keys() <= {RIGHT, REFUSED, WRONG}, tally.notes
-
-
-def test_damage_to_the_view_does_not_reach_a_reader_and_the_audit_names_the_file(
-    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = finished.find("tiny/*.npy")
-    content = path.read_bytes()
-    damages = single_faults(content, CRITICAL["tiny/*.npy"](len(content)), most=100)
-    tally = trial(path, damages, {"audit": auditor(finished, path)}, tmp_path)
-    told(capsys, "tiny/*.npy", tally)
-    assert tally.of("audit") == {REPORTED: len(damages)}, tally.notes
-    some = damages[:: often(11, 11, 1)]
-    tally = trial(path, some, {"full": reader(finished)}, tmp_path)
-    told(capsys, "tiny/*.npy", tally)
-    assert tally.of("full") == {RIGHT: len(some)}, tally.notes
+    # A reader told to believe the disk neither crashes nor hangs.
+    assert "off" not in checks or tally.of("off").keys() <= {RIGHT, REFUSED, WRONG}, tally.notes
 
 
 @pytest.mark.parametrize("which", ["plan.json", "pending/*.json"])
 def test_damage_to_what_only_a_dump_reads_does_not_reach_a_reader(
-    finished: Finished, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, which: str, tmp_path: Path
 ) -> None:
     path = finished.find(which)
     damages = single_faults(path.read_bytes(), (), most=100)
     damages = damages[:: -(-len(damages) // 1_000)]  # readers do not open it: every bit would show no more
     tally = trial(path, damages, {"full": reader(finished)}, tmp_path)
-    told(capsys, which, tally)
     assert tally.of("full") == {RIGHT: len(damages)}, tally.notes
-
-
-@pytest.mark.parametrize("which", ["packs/tiny-*.h5", "tiny/*.npy", "cache_index.json"])
-def test_the_command_names_the_damaged_file_too(finished: Finished, which: str) -> None:
-    path = finished.find(which)
-    content = path.read_bytes()
-    size = len(content)
-    damages = [
-        *(flip(content, bit) for bit in range(3, 8 * size, size // 2 | 1)),
-        *(Damage(f"cut to {length} bytes", size=length) for length in (0, size // 2, size - 1)),
-        Damage("a line end appended", ((size, b"\n"),)),
-    ]
-    options = ["verify", "--target", "b", "--all", "--cache-root", str(finished.world.cache.parent)]
-    with damaging(path) as damage:
-        for one in damages:
-            damage(one)
-            result = CliRunner().invoke(app, [*options, *ONE[:2]], prog_name="kd-cache", env={"COLUMNS": "300"})
-            assert result.exit_code in (1, 4), (one.what, result.output)
-            assert path.name in result.stdout, one.what
-            assert "Traceback" not in result.output
-
-
-# -- damage of many bytes ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("which", ["packs/tiny-*.h5", "tiny/*.npy", "cache_index.json"])
-def test_lost_and_swapped_sectors_and_bursts_are_refused_and_named(
-    finished: Finished, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = finished.find(which)
-    damages = sector_faults(path.read_bytes(), sector=64 if path.suffix == ".npy" else 512)
-    tally = trial(path, damages, {"full": reader(finished), "audit": auditor(finished, path)}, tmp_path)
-    told(capsys, which, tally)
-    assert tally.of("full") == {RIGHT if path.suffix == ".npy" else REFUSED: len(damages)}, tally.notes
-    assert tally.of("audit") == {REPORTED: len(damages)}, tally.notes
 
 
 ROW_DATASETS = ("keys", "inputs", "checksums", "logits")
@@ -486,6 +356,7 @@ def test_the_audit_finds_swapped_rows_by_their_own_checksums_even_under_a_correc
     for a, b in PAIRS:
         path.unlink()
         path = seal_bytes(path.parent, swapped_rows(content, places, which, a, b).on(content)[512:], "tiny")
+        name_in_index(path)
         problems = verify_cache(audit_job(finished)).problems
         found = {(problem.kind, problem.file) for problem in problems if problem.kind == "corrupt"}
         found.discard(("corrupt", "(all rows)"))  # the accuracy, where the swap moved it
@@ -541,9 +412,7 @@ def mapped(tmp_path_factory: pytest.TempPathFactory) -> MadeCache:
     return made
 
 
-def test_damage_to_a_mapped_pack_is_refused(
-    mapped: MadeCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_to_a_mapped_pack_is_refused(mapped: MadeCache, tmp_path: Path) -> None:
     (path,) = (mapped.path / "packs").iterdir()
     rows = mapped.rows["scene"]
     some = [*rows.files[::97], *rows.files]
@@ -554,19 +423,18 @@ def test_damage_to_a_mapped_pack_is_refused(
     damages = [
         *(flip(content, bit) for bit in bits),
         *(Damage(f"cut to {size} bytes", size=size) for size in sizes),
-        *sector_faults_of_a_large_file(content),
     ]
     checks = {verify: reading(mapped.path, some, expected, verify) for verify in ("full", "lazy")}
     assert [check() for check in checks.values()] == [RIGHT, RIGHT]
     tally = trial(path, damages, checks, tmp_path)
-    told(capsys, "a mapped pack", tally)
     assert tally.of("full") == {REFUSED: len(damages)}, tally.notes
     assert tally.of("lazy").keys() <= {RIGHT, REFUSED}, tally.notes
 
 
-def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three packs for each of two teachers, and a fourth that holds some rows again."""
+def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path) -> None:
+    """One for each of two teachers is the readers'; of the others, of dumps that were killed, they know nothing."""
     made = two_teachers(tmp_path / "A2b", count=12, packs=3)
+    named = {entry["pack"] for entry in read_index(made.path / "cache_index.json").record["teachers"].values()}
     made.rows["scene"].part([1, 5, 6]).write(made.path / "packs", made.origins["scene"])
     expected = made.stacked(names(12)).tobytes()
     checks = {verify: reading(made.path, names(12), expected, verify) for verify in ("full", "lazy")}
@@ -576,33 +444,17 @@ def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path, capsys
         bits = range(0, 8 * len(content), 8 * len(content) // often(12, 40, 500) | 1)
         damages = [flip(content, bit) for bit in bits]
         tally = trial(path, damages, checks, tmp_path)
-        told(capsys, "one of seven packs", tally)
-        assert tally.of("full") == {REFUSED: len(damages)}, tally.notes
+        assert tally.of("full") == {REFUSED if path.name in named else RIGHT: len(damages)}, tally.notes
         assert tally.of("lazy").keys() <= {RIGHT, REFUSED}, tally.notes
-
-
-def sector_faults_of_a_large_file(content: bytes, sector: int = 512) -> list[Damage]:
-    """Random sectors zeroed, and random pairs swapped."""
-    random = np.random.default_rng(6)
-    damages = []
-    for _ in range(often(3, 10, 300)):
-        a, b = (int(at) * sector for at in random.choice(len(content) // sector, 2, replace=False))
-        one, other = content[a : a + sector], content[b : b + sector]
-        damages += [
-            Damage(f"sector at {a} zeroed", ((a, bytes(sector)),)),
-            Damage(f"sectors {a} and {b} swapped", ((a, other), (b, one))),
-        ]
-    return [damage for damage in damages if damage.on(content) != content]
 
 
 # -- the trial itself -------------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_crashes_hangs_or_is_fooled_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle of this file: a faulty product must show."""
-    monkeypatch.setattr("test_faults_bits.HANG_SECONDS", 0.5)
+def test_a_check_that_crashes_fails_or_is_fooled_is_counted(tmp_path: Path) -> None:
+    """The oracle of this file: a faulty product must show. (That one which hangs does: test_hostile.)"""
     path = tmp_path / "file"
-    path.write_bytes(bytes(5))
+    path.write_bytes(bytes(4))
 
     def check() -> str:
         at = path.read_bytes().index(1)
@@ -610,13 +462,14 @@ def test_a_check_that_crashes_hangs_or_is_fooled_is_counted(tmp_path: Path, monk
             faulthandler.disable()  # it would print where
             os.kill(os.getpid(), signal.SIGSEGV)
         if at == 2:
-            time.sleep(60)
-        if at == 3:
             raise ValueError("nobody expects this")
-        return WRONG if at == 4 else RIGHT
+        return WRONG if at == 3 else RIGHT
 
-    damages = [Damage(f"byte {at} set", ((at, b"\1"),)) for at in range(5)]
+    damages = [Damage(f"byte {at} set", ((at, b"\1"),)) for at in range(4)]
     tally = trial(path, damages, {"check": check}, tmp_path)
-    assert tally.of("check") == {RIGHT: 1, CRASHED: 1, HUNG: 1, UNTYPED: 1, WRONG: 1}
-    assert tally.notes[-2:] == ["byte 3 set: ValueError('nobody expects this')", "byte 4 set: served wrong"]
-    assert path.read_bytes() == bytes(5)
+    assert tally.of("check") == {RIGHT: 1, CRASHED: 1, UNTYPED: 1, WRONG: 1}
+    assert tally.notes[1:] == [
+        "byte 2 set: check: untyped error: ValueError('nobody expects this')",
+        "byte 3 set: check: served wrong",
+    ]
+    assert path.read_bytes() == bytes(4)

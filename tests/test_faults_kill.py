@@ -1,11 +1,10 @@
-"""Commands killed with SIGKILL at random moments while others work and a student reads; and signals one can catch."""
+"""Commands killed with SIGKILL at random moments while others work and a student reads."""
 
 from __future__ import annotations
 
 import random
 import signal
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,26 +12,20 @@ from fault_checks import (
     SEALING,
     Arguments,
     Place,
-    Scenario,
     acknowledged_samples,
-    check_exported,
     check_rows,
     check_same,
-    check_served,
     complete_samples,
     dumping,
     exporting,
     make_place,
-    make_scenario,
-    temporaries,
 )
-from fault_disk import Tree, calls, put_tree
-from fault_tools import FULL, MARKS, NEEDS_SHIM, Fault, Rows, ended_at_last, host, often, readers
+from fault_disk import Tree, put_tree
+from fault_tools import MARKS, Rows, ended_at_last, host, often, readers
 
 pytestmark = MARKS
 
 SEED = 20261121
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 Pair = tuple[Arguments, Arguments]
 
 WHOLE: Pair = (dumping(), dumping("--shard-size", "3"))
@@ -140,44 +133,3 @@ def test_kills_at_random_moments_cost_nothing_acknowledged_and_serve_nothing_wro
         f"\nseed {SEED}: {done.kills} kills in {lives} caches, {done.rows} acknowledged rows, 0 lost; "
         f"{done.reads} reads of {done.rows_read} rows beside them, 0 wrong"
     )
-
-
-# -- signals that can be caught ---------------------------------------------------------------------------------------
-
-
-@NEEDS_SHIM
-@pytest.mark.parametrize("name", ["dump", "seal", *(["export pt"] if FULL else [])])
-@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
-def test_a_signal_within_any_call_keeps_what_is_finished(place: Place, name: str, again: bool) -> None:
-    scenario = make_scenario(place, name)
-    scenario.set_up()
-    place.run(*scenario.arguments, fault=Fault(place.disk, place.root / "record"))
-    numbers = [call.number for call in calls(place.root / "record") if call.number >= 0]
-    draw = random.Random(f"{SEED} {name} {again}")  # noqa: S311 (as above)
-    chosen = sorted(draw.sample(numbers, min(often(1, 4, 200), len(numbers))))
-    ends: Counter[int] = Counter()
-    for number in chosen:
-        for which, code in SIGNALS.items():
-            fault = Fault(place.disk, None, number, "signal", which, ("fsync",) if again else ())
-            ends[try_signal(scenario, fault, code)] += 1
-    print(f"\n{name}: {len(chosen)} of {len(numbers)} calls, both signals: exit codes {dict(ends)}")
-    assert ends.keys() <= {0, *SIGNALS.values()}
-
-
-def try_signal(scenario: Scenario, fault: Fault, code: int) -> int:
-    """Send a signal just before one call (and before every fsync from then on); returns the exit status."""
-    place = scenario.place
-    scenario.set_up()
-    outcome = place.run(*scenario.arguments, fault=fault)
-    try:
-        assert outcome.code in (0, code), "another exit status"
-        assert "Traceback" not in outcome.stderr
-        rows = check_rows(place.cache, place.right, scenario.acknowledged)
-        assert acknowledged_samples(outcome.stderr) <= complete_samples(rows)
-        assert not temporaries(place.disk), "a temporary file was left behind"
-        check_served(place.cache, place.right, whole=scenario.whole)
-        check_exported(scenario)
-        check_same(place.finish(*scenario.again), scenario.after)
-    except AssertionError as error:
-        raise AssertionError(f"{scenario.name}, {fault}: {error}\n{outcome}") from error
-    return outcome.code

@@ -19,7 +19,7 @@ import pytest
 from fault_checks import (
     Scenario,
     acknowledged_samples,
-    check_exported,
+    check_after,
     check_outcome,
     check_rows,
     check_same,
@@ -144,15 +144,8 @@ def cut_once(volume: Volume, scenario: Scenario, moment: float) -> tuple[int, in
         outcome = command.wait()
     volume.unmount()
     volume.mount()
-    try:
-        rows = check_rows(place.cache, place.right, scenario.acknowledged)
-        said, complete = acknowledged_samples(outcome.stderr), complete_samples(rows)
-        assert said <= complete, f"{said} samples were said to be saved, {complete} are there"
-        check_served(place.cache, place.right, whole=scenario.whole)
-        check_exported(scenario, durable=True)
-        check_same(place.finish(*scenario.again), scenario.after)
-    except AssertionError as error:
-        raise AssertionError(f"{scenario.name}, power cut after {moment:.3f} s: {error}\n{outcome}") from error
+    cut = f"power cut after {moment:.3f} s"
+    said, complete = check_after(scenario, outcome, cut, left=True, durable=True)
     return said, complete, ended
 
 

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 from store_fixtures import forks
+from test_packed_features import FILES, arrays, as_datasets, as_rows
 
 from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.dataset.packed import PackedFeatures
-from kd_cache.errors import FeatureError
+from kd_cache.errors import FeatureError, shown
 
-FILES = ["x/a.npy", "x/deep/b.npy", "ü.npy", "x/c", "d.npy"]
 Make = Callable[..., FeatureSource]
 
 
@@ -31,49 +30,30 @@ def as_files(root: Path, values: np.ndarray, files: list[str] = FILES, **options
     return FeatureSource(root, **options)
 
 
-def as_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    return _datasets(root, values, files, options, {})
+def packed_by(write: Callable[..., Path], **stored: Any) -> Make:
+    def made(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
+        return PackedFeatures(write(root / "f.h5", values, files, **stored), **options)
 
-
-def as_shuffled_datasets(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    return _datasets(root, values, files, options, {"compression": "gzip", "compression_opts": 9, "shuffle": True})
-
-
-def _datasets(
-    root: Path, values: np.ndarray, files: list[str], options: dict[str, int], stored: dict[str, Any]
-) -> FeatureSource:
-    with h5py.File(root / "f.h5", "w") as file:
-        for name, value in zip(files, values, strict=True):
-            file.create_dataset(name, data=value, **stored)
-    return PackedFeatures(root / "f.h5", **options)
-
-
-def as_contiguous_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    """With names of one length, as numpy writes them."""
-    with h5py.File(root / "f.h5", "w") as file:
-        file["features"], file["files"] = values, np.array([name.encode() for name in files])
-    return PackedFeatures(root / "f.h5", **options)
-
-
-def as_rows(root: Path, values: np.ndarray, files: list[str] = FILES, **options: int) -> FeatureSource:
-    with h5py.File(root / "f.h5", "w") as file:
-        file.create_dataset("features", data=values, compression="gzip")
-        file["files"] = files
-    return PackedFeatures(root / "f.h5", **options)
-
-
-WAYS = [as_files, as_datasets, as_shuffled_datasets, as_rows, as_contiguous_rows]
-
-
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
-def make(request: pytest.FixtureRequest) -> Make:
-    made: Make = request.param
     return made
 
 
-def arrays(dtype: str = "<f4") -> np.ndarray:
-    """[5, T, F]"""
-    return np.random.default_rng(7).normal(size=(len(FILES), 9, 5)).astype(dtype)
+def as_contiguous_rows(path: Path, values: np.ndarray, files: list[str]) -> Path:
+    """With names of one length, as numpy writes them."""
+    return as_rows(path, values, np.array([name.encode() for name in files]))
+
+
+WAYS: dict[str, Make] = {
+    "files": as_files,
+    "datasets": packed_by(as_datasets),
+    "shuffled datasets": packed_by(as_datasets, compression="gzip", compression_opts=9, shuffle=True),
+    "rows": packed_by(as_rows, compression="gzip"),
+    "contiguous rows": packed_by(as_contiguous_rows),
+}
+
+
+@pytest.fixture(params=WAYS)
+def make(request: pytest.FixtureRequest) -> Make:
+    return WAYS[request.param]
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2"])
@@ -111,6 +91,33 @@ def test_many_are_read_in_order_with_errors_in_their_places(tmp_path: Path, make
     assert "x/deep/b.npy" in str(found[2])
     assert "frame 2, bin 3 is nan" in str(found[2])
     assert source.read_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [
+        ("x\\deep\\b.npy", "x/deep/b.npy"),
+        ("x/a.wav", "x/a.npy"),
+        ("x\\a.wav", "x/a.npy"),
+        ("x/c.npy", "x/c"),
+        ("u\u0308.npy", "ü.npy"),
+        ("data/features/x/a.npy", "x/a.npy"),
+        ("none.npy", None),
+    ],
+)
+def test_missing_features_are_all_named_and_what_is_there_in_their_place(
+    tmp_path: Path, make: Make, asked: str, there: str | None
+) -> None:
+    source = make(tmp_path, arrays())
+    error = source.try_read(asked)
+    assert isinstance(error, FeatureError)
+    alone = source.refusal(asked, error, [*FILES, asked])
+    assert alone.message == error.message
+    assert (f"{there} is there" in str(alone.hint)) == (there is not None)
+    both = source.refusal(asked, error, [asked, *FILES, "gone/y.npy"])
+    assert both.message.startswith("2 of 7 features are missing ")
+    assert [line.strip() for line in both.message.splitlines()[1:]] == [shown(asked), "gone/y.npy"]
+    assert source.refusal(FILES[0], error, [FILES[0], "gone/y.npy"]) is error, "of one that is there"
 
 
 def test_a_larger_feature_than_is_allowed_is_refused_by_the_options_name(tmp_path: Path, make: Make) -> None:

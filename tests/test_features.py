@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import World
-from hostile_data import FEATURES, PATHS, described, npy
+import xxhash
+from hostile_data import described, npy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from kd_cache.dataset import features
 from kd_cache.dataset.features import FeatureSource, input_digest, stat_row
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.files.npy import parse_header, read_array
+from kd_cache.files.npy import read_array
 
 small = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 
@@ -118,16 +118,12 @@ def test_each_flipped_bit_is_refused_or_read_as_numpy_reads_it() -> None:
         assert read.tobytes() == np.load(io.BytesIO(bytes(content))).tobytes()
 
 
-def test_an_array_that_starts_at_an_odd_byte_is_read() -> None:
-    for padding in range(4):
-        content = described((4, 3), extra=" " * padding, payload=GOOD.tobytes())
+def test_an_array_that_starts_at_an_odd_byte_or_behind_a_bare_header_is_read() -> None:
+    padded = [described((4, 3), extra=" " * padding, payload=GOOD.tobytes()) for padding in range(4)]
+    bare = npy("{'descr':'<f4','fortran_order':False,'shape':(4,3)}", GOOD.tobytes())
+    for content in (*padded, bare):
         np.testing.assert_array_equal(read_array(content), GOOD)
         assert input_digest(read_array(content)) == input_digest(GOOD)
-
-
-def test_a_feature_without_its_last_newline_or_padding_is_read() -> None:
-    content = npy("{'descr':'<f4','fortran_order':False,'shape':(4,3)}", GOOD.tobytes())
-    np.testing.assert_array_equal(read_array(content), GOOD)
 
 
 # -- hostile and broken content ----------------------------------------------------------------------------------------
@@ -135,30 +131,23 @@ def test_a_feature_without_its_last_newline_or_padding_is_read() -> None:
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "zeros": (bytes(200), "not a .npy file"),
-    "text": (b"1.0 2.0\n", "not a .npy file"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "not a .npy file"),
-    "version 0": (npy("{}", version=0), "unknown .npy version"),
     "version 1.1": (saved(GOOD).replace(b"NUMPY\x01\x00", b"NUMPY\x01\x01"), "unknown .npy version"),
     "header is empty": (npy(""), "not a plain description"),
     **{
         f"header is {code}": (npy(code, bytes(24)), "header")
-        for code in ("__import__('os').abort()", "(lambda: 0)()", "[open('x', 'w')]", "f'{1}'", "a", "1+1j+x")
+        for code in ("(lambda: 0)()", "[open('x', 'w')]", "f'{1}'", "a", "1+1j+x")
     },
     "header is no dict": (npy("[1, 2]"), "must hold descr, fortran_order and shape"),
     "header lacks a field": (npy("{'descr': '<f4', 'shape': (2, 3)}", bytes(24)), "must hold"),
     "header has more": (described((2, 3), extra=", 'more': 1"), "and nothing else"),
-    "header is a set": (npy("{'descr', 'fortran_order', 'shape'}"), "must hold"),
     "header with NUL": (npy("{'descr': '<f4'\0}"), "not a plain description"),
     "header nested in lists": (npy("[" * 90 + "]" * 90), "header"),
     "header with unhashable key": (npy("{[]: 1}"), "not a plain description"),
     "shape that overflows": (described((1 << 27, 1 << 27, 1 << 27, 1 << 27)), "promises"),
-    "negative twice": (described((-2, -3)), "not a tuple of at most"),
-    "shape of texts": (described(("2", "3")), "not a tuple of at most"),
-    "shape of floats": (described((2.0, 3.0)), "not a tuple of at most"),
-    "shape of truth values": (described((True, True), payload=bytes(4)), "not a tuple of at most"),
-    "shape is a list": (described([2, 3]), "not a tuple of at most"),
-    "shape is a number": (described(6), "not a tuple of at most"),
-    "dimensions without end": (described((1 << 28,) * 900), "not a tuple of at most"),
+    **{
+        f"shape is {shape!r:.40}": (described(shape, payload=bytes(4)), "not a tuple of at most")
+        for shape in ((-2, -3), ("2", "3"), (2.0, 3.0), (True, True), [2, 3], 6, (1 << 28,) * 900)
+    },
     "dimension of 10k hex digits": (
         npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0x" + "f" * 9000 + ",)}"),
         "not a tuple of at most",
@@ -166,32 +155,19 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "fortran_order is 1": (described((2, 3), fortran=1), "must be True or False"),
     "fortran_order is a text": (described((2, 3), fortran="False"), "must be True or False"),
     "int16": (saved(np.zeros((2, 3), "<i2")), "dtype is not"),
-    "complex": (saved(np.zeros((2, 3), "<c8")), "dtype is not"),
-    "big-endian half": (saved(np.zeros((2, 3), ">f2")), "dtype is not"),
-    "structured, many fields": (described((2, 3), descr=[(f"f{n}", "<f4") for n in range(300)]), "dtype is not"),
-    "void": (described((2, 3), descr="|V4"), "dtype is not"),
+    "many fields": (described((2, 3), descr=[(f"f{n}", "<f4") for n in range(300)]), "dtype is not"),
     "texts": (saved(np.array([["a", "b"]])), "dtype is not"),
-    "dtype is an alias": (described((2, 3), descr="float32"), "dtype is not"),
-    "dtype is no text": (described((2, 3), descr=4), "dtype is not"),
-    "dtype is unhashable": (described((2, 3), descr=["<f4"]), "dtype is not"),
+    **{f"dtype is {descr!r}": (described((2, 3), descr=descr), "dtype is not") for descr in ("float32", 4, ["<f4"])},
     "scalar": (saved(np.zeros((), np.float32)), "its shape is [], expected [frames, bins]"),
     "two arrays in one": (saved(GOOD) * 2, "promises 176 bytes (shape (4, 3)), the file has 352"),
 }
+"""Beside those of `hostile_data.FEATURES`, which meet the commands."""
 
 
 @pytest.mark.filterwarnings("default")  # Python may remark on the texts of hostile headers; that is not an answer
 @pytest.mark.parametrize(("content", "reason"), HOSTILE.values(), ids=HOSTILE)
 def test_each_way_to_be_no_feature_is_refused_with_its_reason(root: Path, content: bytes, reason: str) -> None:
-    """Beside those of `hostile_data.FEATURES`, which come next and meet the commands as well."""
     assert reason in refused(root, content)
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("case", [case for case in FEATURES if case != "another F"])
-def test_each_hostile_feature_is_refused_with_its_reason(root: Path, case: str) -> None:
-    np.save(root / "x" / "good.npy", np.zeros((12, 20), np.float32))
-    FEATURES[case].make(root / "x" / "good.npy")
-    assert FEATURES[case].says in refusal(FeatureSource(root), "x/good.npy")
 
 
 def test_a_file_cut_anywhere_is_refused(root: Path) -> None:
@@ -199,15 +175,6 @@ def test_a_file_cut_anywhere_is_refused(root: Path) -> None:
     for length in range(len(content)):
         message = refused(root, content[:length])
         assert any(word in message for word in ("empty", "not a .npy", "unknown", "truncated", "promises"))
-
-
-def test_a_sparse_giant_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (root / "giant.npy").open("wb") as file:
-        file.write(described((1 << 20, 1 << 20), payload=b""))
-        file.truncate(1 << 34)
-    monkeypatch.setattr(features.os, "read", lambda *_: pytest.fail("it was read"))
-    with pytest.raises(FeatureError, match="expected at most"):
-        FeatureSource(root).read("giant.npy")
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +202,6 @@ def test_short_reads_are_completed(root: Path, monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(FeatureSource(root).read("x/good.npy").array, GOOD)
 
 
-def test_equal_headers_of_unequal_files_are_kept_apart() -> None:
-    first, second = described((4, 3), payload=GOOD.tobytes()), described((4, 3), payload=(GOOD + 1).tobytes())
-    assert parse_header(first) == parse_header(second)
-    assert (read_array(first) != read_array(second)).all()
-
-
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 
@@ -256,9 +217,6 @@ def test_a_relative_root_and_a_root_that_is_a_link_work(root: Path, monkeypatch:
         source = FeatureSource(name)
         assert source.shape("x/good.npy") == (4, 3)
         assert source.shape(f"{root}/x/good.npy") == (4, 3)
-
-
-def test_the_root_of_the_file_system_can_be_the_data_root(root: Path) -> None:
     assert FeatureSource("/").shape(f"{root}/x/good.npy".lstrip("/")) == (4, 3)
 
 
@@ -350,21 +308,6 @@ def test_each_way_to_be_no_file_is_refused_and_never_hangs(root: Path, file: str
     assert reason in refusal(FeatureSource(root), file)
 
 
-@pytest.mark.parametrize("case", [case for case, named in PATHS.items() if named.kind == "FeatureError"])
-@pytest.mark.usefixtures("outside")
-def test_each_hostile_path_is_refused_with_its_reason(tmp_path: Path, case: str) -> None:
-    world = World(tmp_path / "w")
-    for number in range(2):
-        world.add(number, "A", "train")
-    file = PATHS[case].make(world)
-    assert PATHS[case].says in refusal(FeatureSource(world.root), file)
-
-
-def test_a_path_that_the_system_makes_short_is_understood_or_refused(root: Path) -> None:
-    with contextlib.suppress(FeatureError):
-        np.testing.assert_array_equal(FeatureSource(root).read("x/../" * 1000 + "x/good.npy").array, GOOD)
-
-
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/urandom", "/dev/stdin", "/proc/self/mem"])
 def test_devices_are_refused_even_where_permitted(root: Path, device: str) -> None:
     (root / "d.npy").symlink_to(device)
@@ -381,12 +324,6 @@ def test_a_fifo_with_a_writer_is_refused_too(root: Path) -> None:
         assert "not a regular file" in refusal(FeatureSource(root), "pipe.npy")
     finally:
         os.close(writer)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_a_file_without_permission_is_refused(root: Path) -> None:
-    (root / "x" / "good.npy").chmod(0)
-    assert "Permission denied" in refusal(FeatureSource(root), "x/good.npy")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("x"), os.mkfifo])
@@ -423,26 +360,6 @@ def test_the_largest_values_are_finite_though_their_squares_are_not(root: Path, 
     np.testing.assert_array_equal(FeatureSource(root).read("large.npy").array, array)
 
 
-def test_stat_many_tells_files_apart_and_their_versions(root: Path) -> None:
-    np.save(root / "y.npy", GOOD)
-    source = FeatureSource(root)
-    files = ["x/good.npy", "y.npy", "x/../y.npy"]
-    before = source.stat_many(files)
-    assert before.shape == (3, 5)
-    assert before.dtype == np.int64
-    assert (before[1] == before[2]).all()
-    status = (root / "y.npy").stat()
-    numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    assert tuple(before[1]) == numbers
-    np.save(root / "new.npy", GOOD + 1)
-    os.utime(root / "new.npy", ns=(status.st_atime_ns, status.st_mtime_ns))  # as old as the other, by its own word
-    (root / "new.npy").replace(root / "y.npy")
-    after = source.stat_many(files)
-    assert (after[0] == before[0]).all()
-    assert (after[1] != before[1]).any()
-    assert source.stat_many([]).shape == (0, 5)
-
-
 def test_stat_many_does_not_answer_for_what_only_read_can_judge(root: Path, outside: Path, tmp_path: Path) -> None:
     os.mkfifo(root / "pipe.npy")
     (root / "loop.npy").symlink_to("loop.npy")
@@ -473,16 +390,10 @@ def test_the_digest_is_of_the_array_and_not_of_its_container() -> None:
     assert {input_digest(other) for other in same} == {input_digest(array)}
 
 
-def test_digests_stay_the_same() -> None:
+def test_digests_are_xxh3_128_of_dtype_shape_and_bytes_and_stay_the_same() -> None:
     # Every cache keeps these beside its rows. Another value here means that every row of every user is taken for stale
     # and scored again: change them with a new FORMAT_VERSION only.
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert input_digest(array).hex() == "314101ebb343fa44d2843fa37267cde2"
     assert input_digest(array.astype(np.float16)).hex() == "6eb526c45057d1f112b2a44ee2df9f08"
-
-
-def test_the_digest_is_xxh3_128_of_dtype_shape_and_bytes() -> None:
-    import xxhash
-
-    array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert input_digest(array) == xxhash.xxh3_128_digest(b"<f4(2, 3)" + array.tobytes())

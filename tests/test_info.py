@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from conftest import TINY, Run, World
+from conftest import Run, World
 
 from kd_cache.cli.console import size
 
@@ -52,19 +52,6 @@ def test_an_unexpected_error_is_one_line_and_exit_1(run: Run, dump: Run, monkeyp
     assert result.exit_code == 1
     assert "unexpected ZeroDivisionError: surprise" in result.stderr
     assert "--debug" in result.stderr
-
-
-def test_terminal_escapes_in_names_are_never_printed_raw(run: Run, world: World) -> None:
-    file = world.add(50, "b", "train")
-    evil = "x/\x1b[31mred\x07.npy"
-    world.feature(file).rename(world.root / evil)
-    next(row for row in world.rows if row["file"] == file)["file"] = evil
-    world.feature(evil).write_bytes(b"broken")
-    world.write()
-    result = run("dump", "--target", "b", "--json-path", world.json_path, *TINY, "--only", "tiny")
-    assert result.exit_code == 1
-    assert "\x1b" not in result.stderr
-    assert "\\x1b[31mred" in result.stderr
 
 
 def test_bytes_are_shown_for_a_person() -> None:

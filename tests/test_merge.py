@@ -20,7 +20,7 @@ from kd_cache.keys import sample_key
 from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack
 
-OTHER_RUN = ("begun", "created", "digest", "settings", "shown_path", "environment", "manifest")
+OTHER_RUN = ("begun", "generation", "created", "digest", "settings", "shown_path", "environment", "manifest")
 
 
 def cache_at(world: World, root: str) -> Path:
@@ -75,11 +75,19 @@ def weights(world: World, seed: int) -> str:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_parts_made_apart_become_the_cache_of_one_dump(
-    merged: Run, world: World, parts: list[str], order: list[int]
+def test_parts_made_apart_become_the_cache_of_one_dump_and_are_only_read(
+    dump: Run, merged: Run, world: World, parts: list[str], order: list[int]
 ) -> None:
+    def state() -> dict[str, tuple[int, int, int]]:
+        folders = [world.root / part for part in parts]
+        found = [path for folder in folders for path in (folder, *folder.rglob("*"))]
+        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns, p.stat().st_size) for p in found}
+
+    before = state()
     merged(*[parts[number] for number in order])
     same_cache(world.cache, cache_at(world, "whole"))
+    assert state() == before
+    assert json.loads(dump("--json").stdout)["samples_scored"] == 0
 
 
 def test_the_index_holds_where_the_merge_ran_and_verify_needs_no_options(
@@ -127,23 +135,6 @@ def test_merging_twice_changes_nothing(merged: Run, world: World, parts: list[st
     merged("whole/A2b", "--only", "tiny")
     assert rows_of(world.cache) == {name: content for name, content in before.items() if name != "cache_index.json"}
     same_cache(world.cache, cache_at(world, "whole"))
-
-
-def test_a_dump_goes_on_from_a_merged_cache(dump: Run, merged: Run, world: World, parts: list[str]) -> None:
-    merged(*parts)
-    content = json.loads(dump("--json").stdout)
-    assert content["samples_scored"] == 0
-
-
-def test_sources_are_only_read(merged: Run, world: World, parts: list[str]) -> None:
-    def state() -> dict[str, tuple[int, int, int]]:
-        folders = [world.root / part for part in parts]
-        found = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns, p.stat().st_size) for p in found}
-
-    before = state()
-    merged(*parts)
-    assert state() == before
 
 
 def test_a_merge_without_view_makes_none(merged: Run, world: World, parts: list[str]) -> None:

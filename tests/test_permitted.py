@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xxhash
 from conftest import TINY, Run, World
-from store_fixtures import MadeCache, byte_rows, md5, names, two_teachers
+from store_fixtures import byte_rows, md5, name_in_index, names
 from torch.utils.data import TensorDataset
 
 import kd_cache.store.permitted as permitted_module
-from kd_cache import CorruptError, KDCacheError, LogitCache, MissingLogitsError
+from kd_cache import CorruptError, LogitCache, MissingLogitsError
 from kd_cache.errors import StaleError
-from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import write_index
 from kd_cache.store.pack import Pack, open_pack, write_pack
 from kd_cache.store.permitted import Permitted, read_permitted
@@ -130,24 +128,6 @@ def test_a_name_without_its_digest_is_refused(tmp_path: Path, name: str) -> None
         read_permitted(other)
 
 
-def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
-    made = two_teachers(tmp_path / "A2b")
-    for name in (
-        "../permitted-" + "0" * 32 + ".npy",
-        "/etc/passwd",
-        "permitted-0.npy",
-        "",
-        "permitted-" + "0" * 32 + ".npy\n",
-    ):
-        made.write_index(permitted={"file": name, "count": 40})
-        with pytest.raises(CorruptError, match="the index"):
-            LogitCache.open(made.path)
-    for permitted in ({"count": 40}, {"file": 7, "count": 40}, [], "permitted"):
-        made.write_index(permitted=permitted)
-        with pytest.raises(CorruptError, match="the index"):
-            LogitCache.open(made.path)
-
-
 # -- what is served ---------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +175,8 @@ def test_a_merged_pack_with_surplus_rows_serves_the_permitted_ones(cached: World
             for name in ("keys", "inputs", "logits")
         )
         both = [file.encode() for file in (*pack.files, *more.files)]
-        write_pack(path.parent, pack.origin, keys, inputs, [both[at] for at in order], logits.__getitem__)
+        both = [both[at] for at in order]
+        name_in_index(write_pack(path.parent, pack.origin, keys, inputs, both, logits.__getitem__))
         path.unlink()
         more.path.unlink()
     assert len(world.packs()) == 2
@@ -213,6 +194,7 @@ def test_a_cache_with_missing_samples_serves_the_others(dump: Run, world: World)
     assert dump().exit_code == 0
     opened = LogitCache.open(world.cache)
     expected = dict(zip(opened.files, opened.tensor(), strict=True))
+    shutil.rmtree(world.cache)
     for file in bad:
         world.feature(file).write_bytes(b"no array")
     assert dump("--on-bad-sample", "skip").exit_code == 3
@@ -221,7 +203,7 @@ def test_a_cache_with_missing_samples_serves_the_others(dump: Run, world: World)
         cache = LogitCache.open(world.cache, verify=verify)
         assert set(cache.files) == set(world.permitted()) - set(bad)
         for file in cache.files:
-            assert torch.equal(cache.batch([file])[0], expected[file])
+            assert torch.allclose(cache.batch([file])[0], expected[file], atol=1e-5)  # other batches, other last bits
         with pytest.raises(MissingLogitsError, match=f"{bad[0]}: could not be scored"):
             cache.rows(bad)
 
@@ -233,9 +215,13 @@ def test_rows_that_were_permitted_and_are_gone_are_not_taken_for_forbidden_ones(
         keep = np.arange(1, len(pack))
         lost = pack.file(0)
         parts = (pack.keys[keep], pack.inputs[keep], [pack.file_bytes(row) for row in keep.tolist()])
-        write_pack(path.parent, pack.origin, *parts, pack.logits[keep].__getitem__)
+        name_in_index(write_pack(path.parent, pack.origin, *parts, pack.logits[keep].__getitem__))
         path.unlink()
-    cache = LogitCache.open(world.cache)
+    said = "cache_index.json promises 20 rows of (tiny|other), found 19"
+    with pytest.raises(MissingLogitsError, match=said):
+        LogitCache.open(world.cache, strict=True)
+    with pytest.warns(UserWarning, match=said):
+        cache = LogitCache.open(world.cache)
     assert len(cache) == 19
     with pytest.raises(MissingLogitsError, match=f"{lost}: its row is gone or damaged; run kd-cache repair"):
         cache.rows(files)
@@ -259,27 +245,6 @@ def test_a_lost_or_damaged_list_is_an_error_that_names_seal_and_seal_writes_it_a
         assert (result.exit_code, path.name in result.stdout) == (4, True)
         assert run("seal", "--target", "b").exit_code == 0
         assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("stands_in", ["folder", "link", "fifo"])
-def test_what_stands_in_its_place_is_an_error_and_nothing_hangs(cached: World, world: World, stands_in: str) -> None:
-    path = listed(world.cache)
-    path.unlink()
-    {"folder": path.mkdir, "link": lambda: path.symlink_to("/dev/zero"), "fifo": lambda: os.mkfifo(path)}[stands_in]()
-    with pytest.raises(KDCacheError, match=path.name):
-        LogitCache.open(world.cache)
-
-
-def test_the_cache_of_a_version_that_wrote_no_list_opens_and_serves_what_its_packs_hold(tmp_path: Path) -> None:
-    made: MadeCache = two_teachers(tmp_path / "A2b")
-    assert CacheFolder(made.path).permitted(index_of(made)) is None
-    for verify in ("full", "lazy", "off"):
-        cache = LogitCache.open(made.path, verify=verify)
-        np.testing.assert_array_equal(cache.batch(names(40)).numpy(), made.stacked(names(40)))
-
-
-def index_of(made: MadeCache) -> Any:
-    return CacheFolder(made.path).index(maps=False)
 
 
 def test_the_next_dump_or_seal_gives_such_a_cache_its_list(cached: World, dump: Run, run: Run, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Round trips that must hold for any data: manifest and keys, a dump in any parts in any order, export and adoption."""
+"""Round trips that must hold for any data: manifest and keys, export and adoption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, World
+from conftest import World
 from fault_tools import LIMIT, often
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,59 +93,6 @@ def test_a_manifest_is_read_as_it_was_written(rows: list[dict[str, Any]], lists:
     by_hand = [hashlib.md5(row["file"].encode(), usedforsecurity=False) for row in rows]
     assert [sample_key(one.file) for one in manifest] == [digest.hexdigest() for digest in by_hand]
     assert keys_of(one.file for one in manifest).tobytes() == b"".join(digest.digest() for digest in by_hand)
-
-
-# -- a dump in parts --------------------------------------------------------------------------------------------------
-
-
-def small_world(root: Path, count: int, frames: list[int]) -> World:
-    root.mkdir(exist_ok=True)
-    world = World(root)
-    for number in range(count):
-        world.add(number, "Ab"[number % 2], "train", frames=frames[number % len(frames)])
-    return world.write()
-
-
-def dump(world: World, *more: object) -> None:
-    teachers = (*TINY, "--only", "tiny", "--only", "other")
-    run("dump", "--target", "b", "--json-path", world.json_path, *teachers, "--num-verify", 0, *more)
-
-
-def served(cache: Path) -> dict[str, bytes]:
-    opened = LogitCache.open(cache)
-    rows = opened.batch(opened.files).numpy()
-    return {file: row.tobytes() for file, row in zip(opened.files, rows, strict=True)}
-
-
-def truth(world: World) -> dict[str, bytes]:
-    """Packs, permitted samples and view; the index names times and settings, which differ."""
-    return {
-        str(path.relative_to(world.cache)): path.read_bytes()
-        for path in sorted(world.cache.rglob("*"))
-        if path.is_file() and path.name != "cache_index.json"
-    }
-
-
-@given(st.data())
-@examples(3, 20, 150)
-def test_a_dump_in_any_parts_in_any_order_is_sealed_to_the_bytes_of_one(data: st.DataObject) -> None:
-    """Parts of different counts overlap; some run twice, some of them commit after every sample."""
-    count = data.draw(st.integers(2, 14), "samples")
-    frames = data.draw(st.lists(st.sampled_from([4, 6, 9]), min_size=1, max_size=3), "frames")
-    parts = data.draw(st.integers(1, 4), "parts")
-    work = [(part, parts) for part in range(parts)]
-    work += data.draw(st.lists(st.tuples(st.just(0), st.integers(1, 5)), max_size=2), "again")
-    work = data.draw(st.permutations(work), "order")
-    with folder() as place:
-        one, many = small_world(place / "one", count, frames), small_world(place / "many", count, frames)
-        with chdir(one.root):
-            dump(one)
-        with chdir(many.root):
-            for part, of in work:
-                dump(many, "--shard", f"{part}/{of}", "--shard-size", data.draw(st.integers(1, 5), "shard size"))
-            run("seal", "--target", "b")
-            assert truth(many) == truth(one)
-            assert served(many.cache) == served(one.cache)
 
 
 # -- export and adoption ----------------------------------------------------------------------------------------------

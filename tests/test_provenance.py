@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, World
+from conftest import Run, World, kaiming
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_teachers import Linear
@@ -24,10 +24,9 @@ from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.dataset.guard import leaked, refuse_leaking, select, select_source
 from kd_cache.dataset.manifest import load_manifest
 from kd_cache.errors import CheckpointError, DataLeakageError, TeacherError
-from kd_cache.score.dump import DumpJob, dump_logits, plan_dump
-from kd_cache.score.teacher import TeacherSpec, check_teacher
+from kd_cache.score.dump import DumpJob, dump_logits
+from kd_cache.score.teacher import check_teacher
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.train.layers import kaiming
 from teachers import CPResNet, load_teacher, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -53,30 +52,21 @@ def same(one: Provenance, other: Provenance) -> bool:
 
 
 @given(FILES, FILES)
-def test_the_keys_are_each_files_md5_once_in_the_order_of_their_bytes(trained: list[str], validated: list[str]) -> None:
+def test_the_documented_json_of_sorted_md5_is_all_a_reader_needs_and_is_read_again(
+    trained: list[str], validated: list[str]
+) -> None:
     made = Provenance.of(trained, iter(validated))
-    assert as_bytes(made.trained) == sorted({md5(file) for file in trained})
-    assert as_bytes(made.validated) == sorted({md5(file) for file in validated})
+    expected = {"trained": sorted({md5(f) for f in trained}), "validated": sorted({md5(f) for f in validated})}
     assert as_bytes(made.keys) == sorted({md5(file) for file in [*trained, *validated]})
-
-
-@given(FILES, FILES)
-def test_json_gives_back_what_was_written(trained: list[str], validated: list[str]) -> None:
-    made = Provenance.of(trained, validated)
-    found = Provenance.from_json(json.loads(json.dumps(made.as_json())))
-    assert same(found, made)
-    assert found.digest == made.digest
-
-
-@given(FILES, FILES)
-def test_the_documented_json_is_all_a_reader_needs(trained: list[str], validated: list[str]) -> None:
-    content = Provenance.of(trained, validated).as_json()
-    keys = {name: base64.standard_b64decode(content[name]) for name in ("trained", "validated")}
-    assert keys["trained"] == b"".join(sorted({md5(file) for file in trained}))
-    assert keys["validated"] == b"".join(sorted({md5(file) for file in validated}))
+    content = json.loads(json.dumps(made.as_json()))
+    keys = {name: base64.standard_b64decode(content[name]) for name in expected}
+    assert keys == {name: b"".join(mine) for name, mine in expected.items()}
     count = (len(keys["trained"]) // 16).to_bytes(8, "little")
     assert content["sha256"] == hashlib.sha256(count + keys["trained"] + keys["validated"]).hexdigest()
     assert content.keys() == {"trained", "validated", "complete", "sha256"}
+    found = Provenance.from_json(content)
+    assert {name: as_bytes(getattr(found, name)) for name in expected} == expected
+    assert found.digest == made.digest
 
 
 def test_a_part_that_says_nothing_makes_the_whole_incomplete() -> None:
@@ -190,20 +180,6 @@ def row(world: World, device: str, split: str = "train", number: int = 0) -> str
     return str(found[number])
 
 
-def test_the_permitted_samples_are_no_leak(world: World) -> None:
-    manifest = load_manifest(world.json_path)
-    selection = select(manifest, "b")
-    files = world.permitted()
-    for made in (
-        Provenance.of([]),
-        Provenance.of(files),
-        Provenance.of(files[:3], files[3:]),
-        Provenance.of([], files),
-    ):
-        assert leaked(made, manifest, selection) == []
-        refuse_leaking({"t": Linear(1), "u": Told(1, made)}, manifest, selection)
-
-
 @pytest.mark.parametrize("part", ["trained", "validated"])
 def test_each_sample_that_is_not_permitted_is_told_with_what_is_known_of_it(world: World, part: str) -> None:
     manifest = load_manifest(world.json_path)
@@ -212,12 +188,13 @@ def test_each_sample_that_is_not_permitted_is_told_with_what_is_known_of_it(worl
     files = [*strange, *world.permitted(), *wrong]
     made = Provenance.of(files) if part == "trained" else Provenance.of(world.permitted(), files)
     lines = leaked(made, manifest, select(manifest, "b"))
-    assert set(lines[:3]) == {
+    assert set(lines[1:]) == {
         f"{wrong[0]}: device A, split test",
         f"{wrong[1]}: device s4, split test",
         f"{wrong[2]}: device c, split train",
     }
-    assert set(lines[3:]) == {f"a file with key {md5(file).hex()}: not in this manifest" for file in strange}
+    assert lines[0].startswith("samples that this manifest does not list: 2 of 25 (renamed since")
+    assert not any(md5(file).hex() in "".join(lines) for file in strange), "names, not hashes"
 
 
 def test_a_target_file_leaks_into_what_the_source_alone_may_make(world: World) -> None:
@@ -257,7 +234,7 @@ def test_a_refusal_names_the_teacher_the_first_twenty_and_how_many_there_are(wor
         refuse_leaking({"good": Told(1, Provenance.of([])), "mine": Told(1, made)}, manifest, select(manifest, "b"))
     assert caught.value.exit_code == 6
     assert row(world, "s4", "test") in caught.value.message
-    assert "21 more (41 in all)" in caught.value.message
+    assert "samples that this manifest does not list: 40 of 61" in caught.value.message
 
 
 def test_terminal_escapes_in_a_teachers_name_and_file_are_escaped(world: World) -> None:
@@ -276,7 +253,7 @@ SUFFIXES = [".safetensors", ".pth"]
 
 def small_weights() -> dict[str, torch.Tensor]:
     net = CPResNet(10, (2, 2, 2, 4))
-    kaiming(net, torch.Generator().manual_seed(0))
+    kaiming(net, 0)
     return net.state_dict()
 
 
@@ -286,15 +263,14 @@ def saved(path: Path, provenance: Any) -> Path:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_checkpoint_gives_back_its_provenance(tmp_path: Path, suffix: str) -> None:
-    made = Provenance.of(["a", "b"], ["ü"])
-    found = load_teacher(saved(tmp_path / f"t{suffix}", made.as_json())).provenance
-    assert found is not None
-    assert same(found, made)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_checkpoint_that_says_nothing_has_none(tmp_path: Path, suffix: str) -> None:
+def test_a_checkpoint_gives_back_its_provenance_or_has_none(tmp_path: Path, suffix: str) -> None:
+    keys = np.random.default_rng(0).integers(0, 256, (140_000, 16), np.uint8)  # as many as TAU has files
+    ordered = np.frombuffer(b"".join(sorted(key.tobytes() for key in keys)), np.uint8).reshape(-1, 16)
+    for made in (Provenance.of(["a", "b"], ["ü"]), Provenance(ordered[::2], ordered[1::2])):
+        found = load_teacher(saved(tmp_path / f"t{suffix}", made.as_json())).provenance
+        assert found is not None
+        np.testing.assert_array_equal(found.trained, made.trained)
+        np.testing.assert_array_equal(found.keys, made.keys)
     assert load_teacher(saved(tmp_path / f"t{suffix}", None)).provenance is None
     save_checkpoint(tmp_path / f"u{suffix}", small_weights(), {})
     assert load_teacher(tmp_path / f"u{suffix}").provenance is None
@@ -309,18 +285,6 @@ def test_a_damaged_provenance_is_a_checkpoint_error_that_names_the_file(
     with pytest.raises(CheckpointError, match="provenance of the record") as caught:
         load_teacher(path)
     assert str(path) in caught.value.message
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_as_many_keys_as_tau_has_files_are_loaded(tmp_path: Path, suffix: str) -> None:
-    keys = np.random.default_rng(0).integers(0, 256, (140_000, 16), np.uint8)
-    ordered = np.frombuffer(b"".join(sorted(key.tobytes() for key in keys)), np.uint8).reshape(-1, 16)
-    made = Provenance(ordered[::2], ordered[1::2])
-    path = saved(tmp_path / f"t{suffix}", made.as_json())
-    found = load_teacher(path).provenance
-    assert found is not None
-    np.testing.assert_array_equal(found.keys, ordered)
-    np.testing.assert_array_equal(found.trained, ordered[::2])
 
 
 def test_provenance_is_no_part_of_what_makes_logits_stale(tmp_path: Path) -> None:
@@ -353,10 +317,6 @@ def from_file(ckpt: Path | None) -> Told:
     return Told(1, Provenance.of(json.loads(ckpt.read_text())))
 
 
-def unreal(ckpt: Path | None) -> Told:
-    return Told(1, {"trained": []})
-
-
 def tree(root: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
 
@@ -385,24 +345,6 @@ LEAKS: dict[str, Callable[[World], str]] = {
     "a file of another target": lambda world: row(world, "c"),
     "a file in no row": lambda world: "elsewhere/1.npy",
 }
-
-
-@pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
-@pytest.mark.parametrize("part", ["trained", "validated"])
-@pytest.mark.parametrize("begin", [dump_logits, plan_dump])
-def test_a_leaking_teacher_is_refused_before_anything_is_scored_or_written(
-    world: World, leak: Callable[[World], str], part: str, begin: Callable[[DumpJob], Any]
-) -> None:
-    files = [*world.permitted(), leak(world)]
-    made = Provenance.of(files) if part == "trained" else Provenance.of(world.permitted(), files[-1:])
-    good, bad = Told(2, Provenance.of(world.permitted())), Told(1, made)
-    before = tree(world.root)
-    with pytest.raises(DataLeakageError, match="teacher bad was trained or validated on 1 samples") as caught:
-        begin(job(world, good=good, bad=bad))
-    key = md5(files[-1]).hex()
-    assert files[-1] in caught.value.message or key in caught.value.message
-    assert (good.batches, bad.batches) == (0, 0)
-    assert tree(world.root) == before
 
 
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
@@ -471,17 +413,6 @@ def test_a_sample_that_moved_to_test_after_the_dump_makes_the_teacher_a_leak(
     assert f"{files[4]}: device A, split test" in told_of[0]["reason"]
 
 
-def test_a_teacher_whose_rows_are_all_permitted_may_still_leak(world: World) -> None:
-    dump_logits(job(world, told=Told(1, None)))
-    files = world.permitted()
-    assert audit(world, told=Told(1, Provenance.of(files))).problems == []
-    report = audit(world, told=Told(1, Provenance.of(files, [row(world, "A", "test"), "elsewhere/1.npy"])))
-    assert report.exit_code == 6
-    assert [(p.kind, p.teacher, p.about) for p in report.problems] == [(LEAK, "told", "teacher")] * 2
-    assert f"{row(world, 'A', 'test')}: device A, split test" in report.problems[0].reason
-    assert md5("elsewhere/1.npy").hex() in report.problems[1].reason
-
-
 def test_an_audit_changes_nothing_and_a_repair_scores_nothing_with_a_leaking_teacher(world: World) -> None:
     dump_logits(job(world, told=Told(1, None)))
     leaking = Told(1, Provenance.of([row(world, "c")]))
@@ -509,14 +440,3 @@ def test_a_provenance_of_another_kind_breaks_the_contract(provenance: Any) -> No
 def test_a_teacher_may_say_what_made_it_or_nothing() -> None:
     for teacher in (Linear(1), Told(1, None), Told(1, Provenance.of([])), Told(1, Provenance.of(["a"], ["b"]))):
         check_teacher("mine", teacher)
-
-
-def test_a_factory_with_a_provenance_of_another_kind_is_refused(run: Run, world: World) -> None:
-    with pytest.raises(TeacherError, match="provenance must be"):
-        TeacherSpec("mine", "test_provenance:unreal").load()
-    before = tree(world.root)
-    teacher = ("--teacher", "mine=test_provenance:unreal", "--only", "mine")
-    result = run("dump", "--target", "b", "--json-path", world.json_path, *teacher)
-    assert result.exit_code == 1
-    assert "provenance must be a kd_cache.Provenance" in result.stderr
-    assert tree(world.root) == before

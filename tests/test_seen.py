@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import World
 from store_fixtures import Rows, names
 
 import kd_cache.score.unchanged
-from kd_cache.dataset.features import FeatureSource
-from kd_cache.keys import keys_of
 from kd_cache.score.unchanged import SEEN_NAME, SETTLED, Seen
 
 ROWS = Rows.of(names(9))
@@ -103,31 +100,3 @@ def test_a_missing_or_impossible_file_gives_no_notes_and_no_error(tmp_path: Path
     os.mkfifo(path)
     assert len(Seen.load(path)) == 0
     assert not seen().save(tmp_path / "no" / "folder")
-
-
-def test_a_real_feature_that_changes_in_any_way_is_read_again(world: World) -> None:
-    file = world.permitted()[0]
-    path, source = world.feature(file), FeatureSource(world.root)
-    feature = source.read(file)
-    stat = source.stat_many([file])
-    moment = int(stat[0, 4]) + SETTLED
-    notes = Seen.nothing().record(
-        keys_of([file]), stat, np.array([feature.array.shape]), np.frombuffer(feature.digest, np.uint8)[None], moment
-    )
-
-    def believed() -> bool:
-        found, digests, shapes = notes.lookup(keys_of([file]), source.stat_many([file]))
-        if found[0]:
-            assert (digests[0].tobytes(), tuple(shapes[0])) == (feature.digest, feature.array.shape)
-        return bool(found[0])
-
-    assert believed()
-    content, before = path.read_bytes(), path.stat()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the ctime cannot be set
-    assert not believed()
-    path.unlink()
-    path.write_bytes(content)
-    assert not believed()
-    path.unlink()
-    assert not believed()

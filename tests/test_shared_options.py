@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 
 import pytest
 from conftest import TINY, Run, World
@@ -21,6 +22,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gc": ("gc", "cache/A2b"),
     "export": ("export", "cache/A2b", "--to", "tsv", "--output", "out"),
     "adopt": ("adopt", "rows.tsv", *DATA),
+    "check": ("check", *DATA),
+    "prepare": ("prepare", "csv", ".", "--table", "train=all.tsv", "--out", "prepared"),
 }
 
 
@@ -29,6 +32,7 @@ def world(cached: World) -> World:
     """A finished cache; a copy and rows to adopt beside it."""
     shutil.copytree(cached.cache.parent, cached.root / "whole")
     rows = "".join(f"{file}\t0.5\t-1\n" for file in cached.permitted())
+    (cached.root / "all.tsv").write_text("file\tscene\tdevice\nx.wav\tbus\ta\n")
     (cached.root / "rows.tsv").write_text("file\ta\tb\n" + rows)
     return cached
 
@@ -44,6 +48,42 @@ def test_json_prints_one_object_and_nothing_else(run: Run, world: World, command
 def test_quiet_prints_nothing_where_nothing_is_wrong(run: Run, world: World, command: str) -> None:
     result = run(*COMMANDS[command], "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def flip(world: World) -> None:
+    path = next((world.cache / "packs").glob("tiny-*.h5"))
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+def lose_a_feature(world: World) -> None:
+    world.feature(world.permitted()[0]).unlink()
+
+
+def relabel(world: World) -> None:
+    world.rows[0]["scene_label"] = 5
+    world.write()
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "more", "code", "says"),
+    [
+        ("verify", flip, (), 4, "corrupt: tiny"),
+        ("verify", relabel, (), 5, "stale: "),
+        ("repair", lose_a_feature, (), 1, "unchecked: x/"),
+        ("dump", lose_a_feature, ("--on-bad-sample", "skip"), 3, "missing: x/"),
+        ("dump", lose_a_feature, ("--on-bad-sample", "skip", "--dry-run"), 3, "missing: x/"),
+        ("adopt", lose_a_feature, ("--on-bad-sample", "skip"), 3, "missing: x/"),
+    ],
+)
+def test_quiet_says_why_a_command_does_not_exit_with_0(
+    run: Run, world: World, command: str, wrong: Callable[[World], None], more: tuple[str, ...], code: int, says: str
+) -> None:
+    wrong(world)
+    result = run(*COMMANDS[command], *more, "--quiet")
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert says in result.stderr
 
 
 @pytest.mark.parametrize(("command", "code"), [("dump", 2), ("merge", 3), ("diff", 3), ("export", 3)])
@@ -69,3 +109,38 @@ def test_without_a_target_every_cache_under_the_root_is_meant(run: Run, world: W
     options = [part for part in COMMANDS[command][1:] if part not in (*DATA, "cache/A2b")]
     assert '"cache/A2b"' in (said := run(command, *options, "--json").stdout)
     assert '"cache/A2c"' in said
+
+
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_a_cache_is_named_by_its_path_its_index_its_folder_or_its_target(run: Run, world: World, command: str) -> None:
+    options = ("--json-path", "dataset.json", *TINY)
+    for named in (
+        ["cache/A2b"],
+        ["cache/A2b/cache_index.json"],
+        ["cache"],
+        ["whole", "--target", "B"],
+        ["--target", "B"],
+    ):
+        result = run(command, *named, *options)
+        assert result.exit_code == 0, result.output
+        assert "cache/A2b: " in result.stdout or named[0] == "whole"
+    wrong = run(command, "cache/A2b", "--target", "c", *options)
+    assert (wrong.exit_code, "cache/A2b is not the cache of target c" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("info", "cache/A2c"), "kd-cache dump --target c"),
+        (("gc", "cache/A2s1"), "kd-cache dump --target s1"),
+        (("info", "other/A2c"), "kd-cache dump --target c --cache-root other"),
+        (("diff", "cache/A2b", "cache/A2c"), "kd-cache dump --target c"),
+        (("gc", "cache"), "there is no cache at cache; it holds the caches A2b"),
+        (("export", "cache", "--to", "npy"), "Name one of them: cache/A2b"),
+    ],
+)
+def test_where_no_cache_is_the_command_that_makes_it_is_named(
+    run: Run, world: World, args: tuple[str, ...], says: str
+) -> None:
+    result = run(*args)
+    assert (result.exit_code, says in result.stderr) == (3, True), result.output

@@ -143,7 +143,7 @@ CONTRACT: dict[Callable[[World, Run], None], dict[str, Cell]] = {
         ELSE: (1, "has format version 99, this kd-cache reads up to 1"),
         "open, export, diff": FINE,  # those go by the index
     },
-    newer_pack: {ELSE: (1, "has format version 99, this kd-cache reads up to 1"), "info": FINE},  # that reads the index
+    newer_pack: {ELSE: (1, "has format version 99, this kd-cache reads up to 1"), "open, info, export, diff": FINE},
     renamed: {
         ELSE: (5, "holds the cache of A2c"),
         "merge from": (5, "tells of a cache of A2c, expected A2b"),
@@ -158,7 +158,7 @@ CONTRACT: dict[Callable[[World, Run], None], dict[str, Cell]] = {
     damaged_index: {
         ELSE: (4, "cache_index.json is damaged: it is not JSON"),
         "gc": (0, "only temporaries are removed"),
-        "dump, part, merge into, seal, repair": (0, "it is written anew from the packs"),
+        "dump, part, merge into, seal, repair": (0, "sealing writes it anew from the packs"),
     },
     damaged_pack: {
         ELSE: (4, BROKEN),

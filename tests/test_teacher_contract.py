@@ -125,12 +125,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             del sys.modules[name]
 
 
-def test_a_module_in_the_working_folder_is_found(write: Callable[[str, str], None]) -> None:
+def test_modules_and_packages_in_the_working_folder_are_found(write: Callable[[str, str], None]) -> None:
     write("user_one.py", "def big(ckpt):\n    return ckpt\n")
     assert resolve_factory("user_one:big")(Path("w")) == Path("w")
-
-
-def test_a_module_in_a_package_and_an_attribute_of_a_class_are_found(write: Callable[[str, str], None]) -> None:
     write("user_pkg/__init__.py", "")
     write("user_pkg/deep.py", "class Zoo:\n    @staticmethod\n    def big(ckpt):\n        return 7\n")
     assert resolve_factory("user_pkg.deep:Zoo.big")(None) == 7  # type: ignore[comparison-overlap]
@@ -200,18 +197,6 @@ def test_an_unknown_entry_point_is_a_usage_error_with_the_known_ones() -> None:
 def load(monkeypatch: pytest.MonkeyPatch, factory: Callable[[Path | None], Any], ckpt: Path | None = None) -> Any:
     monkeypatch.setattr("kd_cache.score.teacher.resolve_factory", lambda name: factory)
     return TeacherSpec("big", "m:f", ckpt).load()
-
-
-def test_the_factory_gets_the_checkpoint_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Path | None] = []
-
-    def factory(ckpt: Path | None) -> Mine:
-        seen.append(ckpt)
-        return Mine()
-
-    assert isinstance(load(monkeypatch, factory, Path("w.pt")), Mine)
-    load(monkeypatch, factory)
-    assert seen == [Path("w.pt"), None]
 
 
 @pytest.mark.parametrize(
@@ -300,15 +285,6 @@ def test_each_way_to_break_the_contract_is_a_teacher_error(teacher: Any, reason:
         check_teacher("big", teacher)
     assert reason in caught.value.message
     assert caught.value.exit_code == 1
-
-
-def test_fingerprint_parts_that_fail_are_a_teacher_error() -> None:
-    def broken(self: object) -> Mapping[str, str]:
-        raise RuntimeError("no\x1b[2J")
-
-    with pytest.raises(TeacherError, match=r"fingerprint_parts\(\) of Made failed: RuntimeError") as caught:
-        check_teacher("big", made(fingerprint_parts=broken))
-    assert caught.value.message.isprintable()
 
 
 def test_a_state_dict_that_cannot_be_digested_is_a_teacher_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,24 @@ from conftest import TINY, Run, World
 import kd_cache.score.unchanged
 from kd_cache import FeatureSource
 from kd_cache.dataset.features import Feature
+from kd_cache.files.file_systems import file_systems, is_network
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose features were read. Files are believed at once, however new: the tests cannot wait."""
     monkeypatch.setattr(kd_cache.score.unchanged, "SETTLED", 0)
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 0)
+    on_file_system(monkeypatch, "ext4")
     return counted(monkeypatch)
+
+
+def on_file_system(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    class Everywhere(dict[int, str]):
+        def get(self, device: int, default: str = "") -> str:  # type: ignore[override]
+            return kind
+
+    monkeypatch.setattr(kd_cache.score.unchanged, "file_systems", Everywhere)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -169,3 +181,74 @@ def test_verify_and_repair_read_every_feature(dumped: Run, world: World, read: l
     read.clear()
     assert run("verify", "--all", *TINY[:2]).exit_code == 0
     assert sorted(read) == sorted(world.permitted())
+
+
+def written_through_a_map(world: World, file: str) -> None:
+    """Another value, while size, inode and times stay: some systems and clocks show a map's write late, or never."""
+    array = np.load(world.feature(file))
+    np.save(world.feature(file), array + np.float32(1))
+
+
+@pytest.mark.parametrize("sampled", [20, 0])
+def test_a_feature_that_changed_behind_all_its_numbers_is_found_by_the_sample(
+    dumped: Run, world: World, read: list[str], monkeypatch: pytest.MonkeyPatch, sampled: int
+) -> None:
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", sampled)
+    before = {file: os.lstat(world.feature(file)) for file in world.permitted()}
+    written_through_a_map(world, world.permitted()[3])
+    monkeypatch.setattr(
+        os, "lstat", lambda path, real=os.lstat: before.get(os.path.relpath(path, world.root)) or real(path)
+    )
+    result = dumped("--json")
+    rescored = json.loads(result.stdout)["teachers"]["tiny"]["rescored"]
+    assert rescored == ({"its feature changed": 1} if sampled else {})
+    assert ("every feature is read" in result.stderr) == bool(sampled)
+
+
+def test_a_sample_says_how_sure_it_makes_one(dumped: Run, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 5)
+    asked = set()
+    for _ in range(3):
+        said = dumped().stderr
+        assert "20 features are unchanged" in said
+        assert "5 of them, drawn at random, were read and are as noted (99% sure that fewer than 60.2% of all" in said
+        assert len(read) == 5
+        asked.add(tuple(read))
+    assert len(asked) > 1  # drawn anew each time
+
+
+@pytest.mark.parametrize(
+    ("kind", "rested", "count"), [("tmpfs", 0, 20), ("nfs4", 0, 0), ("nfs4", 1 << 62, 20), ("ext4", 1 << 62, 0)]
+)
+def test_files_in_memory_and_files_on_a_network_that_are_young_are_read(
+    dumped: Run, read: list[str], monkeypatch: pytest.MonkeyPatch, kind: str, rested: int, count: int
+) -> None:
+    on_file_system(monkeypatch, kind)
+    monkeypatch.setattr(kd_cache.score.unchanged, "NETWORK_SETTLED", rested)
+    dumped()
+    assert len(read) == count
+
+
+def test_this_systems_file_systems_are_known_by_their_devices() -> None:
+    kinds = file_systems()
+    assert kinds.get(Path("/proc").stat().st_dev) == "proc"
+    assert [is_network(kind) for kind in ("fuse.sshfs", "cifs", "nfs4", "ext4", "xfs")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_seal_reads_only_what_its_parts_did_not(dumped: Run, run: Run, world: World, read: list[str]) -> None:
+    shutil.rmtree(world.cache)
+    for part in ("0/2", "1/2"):
+        dumped("--shard", part)
+    read.clear()
+    changed = world.permitted()[2]
+    assert run("seal", "--target", "b").exit_code == 0
+    assert read == []
+    np.save(world.feature(changed), np.zeros((12, 20), np.float32))
+    assert run("seal", "--target", "b").exit_code == 3
+    assert read == [changed]

@@ -105,17 +105,14 @@ def test_find_and_match_agree_with_a_dictionary(
         assert union.take(np.arange(len(union))).tobytes() == b"".join(row[3] for row in expected)
         first: dict[bytes, int] = {}
         fresh: dict[tuple[bytes, bytes], int] = {}
-        versions: dict[bytes, set[bytes]] = {}
         for position, (key, digest, _, _) in enumerate(expected):
             first.setdefault(key, position)
             fresh.setdefault((key, digest), position)
-            versions.setdefault(key, set()).add(digest)
         asked = asked + [(row[0], row[1]) for row in expected[:3]]
         keys, inputs = (byte_rows([pair[part] for pair in asked]) for part in (0, 1))
         assert union.find(keys).tolist() == [first.get(key, -1) for key, _ in asked]
         assert union.match(keys, inputs).tolist() == [fresh.get(pair, -1) for pair in asked]
         assert union.repeats.tolist() == [first[row[0]] != position for position, row in enumerate(expected)]
-        assert union.ambiguous.tolist() == [len(versions[row[0]]) > 1 for row in expected]
 
 
 def test_a_union_of_nothing_is_a_mistake() -> None:
@@ -123,24 +120,24 @@ def test_a_union_of_nothing_is_a_mistake() -> None:
         Union([])
 
 
-def test_the_same_sample_scored_from_another_input_is_ambiguous_and_each_input_finds_its_own(packs: Path) -> None:
+def test_of_a_sample_scored_from_two_inputs_each_finds_its_own(packs: Path) -> None:
     old, new = Rows.of(names(6)), Rows.of(names(2, 2), seed=1, inputs=1)
     union = Union([open_pack(rows.write(packs, SCENE)) for rows in (old, new)])
     assert len(union) == 8
-    ambiguous = {name for name, doubted in zip(union.files(np.arange(8)), union.ambiguous, strict=True) if doubted}
-    assert ambiguous == set(new.files)
     for rows in (old, new):
         assert union.take(union.match(rows.keys, rows.inputs)).tobytes() == rows.logits.tobytes()
     assert union.disagreements() == []
 
 
-def test_the_same_input_with_other_bytes_is_served_from_the_first_pack_by_name_and_reported(packs: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_of_the_same_input_with_other_bytes_the_named_packs_row_or_the_first_counts(packs: Path, named: bool) -> None:
     mine, theirs = Rows.of(names(5)), Rows.of(names(3, 3), seed=1)
     by_name = {rows.write(packs, SCENE).name: rows for rows in (mine, theirs)}
     both = sorted(set(names(5)) & set(names(3, 3)))
-    union = Union([open_pack(packs / name) for name in sorted(by_name, reverse=True)])
+    counts = max(by_name) if named else min(by_name)
+    union = Union([open_pack(packs / name) for name in sorted(by_name, reverse=True)], counts if named else None)
     assert sorted(union.disagreements()) == both
-    first = by_name[min(by_name)].by_file()
+    first = by_name[counts].by_file()
     for file in both:
         position = union.find(keys_of([file]))
         np.testing.assert_array_equal(union.take(position)[0], first[file])
@@ -157,7 +154,6 @@ def test_negative_zero_and_other_nans_are_other_bytes(packs: Path) -> None:
 def test_a_disagreement_is_reported_once_and_also_beside_another_input(packs: Path) -> None:
     versions = [Rows.of(["a"], seed=seed, inputs=seed == 3) for seed in range(4)]
     union = Union([open_pack(rows.write(packs, SCENE)) for rows in versions])
-    assert union.ambiguous.all()
     assert union.disagreements() == ["a"]
 
 
@@ -318,14 +314,14 @@ def test_a_damaged_pack_is_listed_with_its_error_beside_the_good_ones(packs: Pat
 def test_only_packs_are_looked_at_and_only_those_of_the_teachers_asked_for(packs: Path) -> None:
     rows = Rows.of(names(4))
     scene, city = rows.write(packs, SCENE), rows.write(packs, origin("city-2-scene"))
-    for name in (".tmp-1-2.h5", "notes.txt", "scene-abc.h5.bak"):
+    for name in (".tmp-1-2.h5", "notes.txt", "scene-abc.h5.bak", f"._{scene.name}", f"{scene.stem} (1).h5", "mine.h5"):
         (packs / name).write_bytes(b"?")
     folder = CacheFolder(packs.parent)
     assert {pack.path for pack in folder.packs().good} == {scene, city}
     assert [pack.path for pack in folder.packs(["city-2-scene"]).good] == [city]
     assert folder.packs([]).good == []
     assert folder.packs().of(origin(weights="other")) == []
-    assert folder.packs().union(Origin("city", SCENE.fingerprint, "logits", 3, "fp32")) is None
+    assert folder.packs().of(Origin("city", SCENE.fingerprint, "logits", 3, "fp32")) == []
 
 
 def test_a_folder_without_packs_has_none_and_an_unreadable_one_is_an_error(tmp_path: Path) -> None:

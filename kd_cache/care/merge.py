@@ -28,7 +28,7 @@ from kd_cache.store.entry import carried
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin, canonical_json
 from kd_cache.store.pack import USER_BLOCK, Pack, write_part
-from kd_cache.store.pending import PendingRecord, begun
+from kd_cache.store.pending import Age, PendingRecord
 from kd_cache.store.plan import BatchPlan
 from kd_cache.store.snapshot import GO_ON, Snapshot
 from kd_cache.store.union import Union
@@ -248,7 +248,8 @@ class _Source:
         if not mine:
             return
         settings = {**index.record.get("settings", {}), "paths": dict(self.job.data.paths)}
-        own = {"begun": begun(index.record), "shown_path": self.job.shown_path, "settings": settings}
+        own = {"shown_path": self.job.shown_path, "settings": settings, "begun": Age.of(index.record).begun}
+        own["generation"] = self.job.snapshot.next_generation  # a source's numbers say nothing here
         record = {key: value for key, value in index.record.items() if key not in _RESULTS} | own
         entries = {name: carried(index.record["teachers"][name]) for name in mine}
         pending = PendingRecord(folder, mine, record)

@@ -1,7 +1,8 @@
 """Repairing a cache: an audit of everything, then only what it reports is scored again or rebuilt from the packs.
 
-Rows that are wrong although they look fresh leave their packs first: from then on they are missed, never served, and a
-dump scores them as it scores any missing row. View, index and the list of permitted samples need no teacher.
+Rows that are wrong although they look fresh leave first, by an index that names packs without them: from then on they
+are missed, never served, and a dump scores them as it scores any missing row. View, index and the list of permitted
+samples need no teacher.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import write_part
+from kd_cache.store.publish import Change, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
 
@@ -108,9 +110,6 @@ def repair_cache(job: RepairJob, watcher: Watcher | None = None) -> RepairReport
         report.after = _audit(audit := _anew(audit), watcher)
     if report.after.problems:
         _repair(replace(job, audit=audit), report, watcher)
-    elif _is_unsealed(audit.snapshot):
-        _seal(job, watcher)
-        report.rebuilt = True
     else:
         return report
     report.after = _audit(replace(_anew(audit), recompute=False), watcher)
@@ -145,18 +144,12 @@ def _index_of(snapshot: Snapshot) -> Index | None:
     return snapshot.index if state_problem(snapshot) is None else None
 
 
-def _is_unsealed(snapshot: Snapshot) -> bool:
-    """A pack that the index names is gone. Its rows may be there: a repair that was killed has taken it apart."""
-    index = _index_of(snapshot)
-    named = [] if index is None else [entry["pack"] for entry in index.record["teachers"].values()]
-    return not {name for name in named if name is not None} <= {path.name for path in snapshot.folder.pack_paths()}
-
-
 def _rebuild(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
     """A new index from the packs; where these lack rows as well, by scoring them."""
     current = job.audit.snapshot.current(watcher)
-    for origin in current.origins.values():
-        drop_rows(job.audit.snapshot.folder, origin)
+    packs_path = job.audit.snapshot.folder.packs_path
+    for origin in current.origins.values():  # no index names them
+        remove_files(packs_path, cleaned(job.audit.snapshot.folder, origin))
     rows = _Rows(current.origins, current.record)
     due = rows.at_hand(job)
     try:
@@ -180,15 +173,23 @@ def _repair(job: RepairJob, report: RepairReport, watcher: Watcher) -> None:
     moved = [problem for problem in found.problems if (problem.kind, problem.about) == (CORRUPT, TEACHER)]
     if due or publishing:
         _refuse_to_keep([problem for problem in moved if problem.teacher not in due], job)
-    _take_out(job, report, rows, due, {problem.teacher for problem in moved})
+    _take_out(job, report, rows, due, {problem.teacher for problem in moved}, watcher)
     if due:
         _score(job, report, rows, due, watcher)
     elif publishing:
         _publish(job, report, rows, watcher)
 
 
-def _take_out(job: RepairJob, report: RepairReport, rows: _Rows, due: Collection[str], every: Collection[str]) -> None:
-    """Remove what is wrong, and count the adopted rows that are not: those give way when they have been scored."""
+def _take_out(
+    job: RepairJob,
+    report: RepairReport,
+    rows: _Rows,
+    due: Collection[str],
+    every: Collection[str],
+    watcher: Watcher,
+) -> None:
+    """Publish the cache without what is wrong, and count the adopted rows that are not: those give way when scored."""
+    folder, superfluous = job.audit.snapshot.folder, list[Path]()
     for name, origin in rows.origins.items():
         wrong = report.after.wrong_rows.get(name, set())
         replaced = name in due and name in rows.adopted
@@ -196,9 +197,24 @@ def _take_out(job: RepairJob, report: RepairReport, rows: _Rows, due: Collection
             report.confirmed[name] = max(0, (report.after.teachers[name].recomputed or 0) - len(wrong))
             report.replaced[name] = len(wrong)
         if name in due and name in every:
-            drop_all(job.audit.snapshot.folder, origin)
-        elif wrong and not replaced:
-            drop_rows(job.audit.snapshot.folder, origin, wrong)
+            superfluous += [pack.path for pack in folder.packs([name]).of(origin)]
+        elif not replaced:
+            superfluous += cleaned(folder, origin, wrong)
+    if not superfluous:
+        return
+    selection = job.audit.data.selection
+    nothing = np.zeros((len(selection.keys), 16), np.uint8), np.zeros(len(selection.keys), bool)
+    change = Change(
+        str(rows.record.get("shown_path", folder.path)),
+        Wanted.of(selection, *nothing),  # no feature is read: what is not wrong stays
+        {},
+        rows.record,
+        bool(rows.record.get("files", True)),
+        missing=rows.record["missing"],
+        replaced=superfluous,
+        keep_damaged=True,
+    )
+    publish(job.audit.snapshot, change, watcher)
 
 
 def _refuse_to_keep(moved: Sequence[Problem], job: RepairJob) -> None:
@@ -292,19 +308,14 @@ def _seal(job: RepairJob, watcher: Watcher) -> None:
     audit = job.audit
     snapshot = Snapshot(audit.snapshot.folder)
     shown_path = f"{job.cache_root}/{snapshot.folder.path.name}"
-    sealing = SealJob(snapshot, audit.data, workers=job.workers, record=job.record, shown_path=shown_path)
+    sealing = SealJob(snapshot, audit.data, workers=job.workers, reread=True, record=job.record, shown_path=shown_path)
     seal_cache(sealing, watcher)
 
 
-def drop_all(folder: CacheFolder, origin: Origin) -> None:
-    """Remove every pack of one origin."""
-    remove_files(folder.packs_path, [pack.path for pack in folder.packs([origin.teacher]).of(origin)])
+def cleaned(folder: CacheFolder, origin: Origin, files: Collection[str] = ()) -> list[Path]:
+    """Write anew the packs of one origin that hold these files' rows, or rows that do not match their checksums.
 
-
-def drop_rows(folder: CacheFolder, origin: Origin, files: Collection[str] = ()) -> None:
-    """Take rows out of the packs of one origin, and with them any that does not match its checksum.
-
-    Each pack that holds one is written anew without it, then removed.
+    Without these rows, and beside the packs that they stand for, which are returned.
     """
     unwanted = {key.tobytes() for key in keys_of(files)}
     superfluous = []
@@ -316,4 +327,4 @@ def drop_rows(folder: CacheFolder, origin: Origin, files: Collection[str] = ()) 
         if keep.any():
             write_part(folder.packs_path, pack, np.flatnonzero(keep))
         superfluous.append(pack.path)
-    remove_files(folder.packs_path, superfluous)
+    return superfluous

@@ -23,13 +23,12 @@ class Rows:
 
     at: np.ndarray
     wrong: np.ndarray  # it fails its checksum, or stands under a wrong key
-    ambiguous: np.ndarray  # scored from two features, and nothing says which is current
     outdated: np.ndarray  # its feature is not the one that was scored
 
     @classmethod
     def absent(cls, count: int) -> Rows:
         """Of a teacher without packs."""
-        return cls(np.full(count, -1, np.int64), *(np.zeros(count, bool) for _ in range(3)))
+        return cls(np.full(count, -1, np.int64), *(np.zeros(count, bool) for _ in range(2)))
 
     @classmethod
     def of(cls, union: Union, keys: np.ndarray, present: Features) -> Rows:
@@ -39,7 +38,6 @@ class Rows:
         held = np.flatnonzero(rows.at >= 0)
         at = rows.at[held]
         rows.wrong[held] = _are_wrong(union, at)
-        rows.ambiguous[held] = union.ambiguous[at]
         rows.outdated[held] = (union.inputs[at] != present.digests[held]).any(axis=1) & present.readable[held]
         return rows
 

@@ -1,7 +1,8 @@
 """Sealing a cache that several processes filled: one pack per teacher, the view, and the index that makes them current.
 
 Which rows are current is what the dumps themselves wrote down, or the index where there is nothing newer. No teacher is
-loaded. Every permitted feature is read, because a row of a feature that has changed is stale.
+loaded. A row of a feature that has changed is stale, so every permitted feature is read, but for those that the parts
+read and whose files nobody has touched since (`score.unchanged`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from kd_cache.dataset.dataset import Dataset, nothing_readable
-from kd_cache.keys import keys_of
 from kd_cache.score.reading import read_digests
+from kd_cache.score.unchanged import noted_digests
 from kd_cache.store.current import Current
 from kd_cache.store.index import Index
+from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
@@ -32,6 +34,7 @@ class SealJob:
         data: what it is to hold.
         files: whether it is to have a view; ``None`` leaves that as the dump said.
         workers: threads that read features.
+        reread: read every feature, also where nobody touched its file since a part read it.
         record: what the index is to say of the run where no dump has left a record.
         shown_path: the cache's path as the user wrote it, with which the index's paths start; ``None`` leaves that as
             the dump said.
@@ -41,6 +44,7 @@ class SealJob:
     data: Dataset
     files: bool | None = None
     workers: int = 2
+    reread: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
     shown_path: str | None = None
 
@@ -81,10 +85,9 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         watcher.note(error.message)
     current = snapshot.current(watcher)
     snapshot.refuse_wrong_joins(current.origins)
-    inputs, known = read_digests(job.data.features, selection.listed, current.missing, job.workers, watcher)
+    inputs, known = _digests(job, current, watcher)
     if not known.any():
         raise nothing_readable(len(known))
-    missing = _still_missing(selection.listed, inputs, known, snapshot, current)
     shown_path = job.shown_path or str(current.record.get("shown_path", snapshot.folder.path))
     further = {key: value for key, value in job.record.items() if key not in current.record}
     record = {**current.record, **further, "shown_path": shown_path, **job.data.described}
@@ -95,23 +98,40 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         record,
         bool(record.get("files", True)) if job.files is None else job.files,
         entries=current.entries,
-        missing=missing,
-        hint=_what_is_missing(snapshot.pending),
+        missing={file: current.missing[file] for file in selection.listed if file in current.missing},
+        hint=_how_parts_differ(snapshot.pending) or _what_is_missing(snapshot.pending),
     )
-    return SealReport(snapshot.folder.path, len(selection.listed), missing, publish(snapshot, change, watcher))
+    published = publish(snapshot, change, watcher)
+    return SealReport(snapshot.folder.path, len(selection.listed), published.missing, published)
 
 
-def _still_missing(
-    files: Sequence[str], inputs: np.ndarray, known: np.ndarray, snapshot: Snapshot, current: Current
-) -> dict[str, str]:
-    """Of what any dump could not score, that which no other one did."""
-    listed = [number for number, file in enumerate(files) if file in current.missing]
-    absent = ~known[listed]
-    keys = keys_of(files[number] for number in listed)
-    for origin in current.origins.values():
-        union = snapshot.union(origin)
-        absent |= True if union is None else union.match(keys, inputs[listed]) < 0
-    return {files[number]: current.missing[files[number]] for number, gone in zip(listed, absent, strict=True) if gone}
+def _digests(job: SealJob, current: Current, watcher: Watcher) -> tuple[np.ndarray, np.ndarray]:
+    """``[N, 16]`` digests of the permitted features in the manifest's order, and ``[N]`` which could be read."""
+    files, features = job.data.selection.listed, job.data.features
+    known, inputs = np.zeros(len(files), bool), np.zeros((len(files), 16), np.uint8)
+    if not job.reread:
+        known, inputs = noted_digests(
+            job.snapshot.folder.seen_path, features, files, job.data.selection.listed_keys, watcher
+        )
+    rest = np.flatnonzero(~known)
+    unread = [files[number] for number in rest.tolist()]
+    inputs[rest], known[rest] = read_digests(features, unread, current.missing, job.workers, watcher)
+    return inputs, known
+
+
+def _how_parts_differ(pending: Sequence[Index]) -> str:
+    """Parts of one teacher that do not fit together, where there are any."""
+    made: dict[str, dict[str, tuple[str, Origin]]] = {}
+    for record in pending:
+        number, count = record.record.get("part") or (0, 1)
+        for name, origin in record.origins.items():
+            made.setdefault(name, {})[origin.fingerprint.digest] = f"{number}/{count}", origin
+    for name, kinds in made.items():
+        if len(kinds) > 1:
+            (one, first), (other, second), *_ = kinds.values()
+            how = f"{one} and {other} of {name} differ ({first.fingerprint.difference(second.fingerprint)})"
+            return f"Parts {how}: dump one of them as the other was, then seal again."
+    return ""
 
 
 def _what_is_missing(pending: Sequence[Index]) -> str:

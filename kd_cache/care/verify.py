@@ -35,6 +35,7 @@ from kd_cache.care.problems import (
 from kd_cache.care.row_checks import Features, Rows
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.guard import leaked, tell_of_untold
+from kd_cache.dataset.manifest import FRONT_END
 from kd_cache.errors import CorruptError, FeatureError, shown
 from kd_cache.keys import keys_of
 from kd_cache.score.planning import places_of
@@ -49,7 +50,7 @@ from kd_cache.store.permitted import NO_LABEL, Permitted
 from kd_cache.store.plan import BatchPlan
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
-from kd_cache.store.view import differing, stored_names, view_names
+from kd_cache.store.view import ROW_FILE_NAME, differing, rows_of, stored_names, view_names
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class _Audit:
                 continue
             self._audit_teacher(index, name, origin, present)
             if permitted is not None:
-                self._compare_accuracy(index, permitted, name, origin)
+                self._compare_accuracy(index, permitted, name)
             self._compare_provenance(name)
             why = misplaced(origin.class_names, self.job.data.task.scenes, self.job.data.task.cities)
             if why is not None:
@@ -185,10 +186,10 @@ class _Audit:
         if not changed:
             return
         moved = []
-        for name, origin in index.origins.items():
+        for name in index.origins:
             before = stored_accuracy(index.record["teachers"][name])
             if before is not None:
-                accuracy = self.snapshot.accuracy(self.snapshot.union(origin), now)
+                accuracy = self.snapshot.accuracy(self.snapshot.served(name), now)
                 moved.append(f"{name} {before.share} → {accuracy.share}")
         file_of = {key.tobytes(): file for key, file in zip(selection.keys, selection.by_key, strict=True)}
         for key, old, new in changed:
@@ -196,15 +197,15 @@ class _Audit:
             reason = f"its scene label was {was} at the dump and is {is_now} now (accuracy: {', '.join(moved)})"
             self._problem(STALE, "", file_of[key], f"{reason}; run kd-cache repair", LABEL)
 
-    def _compare_accuracy(self, index: Index, then: Permitted, name: str, origin: Origin) -> None:
-        now = self.snapshot.accuracy(self.snapshot.union(origin), then)
+    def _compare_accuracy(self, index: Index, then: Permitted, name: str) -> None:
+        now = self.snapshot.accuracy(self.snapshot.served(name), then)
         wrong = alarm(now, index.record["teachers"][name])
         if wrong is not None:
             self._problem(CORRUPT, name, ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
         low = below(name, now, self.job.min_accuracy)
         if low is not None:
             self._problem(UNCHECKED, name, ALL_ROWS, low, TEACHER)
-        warning = near_chance(origin, now, self.job.data.task.cities)
+        warning = near_chance(index.origins[name], now, self.job.data.task.cities)
         if warning is not None:
             self.report.notes.append(warning)
 
@@ -250,39 +251,57 @@ class _Audit:
             is_current = False
         else:
             is_current = self._check_fingerprint(name, origin, result)
-        union = self.snapshot.union(origin)
+        union = self.snapshot.served(name)
+        self._look_at_packs(name, origin, entry["pack"])
         rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.keys, present)
         self._tell_of_rows(name, rows, index.missing)
-        result.rows = 0 if union is None else int((~union.repeats).sum())
+        result.rows = 0 if union is None else len(union)
         result.hits = int((rows.at >= 0).sum())
         result.intact = result.hits - int(rows.wrong.sum())
         if name in self.job.teachers and "adopted" not in entry:
-            good = (rows.at >= 0) & ~rows.wrong & ~rows.ambiguous & ~rows.outdated
+            good = (rows.at >= 0) & ~rows.wrong & ~rows.outdated
             result.fresh = int((good & present.readable).sum()) if is_current else 0
         else:
             result.fresh = None
         if index.record["files"] and union is not None:
             result.view = self._audit_view(index, name, union, rows.at)
 
+    def _look_at_packs(self, name: str, origin: Origin, named: str | None) -> None:
+        """The pack that the index names is there, and no other one of the same origin contradicts it."""
+        for path in self.snapshot.served_paths([name]):
+            if not path.exists():
+                self._problem(MISS, name, str(path), "the index names it, but it is not there; run kd-cache dump", PACK)
+        everything = self.snapshot.union(origin)
+        others = [pack for pack in everything.packs if pack.path.name != named] if everything else []
+        for pack in others:
+            if wrong := pack.wrong_rows():
+                reason = f"{len(wrong):,} of its rows do not match their checksums; run kd-cache repair"
+                self._problem(CORRUPT, name, str(pack.path), reason, PACK)
+        if everything is not None and (twice := everything.disagreements()):
+            packs = ", ".join(pack.path.name for pack in others)
+            reason = (
+                f"{len(twice):,} samples were scored twice with different bits, also in {packs}: kd-cache seal decides"
+            )
+            self._problem(UNCHECKED, name, twice[0], reason, PACK)
+
     def _tell_of_rows(self, name: str, rows: Rows, missing: Mapping[str, str]) -> None:
         """One problem for each sample whose row is not what it should be, in their order."""
-        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.ambiguous | rows.outdated).tolist():
+        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.outdated).tolist():
             file = self.files[number]
             if rows.at[number] < 0:
                 self._problem(MISS, name, file, missing.get(file) or "no row; run kd-cache dump")
             elif rows.wrong[number]:
                 self._wrong_row(name, file, "its row does not match its checksum")
-            elif rows.ambiguous[number]:
-                self._problem(
-                    STALE, name, file, "its feature changed, and the dump that scored it again has not finished"
-                )
             else:
                 self._problem(STALE, name, file, "its feature file is not the one that was scored; run kd-cache dump")
 
     def _check_fingerprint(self, name: str, origin: Origin, result: TeacherResult) -> bool:
         result.fingerprint = origin.fingerprint.digest
-        teacher = self.job.teachers.get(name)
+        teacher, front_end = self.job.teachers.get(name), self.job.data.manifest.front_end_text
         if teacher is None:
+            if front_end != origin.fingerprint.parts.get(FRONT_END):
+                reason = "the manifest names another front end than when its features were scored; run kd-cache dump"
+                self._problem(STALE, name, ALL_ROWS, reason, TEACHER)
             reason, is_problem = self.job.unchecked.get(name, ("it was not loaded", False))
             if is_problem:
                 self._problem(UNCHECKED, name, ALL_ROWS, f"its fingerprint cannot be checked: {reason}", TEACHER)
@@ -293,6 +312,7 @@ class _Audit:
             teacher,
             precision=self.job.precision or origin.fingerprint.parts.get("precision", "fp32"),
             dtype=self.job.dtype or origin.dtype,
+            front_end=front_end,
         )
         if now.digest == origin.fingerprint.digest:
             return True
@@ -357,18 +377,23 @@ class _Audit:
             self._problem(kind, "", str(path), "it is not the plan that the index tells of; run kd-cache repair", INDEX)
 
     def _look_the_other_way(self, index: Index) -> None:
-        """Disk → index: row files without an index entry, in every folder that may hold some."""
-        forbidden: set[str] | None = None
-        for directory in self.snapshot.folder.view_folders():
-            name = directory.name
+        """Disk → index: row files without an index entry. Files that no pack's row is may be the user's own."""
+        for name in sorted(self.snapshot.named):
+            directory = self.snapshot.folder.view_path(name)
             promised = {path.rpartition("/")[2] for path in index.maps.get(name, {}).values()}
-            for surplus in sorted(stored_names(directory) - promised):
-                if forbidden is None:
-                    listed = {*view_names(keys_of(sample.file for sample in self.job.data.manifest))}
-                    forbidden = listed - {*view_names(self.job.data.selection.keys)}
-                kind = LEAK if surplus in forbidden else STALE
+            surplus = {found for found in stored_names(directory) - promised if ROW_FILE_NAME.match(found)}
+            if not surplus:
+                continue
+            listed = {*view_names(keys_of(sample.file for sample in self.job.data.manifest))}
+            forbidden = surplus & (listed - {*view_names(self.job.data.selection.keys)})
+            packs = [pack for pack in self.snapshot.packs.good if pack.origin.teacher == name]
+            wrong = forbidden | rows_of(directory, surplus, packs)
+            if others := len(surplus - wrong):
+                self.report.notes.append(f"{others} files in {shown(directory)} stay, which kd-cache did not write")
+            for found in sorted(wrong):
+                kind = LEAK if found in forbidden else STALE
                 reason = "the index does not name this file; run kd-cache dump, or remove it"
-                self._problem(kind, name, f"{name}/{surplus}", reason, VIEW)
+                self._problem(kind, name, f"{name}/{found}", reason, VIEW)
 
     # -- scoring again ------------------------------------------------------------------------------------------------
 
@@ -379,10 +404,10 @@ class _Audit:
             raise ValueError("recomputing needs a device")
         plan = self.snapshot.plan
         places = {} if plan is None else places_of(self.job.data.features, self.job.data.selection.by_key, plan)
-        for name, origin in index.origins.items():
+        for name in index.origins:
             if self.job.only is not None and name not in self.job.only:
                 continue
-            union = self.snapshot.union(origin)
+            union = self.snapshot.served(name)
             if name in self.changed or union is None:
                 why = "it changed since the dump" if name in self.changed else "it has no rows"
                 self.report.notes.append(f"{name}: not recomputed, because {why}")

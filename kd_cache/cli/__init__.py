@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from typing import Annotated
@@ -14,6 +12,7 @@ import typer
 
 import kd_cache
 from kd_cache.cli.parser import PROGRAM, SETTINGS, TableGroup
+from kd_cache.cli.streams import forgiving_streams
 from kd_cache.watch import Stopped
 
 app = typer.Typer(
@@ -69,7 +68,5 @@ def main() -> None:
     for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells have it for what runs behind
             signal.signal(number, _stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not fail a finished dump
-    app()
+    with forgiving_streams():
+        app()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from kd_cache.cli import notes
 from kd_cache.commands import GROUP, Command, Group, Plugin
+from kd_cache.dataset.front_end import FRONT_ENDS, FrontEnd
+from kd_cache.distill.recipe import parse_temperature
 from kd_cache.errors import UsageError
 from kd_cache.options import (
     CACHE,
@@ -33,13 +36,18 @@ from kd_cache.options import (
     batch_size,
     changed,
 )
+from kd_cache.train.settings import OPTIONS as TRAINING
 
+FEATURES = "Features"
 SAVED = "Data options that are not given are taken from what the dumps saved with the cache."
 ARGUMENTS = "Arguments"
 _ANY_TARGET = changed(
     "target", kind=Target | None, help="Just the cache of this target.", panel=CACHE, default=None,
     otherwise="every cache under the root",
 )  # fmt: skip
+_CACHE = Option(
+    "cache", Path | None, "A cache, or a folder of caches.", ARGUMENTS, None, "see --target", positional=True
+)
 _HAS_VIEW = changed(
     "files", kind=bool | None, help="Whether the cache has a view of one <md5>.npy per row.", default=None,
     otherwise="as its dumps said",
@@ -109,6 +117,7 @@ VERIFY = Command(
     "kd_cache.cli.verify:verify",
     "Check that every permitted sample has a row, and that rows are intact, fresh and permitted. Changes nothing.",
     (
+        _CACHE,
         _ANY_TARGET,
         Option("n", int, "How many permitted samples to draw at random.", CACHE, 100, also=("-n",), low=1),
         Option("everything", bool, "Check every sample, and also rows and files without a manifest entry.", CACHE,
@@ -129,7 +138,7 @@ VERIFY = Command(
     (
         "kd-cache verify --n 100",
         "kd-cache verify --target b --all --recompute",
-        "kd-cache verify --n 100 --json",
+        "kd-cache verify cache/A2b --n 100 --json",
     ),
     ("n", "everything", "recompute"),
     _AUDIT,
@@ -141,6 +150,7 @@ REPAIR = Command(
     "kd_cache.cli.repair:repair",
     "Verify everything, score again or rebuild what is wrong, verify again. Intact rows are not touched.",
     (
+        _CACHE,
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
                "agree are confirmed.", CACHE, False),
@@ -261,13 +271,16 @@ GC = Command(
         Option("older_than", int,
                "Keep files younger than this: a running dump or seal may need them. With 0, no other kd-cache may run.",
                CACHE, 3600, low=0, high=10**10, metavar="SECONDS"),
+        Option("drop_unfinished", bool, "Drop what dumps committed that did not finish: they start anew then.", CACHE,
+               False),
         "config",
         changed("dry_run", help="Only say what would be removed, and why."),
         *SHOWING,
     ),
-    "Rows that the index or an unfinished dump needs, and files that kd-cache did not name, are never removed.",
+    "Rows that the index needs, and files that kd-cache did not name, are never removed; what an unfinished dump "
+    "committed only with --drop-unfinished.",
     ("kd-cache gc cache/A2b --dry-run", "kd-cache gc cache/A2b", "kd-cache gc --older-than 86400 --json"),
-    ("older_than", "dry_run"),
+    ("older_than", "drop_unfinished", "dry_run"),
     (0, 1, 2, 4),
     notes=notes.GC,
 )  # fmt: skip
@@ -304,7 +317,151 @@ SAMPLE_DATA = Command(
     examples=("kd-cache sample-data cache/sample",),
 )  # fmt: skip
 
-COMMANDS = (DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, SAMPLE_DATA)
+_OF_TRAINING = {option.name: option for option in TRAINING}
+EVALUATE = Command(
+    "evaluate",
+    "kd_cache.cli.evaluate:evaluate",
+    "Measure a teacher or student on labelled rows: accuracy, log loss and calibration, of all and by group.",
+    (
+        Option("model", str, "A checkpoint, or a net of your own (its code runs).", ARGUMENTS, positional=True,
+               metavar="CKPT|NAME=module:factory[,ckpt=PATH]"),
+        Option("split", Literal["test", "val"], "The manifest's test rows, or the locations of train that training "
+               "holds out (of scene labels those of A alone).", DATA, "test"),
+        Option("label", Literal["scene", "city"] | None, "What it tells apart.", DATA, None,
+               "what the checkpoint says, else scene"),
+        changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
+                "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
+        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
+        changed("seed", help="Of the draws that intervals come from."),
+        *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Intervals cover 95 %, by drawing whole recording locations 1,000 times. A net that was trained or validated on a "
+    "test row is refused.",
+    (
+        "kd-cache evaluate data/sample/teachers/teacher_scene/global/best.safetensors --target b",
+        "kd-cache evaluate data/sample/teachers/teacher_city2scene/A2b/best.safetensors --target b --split val --json",
+    ),
+    ("split", "label"),
+    (0, 1, 2, 6),
+    notes=notes.EVALUATE,
+)  # fmt: skip
+
+_FRONT_END = tuple(
+    Option(each.name, each.metadata["kind"] | None, each.metadata["help"], FEATURES, None, "the front end's",
+           off=each.metadata["kind"] is bool)
+    for each in fields(FrontEnd)
+)  # fmt: skip
+
+PREPARE = Command(
+    "prepare",
+    "kd_cache.cli.prepare:prepare",
+    "Make the manifest of a data set from its tables, and log-mel features of its audio.",
+    (
+        Option("layout", str, "tau: TAU Urban Acoustic Scenes 2019, 2020, 2022 or the subsets of 2024, 2025, whose "
+               "tables have names of their own; csv: your own tables.", ARGUMENTS, positional=True, metavar="tau|csv"),
+        Option("folder", Path, "The data set's folder, which the tables' file names are relative to.", ARGUMENTS,
+               positional=True),
+        Option("out", Path, "Folder to write dataset.json into, and the features.", OUTPUT),
+        # Not "features": in a settings file that is the file that a dump reads.
+        Option("front_end", str | None, "Make features too, by this front end.", FEATURES, None, "no features",
+               flag="--features", metavar="|".join(FRONT_ENDS)),
+        Option("npy", bool, "Write one .npy per clip instead of one HDF5 file.", FEATURES, False),
+        *_FRONT_END,
+        Option("subset", str | None, "Train on this subset: 25 for split25.csv.", DATA, None,
+               "fold1_train.csv, or the only subset there is", metavar="5|10|25|50|100"),
+        Option("table", list[str], "A table of your own, for the layout csv: of a split, or with a column for it. "
+               "meta=PATH says more of the files that others list. Repeatable.", DATA, [],
+               metavar="[train|val|test|meta=]PATH"),
+        Option("columns", str | None, "What columns are called: of file, scene, city, device, location, split.", DATA,
+               None, "as in TAU: filename, scene_label, identifier, source_label",
+               metavar="file=NAME,scene=NAME,…"),
+        "allow_shared_locations",
+        changed("allow_outside", help="Permit audio in this folder outside the data set's. Repeatable."),
+        changed("workers", help="Threads that read audio and compute."),
+        Option("overwrite", bool, "Replace a dataset.json or features that differ.", OUTPUT, False),
+        changed("max_manifest_bytes", help="A larger table is refused unread."),
+        changed("max_feature_bytes", help="A clip with larger features is refused."), "config", *SHOWING,
+    ),
+    "Rows are joined by file name. What no table and no name says is counted and left unknown.",
+    ("kd-cache prepare tau cache/made-tau --out cache/prepared",),
+    ("subset", "table", "columns", "front_end"),
+    (0, 1, 2, 6),
+    notes=notes.PREPARE,
+)  # fmt: skip
+
+CHECK = Command(
+    "check",
+    "kd_cache.cli.check:check",
+    "Say everything that is wrong with a manifest: labels, guard, locations, missing files. Needs no teacher.",
+    (
+        changed("target", kind=Target | None, help="Look only for the files that the cache of this target needs.",
+                default=None, otherwise="every file of the manifest"),
+        *DATASET, *DATA_LIMITS, "config", *SHOWING,
+    ),
+    "No feature is read. Exits 3 where files are missing.",
+    ("kd-cache check --json-path data/sample/dataset.json", "kd-cache check --target b --json"),
+    exit_codes=(0, 1, 2, 3, 6),
+)  # fmt: skip
+
+KD, KD_WEIGHT = "Distillation", "Weight of distillation"
+_NOT_OF_STUDENTS = ("quick_experiment", "class_weights", "label_smoothing", "shuffle_labels", "preset",
+                    "direct_unfreeze")  # fmt: skip
+STUDENT = Command(
+    "student",
+    "kd_cache.cli.student:student",
+    "Train a student on A and a target: hard labels of A, and the teachers of a cache.",
+    (
+        "target",
+        Option("teacher_mode", str, "ce (no teacher), fit (weights by held-out rows), mean, probs, gate, entropy, "
+               "label, weights:a=0.7,b=0.3, or one teacher's name.", KD, "fit", metavar="MODE"),
+        Option("recipe", Literal["default", "city2scene", "dcase"], "Where the numbers below begin.", KD, "default"),
+        Option("loss", str | None, "kl, soft_ce, dcase, hard, rkl, js, skew, ab, mse, dkd, rld, nkd, wttm, dist, "
+               "logit_std or bce.", KD, None, "kl", metavar="NAME"),
+        Option("loss_option", list[str], "A further parameter of the loss, such as beta=4; repeatable.", KD, [],
+               metavar="NAME=X"),
+        Option("temperature", Any, "Of student and teachers; 4:1 goes there in a line.", KD, None, "the loss's own",
+               metavar="X[:X]", parse=parse_temperature),
+        Option("kd_alpha", float | None, "The weight of distillation; hard labels have the rest.", KD, None, "0.5",
+               low=0, high=1),
+        Option("apply_kd_to", Literal["target", "all", "source"] | None, "The rows that are distilled.", KD, None,
+               "target"),
+        Option("normalise", Literal["batch", "mask"] | None, "Divide by the batch's rows, or each sum by its own.", KD,
+               None, "batch"),
+        Option("kd_weighting", Literal["none", "pmax", "threshold", "entropy"] | None,
+               "Weigh a row by the teachers' confidence.", KD_WEIGHT, None, "none"),
+        Option("confidence_threshold", float | None, "Of --kd-weighting threshold.", KD_WEIGHT, None, "0", low=0,
+               high=1),
+        Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
+        Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
+        Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
+        "cache_root", *DATASET, *OWN_TEACHERS,
+        Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
+               Path("outputs")),
+        Option("init", Path | None, "Start from this checkpoint.", RUN, None),
+        Option("resume", Literal["auto", "fresh"], "Go on with an unfinished run of the same key, or begin anew.", RUN,
+               "auto"),
+        *(option for option in TRAINING if option.name not in _NOT_OF_STUDENTS),
+        "device", "workers",
+        Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
+        Option("half", bool, "Store weights as float16.", OUTPUT, False),
+        Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
+        *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "
+    "looked at. Data options that are not given are those saved with the cache.",
+    (
+        "kd-cache student --target b --epochs 3",
+        "kd-cache student --target b --teacher-mode ce --epochs 2",
+        "kd-cache evaluate outputs/student/A2b/fit/best.safetensors --target b",
+    ),
+    ("teacher_mode", "recipe", "epochs", "output_dir"),
+    _AUDIT,
+    notes=notes.STUDENT,
+)  # fmt: skip
+
+COMMANDS = (
+    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, EVALUATE, PREPARE, CHECK, SAMPLE_DATA
+)  # fmt: skip
 
 
 @functools.cache

@@ -6,18 +6,22 @@ import functools
 import json
 import os
 import sys
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import rich.table
 import typer
+from rich.cells import cell_len
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.live import Live
 from rich.text import Text
 
-from kd_cache.commands import Table
+from kd_cache.cli.progress import Progress
+from kd_cache.commands import Failure, Table
 from kd_cache.errors import KDCacheError, UsageError, shown
 from kd_cache.watch import Watcher
 
@@ -26,6 +30,7 @@ R = TypeVar("R")
 
 _LOG_SECONDS = 5.0
 _PIPE_WIDTH = 160
+_PACKAGE = Path(__file__).parents[1]
 
 
 def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -51,8 +56,6 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
             code, cause = 130, error
         except (typer.Exit, typer.Abort):
             raise
-        except BrokenPipeError as error:
-            code, cause = 1, error
         except Exception as error:  # noqa: BLE001 (the last line of defence: say it, exit non-zero)
             _print_error(f"unexpected {type(error).__name__}: {error}", "Run again with --debug to see where.")
             code, cause = 1, error
@@ -74,12 +77,12 @@ def at_home(value: Any) -> Any:
 
 
 def _print_error(message: str, hint: str | None) -> None:
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True)
     text = Text("error: ", style="bold red")
     text.append("\n".join(shown(line) for line in message.split("\n")), style="not bold default")
-    console.print(text)
+    _print(console, text)
     if hint:
-        console.print(Text("\n".join(shown(line) for line in hint.split("\n")), style="dim"))
+        _print(console, Text("\n".join(shown(line) for line in hint.split("\n")), style="dim"))
 
 
 class Screen(Watcher):
@@ -88,77 +91,61 @@ class Screen(Watcher):
     def __init__(self, *, quiet: bool, as_json: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.stderr = Console(stderr=True, soft_wrap=True)
+        self.stderr = Console(stderr=True)
         # In a pipe there is no edge to keep: names stay whole, so that they can be searched for.
         self.stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._live: Live | None = None
+        self._progress = Progress()
         self._noted: set[str] = set()
-        self._name, self._total, self._done, self._busy, self._epoch = "", 0, 0, "", ""
-        self._began = self._logged = time.monotonic()
+        self._before, self._shown = warnings.catch_warnings(), warnings.showwarning
+        self._logged = time.monotonic()
 
     def __enter__(self) -> Screen:
+        self._before.__enter__()
+        warnings.showwarning = self._warned  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._before.__exit__(None, None, None)
         self._close()
+
+    def _warned(self, message: Warning | str, kind: type[Warning], file: str, line: int, *more: Any) -> None:
+        """What a library's user gets as a warning, a command's gets as a note; others' warnings are theirs."""
+        if Path(file).is_relative_to(_PACKAGE):
+            self.note(str(message))
+        else:
+            self._shown(message, kind, file, line, *more)
 
     def stage(self, name: str, total: int) -> None:
         self._close()
-        self._name, self._total, self._done, self._busy, self._epoch = name, total, 0, "", ""
-        self._began = self._logged = time.monotonic()
-        if self.quiet or not self.stderr.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[saved]}"),
-            TextColumn("{task.fields[busy]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.stderr,
-            transient=True,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task(name, total=total, rate="", saved="", busy="")
+        self._progress = Progress(name, total)
+        self._logged = time.monotonic()
+        if not self.quiet and self.stderr.is_terminal:
+            self._live = Live(self._progress, console=self.stderr, transient=True, refresh_per_second=4)
+            self._live.start()
 
     def advance(self, count: int) -> None:
-        self._done += count
-        rate = self._done / max(time.monotonic() - self._began, 1e-9)
-        if self._progress is not None:
-            self._progress.update(self._task, advance=count, rate=f"{rate:,.0f} samples/s")
-            return
-        if not self.quiet and time.monotonic() - self._logged >= _LOG_SECONDS:
+        self._progress.advance(count)
+        if self._live is None and not self.quiet and time.monotonic() - self._logged >= _LOG_SECONDS:
             self._logged = time.monotonic()
-            left = (self._total - self._done) / max(rate, 1e-9)
-            busy = f" · {self._busy}" if self._busy else ""
-            busy += f" · {self._epoch}" if self._epoch else ""
-            done = f"{self._done:,}/{self._total:,}"
-            self.remark(f"{self._name}: {done} · {rate:,.0f} samples/s · ETA {left:,.0f} s{busy}")
+            self.remark(
+                f"{self._progress.name}: {' · '.join([*self._progress.figures, *self._progress.extras.values()])}"
+            )
 
     def saved(self, count: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, saved=f"saved {count:,}")
+        if self._live is not None:
+            self._progress.extras["saved"] = f"saved {count:,}"
         else:
-            self.remark(f"saved: {count:,}/{self._total:,} samples")
+            self.remark(f"saved: {count:,}/{self._progress.total:,} samples")
 
     def busy(self, shares: Mapping[str, float]) -> None:
-        self._busy = " · ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
-        if self._progress is not None:
-            self._progress.update(self._task, busy=self._busy)
+        self._progress.extras["busy"] = " · ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
 
     def epoch(self, measured: Mapping[str, Any]) -> None:
-        told = (
+        self._progress.extras["epoch"] = (
             f"epoch {measured['epoch']}: loss {measured['train_loss']:.3f}, validation "
             f"{measured['val_accuracy']:.1%}, loss {measured['val_log_loss']:.3f}"
         )
-        if self._progress is not None:
-            self._progress.update(self._task, saved=told)
-        else:
-            self._epoch = told
 
     def note(self, text: str) -> None:
         """Once: what is read twice need not be told of twice."""
@@ -169,18 +156,20 @@ class Screen(Watcher):
     def remark(self, text: str) -> None:
         """One line on standard error."""
         if not self.quiet:
-            self.stderr.print(Text(shown(text)))
+            _print(self.stderr, Text(shown(text)))
 
     def result(self, *parts: Table | str) -> None:
         """What the command was asked for, for a person."""
         self._close()
-        if self.quiet or self.as_json:
-            return
         for part in parts:
-            if isinstance(part, str):
-                self.stdout.print(Text(shown(part)), soft_wrap=True)
+            if isinstance(part, Failure) and self.quiet:
+                _print(self.stderr, Text(shown(part)))
+            elif self.quiet or self.as_json:
+                continue
+            elif isinstance(part, str):
+                _print(self.stdout, Text(shown(part)))
             else:
-                self.stdout.print(_drawn(part))
+                self.stdout.print(_drawn(part, self.stdout.width), crop=False)
 
     def result_json(self, content: Any) -> None:
         """What the command was asked for, for a program: the only thing on standard output."""
@@ -189,19 +178,46 @@ class Screen(Watcher):
             sys.stdout.write(json.dumps(content, indent=1) + "\n")
 
     def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
-def _drawn(table: Table) -> Group:
-    """A plain table below its title; every cell is printed as it is, never as markup."""
+def _print(console: Console, text: Text) -> None:
+    """A line, whole where no terminal shows it; on one it is broken between words, and never within one."""
+    lines = list(text.split("\n", allow_blank=True)) if console.is_terminal else []
+    for line in lines:
+        at = 0
+        parts = textwrap.wrap(line.plain, console.width, break_long_words=False, break_on_hyphens=False)
+        for part in parts or [""]:
+            at = line.plain.index(part, at)
+            console.print(line[at : at + len(part)], soft_wrap=True)
+            at += len(part)
+    if not lines:
+        console.print(text, soft_wrap=True)
+
+
+def _drawn(table: Table, width: int) -> Group:
+    """A plain table below its title; every cell is printed as it is, never as markup, and no word of it is broken.
+
+    What is too wide for that is written cell by cell.
+    """
     made = rich.table.Table(show_edge=False, pad_edge=False)
-    for number, column in enumerate(table.columns):
-        made.add_column(Text(column), justify="left" if number == 0 else "right", overflow="fold")
-    for row in table.rows:
-        made.add_row(*[Text(shown(cell)) for cell in row])
-    return Group(Text(table.title, style="table.title"), made)  # not the table's own, which it would fold at its width
+    cells = [[shown(cell) for cell in row] for row in table.rows]
+    widest = [max(map(cell_len, " ".join(column).split(" "))) for column in zip(table.columns, *cells, strict=True)]
+    for number, (column, least) in enumerate(zip(table.columns, widest, strict=True)):
+        made.add_column(Text(column), justify="left" if number == 0 else "right", min_width=least)
+    for row in cells:
+        made.add_row(*map(Text, row))
+    title = Text(table.title, style="table.title", overflow="ignore")  # not the table's own, which it would fold
+    if sum(widest) + 3 * (len(widest) - 1) <= width:
+        return Group(title, made)
+    names = max(map(cell_len, table.columns[1:]), default=0)
+    lines = []
+    for first, *others in cells:
+        beside = zip(table.columns[1:], others, strict=True)
+        lines += [first, *[f"  {name:<{names}}  {cell}" for name, cell in beside]]
+    return Group(title, *[Text(line, overflow="ignore", no_wrap=True) for line in lines])
 
 
 def percent(share: float | None) -> str:

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.cli.console import Screen, size
+from kd_cache.cli.guard import guard_notes, guard_table
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.parts import part_of
+from kd_cache.cli.progress import rate_in_words
 from kd_cache.cli.report import missing_lines, problem_lines, verify_table
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described, load_teachers, teacher_specs
@@ -21,6 +23,7 @@ from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import shown, worst_exit_code
 from kd_cache.options import BadSample, DType, Precision, Target
+from kd_cache.prepare.census import census
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
 from kd_cache.score.storage_cost import StorageCost
@@ -71,29 +74,34 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     if part is not None:
         screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
     refuse_file_as_root(options.cache_root)
-    job = _job(run, options, data, part)
+    job = _job(run, options, data, part, screen)
     if dry_run:
         report = plan_dump(job)
-        content, code = {"dry_run": True, **_as_json(report)}, 3 if report.missing else 0
-        return Report(content, [_plan_table(report), _plan_line(report)], code)
+        content = {"dry_run": True, **_as_json(report), "devices": census(data.manifest)}
+        current = [f"{name}: other rows would become current ({how})" for name, how in report.replaced.items()]
+        lines: list[str | Table] = [guard_table(data.manifest), "", _plan_table(report), *current, _plan_line(report)]
+        return Report(content, [*lines, *missing_lines(report.missing)], 3 if report.missing else 0)
     code, content = dump_and_report(job, options.num_verify, screen)
     return Report(content, exit_code=code)
 
 
 def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
     """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
+    for name, note in job.notes.items():
+        if ", " in (read_from := note.get("source", {}).get("read_from", "")):  # not simply what the file holds
+            screen.remark(f"{name}: weights read from {read_from}")
     report = dump_logits(job, screen)
     # A part has no index yet; what it wrote was read back before it was put in place.
     verified = None if job.part is not None else _verify(job, report, num_verify, screen)
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
-        screen.result("", verify_table(verified), *problem_lines(verified.worst_first))
+        screen.result("", verify_table(verified), *problem_lines(verified))
     content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
     codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
     return worst_exit_code(codes), content
 
 
-def _job(run: Run, options: DumpOptions, data: Dataset, part: Part) -> DumpJob:
+def _job(run: Run, options: DumpOptions, data: Dataset, part: Part, screen: Screen) -> DumpJob:
     specs = teacher_specs(
         options.target,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
@@ -102,7 +110,7 @@ def _job(run: Run, options: DumpOptions, data: Dataset, part: Part) -> DumpJob:
         own_data=run.given("json_path") or run.given("data_root"),
     )
     device = resolve_device(options.device)
-    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes)
+    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes, screen)
     return DumpJob(
         cache_root=options.cache_root,
         data=data,
@@ -133,14 +141,8 @@ def _announce(screen: Screen, data: Dataset) -> None:
     screen.remark(
         f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
     )
-    if selection.located < selection.locatable:
-        unknown = selection.locatable - selection.located
-        screen.note(
-            f"{unknown:,} of {selection.locatable:,} train and test rows name no recording location: whether they "
-            "share one cannot be checked"
-        )
-    if selection.shared_locations:
-        screen.note(f"{len(selection.shared_locations):,} train samples share a location with test, as you allowed")
+    for note in guard_notes(selection):
+        screen.note(note)
 
 
 def _verify(job: DumpJob, report: DumpReport, count: int, screen: Screen) -> VerifyReport | None:
@@ -171,14 +173,14 @@ def _summary_table(report: DumpReport) -> Table:
 
 
 def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
-    lines = []
-    if report.samples_scored == 0 and not report.missing:
+    lines = [f"{name}: other rows are current now ({how})" for name, how in report.replaced.items()]
+    if report.samples_scored == 0 and not report.missing and not report.replaced:
         what = "permitted sample" if job.part is None else "sample of this part"
         lines.append(f"Nothing to score: every {what} is cached and fresh.")
     elif report.samples_scored:
         lines.append(
-            f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {report.rate:,.0f} samples/s "
-            f"on {job.device}, {job.precision}, stored as {job.dtype}"
+            f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {rate_in_words(report.rate)} "
+            f"samples/s on {job.device}, {job.precision}, stored as {job.dtype}"
         )
         lines.append("busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items()))
     if report.published is not None:
@@ -196,7 +198,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     for name, result in report.teachers.items():
         lines += _cost_line(f"{name}: storing as fp16", result.cost)
         lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
-    return lines + missing_lines(report.missing)
+    return [*lines, *missing_lines(report.missing)]
 
 
 def _cost_line(what: str, measured: StorageCost | None) -> list[str]:

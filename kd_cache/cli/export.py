@@ -24,7 +24,7 @@ def export(
 def _folder(path: Path | None) -> CacheFolder:
     """The cache that was named, or the only one."""
     if path is not None:
-        return CacheFolder(path.parent if path.is_file() else path)
+        return CacheFolder.at(path)
     root = Path("cache")
     found = find_caches(root, is_adaptation)
     if not found:

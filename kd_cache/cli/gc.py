@@ -14,11 +14,13 @@ from kd_cache.store.cache import CacheFolder
 MOST_SHOWN = 20
 
 
-def gc(screen: Screen, cache: Path | None, cache_root: Path, older_than: int, dry_run: bool) -> Report:
+def gc(
+    screen: Screen, cache: Path | None, cache_root: Path, older_than: int, drop_unfinished: bool, dry_run: bool
+) -> Report:
     """Remove what nothing needs, or say what that would be."""
     folders = caches_below(cache_root, is_adaptation) if cache is None else [CacheFolder(cache)]
-    reports = [find_garbage(folder.path, older_than) for folder in folders]  # all, before anything is removed
-    for report in reports:
+    reports = [find_garbage(folder.path, older_than, drop_unfinished=drop_unfinished) for folder in folders]
+    for report in reports:  # all was looked at before anything is removed
         if not dry_run:
             remove_garbage(report)
         _show(screen, report, dry_run=dry_run)

@@ -15,7 +15,7 @@ from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import PLACES, check_of, choose
 from kd_cache.store.accuracy import near_chance, stored_accuracy
-from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache, teacher_in_name
+from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
 
@@ -30,9 +30,7 @@ def info(screen: Screen, path: Path) -> Report:
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-    folders = [CacheFolder(path)] if CacheFolder(path).packs_path.is_dir() else find_caches(path, is_adaptation)
-    if CacheFolder(path).index_path.is_file():
-        folders = [CacheFolder(path)]
+    folders = [CacheFolder(path)] if CacheFolder(path).is_anything else find_caches(path, is_adaptation)
     if not folders and not trained and not pretrained:
         raise no_finished_cache(path, is_adaptation)
     described = []
@@ -64,7 +62,7 @@ def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
     found = {}
     for (_, classes, item), names in together.items():
         table = index.num_samples * len(names) * classes * item
-        on_disk = sum(bytes_ for pack, bytes_ in packs.items() if teacher_in_name(Path(pack)) in names)
+        on_disk = sum(packs.get(index.record["teachers"][name]["pack"], 0) for name in names)
         verify = check_of("auto", "auto", on_disk)
         place = choose("auto", table, is_lazy=verify == "lazy")
         found[", ".join(names)] = {"preload": place, "verify": verify, "table_bytes": table}
@@ -91,7 +89,6 @@ def _teacher_table(folder: CacheFolder, index: Index) -> Table:
         "Computed in": lambda entry: str(entry["parts"]["precision"]),
         "Weights": lambda entry: f"{entry['parts']['weights'][:16]}…",
         "Fingerprint": lambda entry: f"{entry['fingerprint'][:16]}…",
-        "Checkpoint": _checkpoint,
     }
     rows = [[name, *map(fact, entries.values())] for name, fact in facts.items()]
     return Table(f"{shown(folder.path)}: {index.num_samples:,} samples complete", ["", *entries], rows)
@@ -107,7 +104,7 @@ def _accuracy(entry: dict[str, Any]) -> str:
 def _checkpoint(entry: dict[str, Any]) -> str:
     if "adopted" in entry:
         return "unverified: adopted from elsewhere"
-    return str(entry.get("source", {}).get("checkpoint", "none: own code"))
+    return str(entry.get("source", {}).get("checkpoint", "own code, no checkpoint"))
 
 
 def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[str]:
@@ -125,6 +122,7 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
         f"from      {record['manifest']['path']} (sha256 {record['manifest']['sha256'][:16]}…), "
         f"{record['num_permitted']:,} permitted: {per_device}",
         f"settings  {', '.join(changed) or 'all defaults'}",
+        *[f"weights   {name}: {_checkpoint(entry)}" for name, entry in record["teachers"].items()],
         f"on disk   {size(sum(on_disk.values()))} in {len(on_disk)} packs, view: {'yes' if record['files'] else 'no'}",
     ]
     for names, chosen in _reading(index, on_disk).items():

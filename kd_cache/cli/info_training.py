@@ -16,8 +16,9 @@ _MOST = 1 << 24
 
 
 def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
-    """The published teachers below ``outputs``, or in it, each with what its run measured where that is still there."""
-    found = sorted({*outputs.glob("teacher_*/*/best.safetensors"), *outputs.glob("best.safetensors")})
+    """The published nets below ``outputs``, or in it, each with what its run measured where that is still there."""
+    places = ("teacher_*/*/best.safetensors", "student/*/*/best.safetensors", "best.safetensors")
+    found = sorted({path for place in places for path in outputs.glob(place)})
     return [_teacher(path) for path in found]
 
 
@@ -36,7 +37,7 @@ def _teacher(path: Path) -> dict[str, Any]:
     told: dict[str, Any] = {
         "path": str(path),
         "damage": None,
-        "role": record.get("role"),
+        "role": _role(record),
         "place": training.get("place"),
         "key": training.get("key"),
         "trained_on": None if made is None else len(made.trained),
@@ -51,6 +52,11 @@ def _teacher(path: Path) -> dict[str, Any]:
                 accuracy = {where: value and float(value) for where, value in headline(content).items()}
                 return {**told, "accuracy": accuracy, "run": str(results.parent)}
     return told
+
+
+def _role(record: dict[str, Any]) -> Any:
+    distilled = record.get("distillation")
+    return f"student ({distilled.get('mode')})" if isinstance(distilled, dict) else record.get("role")
 
 
 def teachers_table(teachers: list[dict[str, Any]]) -> Table:
@@ -68,7 +74,9 @@ def teachers_table(teachers: list[dict[str, Any]]) -> Table:
                 *(percent(accuracy.get(where)) for where in ("validation", "test, source", "test, target")),
             ]
         )
-    return Table("Trained teachers", ["File", "Teacher", "Trained on", "Validation", "Test, A", "Test, target"], rows)
+    return Table(
+        "Trained teachers and students", ["File", "What", "Trained on", "Validation", "Test, A", "Test, target"], rows
+    )
 
 
 def pretrained_entries(outputs: Path) -> list[dict[str, Any]]:

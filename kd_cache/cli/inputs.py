@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.teachers import SAMPLE
@@ -21,7 +20,11 @@ _NAMED = (
 )
 
 
+def named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options say of a data set, as `Dataset.load` takes it; the sample's manifest where none is named."""
+    return {"json_path": options["json_path"] or SAMPLE / "dataset.json", **{name: options[name] for name in _NAMED}}
+
+
 def data_of(target: str, options: Mapping[str, Any]) -> Dataset:
-    """Read the manifest, the sample's where none is named, and pass it through the guard. Raises as `Dataset.load`."""
-    json_path: Path | None = options["json_path"]
-    return Dataset.load(target, json_path or SAMPLE / "dataset.json", **{name: options[name] for name in _NAMED})
+    """Read the manifest and pass it through the guard. Raises as `Dataset.load`."""
+    return Dataset.load(target, **named(options))

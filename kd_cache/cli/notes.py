@@ -9,15 +9,17 @@ the same bytes.
 - **Teachers.** Without options the City2Scene and the scene teacher are loaded; `--teacher` adds one of your own or
   takes the place of a built-in one of the same name, `--only` leaves out the others.
 - **`--reread`.** A rerun believes that a feature is unchanged if its file's device, inode, size, mtime and ctime
-  are those of the last dump and its last change was at least 2 s old then. `--reread` reads every feature. It is
-  needed where a file system keeps no ctime of its own (FAT, sshfs, images with fixed times) or shows an old one
-  (NFS, for a while). `verify` and `repair` read them all.
+  are those of the last dump and its last change was at least 2 s old then (120 s on network file systems; files in
+  memory are always read). 256 of them, drawn anew each time, are read all the same, and a note says how sure that
+  makes one; if one of them changed, all are read. `--reread` reads every feature. It is needed where a file system
+  keeps no ctime of its own (FAT, images with fixed times). `verify` and `repair` read them all.
 - **`--batch-size auto`** measures the largest size that fits and still makes it faster, before anything is stored.
 - **`--compile`** is kept in the index (`kd_cache.teachers.<name>.compiled`), as is the KL against fp32 of a lower
   `--precision`, measured on batches 1, 2, 4, 8, … of the run.
 - **`--shard`**, launchers and job arrays: [several.md](several.md). Your own teachers: [teachers.md](teachers.md)."""
 
 VERIFY = REPAIR = DIFF = GC = "What it looks at, and what it does: [care.md](care.md)."
+PREPARE = "Layouts and front ends: [audio.md](audio.md)."
 SEAL = MERGE = "How it is used: [several.md](several.md)."
 
 EXPORT = """\
@@ -32,3 +34,26 @@ as an older script's |
 | `npy`, no `--output` | the cache's own view | what `dump --no-files` left out |"""
 
 ADOPT = "What a source may be, and what becomes of its rows: [exchange.md](exchange.md)."
+
+EVALUATE = """\
+It shows accuracy with its interval, macro accuracy (the mean over classes), log loss, ECE (15 bins of equal width)
+and Brier score, of all rows and by device group (source, target, other, unseen), device, city and scene; `--json`
+has the confusion, the accuracy per class and what an early exit at a confidence would give as well. Values may be
+logits, log probabilities or probabilities. Where a group is always right, its interval is 100 – 100: few rows.
+
+`--split val` gives the figures that `kd-cache train` chose the epoch by, with the same `--target`, `--val-ratio`
+and `--fold`. A note says how many of the rows trained the net, as its provenance says
+([guard.md](guard.md#provenance)), and how many chose its epoch."""
+
+STUDENT = """\
+Losses, fusion and what the numbers mean: [distillation.md](distillation.md). Stages, augmentation, run folder and
+going on: as for teachers ([training.md](training.md)); the key of a run also holds the teachers' rows, the mode and
+the recipe.
+
+- `fit` and `gate` need to know which rows trained the teachers: their checkpoints are looked up where the dump found
+  them, and believed only while their fingerprint is the cache's. Where it is not known, `fit` is the mean, with a note.
+- A feature that is not the one that the teachers scored is refused (exit 5), and so is a cache without one of the rows
+  (3), with damaged rows (4), or of another target (2).
+- The checkpoint says what it was distilled from, and its provenance is that of its own rows and of its teachers: it can
+  be dumped as a teacher (`--teacher small=scene,ckpt=outputs/student/A2b/fit/best.safetensors`).
+- `ce_only`, `mean_fusion` and `attn_fusion` are older names of `ce`, `mean` and `gate`."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from kd_cache.cli.commands import all_commands
 from kd_cache.cli.help import print_command_help, print_group_help
 from kd_cache.cli.running import run_command
 from kd_cache.cli.settings_file import check_environment, read_file
 from kd_cache.commands import Command, Group
-from kd_cache.errors import UsageError
+from kd_cache.errors import UsageError, shown
 from kd_cache.options import PREFIX, Option
 
 PROGRAM = "kd-cache"
@@ -31,6 +32,8 @@ def parameter(option: Option) -> inspect.Parameter:
     """The option as typer is told of it."""
     shared: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
     shared |= {"min": option.low, "max": option.high, "show_envvar": False}
+    if len({choice.casefold() for choice in option.choices}) == len(option.choices):
+        shared["case_sensitive"] = False  # where no two are alike, "B" can only mean "b"
     if option.parse is not None:
         shared["parser"] = _parser(option.parse)
     if option.name == "config":
@@ -58,6 +61,43 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
+def _sensible(parameter: Any, ctx: Any, text: Any, value: Any) -> Any:
+    """The value, wherever it comes from, if any option has a use for such a one."""
+    if "" in (text if isinstance(text, list | tuple) else [text]):
+        raise typer.BadParameter("it is empty", ctx, parameter)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
+    return value
+
+
+class TableArgument(TyperArgument):
+    """An argument that takes no empty text."""
+
+    def type_cast_value(self, ctx: Any, value: Any) -> Any:
+        return _sensible(self, ctx, value, super().type_cast_value(ctx, value))
+
+
+class TableOption(TyperOption):
+    """An option that refuses to be given twice where it takes one value: the first would be lost without a word."""
+
+    def type_cast_value(self, ctx: Any, value: Any) -> Any:
+        return _sensible(self, ctx, value, super().type_cast_value(ctx, value))
+
+    def add_to_parser(self, parser: Any, ctx: Any) -> None:
+        takes_many, self.multiple = self.multiple, True  # so that the parser hands over every value
+        super().add_to_parser(parser, ctx)
+        self.multiple = takes_many
+
+    def handle_parse_result(self, ctx: Any, opts: Mapping[str, Any], args: list[str]) -> Any:
+        if not self.multiple and (values := opts.get(self.name or "")) is not None:
+            if len(values) > 1 and not (self.is_flag and len(set(values)) == 1):
+                yes_no = {True: self.opts[0], False: (*self.secondary_opts, "")[0]}
+                each = [str(yes_no[value] if self.is_flag else shown(value)) for value in values]
+                raise typer.BadParameter(f"{self.opts[0]} takes one value and is given {' and '.join(each)}", ctx)
+            opts = {**opts, self.name or "": values[0]}
+        return super().handle_parse_result(ctx, opts, args)
+
+
 class TableCommand(TyperCommand):
     """A command that its line of the table describes."""
 
@@ -79,7 +119,8 @@ def _spelled_out(entry: Command, args: list[str]) -> list[str]:
     for each in entry.options:
         for name, value in each.switches:
             said = os.environ.get(PREFIX + name.upper(), "").lower()
-            if each.envvar not in os.environ and said in ("1", "true", "t", "yes", "y", "on"):
+            is_given = any(word.partition("=")[0].replace("_", "-") in each.flags for word in words)
+            if not is_given and each.envvar not in os.environ and said in ("1", "true", "t", "yes", "y", "on"):
                 words = [each.flags[0], value, *words]
     return words
 
@@ -98,6 +139,9 @@ def built(name: str) -> Any:
     app.command(name.rpartition(" ")[2], cls=TableCommand, help=entry.help, context_settings=SETTINGS)(callback)
     made = typer.main.get_command(app)
     made.entry = entry  # type: ignore[attr-defined]
+    for each in made.params:
+        # typer has no way to ask for them
+        each.__class__ = TableArgument if isinstance(each, TyperArgument) else TableOption
     return made
 
 

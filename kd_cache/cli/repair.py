@@ -6,7 +6,7 @@ from kd_cache.care.repair import RepairJob, RepairReport, repair_cache
 from kd_cache.care.verify import VerifyJob
 from kd_cache.cli.console import Screen
 from kd_cache.cli.report import problem_lines, verify_table
-from kd_cache.cli.saved import Saved, run_record, saved_data, saved_teachers, saved_with
+from kd_cache.cli.saved import Saved, run_record, saved_data, saved_in, saved_teachers, saved_with
 from kd_cache.cli.verify import chosen_caches
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import target_in
@@ -31,9 +31,11 @@ def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
     target = target_in(folder.path.name) or folder.path.name
     snapshot = Snapshot(folder, maps=True)
     saved = saved_with(snapshot, screen)
+    if snapshot.index is not None:  # a dump that has not finished may have been begun with a wrong data root
+        saved = saved_in(snapshot.index)
     _refuse_to_guess(run, folder, saved)
     data = saved_data(run, saved, target)
-    loaded = saved_teachers(run, saved, target)
+    loaded = saved_teachers(run, saved, target, screen)
     device = resolve_device(options["device"])
     audit = VerifyJob(
         snapshot,
@@ -65,7 +67,7 @@ def _refuse_to_guess(run: Run, folder: CacheFolder, saved: Saved) -> None:
 
 
 def _lines(report: RepairReport) -> list[str | Table]:
-    lines: list[str | Table] = [*problem_lines(report.before.worst_first)]
+    lines: list[str | Table] = [str(line) for line in problem_lines(report.before)]  # no failures: most are mended now
     lines += [
         f"{name}: {n:,} adopted rows were confirmed by scoring them again" for name, n in report.confirmed.items() if n
     ]
@@ -82,5 +84,5 @@ def _lines(report: RepairReport) -> list[str | Table]:
     if report.after.teachers:
         lines += ["", verify_table(report.after)]
     if report.before.problems:
-        lines += [*problem_lines(report.after.worst_first), ""]
+        lines += [*problem_lines(report.after), ""]
     return lines

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from kd_cache.commands import Table
+from kd_cache.commands import Failure, Table
 from kd_cache.errors import shown
 
 if TYPE_CHECKING:
-    from kd_cache.care.problems import Problem, TeacherResult, VerifyReport
+    from kd_cache.care.problems import TeacherResult, VerifyReport
 
 
 def verify_table(report: VerifyReport) -> Table:
@@ -29,21 +29,25 @@ def verify_table(report: VerifyReport) -> Table:
     return Table(title, ["", *report.teachers], rows)
 
 
-def problem_lines(problems: Sequence[Problem], most: int = 20) -> list[str]:
+def problem_lines(report: VerifyReport, most: int = 20) -> list[Failure]:
     """One line per problem, the first of them: a table would fold long names, and nobody could search for them."""
-    lines = [f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}, the worst first:"] if problems else []
+    problems = report.worst_first
+    if not problems:
+        return []
+    lines = [f"{shown(report.cache)}: {len(problems):,} problem{'s' if len(problems) > 1 else ''}, the worst first:"]
     for problem in problems[:most]:
         where = f"{problem.teacher}: " if problem.teacher else ""
         lines.append(f"  {problem.kind}: {where}{problem.file}: {problem.reason}")
     if len(problems) > most:
         lines.append(f"  … and {len(problems) - most:,} more; --json lists them all")
-    return lines
+    return [Failure(line) for line in lines]
 
 
-def missing_lines(missing: Mapping[str, str], most: int = 20) -> list[str]:
+def missing_lines(missing: Mapping[str, str], most: int = 20) -> list[Failure]:
     """One line per sample without a row, the first of them."""
     lines = [f"missing: {shown(file)}: {shown(reason)}" for file, reason in list(missing.items())[:most]]
-    return lines + ([f"… and {len(missing) - most:,} more missing samples"] if len(missing) > most else [])
+    lines += [f"… and {len(missing) - most:,} more missing samples"] if len(missing) > most else []
+    return [Failure(line) for line in lines]
 
 
 def _share(count: int, total: int) -> str:

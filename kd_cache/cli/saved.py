@@ -88,7 +88,7 @@ class Loaded:
         return {spec.name: {"source": described(spec, self.teachers[spec.name])} for spec in self.specs}
 
 
-def saved_teachers(run: Run, saved: Saved, target: str) -> Loaded:
+def saved_teachers(run: Run, saved: Saved, target: str, screen: Screen) -> Loaded:
     """Load those that the options name, and the built-in ones from where the dump found them."""
     own = {spec.name: spec for spec in map(parse_teacher, run.values["teacher"])}
     specs: list[TeacherSpec] = []
@@ -106,7 +106,8 @@ def saved_teachers(run: Run, saved: Saved, target: str) -> Loaded:
         else:
             unchecked[name] = ("it is your own; pass it with --teacher", False)
     recalled, most = run.recall(saved.values, saved.paths), run.values["max_checkpoint_bytes"]
-    return Loaded(load_teachers(specs, recalled["num_scenes"], recalled["num_cities"], most), specs, unchecked)
+    sizes = recalled["num_scenes"], recalled["num_cities"]
+    return Loaded(load_teachers(specs, *sizes, most, screen), specs, unchecked)
 
 
 def _checkpoint(run: Run, saved: Saved, name: str, target: str) -> Path | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ import yaml
 from kd_cache.cli.commands import all_options, sections
 from kd_cache.commands import Command
 from kd_cache.errors import KDCacheError, UsageError, shown
+from kd_cache.files.atomic import open_file
 from kd_cache.options import ENVIRONMENT, PREFIX, SETTINGS_FILE, Option
 
 FILE = "kd_cache.file"
@@ -32,21 +34,27 @@ def check_environment() -> None:
 
 def read_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Callback of ``--config``: make the file's values the defaults of this command. Unknown keys are errors."""
+    was_named = path is not None
     if path is None and SETTINGS_FILE.is_file():
         path = SETTINGS_FILE
     if path is not None and not ctx.resilient_parsing:
         entry: Command = ctx.command.entry  # type: ignore[attr-defined]
         try:
-            ctx.meta[FILE] = found = settings_in(path, entry)
+            ctx.meta[FILE] = found = settings_in(path, entry, may_name_code=was_named)
         except KDCacheError as error:
-            raise typer.BadParameter(error.message) from error
+            raise typer.BadParameter(str(error)) from error
         ctx.default_map = {key: value for part in ("", *sections(entry)) for key, value in found.get(part, {}).items()}
     return path
 
 
-def settings_in(path: Path, entry: Command) -> dict[str, dict[str, Any]]:
-    """The file's settings that this command has, as texts, by section."""
+def settings_in(path: Path, entry: Command, *, may_name_code: bool = True) -> dict[str, dict[str, Any]]:
+    """The file's settings that this command has, as texts, by section.
+
+    Raises:
+        UsageError: no settings; or one that names code, whatever the command, where that is not to be taken from here.
+    """
     names = {name for each in all_options() for name in each.spellings if each.name != "config"}
+    code = {name for each in all_options() if each.names_code for name in each.spellings}
     known_sections = {*sections()}
     content = _load(path)
     parts = {key: value for key, value in content.items() if key in known_sections and isinstance(value, dict)}
@@ -60,6 +68,12 @@ def settings_in(path: Path, entry: Command) -> dict[str, dict[str, Any]]:
             if key not in names:
                 known = [*names, *known_sections]
                 raise UsageError(f"{shown(path)}: unknown setting {shown(key)}{_is_it(key, known)}")
+            if key in code and not may_name_code and ":" in str(settings[key]):
+                raise UsageError(
+                    f"{shown(path)}: {key} names code ({shown(settings[key])}), and code comes only from the command "
+                    f"line, the environment or a file named with --config; this file was found in the current folder",
+                    hint=f"If you trust it: --config {SETTINGS_FILE}",
+                )
     return {name: _applicable(entry, settings, path) for name, settings in found.items()}
 
 
@@ -79,7 +93,7 @@ class _Loader(yaml.SafeLoader):
 def _load(path: Path) -> dict[str, Any]:
     """The file's settings by name, underscores for hyphens."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8") as file:
             text = file.read(_MOST + 1)  # the file in the current folder may be anybody's
         if len(text) > _MOST:
             raise UsageError(f"{shown(path)} has more than {_MOST} characters, expected settings")

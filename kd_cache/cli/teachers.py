@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_cache.cli.console import Screen
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 
@@ -88,13 +89,18 @@ def described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
 
 
 def load_teachers(
-    specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int, max_checkpoint_bytes: int
+    specs: Sequence[TeacherSpec], num_scenes: int, num_cities: int, max_checkpoint_bytes: int, screen: Screen
 ) -> dict[str, Teacher]:
-    """Load them, and check the built-in ones' sizes. Raises `CheckpointError` and what `TeacherSpec.load` raises."""
+    """Load them, and check the built-in ones' sizes. Raises `CheckpointError` and what `TeacherSpec.load` raises.
+
+    The screen is told of each before, for it may take a while.
+    """
     from kd_cache.train.checkpoint_file import checkpoint_limit
 
     loaded = {}
     for spec in specs:
+        source = f" from {spec.checkpoint}" if spec.checkpoint else ""
+        screen.remark(f"loading the teacher {spec.name}{source}")
         with checkpoint_limit(max_checkpoint_bytes):
             teacher = spec.load()
         if spec.factory == BUILT_IN.get(spec.name):

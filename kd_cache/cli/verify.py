@@ -11,7 +11,7 @@ from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import adaptation, is_adaptation, target_in
-from kd_cache.errors import worst_exit_code
+from kd_cache.errors import UsageError, shown, worst_exit_code
 from kd_cache.score.device import resolve_device
 from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
 from kd_cache.store.snapshot import Snapshot
@@ -26,14 +26,21 @@ def verify(run: Run, screen: Screen, verify_seed: int | None) -> Report:
         for note in report.notes:
             screen.note(note)
         lines += [verify_table(report)] if report.teachers else []
-        lines += [*problem_lines(report.worst_first), ""]
+        lines += [*problem_lines(report), ""]
     code = worst_exit_code(report.exit_code for report in reports)
     return Report({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]}, lines, code)
 
 
 def chosen_caches(run: Run, screen: Screen) -> list[CacheFolder]:
-    """The cache of ``--target``, or every finished one under the root."""
-    root, target = run.values["cache_root"], run.values["target"]
+    """The cache that was named, by its path or by ``--target``, or every finished one under the root."""
+    root, target, path = run.values["cache_root"], run.values["target"], run.values["cache"]
+    if path is not None:
+        folder = CacheFolder.at(path)
+        if folder.is_anything or not find_caches(path, is_adaptation):
+            if target not in (None, target_in(folder.path.name)):
+                raise UsageError(f"{shown(path)} is not the cache of target {target}", hint="Name one of the two.")
+            return [folder]
+        root = path
     if target is not None:
         return [CacheFolder(root / adaptation(target))]
     found = find_caches(root, is_adaptation)
@@ -56,7 +63,7 @@ def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> Ver
     saved = saved_in(None if problem else snapshot.index)
     data = saved_data(run, saved, target)
     device = resolve_device(options["device"]) if options["recompute"] else None
-    loaded = saved_teachers(run, saved, target)
+    loaded = saved_teachers(run, saved, target, screen)
     return verify_cache(
         VerifyJob(
             snapshot,

@@ -72,10 +72,10 @@ class Dataset:
             "data_root": str(root.absolute()),
             "allow_outside": [str(path.absolute()) for path in allow_outside],
         }
-        if features is None:
-            return cls(manifest, selection, FeatureSource(root, allow_outside, max_feature_bytes), paths)
-        paths["features"] = str(features.absolute())
-        return cls(manifest, selection, PackedFeatures(features, max_feature_bytes), paths)
+        if features is not None:
+            paths["features"] = str(features.absolute())
+        source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins)
+        return cls(manifest, selection, source, paths)
 
     @property
     def task(self) -> Task:
@@ -111,6 +111,15 @@ class Dataset:
                 "shared_locations": len(selection.shared_locations),
             },
         }
+
+
+def feature_source(
+    root: Path, features: Path | None, allow_outside: Sequence[Path], max_bytes: int, bins: int | None = None
+) -> FeatureSource:
+    """What reads the features: one HDF5 file where it is named, else files below the data root."""
+    if features is not None:
+        return PackedFeatures(features, max_bytes, bins)
+    return FeatureSource(root, allow_outside, max_bytes, bins)
 
 
 def nothing_readable(count: int) -> FeatureError:

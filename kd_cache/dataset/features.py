@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from kd_cache.errors import FeatureError, UsageError, shown
+from kd_cache.errors import FeatureError, UsageError, listed, shown
 from kd_cache.files.npy import MAX_HEADER, check_size, parse_header, read_array
 
 MAX_BYTES = 1 << 24
@@ -53,14 +54,21 @@ class FeatureSource:
         root: data root; relative files lie below it.
         allow_outside: further folders or files that absolute files and links may lead to.
         max_bytes: a larger file is refused unread.
+        bins: F of every feature; by default any.
 
     Raises:
         UsageError: the root is not a folder.
     """
 
-    def __init__(self, root: str | Path, allow_outside: Iterable[str | Path] = (), max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        allow_outside: Iterable[str | Path] = (),
+        max_bytes: int = MAX_BYTES,
+        bins: int | None = None,
+    ) -> None:
         self.root = Path(root)
-        self.max_bytes = max_bytes
+        self.max_bytes, self.bins = max_bytes, bins
         if not self.root.is_dir():
             raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
         self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
@@ -74,13 +82,13 @@ class FeatureSource:
                 or float32, or not finite.
         """
         try:
-            descriptor, status = self._open(file)
+            descriptor, status = self.open(file)
             try:
                 content = _read_all(descriptor, status.st_size, self.max_bytes)
             finally:
                 os.close(descriptor)
             array = read_array(content)
-            check_array(array)
+            check_array(array, self.bins)
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
         return Feature(array, input_digest(array))
@@ -112,10 +120,25 @@ class FeatureSource:
                         rows[number] = stat_row(status)
         return np.array(rows, np.int64).reshape(-1, 5)
 
+    def missing(self, files: Sequence[str]) -> dict[str, str]:
+        """Which of them are not there or cannot be opened, and why. Nothing is read."""
+        found = {}
+        for number in np.flatnonzero(self.stat_many(files)[:, 0] < 0).tolist():
+            try:
+                self._look(files[number])
+            except (ValueError, OSError) as error:
+                found[files[number]] = self._error(files[number], error).message
+        return found
+
+    def _look(self, file: str) -> None:
+        descriptor, status = self.open(file)
+        os.close(descriptor)
+        _refuse_large(status.st_size, self.max_bytes)
+
     def shape(self, file: str) -> tuple[int, int]:
         """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
         try:
-            descriptor, status = self._open(file)
+            descriptor, status = self.open(file)
             try:
                 header = parse_header(os.read(descriptor, MAX_HEADER + 12))
                 check_size(header, status.st_size)
@@ -125,7 +148,29 @@ class FeatureSource:
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
-    def _open(self, file: str) -> tuple[int, os.stat_result]:
+    def refusal(self, file: str, error: FeatureError, files: Sequence[str]) -> FeatureError:
+        """What to raise where ``file`` cannot be done without: if it is missing, it names all of ``files`` that are."""
+        missing = list(self.missing(files) if self.missing([file]) else ())
+        if not missing:
+            return error
+        others = (name for name in _other_spellings(missing[0]) if name != missing[0])
+        there = next((name for name in others if not self.missing([name])), None)
+        hint = error.hint
+        if there is not None:
+            hint = f"{shown(there)} is there: the manifest must call it so, or --data-root is another folder."
+        if len(missing) == 1:
+            return FeatureError(error.message, hint=hint)
+        return FeatureError(
+            f"{len(missing):,} of {len(files):,} features are missing, or cannot be opened, {self._place_in_words}\n{listed(missing)}",
+            hint=hint,
+        )
+
+    @property
+    def _place_in_words(self) -> str:
+        return f"under {shown(self.root)}"
+
+    def open(self, file: str) -> tuple[int, os.stat_result]:
+        """A descriptor of the file, for the caller to close, and its status. Raises ``ValueError`` and ``OSError``."""
         path, inside = self._path(file)
         if not inside:
             self._refuse_outside(path)
@@ -165,11 +210,21 @@ class FeatureSource:
             )
 
     def _error(self, file: str, error: Exception) -> FeatureError:
-        where = f"feature {shown(file)} (under {shown(self.root)})"
+        where = f"feature {shown(file)} ({self._place_in_words})"
         if isinstance(error, FileNotFoundError):
             return FeatureError(f"{where} does not exist", hint="Check --data-root, or restore the file.")
         reason = error.strerror if isinstance(error, OSError) and error.strerror else shown(error)
         return FeatureError(f"{where}: {reason}")
+
+
+def _other_spellings(file: str) -> Iterator[str]:
+    """What a feature may be called in place of ``file``: with slashes, ``.npy`` for a sound, without outer folders."""
+    plain = file.replace("\\", "/")
+    stem = plain[: -len(PurePosixPath(plain).suffix) or None]
+    for name in (plain, f"{stem}.npy", stem):
+        yield from (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+        parts = name.split("/")
+        yield from ("/".join(parts[number:]) for number in range(1, len(parts)))
 
 
 def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -178,8 +233,11 @@ def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def check_array(array: np.ndarray) -> None:
-    _frames_and_bins(array.shape)
+def check_array(array: np.ndarray, bins: int | None = None) -> None:
+    """Raise ``ValueError`` for what is not finite and ``[T, F]``, or has not F = ``bins``."""
+    if _frames_and_bins(array.shape)[1] != (bins or array.shape[1]):
+        turned = "; is it [bins, frames]?" if array.shape[0] == bins else ""
+        raise ValueError(f"it has {array.shape[1]} bins, the manifest's front end has {bins}{turned}")
     if not _is_finite(array):
         finite = np.isfinite(array)
         frame, band = divmod(int(finite.argmin()), array.shape[1])
@@ -196,10 +254,14 @@ def _is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())  # the sum of finite squares may overflow, too
 
 
-def _read_all(descriptor: int, size: int, most: int) -> bytes:
-    """The whole file in one read; a byte more than its ``size`` is asked for, to notice where it grows."""
+def _refuse_large(size: int, most: int) -> None:
     if size > most:
         raise ValueError(f"it has {size} bytes, expected at most {most}; --max-feature-bytes permits more")
+
+
+def _read_all(descriptor: int, size: int, most: int) -> bytes:
+    """The whole file in one read; a byte more than its ``size`` is asked for, to notice where it grows."""
+    _refuse_large(size, most)
     content = os.read(descriptor, size + 1)
     if len(content) == size:
         return content

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,21 +125,51 @@ def select_source(
 
 def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
     task = manifest.task
+    look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=data_root)
+    if look.violations:
+        raise look.violations[0]
+    chosen = tuple(
+        sample for sample in manifest if sample.split == "train" and sample.device_id in (task.source, target)
+    )
+    _refuse_empty(chosen, manifest, target)
+    _refuse_collisions(chosen)
+    return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
+
+
+class Look(NamedTuple):
+    """What the guard saw in a whole manifest; ``violations`` are of one kind each. The rest as in `Selection`."""
+
+    violations: list[DataLeakageError]
+    located: int
+    locatable: int
+    shared_locations: tuple[str, ...]
+
+
+def look_through(manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None) -> Look:
+    """Everything that is wrong with a manifest, whatever the target. Arguments as for `select`."""
+    task = manifest.task
     train = [sample for sample in manifest if sample.split == "train"]
     test = [sample for sample in manifest if sample.split != "train" and task.held_out.search(sample.split)]
-    _refuse_contradictions(manifest)
-    _refuse_unseen_devices(train, task)
-    _refuse_files_in_two_splits(manifest, data_root)
     located, shared = _shared_locations(train, test, task)
-    if shared and not allow_shared_locations:
-        raise DataLeakageError(
-            f"{len(shared)} train samples were recorded at a location that also occurs in test\n{listed(shared)}",
-            hint="Move them out of train, or pass --allow-shared-locations if that is intended.",
-        )
-    chosen = tuple(sample for sample in train if sample.device_id in (task.source, target))
-    _refuse_empty(chosen, target, task)
-    _refuse_collisions(chosen)
-    return Selection(target, chosen, located, len(train) + len(test), tuple(shared), task)
+    wrong = [
+        _violation("samples contradict the list they stand in", _contradictions(manifest)),
+        _violation(
+            f"train samples come from the unseen devices {', '.join(task.unseen)}, which only the final evaluation "
+            "may use",
+            _unseen_devices(train, task),
+        ),
+        _violation("train files stand in another split too", _files_in_two_splits(manifest, data_root)),
+        _violation(
+            "train samples were recorded at a location that also occurs in test",
+            [] if allow_shared_locations else shared,
+            "Move them out of train, or pass --allow-shared-locations if that is intended.",
+        ),
+    ]
+    return Look([each for each in wrong if each is not None], located, len(train) + len(test), tuple(shared))
+
+
+def _violation(what: str, wrong: list[str], hint: str | None = None) -> DataLeakageError | None:
+    return DataLeakageError(f"{len(wrong)} {what}\n{listed(wrong)}", hint=hint) if wrong else None
 
 
 def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
@@ -165,40 +195,31 @@ def device_in_name(file: str, task: Task = DCASE) -> str | None:
     return task.device(found[-1][2].lower()) if found else None
 
 
-def _refuse_contradictions(manifest: Manifest) -> None:
-    wrong = [
+def _contradictions(manifest: Manifest) -> list[str]:
+    return [
         f"{sample.file}: in the list {sample.listed_in}, but its split says {sample.split}"
         for sample in manifest
         if sample.listed_in is not None and sample.split != sample.listed_in
     ]
-    if wrong:
-        raise DataLeakageError(f"{len(wrong)} samples contradict the list they stand in\n{listed(wrong)}")
 
 
-def _refuse_unseen_devices(train: list[Sample], task: Task) -> None:
+def _unseen_devices(train: list[Sample], task: Task) -> list[str]:
     wrong = [f"{sample.file}: device {sample.device_id}" for sample in train if sample.device_id in task.unseen]
-    wrong += [
+    return wrong + [
         f"{sample.file}: its name says {named}, its row {sample.device_id}"
         for sample in train
         if sample.device_id not in task.unseen and (named := device_in_name(sample.file, task)) in task.unseen
     ]
-    if wrong:
-        raise DataLeakageError(
-            f"{len(wrong)} train samples come from the unseen devices {', '.join(task.unseen)}, "
-            f"which only the final evaluation may use\n{listed(wrong)}"
-        )
 
 
-def _refuse_files_in_two_splits(manifest: Manifest, data_root: Path | None) -> None:
+def _files_in_two_splits(manifest: Manifest, data_root: Path | None) -> list[str]:
     plain = spelling if data_root is None else Places(data_root).plain
     train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
-    both = [
+    return [
         f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
         for other in manifest
         if other.split != "train" and (file := train.get(plain(other.file))) is not None
     ]
-    if both:
-        raise DataLeakageError(f"{len(both)} train files stand in another split too\n{listed(both)}")
 
 
 class Places:
@@ -267,13 +288,19 @@ def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
     return _recorded(sample, task)[0]
 
 
-def _refuse_empty(chosen: tuple[Sample, ...], target: str, task: Task) -> None:
-    for device in (task.source, target):
+def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -> None:
+    source = manifest.task.source
+    for device in (source, target):
         if not any(sample.device_id == device for sample in chosen):
+            splits = Counter(sample.split for sample in manifest)
+            found = ", ".join(f"{count:,} in {shown(split)}" for split, count in splits.most_common(10))
+            is_spelled = any(sample.split == "train" for sample in manifest)
             raise UsageError(
                 f"the manifest has no train samples of device {device}, so there is nothing to adapt "
-                f"{'from' if device == task.source else 'to'}",
-                hint="Check --json-path and --target.",
+                f"{'from' if device == source else 'to'}; it has {found}",
+                hint="Check --json-path and --target."
+                if is_spelled
+                else "What may be learnt from is in the split train, written exactly so.",
             )
 
 
@@ -283,23 +310,30 @@ def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
 
 
 def leaked(provenance: Provenance, manifest: Manifest, selection: Selection) -> list[str]:
-    """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it."""
-    keys = provenance.keys
-    outside = keys[selection.finder.find(keys) < 0]
+    """The samples that made a teacher and that ``selection`` does not permit, each with what is known of it.
+
+    Of those that the manifest does not list, only how many there are: a teacher keeps keys, and no names.
+    """
+    keys, outside = provenance.keys, _outside(provenance, selection)
     if not len(outside):
         return []
     rows = list(manifest)
     known = keys_of(row.file for row in rows)
     order = sorted_order(known)
     at = KeyFinder(known[order]).find(outside)
-    told = []
-    for key, position in zip(outside, at.tolist(), strict=True):
-        if position < 0:
-            told.append(f"a file with key {key.tobytes().hex()}: not in this manifest")
-        else:
-            row = rows[order[position]]
-            told.append(f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}")
-    return sorted(told, key=lambda line: line.startswith("a file with key"))
+    found = [rows[order[position]] for position in at.tolist() if position >= 0]
+    lines = [f"{shown(row.file)}: device {row.device_id}, split {shown(row.split)}" for row in found]
+    if unknown := len(outside) - len(found):
+        of_all = f"samples that this manifest does not list: {unknown:,} of {len(keys):,}"
+        lines.insert(0, f"{of_all} (renamed since, or of another data set; it has {shown(rows[0].file)}, …)")
+    return lines
+
+
+def _outside(provenance: Provenance, selection: Selection) -> np.ndarray:
+    """``[n, 16]`` u1: the keys that ``selection`` does not permit."""
+    keys = provenance.keys
+    outside: np.ndarray = keys[selection.finder.find(keys) < 0]
+    return outside
 
 
 def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
@@ -325,8 +359,9 @@ def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: S
         provenance: Provenance | None = getattr(teacher, "provenance", None)
         if provenance is not None and (found := leaked(provenance, manifest, selection)):
             raise DataLeakageError(
-                f"teacher {shown(name)} was trained or validated on {len(found)} samples that are not permitted train "
-                f"samples of {selection.task.source} or {selection.target}\n{listed(found)}",
+                f"teacher {shown(name)} was trained or validated on {len(_outside(provenance, selection)):,} samples "
+                f"that are not permitted train samples of {selection.task.source} or {selection.target}\n"
+                f"{listed(found)}",
                 hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
-                "with.",
+                "with, whose paths are written as they were then.",
             )

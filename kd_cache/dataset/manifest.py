@@ -2,7 +2,8 @@
 
 Two shapes are read (DCASE pipelines write both): ``{"train": [...], "val": [...], "test": [...]}``, where a sample
 without ``split`` takes its list's name, and a flat list in which every sample carries ``split``. A sample without any
-split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels.
+split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels. ``null``,
+-1 and -100 say that there is none. Beside the lists, ``front_end`` may say what made the features.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kd_cache.dataset.front_end import as_text, checked
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, listed, shown
 from kd_cache.files.strict_json import strict_json
+from kd_cache.keys import NO_LABEL
 
 LISTS = ("train", "val", "test")
+FRONT_END = "front_end"
 IGNORED = -100
 """The label of a sample that has none, as torch's losses have it."""
 MAX_BYTES = 1 << 30
@@ -53,19 +57,31 @@ class Sample(NamedTuple):
 class Manifest:
     """All samples in the order of the file.
 
-    ``digest`` is the SHA-256 of the file's bytes, ``path`` where it was read from (``None`` when built in memory).
+    ``digest`` is the SHA-256 of the file's bytes, ``path`` where it was read from (``None`` when built in memory),
+    ``front_end`` what it says of how the features were made (`kd_cache.dataset.front_end`).
     """
 
     samples: tuple[Sample, ...]
     digest: str
     path: Path | None = None
     task: Task = DCASE
+    front_end: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
+
+    @property
+    def front_end_text(self) -> str | None:
+        """The front end as a fingerprint names it."""
+        return None if self.front_end is None else as_text(self.front_end)
+
+    @property
+    def bins(self) -> int | None:
+        """F of every feature ``[T, F]``, where the manifest says it."""
+        return None if self.front_end is None else self.front_end.get("n_mels")
 
 
 def spelling(file: str) -> str:
@@ -77,7 +93,13 @@ def spelling(file: str) -> str:
 
 
 def load_manifest(
-    path: str | Path, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12, max_bytes: int = MAX_BYTES
+    path: str | Path,
+    *,
+    task: Task = DCASE,
+    num_scenes: int = 10,
+    num_cities: int = 12,
+    max_bytes: int = MAX_BYTES,
+    faults: list[str] | None = None,
 ) -> Manifest:
     """Read and check a dataset JSON.
 
@@ -86,6 +108,7 @@ def load_manifest(
         task: which devices there are.
         num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``.
         max_bytes: a larger file is refused unread.
+        faults: where given, takes what is wrong with rows, which are left out then; by default the first is raised.
 
     Raises:
         ManifestError: unreadable, too large, not UTF-8 JSON, duplicate keys, a wrong type, a label out of range, no
@@ -93,18 +116,19 @@ def load_manifest(
     """
     path = Path(path).expanduser()
     try:
-        raw = _read_plain(path, max_bytes)
+        raw = read_plain(path, max_bytes)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ManifestError(
             f"cannot read the manifest {shown(path)}: {shown(reason)}",
             hint="Pass the dataset JSON with --json-path.",
         ) from error
-    samples = parse_manifest(raw, shown(path), task=task, num_scenes=num_scenes, num_cities=num_cities)
-    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task)
+    read = _RowReader(shown(path), task, num_scenes, num_cities)
+    samples, front_end = _parsed(raw, read, faults)
+    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task, front_end)
 
 
-def _read_plain(path: Path, most: int) -> bytes:
+def read_plain(path: Path, most: int) -> bytes:
     """The bytes of a regular file: opening anything else could block, or never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
@@ -121,24 +145,56 @@ def _read_plain(path: Path, most: int) -> bytes:
 
 
 def parse_manifest(
-    raw: bytes, name: str, *, task: Task = DCASE, num_scenes: int = 10, num_cities: int = 12
+    raw: bytes,
+    name: str,
+    *,
+    task: Task = DCASE,
+    num_scenes: int = 10,
+    num_cities: int = 12,
 ) -> tuple[Sample, ...]:
     """The samples in a manifest's bytes; ``name`` is used in messages. Raises as `load_manifest`."""
-    with _without_collection():
-        rows = list(_rows(parse_json(raw, name), name))
+    return _parsed(raw, _RowReader(name, task, num_scenes, num_cities), None)[0]
+
+
+def _parsed(raw: bytes, read: _RowReader, faults: list[str] | None) -> tuple[tuple[Sample, ...], dict[str, Any] | None]:
+    """The samples, and the manifest's front end."""
+    name = read.name
+    with without_collection():
+        content = parse_json(raw, name)
+        front_end = _front_end(content, name)
+        rows = list(_rows(content, name))
+        del content
         if not rows:
             raise ManifestError(f"{name} is empty: it lists no samples")
-        read = _RowReader(name, task, num_scenes, num_cities)
         samples = []
         rows.reverse()
         while rows:  # each row goes when its sample is made: a million of both would take twice the memory
-            samples.append(read(*rows.pop()))
-        _refuse_duplicates(samples, name)
-    return tuple(samples)
+            try:
+                samples.append(read(*rows.pop()))
+            except ManifestError as error:
+                if faults is None:
+                    raise
+                faults.append(error.message.removeprefix(f"{name}, "))
+        twice = _duplicates(samples)
+        if twice and faults is None:
+            raise ManifestError(f"{name}: the same file is listed more than once\n{listed(twice)}")
+    if faults is not None:
+        faults += [f"{file} is listed more than once" for file in twice]
+    return tuple(samples), front_end
+
+
+def _front_end(content: Any, name: str) -> dict[str, Any] | None:
+    """What is beside the lists; it is taken out of ``content``."""
+    if not isinstance(content, dict) or FRONT_END not in content:
+        return None
+    try:
+        return checked(content.pop(FRONT_END))
+    except ValueError as error:
+        raise ManifestError(f"{name}: {error}") from None
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Making a million objects that all stay, Python would look through all of them for cycles again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -196,20 +252,41 @@ class _RowReader:
     def _read(self, row: Any, in_list: str | None) -> Sample:
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, found {_kind(row)}")
-        domain, device = _domain_and_device(self.task, row.get("domain"), row.get("device_id"))
+        if row.get("file") is None:
+            raise ValueError(f"file is missing{_meant(row, 'file')}")
+        domain, device = _domain_and_device(self.task, row)
         scene = _scene_label(row, self.num_scenes)
-        if scene is None and device == self.task.source:
-            raise ValueError(f"scene_label is missing; samples of the source device {device} need one")
+        split = _split(row, in_list)
+        if scene is None and device == self.task.source and not self.task.held_out.search(split):
+            found = next((f"is {row[name]}, which is no label" for name in _SCENE if row.get(name) is not None), "")
+            why = found or f"is missing{_meant(row, 'scene_label')}"
+            raise ValueError(f"scene_label {why}; samples of the source device {device} need one")
         return Sample(
-            _file(row.get("file")),
+            _file(row["file"]),
             scene,
             _label("city_label", row.get("city_label"), self.num_cities),
             domain,
             device,
-            _split(row, in_list),
+            split,
             in_list,
             *_location(row, self.task),
         )
+
+
+_SCENE = ("scene_label", "label")
+_ALSO_CALLED = {
+    "file": ("filename", "file_name", "path", "filepath", "file_path", "audio", "wav", "feature"),
+    "device_id": ("device", "source_label", "domain_id"),
+    "split": ("subset", "fold", "set"),
+    "scene_label": ("scene", "scene_id", "class", "target"),
+}
+"""What other data sets call the fields: none of it is read, for it may mean something else."""
+
+
+def _meant(row: dict[str, Any], field: str) -> str:
+    """What a row without a field may have called it."""
+    name = next((name for name in _ALSO_CALLED[field] if row.get(name) is not None), None)
+    return "" if name is None else f' (there is "{name}": if that is meant, call it "{field}")'
 
 
 def _file(file: Any) -> str:
@@ -237,22 +314,23 @@ def _scene_label(row: dict[str, Any], num_scenes: int) -> int | None:
 
 
 def _label(field: str, value: Any, classes: int) -> int | None:
-    if value is None:
+    if value is None or (type(value) is int and value in (NO_LABEL, IGNORED)):
         return None
     if type(value) is not int:
         raise ValueError(f"{field} must be an integer, found {_kind(value)}")
     if not 0 <= value < classes:
-        raise ValueError(f"{field} is {_number(value)}, expected 0 to {classes - 1}")
+        raise ValueError(f"{field} is {_number(value)}, expected 0 to {classes - 1}, or null where there is none")
     return value
 
 
-def _domain_and_device(task: Task, domain: Any, device: Any) -> tuple[int, str]:
+def _domain_and_device(task: Task, row: dict[str, Any]) -> tuple[int, str]:
+    domain, device = row.get("domain"), row.get("device_id")
     most = len(task.devices) - 1
     if domain is not None and (type(domain) is not int or not 0 <= domain <= most):
         raise ValueError(f"domain must be an integer from 0 to {most}, found {_kind(domain)}")
     if device is None:
         if domain is None:
-            raise ValueError("it has neither device_id nor domain")
+            raise ValueError(f"it has neither device_id nor domain{_meant(row, 'device_id')}")
         return int(domain), task.devices[domain]
     name = task.device(device) if isinstance(device, str) else None
     if name is None:
@@ -266,7 +344,10 @@ def _domain_and_device(task: Task, domain: Any, device: Any) -> tuple[int, str]:
 def _split(row: dict[str, Any], in_list: str | None) -> str:
     split = row.get("split", in_list)
     if split is None and "split" not in row:
-        raise ValueError('it has no "split", and the manifest has no train/val/test lists; a split is never guessed')
+        raise ValueError(
+            f'it has no "split"{_meant(row, "split")}, and the manifest has no train/val/test lists; a split is never '
+            "guessed"
+        )
     if not isinstance(split, str) or not split:
         raise ValueError(f"split must be a word such as train or test, found {_kind(split)}")
     return split
@@ -319,8 +400,8 @@ def place_name(text: str) -> str:
     return f"{found[1]}-{found[2].lstrip('0') or '0'}" if found else name
 
 
-def _refuse_duplicates(samples: Sequence[Sample], name: str) -> None:
-    """Two rows for one file within one split. (One file in two splits is leakage: the guard reports that.)"""
+def _duplicates(samples: Sequence[Sample]) -> list[str]:
+    """Second rows for one file within one split. (One file in two splits is leakage: the guard reports that.)"""
     seen: dict[tuple[str, str, str | None], str] = {}
     twice = []
     for sample in samples:
@@ -330,8 +411,7 @@ def _refuse_duplicates(samples: Sequence[Sample], name: str) -> None:
             twice.append(sample.file if first == sample.file else f"{sample.file} (also written {first})")
         else:
             seen[place] = sample.file
-    if twice:
-        raise ManifestError(f"{name}: the same file is listed more than once\n{listed(twice)}")
+    return twice
 
 
 def _kind(value: Any) -> str:

@@ -38,15 +38,16 @@ class PackedFeatures(FeatureSource):
             makes groups), or there are ``features`` ``[N, T, F]`` and ``files`` ``[N]`` (strings). float32 or float16;
             contiguous, or chunked and perhaps compressed by gzip, with or without shuffle.
         max_bytes: a larger sample is refused unread.
+        bins: F of every feature; by default any.
 
     Raises:
         UsageError: there is no such file.
         FeatureError: it is not an HDF5 file of features, or names a sample twice.
     """
 
-    def __init__(self, path: str | Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, path: str | Path, max_bytes: int = MAX_BYTES, bins: int | None = None) -> None:
         self.path = Path(path).absolute()
-        self.max_bytes = max_bytes
+        self.max_bytes, self.bins = max_bytes, bins
         self._attach()
         self._version = stat_row(os.fstat(self._descriptor))
         self._samples = scanned(self.path)
@@ -104,6 +105,9 @@ class PackedFeatures(FeatureSource):
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
+    def _look(self, file: str) -> None:
+        self._place(self._rows([file])[0])
+
     # -- one sample ----------------------------------------------------------------------------------------------------
 
     def _rows(self, files: Sequence[str]) -> list[int]:
@@ -121,7 +125,7 @@ class PackedFeatures(FeatureSource):
                 array = np.ndarray(shape, stored.dtype, self._bytes(start, size))
             else:
                 array = self._assembled(stored, stored.chunks, shape, start, row)
-            check_array(array)
+            check_array(array, self.bins)
         except (ValueError, OSError, zlib.error) as error:
             return self._error(file, error)
         return Feature(array, input_digest(array))
@@ -189,11 +193,15 @@ class PackedFeatures(FeatureSource):
     # -- what is said --------------------------------------------------------------------------------------------------
 
     @property
+    def _place_in_words(self) -> str:
+        return f"in {shown(self.path)}"
+
+    @property
     def _changed(self) -> str:
         return f"{shown(self.path)} was changed while it was in use; run the command again"
 
     def _error(self, file: str, error: Exception) -> FeatureError:
-        where = f"feature {shown(file)} (in {shown(self.path)})"
+        where = f"feature {shown(file)} ({self._place_in_words})"
         if isinstance(error, FileNotFoundError):
             names = self._samples.names
             example = f", such as {shown(names[0].decode(errors='replace'))}" if len(names) else ""

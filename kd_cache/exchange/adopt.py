@@ -29,7 +29,7 @@ from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, Fingerprint, Origin, class_order
 from kd_cache.store.pack import attributes_of, write_pack
-from kd_cache.store.pending import begun
+from kd_cache.store.pending import Age
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.watch import Watcher
@@ -352,12 +352,13 @@ class _Adoption:
             names = [file.encode() for file in one.files]
             write_pack(self.folder.packs_path, one.origin, one.keys, one.inputs, names, one.rows)
         order = self.job.data.selection.order
+        as_old = Age.of({} if self.earlier is None else self.earlier.record)
         change = Change(
             str(record["shown_path"]),
             Wanted.of(self.job.data.selection, inputs[order], known[order]),
             origins,
             # It overtakes nobody's dump, so it began when the index's did.
-            {**record, **self.job.data.described, "begun": 0 if self.earlier is None else begun(self.earlier.record)},
+            {**record, **self.job.data.described, **as_old._asdict()},
             bool(record["files"]),
             entries=entries,
             missing=missing,

@@ -20,18 +20,25 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.errors import MissingLogitsError, StoreError, UsageError, listed, shown
+from kd_cache.errors import KDCacheError, MissingLogitsError, StoreError, UsageError, listed, shown
 from kd_cache.exchange.imported import FILE_COLUMN, LOGIT_COLUMN, files_list_of
-from kd_cache.files.atomic import make_directory, store_errors, sync_directory, temporary_beside, write_atomic
+from kd_cache.files.atomic import (
+    make_directory,
+    remove_files,
+    store_errors,
+    sync_directory,
+    temporary_beside,
+    write_atomic,
+)
 from kd_cache.files.hdf5 import Outlet
 from kd_cache.keys import keys_of
 from kd_cache.serve.logit_cache import LogitCache
-from kd_cache.store.cache import CacheFolder, teacher_in_name
-from kd_cache.store.index import INDEX_NAME, Index
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.index import INDEX_NAME, Index, read_older_maps
 from kd_cache.store.origin import Origin
 from kd_cache.store.publish import publish_view
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.store.view import ROW_FILE_NAME, row_file_bytes, stored_names, view_name, view_names, write_view
+from kd_cache.store.view import ROW_FILE_NAME, is_row, row_file_bytes, stored_names, view_name, view_names, write_view
 from kd_cache.watch import Watcher
 
 KINDS = ("npy", "pt", "tsv")
@@ -122,6 +129,9 @@ def export_logits(job: ExportJob, watcher: Watcher | None = None) -> ExportRepor
     make_directory(job.output)
     report = ExportReport(job.folder.path, job.to)
     if job.to == "npy":
+        for name, earlier in _exported_before(job.output).items():
+            if name in origins:
+                _remove_surplus(job.output / name, earlier, _served(job.folder, origins[name], watcher).files)
         with store_errors(job.output / ROWS_INDEX, "replace"):
             (job.output / ROWS_INDEX).unlink(missing_ok=True)  # it must not name rows that are being replaced
     named = {origin.teacher: _export_one(job, job.output, origin, report, watcher) for origin in origins.values()}
@@ -201,9 +211,8 @@ def _targets(to: str, output: Path, name: str) -> list[Path]:
 
 def _refuse_damage(snapshot: Snapshot, origins: dict[str, Origin]) -> None:
     """Damage anywhere in what is asked for is found before the first file is written."""
-    for path, error in snapshot.packs.damaged.items():
-        if teacher_in_name(path) in origins:
-            raise error
+    for name in origins:
+        snapshot.served_pack(name)
 
 
 def _served(folder: CacheFolder, origin: Origin, watcher: Watcher) -> _Served:
@@ -336,21 +345,43 @@ def _cell(text: str) -> str:
 # -- plain files ------------------------------------------------------------------------------------------------------
 
 
-def _write_row_files(directory: Path, served: _Served, watcher: Watcher) -> int:
-    """Write the row files that differ, remove those of rows that are not served; returns the size of all."""
+def _refuse_link(directory: Path) -> None:
     if directory.is_symlink():
         raise StoreError(f"{shown(directory)} is a link; row files need a folder of their own", hint="Remove it.")
+
+
+def _write_row_files(directory: Path, served: _Served, watcher: Watcher) -> int:
+    """Write the row files that differ; returns the size of all. Files of other names stay, and are told of."""
+    _refuse_link(directory)
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start, rows in served.blocks():
             yield keys_of(served.files[start : start + len(rows)]), rows
 
     write_view(directory, blocks, watcher.advance)
-    for surplus in stored_names(directory) - set(view_names(keys_of(served.files))):
-        if ROW_FILE_NAME.match(surplus):
-            with store_errors(directory / surplus, "remove"):
-                (directory / surplus).unlink(missing_ok=True)
+    others = {name for name in stored_names(directory) if ROW_FILE_NAME.match(name)}
+    if others := others - set(view_names(keys_of(served.files))):
+        watcher.note(
+            f"{len(others)} files in {shown(directory)} stay, which no earlier export is known to have written"
+        )
     return len(served.files) * len(row_file_bytes(np.zeros(served.origin.num_classes, served.origin.stored)))
+
+
+def _exported_before(output: Path) -> dict[str, set[str]]:
+    """The row files by teacher that an earlier export's index names; none where there is no such index."""
+    try:
+        maps = read_older_maps(output / ROWS_INDEX)
+    except (KDCacheError, FileNotFoundError):
+        return {}
+    return {name: {Path(path).name for path in paths.values()} for name, paths in maps.items()}
+
+
+def _remove_surplus(directory: Path, earlier: set[str], files: Sequence[str]) -> None:
+    """Remove the rows of an earlier export that this one has not: plain rows that its index still names."""
+    _refuse_link(directory)
+    surplus = (stored_names(directory) & earlier) - set(view_names(keys_of(files)))
+    gone = [directory / name for name in sorted(surplus) if ROW_FILE_NAME.match(name) and is_row(directory / name)]
+    remove_files(directory, gone)
 
 
 def _index_pieces(output: Path, named: dict[str, list[str]], num_samples: int) -> Iterator[bytes]:

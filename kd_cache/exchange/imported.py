@@ -23,7 +23,7 @@ from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, Usag
 from kd_cache.files.atomic import open_file, store_errors
 from kd_cache.files.pickle_scan import PickleScan, unlisted
 from kd_cache.files.strict_json import strict_json
-from kd_cache.files.torch_zip import NotFromTorchError, pickle_in
+from kd_cache.files.torch_zip import NotFromTorchError, UnreadablePickleError, brief, pickle_in, read_without_code
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import INDEX_NAME, read_older_maps
 from kd_cache.store.older import older_row
@@ -244,8 +244,8 @@ def _load(path: Path) -> Any:
     with store_errors(path, "read"), open_file(path) as raw:
         before = os.fstat(raw.fileno())
         with _refusing(path, "the file is damaged, or not of torch.save"):
-            _check_archive(path, raw, before.st_size)
-            content = _weights_only(raw)
+            protocol = _check_archive(path, raw, before.st_size)
+            content = _weights_only(raw, protocol)
         after = os.fstat(raw.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UsageError(f"{shown(path)} changed while it was read", hint="Wait until it is written, then retry.")
@@ -259,13 +259,14 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
         yield
     except KDCacheError:
         raise
+    except UnreadablePickleError as error:
+        raise UsageError(f"{shown(path)}: {error}", hint=error.hint) from error
     except Exception as error:
-        reason = shown(str(error).partition("\n")[0])[:200]
-        raise UsageError(f"{shown(path)}: {what} ({type(error).__name__}: {reason})") from error
+        raise UsageError(f"{shown(path)}: {what} ({brief(error)})") from error
 
 
-def _check_archive(path: Path, raw: io.FileIO, size: int) -> None:
-    """Refuse, before torch sees it, what could unpack to any size or call anything."""
+def _check_archive(path: Path, raw: io.FileIO, size: int) -> int:
+    """Refuse, before torch sees it, what could unpack to any size or call anything; gives the pickle's protocol."""
     try:
         pickled = pickle_in(raw, size, MOST_PICKLE)
     except NotFromTorchError as error:
@@ -280,14 +281,13 @@ def _check_archive(path: Path, raw: io.FileIO, size: int) -> None:
         why = scan.excess or "its pickle breaks off"
         raise UsageError(f"{shown(path)}: its structure is larger than a tensor and a list of files need: {why}")
     raw.seek(0)
+    return scan.protocol
 
 
-def _weights_only(raw: io.FileIO) -> Any:
-    import torch
-
+def _weights_only(raw: io.FileIO, protocol: int) -> Any:
     buffered = io.BufferedReader(raw)
     try:
-        return torch.load(buffered, map_location="cpu", weights_only=True, mmap=False)
+        return read_without_code(buffered, protocol)
     finally:
         buffered.detach()  # the file is the caller's to close
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import secrets
 import stat
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,16 @@ from kd_cache.errors import StoreError, shown
 
 TEMPORARY = ".tmp-"
 """Temporary names start with this; readers ignore them, whoever left them behind."""
+TEMPORARY_NAME = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}(-old)?\Z")
+"""Exactly as this module makes them: what is called otherwise is another's, and is never removed."""
+
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)
+_told: set[int] = set()
+"""File systems of which a warning was given."""
+
+
+def temporary_name() -> str:
+    return f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
 
 
 @contextmanager
@@ -31,7 +43,7 @@ def store_errors(path: Path, doing: str) -> Iterator[None]:
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A unique name in the folder of ``path``; whatever is still there at the end is removed."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+    temporary = path.with_name(temporary_name())
     try:
         yield temporary
     except BaseException:
@@ -71,12 +83,31 @@ def write_all(file: io.RawIOBase, content: bytes | bytearray) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames and removals in ``directory`` durable."""
+    """Make renames and removals in ``directory`` durable, where the file system can."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync_opened_directory(descriptor, directory)
     finally:
         os.close(descriptor)
+
+
+def sync_opened_directory(descriptor: int, directory: Path) -> None:
+    """`sync_directory` of one that is open. Warns once where the file system has no fsync of folders, as old CIFS,
+    VirtualBox and some FUSE have none: then the order of what is on the disk is its own. Any other error is raised.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _told:
+            _told.add(device)
+            warnings.warn(
+                f"the file system of {shown(directory)} cannot fsync a folder ({error.strerror}): what is saved "
+                "survives a killed process, but the last files may be missing after a power cut",
+                stacklevel=2,
+            )
 
 
 def remove_files(directory: Path, paths: Collection[Path]) -> None:
@@ -87,6 +118,19 @@ def remove_files(directory: Path, paths: Collection[Path]) -> None:
     if paths:
         with store_errors(directory, "sync"):
             sync_directory(directory)
+
+
+def remove_folder(directory: Path, names: Collection[str]) -> bool:
+    """Remove these files of a folder, and the folder if nothing else is in it; whether it went. Raises ``OSError``."""
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def make_directory(directory: Path) -> None:

@@ -1,21 +1,6 @@
-"""Free memory, and advice to the kernel about maps that do not fit into it."""
+"""How much memory is free."""
 
 from __future__ import annotations
-
-import mmap
-
-import numpy as np
-
-_RANDOM = getattr(mmap, "MADV_RANDOM", None)
-
-
-def expect_random(array: np.ndarray) -> None:
-    """Have the kernel read the pages that are asked for and not their neighbours. Small packs are no maps."""
-    mapping: object = array
-    while isinstance(mapping, np.ndarray | memoryview):
-        mapping = mapping.base if isinstance(mapping, np.ndarray) else mapping.obj
-    if isinstance(mapping, mmap.mmap) and _RANDOM is not None:
-        mapping.madvise(_RANDOM)
 
 
 def available_memory() -> int:

@@ -8,6 +8,7 @@ deep overflows the stack of the process. So the stack machine is followed here w
 
 from __future__ import annotations
 
+import _compat_pickle
 import io
 import pickletools
 from collections.abc import Iterable, Iterator
@@ -39,12 +40,14 @@ class PickleScan:
     Attributes:
         calls: every global they name, as ``module.name``; one that is called to no good end has words added.
         whole: how many of the pickles are there to their ends.
+        protocol: the highest that one of them says it has.
         excess: what is beyond all reason in them, in words, or ``None``.
     """
 
     def __init__(self, content: bytes, most: int, most_steps: int = MOST_STEPS) -> None:
         self.calls: set[str] = set()
         self.whole = 0
+        self.protocol = 0
         self.excess: str | None = None
         self._steps = 0
         self._most_steps = most_steps
@@ -71,7 +74,9 @@ class PickleScan:
 
     def _step(self, opcode: Any, argument: Any) -> None:
         name = opcode.name
-        if name == "MARK":
+        if name == "PROTO":
+            self.protocol = max(self.protocol, argument)
+        elif name == "MARK":
             self._marks.append(len(self._stack))
         elif name in _KEEP:
             self._memo[len(self._memo) if argument is None else int(argument)] = self._stack[-1]
@@ -124,6 +129,12 @@ class PickleScan:
         return None
 
     def _called(self, name: str) -> str:
+        """The name as Python 3 has it: pickles of protocol 2 use Python 2's, and readers put these in their place."""
+        module, _, what = name.rpartition(".")
+        module, what = _compat_pickle.NAME_MAPPING.get(
+            (module, what), (_compat_pickle.IMPORT_MAPPING.get(module, module), what)
+        )
+        name = f"{module}.{what}"
         self.calls.add(name)
         return name
 

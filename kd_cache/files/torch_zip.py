@@ -1,15 +1,24 @@
-"""The zip files of ``torch.save``, looked through before torch reads them for what could unpack to any size."""
+"""Files of ``torch.save``: looked through for what could unpack to any size, then read without code."""
 
 from __future__ import annotations
 
+import pickle
+import warnings
 import zipfile
-from typing import IO
+from collections.abc import Sequence
+from typing import IO, Any
 
-from kd_cache.errors import listed
+from kd_cache.errors import listed, shown
 
 
 class NotFromTorchError(ValueError):
     """``torch.save`` wrote no such file; says why."""
+
+
+class UnreadablePickleError(NotFromTorchError):
+    """It is whole, and torch cannot read it without running code."""
+
+    hint = "Load it where it was made, and save it again with torch.save(…), without pickle_protocol."
 
 
 class _Sparing:
@@ -51,3 +60,42 @@ def pickle_in(file: IO[bytes], size: int, most: int) -> bytes:
         if pickles[0].file_size > most:
             raise _too_large(most)
         return archive.read(pickles[0])
+
+
+def read_without_code(file: IO[bytes], protocol: int, stand_ins: Sequence[Any] = ()) -> Any:
+    """What is in a file of ``torch.save``, by torch's weights-only reader.
+
+    ``stand_ins`` are pairs of what stands in a pickle for a name, and the name. Raises any error at all for damaged
+    bytes, and `UnreadablePickleError` for a pickle ``protocol`` that torch cannot read.
+    """
+    import torch
+
+    trusted = torch.serialization.get_safe_globals()
+    taken = {name for _, name in stand_ins}
+    torch.serialization.clear_safe_globals()  # of two things under one name torch would take any
+    torch.serialization.add_safe_globals([*(item for item in trusted if global_name(item) not in taken), *stand_ins])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        except pickle.UnpicklingError as error:
+            if protocol > 2 and "Unsupported operand" in str(error):
+                raise UnreadablePickleError(
+                    f"this file was saved with pickle protocol {protocol}; torch reads only protocol 2 safely"
+                ) from error
+            raise
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(trusted)
+
+
+def global_name(item: Any) -> str:
+    """What a pickle calls an item of torch's safe globals."""
+    return str(item[1]) if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
+
+
+def brief(error: BaseException) -> str:
+    """The first line of ``error``; without torch's own advice, which is to let the file run code."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    line = "" if not text or "weights_only" in text.splitlines()[0] else f": {shown(text.splitlines()[0])[:200]}"
+    return f"{type(error).__name__}{line}"

@@ -117,7 +117,7 @@ class Commits:
         self._shard.add_rows(teacher, keys, inputs, [file.encode() for file in files], rows)
 
     def advance(self, done: int) -> None:
-        """The run is through with ``done`` samples: commit their rows if there are enough of them, or it is time."""
+        """So many samples have their rows now: commit those if there are enough of them, or it is time."""
         if self._shard.due:
             self._wait()
             self._hand_over(done)

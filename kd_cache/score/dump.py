@@ -19,6 +19,7 @@ from kd_cache.errors import FeatureError, UsageError
 from kd_cache.score.existing import find_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost
+from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.accuracy import Accuracy, near_chance
 from kd_cache.store.pending import PendingRecord
@@ -57,6 +58,7 @@ class _Dump:
         selection = job.data.selection
         refuse_leaking(job.teachers, job.data.manifest, selection)
         tell_of_untold(job.teachers, watcher)
+        compare_front_ends(job.teachers, job.data.manifest, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
         self.found = find_rows(job, watcher)
@@ -68,7 +70,19 @@ class _Dump:
             len(self.part),
             selection.per_device,
             {name: _empty_report(job, name) for name in job.origins},
+            replaced=self._replaced(),
         )
+        for name, how in self.report.replaced.items():
+            watcher.note(f"{name}: other rows become current ({how})")
+
+    def _replaced(self) -> dict[str, str]:
+        """What was current before and is not what this run makes, and how they differ."""
+        before = self.found.earlier.origins if self.found.earlier and self.job.part is None else {}
+        return {
+            name: before[name].fingerprint.difference(now.fingerprint)
+            for name, now in self.job.origins.items()
+            if name in before and before[name].fingerprint.digest != now.fingerprint.digest
+        }
 
     # -- the two ways to run ------------------------------------------------------------------------------------------
 
@@ -76,7 +90,7 @@ class _Dump:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
         from kd_cache.score.scoring import due_reasons, refuse_bad
 
-        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part)
+        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part, self.watcher)
         digests, good = unchanged.digests, unchanged.fresh.copy()
         for number in self.part:
             if good[number]:
@@ -125,6 +139,7 @@ class _Dump:
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
+            scoring.remember()  # a seal need not read again what its parts have read
             return self.report
         if self.part and not scoring.readable.any():
             raise nothing_readable(len(self.part))
@@ -195,7 +210,8 @@ class _Dump:
             "shown_path": self._shown_path,
         }
         part = {} if self.job.part is None else {"part": list(self.job.part)}
-        return {"begun": self.begun, **self.job.record, **self.job.data.described, **own, **part}
+        moment = {"begun": self.begun, "generation": self.found.snapshot.next_generation}
+        return {**moment, **self.job.record, **self.job.data.described, **own, **part}
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         """What this run adds to its teachers' entries."""

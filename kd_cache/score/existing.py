@@ -131,7 +131,7 @@ def _earlier_index(job: DumpJob, snapshot: Snapshot, watcher: Watcher) -> Index 
         if not job.skip_existing or not adopted:
             return None
         hint = "Its rows cannot be checked. Dump into another --cache-root, adopt them, or pass --no-skip-existing to "
-        raise StaleError(str(snapshot.trouble), hint=f"{hint}score everything again.")
+        raise StaleError(str(snapshot.trouble), hint=f"{hint}score everything again; other teachers' rows stay.")
     if snapshot.is_damaged and job.skip_existing and not job.folder.pack_paths():
         hint = "There are no packs to rebuild it from. Move the folder away, or pass --no-skip-existing."
         raise CorruptError(snapshot.trouble.message if snapshot.trouble else "", hint=hint)

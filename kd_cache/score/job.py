@@ -76,7 +76,13 @@ class DumpJob:
     def origins(self) -> dict[str, Origin]:
         """What this job's rows are made by. Computed once: digesting large weights takes a while."""
         return {
-            name: teacher_origin(name, teacher, precision=self.precision, dtype=self.dtype)
+            name: teacher_origin(
+                name,
+                teacher,
+                precision=self.precision,
+                dtype=self.dtype,
+                front_end=self.data.manifest.front_end_text,
+            )
             for name, teacher in self.teachers.items()
         }
 
@@ -120,6 +126,7 @@ class DumpReport:
     ``part_size`` is the number of samples in this process's part, all of them where the work was not split. ``busy``
     maps each stage to the part of the time that it worked. ``halved_to`` is the number of rows scored at once after
     memory ran out, ``None`` where it did not. ``snapshot`` is the cache as the dump left it, for who reads on.
+    ``replaced`` says of each teacher whose rows were others' before how those differ (``dtype: fp32 → fp16``).
     """
 
     cache: Path
@@ -135,6 +142,7 @@ class DumpReport:
     busy: dict[str, float] = field(default_factory=dict)
     halved_to: int | None = None
     snapshot: Snapshot | None = None
+    replaced: dict[str, str] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:

@@ -37,7 +37,7 @@ class Places:
         self._ranks[shape] += count
 
 
-def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool) -> dict[Shape, int]:
+def count_shapes(source: FeatureSource, files: Sequence[str], *, skip_bad: bool) -> dict[Shape, int]:
     """How many features have each ``(T, F)``, from their headers alone.
 
     With ``skip_bad`` an unreadable feature does not count (the dump reports it); otherwise `FeatureError` is raised.
@@ -46,9 +46,9 @@ def count_shapes(source: FeatureSource, files: Iterable[str], *, skip_bad: bool)
     for file in files:
         try:
             counts[source.shape(file)] += 1
-        except FeatureError:
+        except FeatureError as error:
             if not skip_bad:
-                raise
+                raise source.refusal(file, error, files) from None
     return dict(counts)
 
 

@@ -81,6 +81,7 @@ def read_digests(
                 inputs[number] = np.frombuffer(feature.digest, np.uint8)
                 known[number] = True
             elif files[number] not in missing:
-                raise FeatureError(feature.message, hint=feature.hint or "Mend it, or dump with --on-bad-sample skip.")
+                error = source.refusal(files[number], feature, files)
+                raise FeatureError(error.message, hint=error.hint or "Mend it, or dump with --on-bad-sample skip.")
             watcher.advance(1)
     return inputs, known

@@ -56,7 +56,7 @@ class Scoring:
         busy: Busy,
     ) -> None:
         self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
-        self._unchanged = Unchanged(job, found, files, keys, part)
+        self._unchanged = Unchanged(job, found, files, keys, part, watcher)
         self._report, self._commits, self._watcher, self._busy = report, commits, watcher, busy
         self._ranks = Ranks(job.data.features, files)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
@@ -73,11 +73,12 @@ class Scoring:
             StoreError: a commit failed.
         """
         self._watcher.stage("scoring", len(self._part))
+        self._pass_over_unchanged()  # at once: what comes after it takes the time that a rate is of
         try:
             with numerics(self._job.device, self._job.precision, self._job.seed):
                 self._score_all()
         finally:
-            self._commits.finish(self._done)
+            self._commits.finish(self._scored)
             self._report.busy = self._busy.shares
 
     def remember(self) -> None:
@@ -112,7 +113,6 @@ class Scoring:
         planner = Planner(job, self._found, self._files, engine, self._watcher)
         batcher = Batcher(engine)
         unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
-        self._pass_over_unchanged()
         at = 0
         # Closed here whatever happens: threads that read on would outlive an interrupted dump.
         reading = read_ahead(job.data.features, [self._files[n] for n in unread.tolist()], job.workers, self._busy)
@@ -198,7 +198,12 @@ class Scoring:
             self._report.samples_scored += len(scored.numbers)
             self._advance(len(scored.numbers))
             self._watcher.busy(self._busy.shares)
-            self._commits.advance(self._done)
+            self._commits.advance(self._scored)
+
+    @property
+    def _scored(self) -> int:
+        """Samples that this run is through with, but for those that are left out."""
+        return self._done - len(self._report.missing)
 
     def _keep_rows(self, name: str, scored: Scored) -> None:
         numbers, logits = scored.numbers, scored.logits[name]
@@ -257,6 +262,8 @@ def refuse_bad(job: DumpJob, report: DumpReport, file: str, error: KDCacheError)
     """A sample that cannot be scored: raise its error, or list it as missing; whether its feature is good even so."""
     is_feature = isinstance(error, FeatureError)
     if job.on_bad_sample == "stop":
+        if isinstance(error, FeatureError):
+            error = job.data.features.refusal(file, error, job.data.selection.listed)
         what = "the sample" if is_feature else "the teacher, or the sample"
         hint = error.hint or f"Mend {what}, or pass --on-bad-sample skip to leave such samples out."
         raise type(error)(error.message, hint=hint)

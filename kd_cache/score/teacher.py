@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kd_cache.dataset.front_end import differences
+from kd_cache.dataset.manifest import FRONT_END, Manifest
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.errors import TeacherError, UsageError, shown
+from kd_cache.errors import TeacherError, UsageError, listed, shown
 from kd_cache.score.factory import resolve_factory, users_code
 from kd_cache.store.index import is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, class_order, weights_digest
+from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +86,12 @@ def parse_teacher(text: str) -> TeacherSpec:
 
     With ``NAME[,ckpt=PATH]`` the factory is the entry point of that name.
     """
-    head, separator, tail = text.partition(",")
+    head, separator, checkpoint = text.partition(",ckpt=")
     name, named, factory = head.partition("=")
-    checkpoint = tail.removeprefix("ckpt=")
-    if separator and (checkpoint == tail or not checkpoint):
-        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found ,{shown(tail)}")
+    tail = head.rpartition(":")[2].partition(",")[1:]  # a path before it may have commas, and a factory has none
+    if (separator and not checkpoint) or tail[0]:
+        found = f"{tail[0]}{tail[1]}{separator}{checkpoint}"
+        raise UsageError(f"--teacher {shown(text)}: expected ,ckpt=PATH after the factory, found {shown(found)}")
     if not is_teacher_name(name):
         raise UsageError(
             f'--teacher {shown(text)}: "{shown(name)}" cannot be a teacher\'s name (letters, digits, _ . -)'
@@ -124,9 +128,17 @@ def check_teacher(name: str, teacher: Any) -> None:
     _remember_as_loaded(teacher)
 
 
-def teacher_fingerprint(teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Fingerprint:
-    """The fingerprint of the rows this teacher makes when computing in ``precision`` and stored as ``dtype``."""
+def teacher_fingerprint(
+    teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32", front_end: str | None = None
+) -> Fingerprint:
+    """The fingerprint of the rows this teacher makes when computing in ``precision`` and stored as ``dtype``.
+
+    ``front_end`` is the manifest's `Manifest.front_end_text`; where a manifest says nothing there is no such part.
+    """
     parts = _own_parts(teacher)
+    if front_end is not None:
+        parts = {f"own_{part}" if part == FRONT_END else part: text for part, text in parts.items()}
+        parts[FRONT_END] = front_end
     names = getattr(teacher, "class_names", None)
     ours = (
         teacher.value_kind,
@@ -187,8 +199,10 @@ def unknown_state(teacher: Any) -> list[str]:
     return _as_loaded(teacher, state_dict()).unknown
 
 
-def teacher_origin(name: str, teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32") -> Origin:
-    """What the store keeps with this teacher's rows."""
+def teacher_origin(
+    name: str, teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32", front_end: str | None = None
+) -> Origin:
+    """What the store keeps with this teacher's rows. Arguments as for `teacher_fingerprint`."""
     if dtype not in STORED:
         raise UsageError(f"dtype is {shown(dtype)!r}, expected one of {', '.join(STORED)}")
     if precision not in PRECISIONS:
@@ -196,9 +210,36 @@ def teacher_origin(name: str, teacher: Teacher, *, precision: str = "fp32", dtyp
     names = getattr(teacher, "class_names", None)
     return Origin(
         name,
-        teacher_fingerprint(teacher, precision=precision, dtype=dtype),
+        teacher_fingerprint(teacher, precision=precision, dtype=dtype, front_end=front_end),
         teacher.value_kind,
         teacher.num_classes,
         dtype,
         None if names is None else tuple(names),
     )
+
+
+def compare_front_ends(teachers: Mapping[str, Teacher], manifest: Manifest, watcher: Watcher) -> None:
+    """`compare_front_end` of each."""
+    for name, teacher in teachers.items():
+        compare_front_end(name, _own_parts(teacher)["feature_spec"], manifest, watcher)
+
+
+def compare_front_end(name: str, stated: str, manifest: Manifest, watcher: Watcher) -> None:
+    """Refuse features made by another front end than a teacher says it was trained with; note what nobody knows.
+
+    Raises:
+        TeacherError: the teacher and the manifest differ in parameters that both state.
+    """
+    if manifest.front_end is None:
+        return
+    found = differences(stated, manifest.front_end)
+    if found is None:
+        watcher.note(
+            f"{shown(name)} does not state the front end it was trained with, as parameters: whether it is the "
+            "manifest's is not known"
+        )
+    elif found:
+        raise TeacherError(
+            f"{shown(name)} was trained with another front end than made the manifest's features\n{listed(found)}",
+            hint="Prepare the features anew with the teacher's front end (kd-cache prepare --features).",
+        )

@@ -3,8 +3,11 @@
 A note of a feature is the file's device, inode, size, mtime and ctime, its shape and its digest. It is believed where
 all five numbers are still the same, and only notes are taken of files whose last change (ctime) was clearly past when
 they were looked at: what is written within the granularity of a file system's clock would leave them as they are.
-Whoever sets a clock back, or goes on writing into a mapped file, can still deceive it. So no audit goes by these notes.
-They only save a dump the reading of features whose rows it has; a cache is complete without them, or with damaged ones.
+Whoever sets a clock back, or goes on writing into a mapped file, can still deceive it. So some features, drawn anew
+each time, are read all the same: if one of them is not as noted, no note is believed. Files in memory (tmpfs) keep
+their numbers when they are written through a map, and are always read; on a network, where a change shows
+late, a file must have rested for longer. No audit goes by these notes: they only save the reading of features whose
+rows are there. A cache is complete without them, or with damaged ones.
 
 Layout: magic ``b"KDCSEEN\\n"``, format version (little-endian u4), xxh3-128 of what follows (16 bytes, big-endian),
 then 80 bytes per sample, keys ascending: key (16), device, inode, size, mtime, ctime (little-endian i8, the times in
@@ -13,7 +16,6 @@ nanoseconds), frames and bins (i4), digest (16).
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 import time
@@ -25,16 +27,25 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from kd_cache.errors import StoreError
+from kd_cache.dataset.features import Feature, FeatureSource
+from kd_cache.errors import StoreError, shown
 from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.files.file_systems import MEMORY, file_systems, is_network
+from kd_cache.files.mapped import file_content
 from kd_cache.keys import KeyFinder, are_ascending, sorted_order
 from kd_cache.score.existing import Found
 from kd_cache.score.job import DumpJob
 from kd_cache.store.origin import FORMAT_VERSION
+from kd_cache.watch import Watcher
 
 SEEN_NAME = "seen.bin"
 SETTLED = 2_000_000_000
 """Nanoseconds since the last change before a file is believed not to change unnoticed."""
+NETWORK_SETTLED = 120_000_000_000
+"""The same where another machine may have written: clients ask for a file's numbers once a minute."""
+SAMPLED = 256
+"""So many unchanged features are read at each dump all the same."""
+_CERTAINTY = 0.99
 _MAGIC = b"KDCSEEN\n"
 _HEAD = struct.Struct("<8sI16s")
 _NOTE = np.dtype([("key", "u1", 16), ("stat", "<i8", 5), ("shape", "<i4", 2), ("digest", "u1", 16)])
@@ -63,7 +74,7 @@ class Seen:
                 size = os.fstat(file.fileno()).st_size
                 if not _HEAD.size < size < _MOST or (size - _HEAD.size) % _NOTE.itemsize:
                     return cls.nothing()
-                content = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+                content = file_content(file, 1 << 20).data
         except OSError:  # it only ever saves time
             return cls.nothing()
         magic, version, digest = _HEAD.unpack_from(content)
@@ -138,6 +149,55 @@ def _ordered(notes: np.ndarray) -> Seen:
 _AT_ONCE = 65_536
 
 
+def trusted(stats: np.ndarray, moment: int) -> np.ndarray:
+    """``[n]`` bool: files whose numbers say something on their file system at all. ``moment`` is now, in ns."""
+    kinds = file_systems()
+    good: np.ndarray = stats[:, 0] >= 0
+    for device in np.unique(stats[good, 0]).tolist():
+        kind = kinds.get(device, "")
+        if kind in MEMORY:
+            good &= stats[:, 0] != device
+        elif is_network(kind):
+            good &= (stats[:, 0] != device) | (stats[:, _CTIME] <= moment - NETWORK_SETTLED)
+    return good
+
+
+def as_noted(source: FeatureSource, files: Sequence[str], digests: np.ndarray, watcher: Watcher) -> bool:
+    """Whether features drawn at random have the digests ``[n, 16]`` that were noted; says how sure that makes one."""
+    drawn = np.random.default_rng().choice(len(files), min(SAMPLED, len(files)), replace=False)
+    for number in drawn.tolist():
+        feature = source.try_read(files[number])
+        if not isinstance(feature, Feature) or feature.digest != digests[number].tobytes():
+            watcher.note(
+                f"feature {shown(files[number])} changed, though its file's size and times are as before (was it "
+                "written through a memory map?); every feature is read"
+            )
+            return False
+    if 0 < len(drawn) < len(files):
+        most = 1 - (1 - _CERTAINTY) ** (1 / len(drawn))
+        watcher.note(
+            f"{len(files):,} features are unchanged by their files' size and times; {len(drawn)} of them, drawn at "
+            f"random, were read and are as noted ({_CERTAINTY:.0%} sure that fewer than {most:.1%} of all differ)"
+        )
+    return True
+
+
+def noted_digests(
+    path: Path, source: FeatureSource, files: Sequence[str], keys: np.ndarray, watcher: Watcher
+) -> tuple[np.ndarray, np.ndarray]:
+    """``[N]`` bool, the features that need not be read, and their digests ``[N, 16]``, as the notes at ``path`` say.
+
+    ``keys`` ``[N, 16]`` u1 are those of ``files``, in any order.
+    """
+    seen, moment, stats = Seen.load(path), time.time_ns(), source.stat_many(files)
+    noted, digests, _ = seen.lookup(keys, stats)
+    noted &= trusted(stats, moment)
+    numbers = np.flatnonzero(noted)
+    if not as_noted(source, [files[number] for number in numbers.tolist()], digests[numbers], watcher):
+        noted[:] = False
+    return noted, digests
+
+
 class Unchanged:
     """The shortcut of a rerun. `feature_notes` says when a note is believed; a row's freshness is decided as ever.
 
@@ -150,7 +210,9 @@ class Unchanged:
         fresh: ``[N]`` bool: which those are.
     """
 
-    def __init__(self, job: DumpJob, found: Found, files: Sequence[str], keys: np.ndarray, part: range) -> None:
+    def __init__(
+        self, job: DumpJob, found: Found, files: Sequence[str], keys: np.ndarray, part: range, watcher: Watcher
+    ) -> None:
         self._path, self._keys = job.folder.seen_path, keys
         self._part = slice(part.start, part.stop)
         self._moment = time.time_ns()
@@ -165,10 +227,12 @@ class Unchanged:
         if job.reread or not job.skip_existing or not len(self._seen):
             return
         believed, digests, shapes = self._seen.lookup(keys[self._part], self._stats[self._part])
-        numbers = np.flatnonzero(believed)
+        numbers = np.flatnonzero(believed & trusted(self._stats[self._part], self._moment))
         for known in found.known.values():
             numbers = numbers[known.are_fresh(numbers + part.start, digests[numbers])]
         at = numbers + part.start
+        if not as_noted(job.data.features, [files[number] for number in at.tolist()], digests[numbers], watcher):
+            return
         self.fresh[at] = True
         self.digests[at], self.shapes[at] = digests[numbers], shapes[numbers]
 
@@ -179,6 +243,7 @@ class Unchanged:
         """
         if not read.any():
             return
-        noted = self._seen.record(self._keys[read], self._stats[read], shapes[read], digests[read], self._moment)
-        if len(noted) or len(self._seen):
+        seen = Seen.load(self._path)  # as it is now: another part may have taken notes meanwhile
+        noted = seen.record(self._keys[read], self._stats[read], shapes[read], digests[read], self._moment)
+        if len(noted) or len(seen):
             noted.only(self._keys).save(self._path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, Stal
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import check_of
 from kd_cache.serve.rows import TeacherRows
-from kd_cache.store.cache import CacheFolder, teacher_in_name
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.classes import differing_columns
 from kd_cache.store.index import Index, read_older_maps
 from kd_cache.store.older import older_pack
@@ -27,6 +27,15 @@ class Generation:
     origins: dict[str, Origin]
     rows: list[TeacherRows]
 
+    def lacking(self) -> list[str]:
+        """Which teachers have fewer rows than the index promises, in words."""
+        promised = {name: entry["rows"] for name, entry in self.index.record["teachers"].items()}
+        return [
+            f"{shown(self.index.path)} promises {promised[part.name]:,} rows of {part.name}, found {len(part.keys):,}"
+            for part in self.rows
+            if len(part.keys) < promised[part.name]
+        ]
+
 
 def look(snapshot: Snapshot, teachers: Sequence[str] | None, verify: str, preload: bool | str) -> Generation:
     """One generation of the cache: looks again if the index was written anew before all its rows were opened."""
@@ -39,13 +48,14 @@ def look(snapshot: Snapshot, teachers: Sequence[str] | None, verify: str, preloa
             rows = _pack_rows(snapshot, origins, verify, preload)
         except (CorruptError, MissingLogitsError) as error:
             problem = error
-        told = index.record["teachers"]
-        whole = problem is None and all(len(part.keys) >= told[part.name]["rows"] for part in rows)
+        found = Generation(index, origins, rows)
+        if problem is None and not found.lacking():
+            return found
         now = snapshot.again()
-        if whole or now.state == snapshot.state:
+        if now.state == snapshot.state:
             if problem is not None:
                 raise problem
-            return Generation(index, origins, rows)
+            return found
         snapshot = now
     raise StoreError(f"{shown(snapshot.folder.path)} keeps changing; try again when the dumps are done")
 
@@ -124,32 +134,18 @@ def _pack_rows(
             f"{shown(folder.path)}: the list of permitted samples that its index names is not there",
             hint="kd-cache seal writes it again.",
         ) from error
-    packs = folder.packs(origins, check_of(verify, preload, pack_bytes(folder, origins)))
-    for path, damage in packs.damaged.items():
-        if teacher_in_name(path) in origins:
-            raise damage
+    check = check_of(verify, preload, sum(_size(path) for path in snapshot.served_paths(origins)))
     tables: list[TeacherRows] = []
-    for name, origin in origins.items():
-        mine = packs.of(origin)
-        if not mine:
-            raise MissingLogitsError(
-                f"{shown(folder.path)} holds no rows of {name} as its index describes them",
-                hint="Restore its packs, or run kd-cache dump again.",
-            )
-        tables.append(TeacherRows(mine, permitted, tables[0] if tables else None))
+    for name in origins:
+        tables.append(TeacherRows(snapshot.served_pack(name, check), permitted, tables[0] if tables else None))
     return tables
-
-
-def pack_bytes(folder: CacheFolder, teachers: Collection[str]) -> int:
-    """The size of these teachers' packs together."""
-    return sum(_size(path) for path in folder.pack_paths() if teacher_in_name(path) in teachers)
 
 
 def _size(path: Path) -> int:
     with store_errors(path, "look at"):
         try:
             return path.stat().st_size
-        except FileNotFoundError:  # sealed away since it was listed
+        except FileNotFoundError:  # refused when it is opened
             return 0
 
 
@@ -170,7 +166,7 @@ def older_rows(
         older_pack(name, {file: folder.view_path(name) / Path(path).name for file, path in maps[name].items()})
         for name in names
     ]
-    tables = [TeacherRows([pack]) for pack in packs]
+    tables = [TeacherRows(pack) for pack in packs]
     if len({(table.num_classes, table.dtype) for table in tables}) > 1:
         raise UsageError("these teachers do not fit into one tensor", hint="Open them separately: teachers=[…].")
     return tables

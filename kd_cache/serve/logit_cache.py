@@ -96,8 +96,9 @@ class LogitCache:
         on_miss: str = "raise",
         verify: str = "auto",
         preload: bool | str = "auto",
+        strict: bool = False,
     ) -> LogitCache:
-        """Open ``cache/A2b``. Every byte is checked against its digest before a value is believed.
+        """Open ``cache/A2b``: what its index names, nothing else. Every byte is checked before it is believed.
 
         Args:
             path: the cache's folder, or the ``cache_index.json`` in it.
@@ -111,9 +112,10 @@ class LogitCache:
                 ``auto`` makes a table of up to 1 GiB when files are first resolved (unless rows are checked lazily).
                 ``preloaded`` says what it came to.
                 For a table on an accelerator see `tensor`.
+            strict: refuse a cache that holds fewer rows than its index promises, instead of a warning.
 
         Raises:
-            MissingLogitsError: no cache there, an unfinished one, or a teacher it does not hold.
+            MissingLogitsError: no cache there, an unfinished one, a teacher it does not hold, or a pack that is gone.
             CorruptError: a damaged index or pack.
             StaleError: a fingerprint other than expected, naming the parts that differ.
             UsageError: teachers of different size, dtype or class order together, or another value kind.
@@ -124,7 +126,7 @@ class LogitCache:
             raise UsageError(f"verify is {verify!r}, expected auto, {', '.join(CHECKS)}")
         checked(preload)
         path = Path(path).expanduser()
-        folder = CacheFolder(path.parent if path.is_file() else path)
+        folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
         if snapshot.is_older:
             warnings.warn(
@@ -137,6 +139,10 @@ class LogitCache:
         origins = generation.origins
         refuse_unexpected(generation.index, origins, expect or {})
         refuse_mixture(origins, value_kind)
+        for lacking in generation.lacking():
+            if strict:
+                raise MissingLogitsError(lacking, hint="Restore its packs, or run kd-cache dump again.")
+            warnings.warn(lacking, stacklevel=2)
         for name in origins:
             if "adopted" in generation.index.record["teachers"][name]:
                 warnings.warn(
@@ -152,6 +158,12 @@ class LogitCache:
                 stacklevel=2,
             )
         return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
+
+    def __repr__(self) -> str:
+        return (
+            f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
+            f"classes={self.num_classes}, dtype={self.dtype})"
+        )
 
     @property
     def files(self) -> list[str]:
@@ -301,7 +313,7 @@ class LogitCache:
     def _signature(self) -> tuple[str, ...]:
         permitted = None if self._index is None else self._index.record.get("permitted")
         chosen = () if permitted is None else (str(permitted["file"]),)
-        return (*(name for rows in self._rows_of for name in rows.signature), *chosen)
+        return (*(rows.signature for rows in self._rows_of), *chosen)
 
     @property
     def _table(self) -> np.ndarray | None:

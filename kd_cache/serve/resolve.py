@@ -80,8 +80,6 @@ class Resolver:
         if reason is not None:
             return f"could not be scored ({reason})"
         key = keys_of_bytes([file.encode("utf-8", "surrogatepass")])
-        if any(rows.is_ambiguous(key) for rows in self._teachers):
-            return "its feature changed and a dump has not finished since"
         holders = [rows.name for rows in self._teachers if rows.finder.find(key)[0] >= 0]
         if holders:
             return f"only {', '.join(holders)} scored it"
@@ -96,9 +94,12 @@ def _encoded(files: list[str]) -> list[bytes]:
         return list(map(str.encode, files))
     except UnicodeEncodeError:
         return [file.encode("utf-8", "surrogatepass") for file in files]
-    except TypeError as error:
+    except TypeError:
+        at, wrong = next((number, file) for number, file in enumerate(files) if not isinstance(file, str))
+        found = f"{shown(repr(wrong))} ({type(wrong).__name__}) at position {at}"
         raise UsageError(
-            f"expected files as texts ({error})", hint="Row numbers come from LogitCache.rows, as a tensor or an array."
+            f"expected the manifest's files as texts, found {found}",
+            hint='A key is a sample\'s "file". Row numbers come from LogitCache.rows, as a tensor or an array.',
         ) from None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_cache.files.page_cache import expect_random
+from kd_cache.files.mapped import expect_random
 from kd_cache.keys import KeyFinder
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
@@ -48,32 +48,29 @@ class Names:
 
 
 class TeacherRows:
-    """Rows of packs of one origin: of those the ``permitted``, of a sample scored from two inputs none.
+    """Rows of one pack: the ``permitted`` of them. A *position* counts in key order.
 
-    A *position* counts in key order. What is the same in ``other`` (another teacher's rows under the same permission)
-    is shared with it.
+    What is the same in ``other`` (another teacher's rows under the same permission) is shared with it.
     """
 
-    def __init__(
-        self, packs: Sequence[Pack], permitted: Permitted | None = None, other: TeacherRows | None = None
-    ) -> None:
-        self._union = union = Union(packs)
+    def __init__(self, pack: Pack, permitted: Permitted | None = None, other: TeacherRows | None = None) -> None:
+        self._union = union = Union([pack])
         self._permitted = permitted
         self.name = union.origin.teacher
         self.num_classes = union.origin.num_classes
         self.dtype = union.origin.stored
-        self.signature = tuple(pack.path.name for pack in union.packs)
-        self.is_lazy = any(pack.unchecked is not None for pack in union.packs)
+        self.signature = pack.path.name
+        self.is_lazy = pack.unchecked is not None
         self._kept: np.ndarray | None
         self.keys: np.ndarray
         self.finder: KeyFinder
         if other is not None and _same_keys(union, other._union):
             self._kept, self.keys, self.finder = other._kept, other.keys, other.finder
         else:
-            self._kept = _kept(union, permitted)
+            self._kept = None if permitted is None else _kept(union, permitted)
             self.keys = union.keys if self._kept is None else union.keys[self._kept]
             self.finder = union.finder if self._kept is None else KeyFinder(self.keys)
-        self._pack = union.packs[0] if self._kept is None else None
+        self._pack = pack if self._kept is None else None
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """``[Q, C]`` logits."""
@@ -85,8 +82,7 @@ class TeacherRows:
 
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""
-        for pack in self._union.packs:
-            expect_random(pack.logits)
+        expect_random(self._union.packs[0].logits)
 
     def inputs(self, positions: np.ndarray) -> np.ndarray:
         """``[Q, 16]`` u1, the digests of the features that were scored."""
@@ -128,28 +124,18 @@ class TeacherRows:
             and np.array_equal(mine.files_blob, its.files_blob)
         )
 
-    def is_ambiguous(self, key: np.ndarray) -> bool:
-        position = int(self._union.find(key)[0])
-        return position >= 0 and bool(self._union.ambiguous[position])
-
     def is_promised(self, key: np.ndarray) -> bool:
         """Whether the index permits this sample, so that its row should be there."""
         return self._permitted is not None and bool(KeyFinder(self._permitted.keys).find(key)[0] >= 0)
 
 
 def _same_keys(one: Union, other: Union) -> bool:
-    """Whether each is one pack, and both have the same keys."""
-    return len(one.packs) == len(other.packs) == 1 and np.array_equal(
-        one.keys.view(np.uint64), other.keys.view(np.uint64)
-    )
+    return np.array_equal(one.keys.view(np.uint64), other.keys.view(np.uint64))
 
 
-def _kept(union: Union, permitted: Permitted | None) -> np.ndarray | None:
-    """The positions of a union that are served; ``None`` where all of one pack are."""
-    allowed = permitted is None or permitted.has_keys(union.keys)
-    if allowed and len(union.packs) == 1:
+def _kept(union: Union, permitted: Permitted) -> np.ndarray | None:
+    """The positions that are served; ``None`` where all are."""
+    if permitted.has_keys(union.keys):
         return None
-    kept = ~union.repeats & ~union.ambiguous
-    if not allowed and permitted is not None:
-        kept &= KeyFinder(permitted.keys).find(union.keys) >= 0
-    return None if len(union.packs) == 1 and kept.all() else np.flatnonzero(kept)
+    kept = KeyFinder(permitted.keys).find(union.keys) >= 0
+    return None if kept.all() else np.flatnonzero(kept)

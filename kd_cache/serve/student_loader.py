@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from kd_cache.dataset.dataset import feature_source
 from kd_cache.dataset.features import MAX_BYTES, FeatureSource
 from kd_cache.dataset.guard import refuse_outside, select
 from kd_cache.dataset.manifest import IGNORED, Manifest, Sample, load_manifest
-from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.dataset.task import Task
 from kd_cache.errors import StaleError, UsageError, shown
 from kd_cache.serve.attach import CachedDataset, Gathered
@@ -158,14 +158,12 @@ def student_loader(
         refuse_outside(selection, wanted)
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
-    _refuse_misplaced(cache, manifest.task)
+    refuse_misplaced(cache, manifest.task)
     for warning in cache.doubts(manifest.task.cities):
         warnings.warn(warning, stacklevel=2)
     scored = _scored(cache, samples) if check_features else None
-    if features is None:
-        source = FeatureSource(root, allow_outside, max_feature_bytes)
-    else:
-        source = PackedFeatures(Path(features).expanduser(), max_feature_bytes)
+    packed = None if features is None else Path(features).expanduser()
+    source = feature_source(root, packed, [*map(Path, allow_outside)], max_feature_bytes, manifest.bins)
     base = FeatureDataset(source, samples, transform, scored)
     data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate_samples)
     return DataLoader(
@@ -178,7 +176,8 @@ def student_loader(
     )
 
 
-def _refuse_misplaced(cache: LogitCache, task: Task) -> None:
+def refuse_misplaced(cache: LogitCache, task: Task) -> None:
+    """Raise `UsageError` where a teacher names the task's classes in another order than the labels have."""
     for name, names in cache.class_names.items():
         if (why := misplaced(names, task.scenes, task.cities)) is not None:
             raise UsageError(f"{name}: {why}", hint="Its logits and the labels would not speak of the same classes.")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.files.atomic import TEMPORARY, store_errors
+from kd_cache.options import Target
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
+from kd_cache.store.names import PACK_NAME
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.permitted import Permitted, read_permitted
-from kd_cache.store.union import Union
 
 
 @dataclass
@@ -48,10 +51,6 @@ class PackSet:
                 )
         return {name: next(iter(origins.values())) for name, origins in sorted(found.items())}
 
-    def union(self, origin: Origin) -> Union | None:
-        packs = self.of(origin)
-        return Union(packs) if packs else None
-
 
 @dataclass(frozen=True)
 class CacheFolder:
@@ -59,9 +58,19 @@ class CacheFolder:
 
     path: Path
 
+    @classmethod
+    def at(cls, path: Path) -> CacheFolder:
+        """The cache that a person means: its folder, or the index in it."""
+        return cls(path.parent if path.is_file() else path)
+
     @property
     def index_path(self) -> Path:
         return self.path / INDEX_NAME
+
+    @property
+    def is_anything(self) -> bool:
+        """Whether a dump, or an older script, has been here."""
+        return self.packs_path.is_dir() or self.index_path.is_file()
 
     @property
     def packs_path(self) -> Path:
@@ -112,9 +121,9 @@ class CacheFolder:
         self,
         teachers: Collection[str] | None = None,
         check: str = "full",
-        opened: Mapping[Path, Pack] = MappingProxyType({}),
+        known: Mapping[Path, Pack] = MappingProxyType({}),
     ) -> PackSet:
-        """Every pack (of these teachers); ``check`` is that of `open_pack`. Those ``opened`` before are not again.
+        """Every pack (of these teachers); ``check`` is that of `open_pack`. Those ``known`` are not opened again.
 
         Packs may be added and sealed away meanwhile. The look is only over when the folder lists, at its end, what was
         opened: a row that a seal carries from one pack to another is seen in one of them.
@@ -126,7 +135,7 @@ class CacheFolder:
                 good = [pack for path in paths if isinstance(pack := seen[path], Pack)]
                 damaged = {path: error for path in paths if isinstance(error := seen[path], CorruptError)}
                 return PackSet(good, damaged)
-            found = {path: seen.get(path) or opened.get(path) or _opened(path, check) for path in paths}
+            found = {path: seen.get(path) or known.get(path) or opened(path, check) for path in paths}
             seen = {path: pack for path, pack in found.items() if pack is not None}
         raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")
 
@@ -142,11 +151,11 @@ class CacheFolder:
                 entries = list(os.scandir(self.packs_path))
             except FileNotFoundError:
                 return []
-        names = sorted(e.name for e in entries if e.name.endswith(".h5") and not e.name.startswith(TEMPORARY))
+        names = sorted(entry.name for entry in entries if PACK_NAME.match(entry.name))
         return [self.packs_path / name for name in names]
 
 
-def _opened(path: Path, check: str) -> Pack | CorruptError | None:
+def opened(path: Path, check: str = "full") -> Pack | CorruptError | None:
     """The pack, what is wrong with it, or ``None`` if it is gone."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -179,6 +188,23 @@ def refuse_file_as_root(root: Path) -> None:
         raise StoreError(f"the cache root {shown(root)} is a file, expected a folder", hint="Pass --cache-root.")
 
 
+def no_cache(path: Path, where: str = "at") -> MissingLogitsError:
+    """There is none ``at`` a folder, or ``under`` one: which there are in it, or which command would make it."""
+    if held := find_caches(path, lambda _: True) if path.is_dir() else []:
+        names = ", ".join(shown(folder.path.name) for folder in held)
+        return MissingLogitsError(
+            f"there is no cache {where} {shown(path)}; it holds the caches {names}",
+            hint=f"Name one of them: {shown(held[0].path)}",
+        )
+    targets = get_args(Target)
+    named = path.name.rpartition("2")[2]
+    root, target = (path.parent, named) if named in targets else (path, targets[0])
+    elsewhere = "" if str(root) == "cache" else f" --cache-root {shlex.quote(shown(root))}"
+    return MissingLogitsError(
+        f"there is no cache {where} {shown(path)}", hint=f"Make one: kd-cache dump --target {target}{elsewhere}"
+    )
+
+
 Named = Callable[[str], bool]
 """Whether a folder is called as a cache is."""
 
@@ -193,7 +219,7 @@ def no_finished_cache(root: Path, is_named: Named) -> MissingLogitsError:
             f"no cache under {shown(root)} is finished; begun: {', '.join(map(shown, begun))}",
             hint="Run the same kd-cache dump again; it continues where it stopped.",
         )
-    return MissingLogitsError(f"there is no cache under {shown(root)}", hint="Make one with kd-cache dump --target b.")
+    return no_cache(root, "under")
 
 
 def find_caches(root: Path, is_named: Named) -> list[CacheFolder]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kd_cache.errors import CorruptError, MissingLogitsError, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, shown
 from kd_cache.store.cache import CacheFolder, PackSet, teacher_in_name
 from kd_cache.store.entry import joined
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.origin import Origin
-from kd_cache.store.pending import begun, begun_with
-from kd_cache.store.view import stored_names
+from kd_cache.store.pending import Age, age_with, is_known
+from kd_cache.store.view import ROW_FILE_NAME, stored_names
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,20 @@ def current_of(
 
     Raises:
         MissingLogitsError: nothing was begun here.
+        StaleError: dumps that had not read each other made a teacher's rows with different weights.
         CorruptError: without an index, packs leave open which rows are current, or a teacher's are all damaged.
     """
-    records = sorted([*([] if index is None else [index]), *pending], key=lambda each: begun(each.record))
+    records = sorted([*([] if index is None else [index]), *pending], key=lambda each: Age.of(each.record))
     found = Current({}, {}, {}, records[-1].record if records else {})
     for record in records:
         found.missing.update(record.missing)
-    words = [(begun_with(record, name), name, record) for record in records for name in record.record["teachers"]]
-    for when, name, record in sorted(words, key=lambda word: word[0]):
-        if record is index or not _is_known(index, name, record):
-            _take(found, when, name, record)
+    words = [(age_with(record, name), name, record) for record in records for name in record.record["teachers"]]
+    words = [word for word in words if word[2] is index or not is_known(index, word[1], word[2])]
+    # Of those that had not read each other the index's word is the last: it is what readers have.
+    words.sort(key=lambda word: (word[0].generation, word[2] is index and word[0].generation > 0, word[0].begun))
+    for when, name, record in words:
+        _take(found, when, name, record)
+    _refuse_undecided(folder, index, words)
     if index is not None:  # in the order that readers are used to
         ordered = dict.fromkeys([*index.origins, *found.origins])
         found = replace(found, origins={name: found.origins[name] for name in ordered})
@@ -53,29 +57,38 @@ def current_of(
     return found
 
 
-def _take(found: Current, when: int, name: str, record: Index) -> None:
+def _refuse_undecided(folder: CacheFolder, index: Index | None, words: Sequence[tuple[Age, str, Index]]) -> None:
+    """Two dumps made a teacher's rows with other weights, and neither had read the other: which is current?"""
+    last = {name: (age.generation, record) for age, name, record in words}
+    for age, name, record in words:
+        generation, newest = last[name]
+        known, other = (each.record["teachers"][name]["fingerprint"] for each in (newest, record))
+        if age.generation == generation > 0 and newest is not index and known != other:
+            raise StaleError(
+                f"{shown(folder.path)}: two dumps at the same time made rows of {name} with different fingerprints "
+                f"({known[:16]}… and {other[:16]}…): which is current?",
+                hint=f"Run kd-cache dump (a part of it, with --shard, will do) with the {name} that is to count.",
+            )
+
+
+def _take(found: Current, when: Age, name: str, record: Index) -> None:
     """One record's word on a teacher, in place of an older one or joined to one of the same fingerprint."""
     origin = record.origins[name]
     same = name in found.origins and found.origins[name].fingerprint.digest == origin.fingerprint.digest
     found.origins[name] = origin
-    own = {} if when == begun(found.record) else {"begun": when}
-    found.entries[name] = joined(found.entries[name] if same else {}, record.record["teachers"][name]) | own
-
-
-def _is_known(index: Index | None, name: str, record: Index) -> bool:
-    """Whether the index counts what this record says of a teacher: a crash just after the index leaves both."""
-    entry = None if index is None else index.record["teachers"].get(name)
-    if index is None or entry is None:
-        return False
-    same = entry["fingerprint"] == record.record["teachers"][name]["fingerprint"]
-    return bool(same and begun_with(record, name) <= begun_with(index, name))
+    words = joined(found.entries[name] if same else {}, record.record["teachers"][name])
+    found.entries[name] = words | when.beside(found.record)
 
 
 def _refuse_forgotten(folder: CacheFolder, packs: PackSet, current: Current) -> None:
     """Without an index, a teacher of whom no pack can be read would leave the cache, and nobody would notice."""
     traces = {teacher_in_name(path) for path in packs.damaged}
     if folder.path.is_dir():
-        traces |= {directory.name for directory in folder.view_folders() if stored_names(directory)}
+        traces |= {
+            directory.name
+            for directory in folder.view_folders()
+            if any(map(ROW_FILE_NAME.match, stored_names(directory)))
+        }
     forgotten = sorted(name for name in traces - current.origins.keys() if is_teacher_name(name))
     if forgotten and current.origins:
         names = ", ".join(forgotten)

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from kd_cache.errors import CorruptError, StaleError, StoreError, shown
-from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
@@ -52,12 +52,14 @@ _TEACHER = {
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
     "measured": str,
+    "generation": int,
     "storage_cost": (None, {...: (int, float)}),
     "begun": int,
 }
 _RECORD = {
     "adaptation": str,
     "begun": int,
+    "generation": int,
     "created": str,
     "tool": str,
     "files": bool,
@@ -319,6 +321,20 @@ def _damaged(path: Path, why: str) -> CorruptError:
     return CorruptError(
         f"the index {shown(path)} is damaged: {why}", hint="kd-cache dump writes it anew from the packs."
     )
+
+
+def keep_older_index(path: Path) -> str:
+    """Keep a copy of an older script's index beside it, before it is replaced; returns a note that says so.
+
+    Raises:
+        StoreError: it cannot be read, or the copy not be written.
+    """
+    kept = path.with_name(f"{path.stem}.older{path.suffix}")
+    with store_errors(path, "read"):
+        content = path.read_bytes()
+    if not kept.exists():
+        write_atomic(kept, content)
+    return f"the older script's index is kept as {shown(kept)}, and rows that only it names stay where they are"
 
 
 def read_older_maps(path: Path) -> dict[str, dict[str, str]]:

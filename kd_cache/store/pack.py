@@ -19,7 +19,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ import xxhash
 from kd_cache.errors import CorruptError, KDCacheError, StoreError, shown
 from kd_cache.files.atomic import open_file, store_errors, sync_directory, temporary_beside, write_all
 from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
+from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
@@ -44,7 +44,7 @@ USER_BLOCK = 512
 _PREAMBLE = struct.Struct("<8sIQ16s")
 MAX_ATTRIBUTE = 60_000
 MAPPED = 1 << 20
-"""Packs of at least this size are memory-mapped. Smaller ones are read: each mapping holds a file descriptor, and an
+"""Packs of at least this size are memory-mapped. Smaller ones are read: a process may have only so many maps, and an
 interrupted dump can leave thousands of small packs."""
 CHECKED_AT_ONCE = 512
 """Rows whose checksums are compared together where a pack is checked as it is read."""
@@ -339,9 +339,7 @@ def _content(path: Path) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         if size < USER_BLOCK:
             raise _damaged(path, f"it is truncated within its first {USER_BLOCK} bytes")
-        if size < MAPPED:
-            return np.frombuffer(file.readall(), np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        return file_content(file, MAPPED)
 
 
 def _check_user_block(path: Path, content: np.ndarray) -> bytes:

@@ -2,7 +2,7 @@
 
 Every dump writes a record before its first pack: the teachers with their fingerprints, the manifest, its settings. A
 seal needs nothing else to know which rows are current, and `gc` knows whose packs they are. A record has the format of
-the index, digest included. It goes when an index tells of its teachers.
+the index, digest included. It goes when an index tells of its rows, or with ``kd-cache gc --drop-unfinished``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kd_cache.errors import CorruptError, KDCacheError, StaleError
-from kd_cache.files.atomic import TEMPORARY, make_directory, remove_files, store_errors
+from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.store.cache import CacheFolder, refuse_link
 from kd_cache.store.index import Index, State, index_state, origin_entry, read_index, write_index
+from kd_cache.store.names import PENDING_NAME
 from kd_cache.store.origin import Origin
 
 
@@ -29,10 +30,6 @@ class PendingRecord:
         self._origins = origins
         self._record = {"begun": time.time_ns(), **record}
         self.is_written = False
-
-    @property
-    def begun(self) -> int:
-        return int(self._record["begun"])
 
     def write(self, entries: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> None:
         """Write it durably, or anew with the results.
@@ -51,16 +48,40 @@ class PendingRecord:
         self.is_written = True
 
 
-def begun(record: Mapping[str, Any]) -> int:
-    """When the dump of an index or of a pending record began: nanoseconds, 0 where it does not say."""
-    value = record.get("begun", 0)
-    return value if type(value) is int else 0
+class Age(NamedTuple):
+    """The order of runs: by what each had read, not by clocks.
+
+    ``generation`` is one more than the largest that the run found in the index and in pending records. kd-cache 0.1
+    wrote none: those have 0, come before all others, and are ordered by ``begun`` (nanoseconds since 1970).
+    """
+
+    generation: int
+    begun: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Age:
+        """What an index or a pending record, or a teacher's entry in one, says; 0 where it does not."""
+        values = (record.get(name, 0) for name in cls._fields)
+        return cls(*(value if type(value) is int else 0 for value in values))
+
+    def beside(self, record: Mapping[str, Any]) -> dict[str, int]:
+        """What an entry says that is of this age, in a record that may be of another."""
+        return {} if self == Age.of(record) else self._asdict()
 
 
-def begun_with(index: Index, name: str) -> int:
-    """When what an index says of a teacher was begun: of one that its dump only carried over, an earlier index's."""
-    value = index.record["teachers"].get(name, {}).get("begun")
-    return value if type(value) is int else begun(index.record)
+def age_with(index: Index, name: str) -> Age:
+    """The age of what an index says of a teacher: of one that its dump only carried over, an earlier index's."""
+    entry = index.record["teachers"].get(name, {})
+    return Age.of(entry if "begun" in entry else index.record)
+
+
+def is_known(index: Index | None, name: str, record: Index) -> bool:
+    """Whether the index counts what a record says of a teacher: the same fingerprint, and nothing newer."""
+    entry = None if index is None else index.record["teachers"].get(name)
+    if index is None or entry is None:
+        return False
+    same = entry["fingerprint"] == record.record["teachers"][name]["fingerprint"]
+    return bool(same and age_with(record, name) <= age_with(index, name))
 
 
 def read_pending(
@@ -87,7 +108,7 @@ def read_pending(
             found.append(content)
         else:
             damaged.append(content)
-    return sorted(found, key=lambda record: (begun(record.record), record.path.name)), damaged
+    return sorted(found, key=lambda record: (Age.of(record.record), record.path.name)), damaged
 
 
 def _paths(folder: CacheFolder) -> list[Path]:
@@ -97,18 +118,14 @@ def _paths(folder: CacheFolder) -> list[Path]:
             names = sorted(entry.name for entry in os.scandir(folder.pending_path))
         except FileNotFoundError:
             return []
-    return [folder.pending_path / name for name in names if name.endswith(".json") and not name.startswith(TEMPORARY)]
+    return [folder.pending_path / name for name in names if PENDING_NAME.match(name)]
 
 
-def forget(folder: CacheFolder, records: Iterable[Index], words: Mapping[str, int]) -> None:
-    """Remove the records that an index overtook: what it says of each of their teachers is as new or newer.
-
-    Args:
-        words: by teacher of the index, when what it says was begun.
-    """
+def forget(folder: CacheFolder, records: Iterable[Index], indexes: Collection[Index]) -> None:
+    """Remove the records of which these indexes know all. One of other weights stays: a dump can go on from it."""
 
     def is_told(record: Index) -> bool:
-        return all(name in words and begun_with(record, name) <= words[name] for name in record.record["teachers"])
+        return all(any(is_known(index, name, record) for index in indexes) for name in record.record["teachers"])
 
     remove_files(folder.pending_path, [record.path for record in records if is_told(record)])
 

@@ -7,7 +7,6 @@ none. The name carries the xxh3-128 of the file, and the index carries the name.
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import xxhash
 
 from kd_cache.errors import CorruptError, StoreError, shown
 from kd_cache.files.atomic import open_file, write_atomic
+from kd_cache.files.mapped import file_content
 from kd_cache.keys import NO_LABEL as NO_LABEL
 from kd_cache.keys import are_ascending
 
@@ -109,9 +109,7 @@ def _content(path: Path) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         if size > _MOST:
             raise _damaged(path, f"it has {size} bytes, expected at most {_MOST}")
-        if size < _MAPPED:
-            return np.frombuffer(file.readall(), np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+        return file_content(file, _MAPPED)
 
 
 def _header(count: int) -> bytes:

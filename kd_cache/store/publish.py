@@ -6,7 +6,8 @@ whenever a machine stops, the index on disk finds its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,20 +15,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kd_cache.errors import MissingLogitsError, StoreError, listed, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.keys import KeyFinder
 from kd_cache.store.accuracy import refuse_below
 from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.entry import carried
-from kd_cache.store.index import Index, IndexChangedError, origin_entry, write_index
+from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import Pack, open_pack
-from kd_cache.store.pending import begun, begun_with, forget
+from kd_cache.store.pack import Pack, write_part
+from kd_cache.store.pending import Age, age_with, forget, protected
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Merged, merge_packs
-from kd_cache.store.view import ROW_FILE_NAME, stored_names, view_names, write_view
+from kd_cache.store.view import ROW_FILE_NAME, in_the_way, is_row, rows_of, stored_names, view_names, write_view
 from kd_cache.watch import Watcher
 
 _BLOCK = 8192
@@ -56,7 +57,7 @@ class Wanted:
     Attributes:
         files: their manifest paths; ``listed`` are the same in the manifest's order, in which the index lists them.
         keys, inputs: ``[N, 16]`` u1: their keys, ascending, and the digests of their features as they are now.
-        known: ``[N]`` bool: where it is False the feature could not be read, and the sample keeps no row.
+        known: ``[N]`` bool: where it is False the feature could not be read just now, and the sample keeps its row.
         permitted: their keys and labels.
     """
 
@@ -89,7 +90,7 @@ class Change:
         missing: files that could not be scored, with the reason.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
-        min_accuracy: the least share of labelled source rows that each of ``origins`` must name rightly.
+        min_accuracy: the least that each of ``origins`` must reach.
         hint: what to do where rows are missing.
     """
 
@@ -109,10 +110,14 @@ class Change:
 
 @dataclass
 class Published:
-    """What publishing did; ``rows``, ``left_out``, ``packs`` and ``accuracy`` by teacher."""
+    """What publishing did; ``rows``, ``left_out``, ``unread`` (kept, though nobody could read their features now),
+    ``packs`` and ``accuracy`` by teacher. ``missing``: the change's, as far as some teacher lacks a row of the file.
+    """
 
     rows: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
     num_samples: int = 0
     pack_bytes: int = 0
     view_written: int = 0
@@ -154,12 +159,15 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
         StoreError: the cache cannot be written, or another process wrote the index meanwhile.
     """
     folder, index = snapshot.folder, snapshot.finished()
-    packs = {name: _named_pack(folder, entry) for name, entry in index.record["teachers"].items()}
+    held = [name for name, entry in index.record["teachers"].items() if entry["pack"] is not None]
+    packs = {name: snapshot.served_pack(name) if name in held else None for name in index.record["teachers"]}
     done = Published(num_samples=index.num_samples)
     done.rows = {name: 0 if pack is None else len(pack) for name, pack in packs.items()}
     keys = dict(pair for pack in packs.values() if pack for pair in zip(pack.files, view_names(pack.keys), strict=True))
     ordered = sorted(keys, key=keys.__getitem__)  # nothing here knows the manifest's order
-    maps = _View(folder, shown_path, done, watcher).bring_in_line(packs, ordered, wanted=True)
+    maps = _View(snapshot, shown_path, done, watcher, {*packs} if index.record.get("files") else ()).bring_in_line(
+        packs, ordered, wanted=True
+    )
     kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
     try:
         write_index(folder.index_path, index.num_samples, maps, {**kept, "files": True}, state=snapshot.state)
@@ -173,19 +181,6 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
 
 def _restless(folder: CacheFolder) -> StoreError:
     return StoreError(f"the index {shown(folder.index_path)} keeps changing; try again when the other dumps are done")
-
-
-def _named_pack(folder: CacheFolder, entry: Mapping[str, Any]) -> Pack | None:
-    """The pack that an index entry names, checked."""
-    if entry["pack"] is None:
-        return None
-    try:
-        return open_pack(folder.packs_path / entry["pack"])
-    except FileNotFoundError as error:
-        raise MissingLogitsError(
-            f"{shown(folder.path)} lacks the pack {shown(entry['pack'])} that its index names",
-            hint="Restore it, or run kd-cache dump again.",
-        ) from error
 
 
 class _Publication:
@@ -205,6 +200,7 @@ class _Publication:
         self.others = {name: each for name, each in {**change.others, **found}.items() if name not in change.origins}
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
         self.done = Published()
+        self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
     @property
     def origins(self) -> dict[str, Origin]:
@@ -224,41 +220,51 @@ class _Publication:
             superfluous.update(merged)
         self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
-        view = _View(self.folder, change.shown_path, done, self.watcher)
+        view = _View(self.snapshot, change.shown_path, done, self.watcher, self._viewed())
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
         permitted = change.wanted.permitted
         record = {
             **{key: value for key, value in change.record.items() if key not in _RESULTS},
             "plan": None if (plan := self.snapshot.again().saved_plan) is None else plan.as_json(),
-            "missing": dict(change.missing),
+            "missing": {file: reason for file, reason in change.missing.items() if file in done.missing},
             "files": change.files,
             "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
             "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
         }
         done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
+        if self.snapshot.is_older:
+            self.watcher.note(keep_older_index(self.folder.index_path))
         written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
         self.snapshot.wrote(*written, permitted)
-        current = set(done.packs.values())
-        remove_files(self.folder.packs_path, sorted(path for path in superfluous if path.name not in current))
+        self.written = written[0]
+        self.superfluous = superfluous
         return done
 
     def _refuse_inaccurate(self, packs: Mapping[str, Pack | None]) -> None:
-        for name in self.change.origins if self.change.min_accuracy is not None else ():
-            pack = packs[name]
-            union = None if pack is None else self.snapshot.union_of(pack)
-            accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
-            refuse_below(name, accuracy, self.change.min_accuracy)
+        if self.change.min_accuracy is None:
+            return
+        for pack in filter(None, map(packs.get, self.change.origins)):
+            accuracy = self.snapshot.accuracy(self.snapshot.union_of(pack), self.change.wanted.permitted)
+            refuse_below(pack.origin.teacher, accuracy, self.change.min_accuracy)
 
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""
-        now = self.snapshot.again()
-        index = now.index or self.earlier
+        self.now = self.snapshot.again()
+        index = self.now.index or self.earlier
         return index is not None and self.change.origins.keys() <= index.record["teachers"].keys()
 
     def clean_up(self) -> None:
-        """Remove what became useless: overtaken pending records, damaged packs, rows that are no longer permitted."""
-        words = {name: self._begun(name) for name in {**self.change.origins, **self.others}}
-        forget(self.folder, self.pending, words)
+        """Remove what became useless: merged packs, overtaken pending records, damaged packs, rows no longer permitted.
+
+        Another process may have written the index since ours: what that one names stays.
+        """
+        current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
+        remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
+        forget(self.folder, self.pending, [index for index in (self.written, self.earlier) if index is not None])
+        if self.change.wanted.known.any():
+            for name, count in self.done.unread.items():
+                if count:
+                    self.watcher.note(f"{name}: {count:,} rows were kept although their features cannot be read now")
         for name in self.others:
             if left_out := self.done.left_out[name]:
                 what = f"{left_out} rows went, no longer permitted or no longer fresh; it was not asked"
@@ -272,16 +278,17 @@ class _Publication:
     def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
         """One teacher's rows as one pack, and the packs that it stands for; anew where another dump does the same."""
         name, wanted = origin.teacher, self.change.wanted
-        known = np.flatnonzero(wanted.known)
-        keys, inputs = wanted.keys[known], wanted.inputs[known]
         asked = name in self.change.origins
         missing = self.change.missing if asked else {}
-        required = np.array([asked and wanted.files[number] not in missing for number in known.tolist()], bool)
+        required = np.full(len(wanted.keys), asked)
+        required[[self._number[file] for file in missing if file in self._number]] = False
         now = self.snapshot
         for _ in range(100):
             union = now.union(origin, without=self.change.replaced)
-            result = merge_packs(self.folder.packs_path, union, keys, inputs, required)
-            lost = known[result.absent & required]
+            result = merge_packs(
+                self.folder.packs_path, union, wanted.keys, wanted.inputs, required, unread=~wanted.known
+            )
+            lost = np.flatnonzero(result.absent & required)
             if len(lost):
                 raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
             now = now.again()
@@ -304,6 +311,9 @@ class _Publication:
                 f"batch shape?); the first pack by name is kept, first such sample: {result.disagreements[0]}"
             )
         self.done.left_out[name] = result.left_out
+        self.done.unread[name] = int((~result.absent & ~self.change.wanted.known).sum())
+        lacking = [file for file in self.change.missing if file in self._number and result.absent[self._number[file]]]
+        self.done.missing.update((file, self.change.missing[file]) for file in lacking)
         self.done.rows[name] = 0 if pack is None else len(pack)
         if pack is not None:
             self.done.packs[name] = pack.path.name
@@ -317,7 +327,6 @@ class _Publication:
         same = before.get("fingerprint") == origin.fingerprint.digest
         # Adopted rows say so themselves: the mark outlives an index that was damaged.
         mark = {"adopted": {"source": "unknown"}} if "adopted" in origin.fingerprint.parts else {}
-        when = self._begun(name)
         union = None if pack is None else self.snapshot.union_of(pack)
         accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
         return {
@@ -325,7 +334,7 @@ class _Publication:
             **mark,
             **(carried(before) if same else {}),
             **(self.change.entries.get(name, {}) if name in self.change.origins else {}),
-            **({} if when == begun(self.change.record) else {"begun": when}),
+            **self._age(name).beside(self.change.record),
             "rows": 0 if pack is None else len(pack),
             "pack": None if pack is None else pack.path.name,
             "accuracy": accuracy.as_json(),
@@ -333,17 +342,33 @@ class _Publication:
             "earlier": _earlier_parts(before, origin),
         }
 
-    def _begun(self, name: str) -> int:
-        """When what the index is to say of a teacher was begun: by this run, or, for a seal, by the dump it goes by.
+    def _age(self, name: str) -> Age:
+        """The age of what the index is to say of a teacher: this run's or, for a seal, that of the dump it goes by.
 
         What is said of a teacher that is carried over is as old as it was.
         """
-        if name in self.change.origins:
-            return int(self.change.entries.get(name, {}).get("begun", begun(self.change.record)))
-        earlier = self.earlier
-        return 0 if earlier is None or name not in earlier.record["teachers"] else begun_with(earlier, name)
+        held = self.earlier is not None and name in self.earlier.record["teachers"]
+        before = age_with(self.earlier, name) if self.earlier is not None and held else Age(0, 0)
+        if name not in self.change.origins:
+            return before
+        entry = self.change.entries.get(name, {})
+        own = Age.of(entry if "begun" in entry else self.change.record)
+        # An index that another dump wrote meanwhile is read by now, and overtaken.
+        return own._replace(generation=before.generation + 1) if before.generation > own.generation > 0 else own
 
     # -- around it ----------------------------------------------------------------------------------------------------
+
+    def _viewed(self) -> set[str]:
+        """Teachers whose view an index names, ours or an older script's: differing files in it are brought in line.
+
+        Where a damaged index can no longer say whose views there were, all teachers' are.
+        """
+        if self.snapshot.is_older:
+            with suppress(CorruptError):
+                return {*read_older_maps(self.folder.index_path)}
+        if self.snapshot.is_damaged:
+            return {*self.origins}
+        return {*self.earlier.origins} if self.earlier is not None and self.earlier.record.get("files") else set()
 
     def _keep_plan(self) -> None:
         """Restore a lost or damaged batch plan from the index's copy: another one would make other last bits."""
@@ -364,13 +389,17 @@ class _Publication:
     def _remove_forbidden(self) -> int:
         """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
         permitted = KeyFinder(self.change.wanted.keys)
-        origins = self.origins
+        origins, unfinished = self.origins, protected(self.pending)
         gone = 0
         for pack in self.snapshot.packs.good:
             current = origins.get(pack.origin.teacher)
             if current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest:
                 continue
-            if (permitted.find(pack.keys) < 0).any():
+            kept = np.flatnonzero(permitted.find(pack.keys) >= 0)
+            if len(kept) < len(pack):
+                if len(kept) and (pack.origin.teacher, pack.origin.fingerprint.digest) in unfinished:
+                    write_part(self.folder.packs_path, pack, kept)  # a dump can go on from the others
+                    gone -= len(kept)
                 gone += len(pack)
                 with store_errors(pack.path, "remove"):
                     pack.path.unlink(missing_ok=True)
@@ -395,43 +424,77 @@ def _earlier_parts(before: Mapping[str, Any], origin: Origin) -> list[Mapping[st
 
 @dataclass(frozen=True)
 class _View:
-    """The view of a cache: one folder of row files per teacher."""
+    """The view of a cache: one folder of row files per teacher. ``named`` are the teachers whose view is ours already.
 
-    folder: CacheFolder
+    Only what kd-cache wrote is removed or replaced: the file of a row of some pack, under its key. A cache may well
+    hold folders and files of its user's, the features themselves among them.
+    """
+
+    snapshot: Snapshot
     shown_path: str
     done: Published
     watcher: Watcher
+    named: Collection[str]
 
     def bring_in_line(
         self, packs: Mapping[str, Pack | None], files: Sequence[str], *, wanted: bool
     ) -> dict[str, dict[str, str]]:
         """Write what the view lacks, remove what it must not have; returns the index's maps, ordered as ``files``."""
-        for directory in self.folder.view_folders():
+        for name in packs:
+            directory = self.snapshot.folder.view_path(name)
             if directory.is_symlink():
                 raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
-            if directory.name not in packs:
-                self._prune(directory, set())  # of a teacher that no index names
         if wanted:
             self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
         maps: dict[str, dict[str, str]] = {}
         for name, pack in packs.items():
-            directory = self.folder.view_path(name)
+            directory = self.snapshot.folder.view_path(name)
             named: dict[str, str] = {}
             if wanted and pack is not None:
+                if name not in self.named:
+                    self._refuse_what_is_in_the_way(directory, pack)
                 self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)
                 held = dict(zip(pack.files, view_names(pack.keys), strict=True))
                 named = {file: held[file] for file in files if file in held}
-            self._prune(directory, set(named.values()))
+            self._prune(directory, set(named.values()), pack)
             maps[name] = {file: f"{self.shown_path}/{name}/{row_file}" for file, row_file in named.items()}
         return maps
 
-    def _prune(self, directory: Path, named: set[str]) -> None:
-        """Remove row files that the index will not name. Files that do not look like ours are left alone."""
-        surplus = [name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)]
-        for name in surplus:
+    def _refuse_what_is_in_the_way(self, directory: Path, pack: Pack) -> None:
+        foreign = in_the_way(directory, pack, self._known(directory, pack))
+        if foreign:
+            raise StoreError(
+                f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
+                f"the name of each\n{listed([directory / name for name in foreign])}",
+                hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
+            )
+
+    def _known(self, directory: Path, pack: Pack | None) -> list[Pack]:
+        """The packs whose rows a teacher's folder may hold."""
+        held = [each for each in self.snapshot.packs.good if each.origin.teacher == directory.name]
+        return held if pack is None else [pack, *held]
+
+    def _named(self, directory: Path) -> set[str]:
+        """The row files of a folder that the index still names: their packs may be gone, as damaged ones are."""
+        index = self.snapshot.again(maps=True).index
+        paths = {} if index is None else index.maps.get(directory.name, {})
+        return {Path(path).name for path in paths.values()}
+
+    def _prune(self, directory: Path, named: set[str], pack: Pack | None) -> None:
+        """Remove row files that the index will not name. What cannot be proved to be ours is left, and said."""
+        surplus = {name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)}
+        if not surplus:
+            return
+        ours = rows_of(directory, surplus, self._known(directory, pack))
+        if surplus != ours:
+            ours |= {name for name in (surplus - ours) & self._named(directory) if is_row(directory / name)}
+        for name in sorted(ours):
             with store_errors(directory / name, "remove"):
                 (directory / name).unlink(missing_ok=True)
-        self.done.view_removed += len(surplus)
+        self.done.view_removed += len(ours)
+        if left := sorted(surplus - ours):
+            what = f"{len(left)} files in {shown(directory)} stay, which kd-cache did not write"
+            self.watcher.note(f"{what} (the first: {left[0]})")
 
 
 def _blocks(pack: Pack) -> Iterator[tuple[np.ndarray, np.ndarray]]:

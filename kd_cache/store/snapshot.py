@@ -16,12 +16,12 @@ from pathlib import Path
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.store.accuracy import Accuracy, alarm, measure
-from kd_cache.store.cache import CacheFolder, PackSet
+from kd_cache.store.cache import CacheFolder, PackSet, no_cache, opened, refuse_link
 from kd_cache.store.current import Current, current_of
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack
-from kd_cache.store.pending import read_pending
+from kd_cache.store.pending import age_with, read_pending
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.plan import BatchPlan, load_plan
 from kd_cache.store.union import Union
@@ -39,7 +39,7 @@ class _Memory:
     packs: dict[Path, Pack] = field(default_factory=dict)
     plan: tuple[State, BatchPlan | None] | None = None
     permitted: dict[str, Permitted] = field(default_factory=dict)
-    unions: dict[tuple[int, ...], Union] = field(default_factory=dict)
+    unions: dict[tuple[str | int | None, ...], Union] = field(default_factory=dict)
     accuracies: dict[tuple[tuple[Path, ...], str], Accuracy] = field(default_factory=dict)
 
 
@@ -125,7 +125,7 @@ class Snapshot:
         if self.is_begun:
             what = f"{shown(self.folder.path)} is unfinished: its dump did not finish, it has no {INDEX_NAME}"
             return MissingLogitsError(what, hint=f"{GO_ON} If it was split into parts: kd-cache seal.")
-        return MissingLogitsError(f"there is no cache at {shown(self.folder.path)}", hint="Make one: kd-cache dump.")
+        return no_cache(self.folder.path)
 
     def finished(self) -> Index:
         """The index of a finished cache. Raises the `refusal` of any other."""
@@ -141,7 +141,7 @@ class Snapshot:
             StoreError: a newer format, or an index that cannot be read.
         """
         if isinstance(self.trouble, CorruptError):
-            watcher.note(f"{self.trouble.message}; it is written anew from the packs")
+            watcher.note(f"{self.trouble.message}; sealing writes it anew from the packs")
         elif self.trouble is not None:
             raise self.refusal or self.trouble
         renamed = self.renamed or self._of_another(self.pending)
@@ -155,6 +155,12 @@ class Snapshot:
     def origins(self) -> dict[str, Origin]:
         """The teachers that the index names; none without an index."""
         return {} if self.index is None else self.index.origins
+
+    @property
+    def named(self) -> set[str]:
+        """Teachers that the index, a pending record or a pack names. Only their folders are the view's."""
+        records = [self.origins, *(record.origins for record in self.pending)]
+        return {name for origins in records for name in origins} | {pack.origin.teacher for pack in self.packs.good}
 
     @cached_property
     def _pending(self) -> tuple[list[Index], list[KDCacheError]]:
@@ -170,10 +176,17 @@ class Snapshot:
         """What is wrong with pending records that cannot be read."""
         return self._pending[1]
 
+    @property
+    def next_generation(self) -> int:
+        """The number of a run that has read all this: one more than the largest."""
+        records = [*([] if self.index is None else [self.index]), *self.pending]
+        ages = [age_with(record, name) for record in records for name in ("", *record.record["teachers"])]
+        return 1 + max((age.generation for age in ages), default=0)
+
     @cached_property
     def packs(self) -> PackSet:
         """All packs, checked to their last byte."""
-        found = self.folder.packs(opened=self._memory.packs)
+        found = self.folder.packs(known=self._memory.packs)
         self._memory.packs = {pack.path: pack for pack in found.good}
         return found
 
@@ -208,16 +221,55 @@ class Snapshot:
                 self._memory.permitted[entry["file"]] = found
         return self._memory.permitted.get(entry["file"])
 
-    def union(self, origin: Origin, without: Collection[Path] = ()) -> Union | None:
-        """All rows of one origin, but those of some packs; ``None`` if there are none."""
-        packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
+    def _named(self, name: str) -> str | None:
+        """The file name of the pack that the index names for a teacher."""
+        entry = {} if self.index is None else self.index.record["teachers"].get(name, {})
+        return entry.get("pack")
+
+    def served_paths(self, teachers: Iterable[str]) -> list[Path]:
+        """The packs that the index names for these teachers."""
+        return [self.folder.packs_path / named for name in teachers if (named := self._named(name)) is not None]
+
+    def served_pack(self, name: str, check: str = "full") -> Pack:
+        """The pack that the index names for a teacher: all that readers are given of it. ``check`` as for `open_pack`.
+
+        Raises:
+            MissingLogitsError: the index names none, or it is not there.
+            CorruptError: it is damaged, or other rows than those the index tells of.
+        """
+        origin, named = self.finished().origins[name], self._named(name)
+        what = f"{shown(self.folder.path)} holds no rows of {name} as its index describes them"
+        found = None
+        if named is not None:
+            with store_errors(self.folder.packs_path, "look at"):
+                refuse_link(self.folder.packs_path)
+            what = f"{shown(self.folder.path)} lacks the pack {shown(named)} that its index names"
+            path = self.folder.packs_path / named
+            found = self._memory.packs.get(path) or opened(path, check)
+        if found is None:
+            raise MissingLogitsError(what, hint="Restore its packs, or run kd-cache dump again.")
+        if isinstance(found, CorruptError):
+            raise found
+        made = found.origin
+        if (made.teacher, made.fingerprint.digest) != (name, origin.fingerprint.digest):
+            raise CorruptError(f"the pack {shown(found.path)} is not of the teacher that the index names it for")
+        return found
+
+    def served(self, name: str) -> Union | None:
+        """The rows that readers are given of a teacher; ``None`` if their pack is gone or damaged."""
+        packs = [pack for pack in self.packs.of(self.finished().origins[name]) if pack.path.name == self._named(name)]
         return self.union_of(*packs) if packs else None
 
-    def union_of(self, *packs: Pack) -> Union:
-        """All rows of packs that share one origin."""
-        key = tuple(map(id, packs))  # a union keeps its packs, so that no other object gets their ids
+    def union(self, origin: Origin, without: Collection[Path] = ()) -> Union | None:
+        """All rows of one origin that writers know, but those of some packs; ``None`` if there are none."""
+        packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
+        return self.union_of(*packs, first=self._named(origin.teacher)) if packs else None
+
+    def union_of(self, *packs: Pack, first: str | None = None) -> Union:
+        """All rows of packs that share one origin; those of the pack called ``first`` count before others."""
+        key = (first, *map(id, packs))  # a union keeps its packs, so that no other object gets their ids
         if key not in self._memory.unions:
-            self._memory.unions[key] = Union(packs)
+            self._memory.unions[key] = Union(packs, first)
         return self._memory.unions[key]
 
     def accuracy(self, union: Union | None, permitted: Permitted) -> Accuracy:
@@ -255,7 +307,7 @@ class Snapshot:
             return
         for name, origin in self.origins.items():
             if name in kept and kept[name].fingerprint.digest == origin.fingerprint.digest:
-                now = self.accuracy(self.union(origin), permitted)
+                now = self.accuracy(self.served(name), permitted)
                 wrong = alarm(now, self.index.record["teachers"][name])
                 if wrong is not None:
                     raise CorruptError(f"{name}: {wrong}", hint="kd-cache repair scores them again.")

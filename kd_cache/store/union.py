@@ -17,14 +17,14 @@ from kd_cache.store.take import take_rows
 
 
 class Union:
-    """All rows of packs that share one origin, ordered by key and then by pack name.
+    """All rows of packs that share one origin, ordered by key and then by pack name, the pack called ``first`` first.
 
-    The same key may occur more than once: scored twice by two processes (equal input, the first pack by name wins) or
-    scored again after its feature changed (another input). A *position* is an index into this order.
+    The same key may occur more than once: scored twice by two processes (equal input, the first pack wins) or scored
+    again after its feature changed (another input). A *position* is an index into this order.
     """
 
-    def __init__(self, packs: Sequence[Pack]) -> None:
-        self.packs = sorted(packs, key=lambda pack: pack.path.name)
+    def __init__(self, packs: Sequence[Pack], first: str | None = None) -> None:
+        self.packs = sorted(packs, key=lambda pack: (pack.path.name != first, pack.path.name))
         if not self.packs:
             raise ValueError("a union needs at least one pack")
         self._single = len(self.packs) == 1
@@ -154,18 +154,8 @@ class Union:
         pairs = zip(self.pack_no[positions].tolist(), self.row_no[positions].tolist(), strict=True)
         return [self.packs[pack].file(row) for pack, row in pairs]
 
-    @cached_property
-    def ambiguous(self) -> np.ndarray:
-        """``[M]`` bool: the key was scored from more than one input, and nothing here says which is current."""
-        if self._single:
-            return np.zeros(len(self), bool)
-        starts = np.flatnonzero(~self.repeats)
-        group = np.cumsum(~self.repeats) - 1
-        differs = (self.inputs != self.inputs[starts[group]]).any(axis=1)
-        return np.isin(group, group[differs])
-
     def disagreements(self) -> list[str]:
-        """Files scored twice from one input with different results (the first pack by name is served)."""
+        """Files scored twice from one input with different results (the row of the first pack counts)."""
         again = np.flatnonzero(self.repeats)
         first = self.match(self.keys[again], self.inputs[again])
         item = self.origin.stored.itemsize
@@ -189,7 +179,12 @@ class Merged:
 
 
 def merge_packs(
-    directory: Path, union: Union | None, keys: np.ndarray, inputs: np.ndarray, required: np.ndarray | None = None
+    directory: Path,
+    union: Union | None,
+    keys: np.ndarray,
+    inputs: np.ndarray,
+    required: np.ndarray | None = None,
+    unread: np.ndarray | None = None,
 ) -> Merged:
     """Merge packs into one that holds exactly the wanted rows. Nothing is removed.
 
@@ -198,12 +193,15 @@ def merge_packs(
         union: the packs, ``None`` for none.
         keys, inputs: ``[Q, 16]`` u1, the rows to keep, keys ascending. A row with another input digest is stale.
         required: ``[Q]`` bool; if one of these rows is absent, nothing is written.
+        unread: ``[Q]`` bool; nobody knows the input of these now: the first row of their key is kept.
 
     Equal rows give equal bytes, whatever packs they came in; when one pack already holds just them, it stays as it is.
     """
     if union is None:
         return Merged(None, np.ones(len(keys), bool), 0, [], [])
     positions = union.match(keys, inputs)
+    if unread is not None:
+        positions[unread] = union.find(keys[unread])
     absent = positions < 0
     if required is not None and (absent & required).any():
         return Merged(None, absent, 0, [], [])

@@ -12,20 +12,30 @@ import errno
 import io
 import os
 import re
-import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
-from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, sync_directory, temporary_beside
+from kd_cache.files.atomic import (
+    TEMPORARY,
+    make_directory,
+    store_errors,
+    sync_directory,
+    temporary_beside,
+    temporary_name,
+)
+from kd_cache.files.npy import parse_header
+
+if TYPE_CHECKING:
+    from kd_cache.store.pack import Pack
 
 ROW_FILE_NAME = re.compile(r"[0-9a-f]{32}\.npy\Z")
 Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
@@ -33,6 +43,8 @@ Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 _WRITERS = 2
 """Threads that create files: file systems lock a folder while a name is added, so more gain nothing."""
+_AT_ONCE = 8192
+"""Rows that are compared with their files together."""
 _ALONE = 2048
 """Fewer rows than this are not worth a second thread."""
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -125,7 +137,7 @@ def _write_folder(directory: Path, blocks: Blocks, advance: Callable[[int], None
 @contextmanager
 def _temporary_folder(directory: Path) -> Iterator[Path]:
     """A new folder beside ``directory`` under a unique temporary name; what is still there at the end goes."""
-    temporary = directory.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
+    temporary = directory.with_name(temporary_name())
     try:
         temporary.mkdir()  # in here: a signal may come as soon as it is there
         yield temporary
@@ -279,6 +291,59 @@ def differing(directory: Path, keys: np.ndarray, rows: np.ndarray) -> Iterator[t
                 continue
             if content != files.content(number):  # a FIFO has nothing to give
                 yield number, False
+
+
+def rows_of(directory: Path, names: Collection[str], packs: Iterable[Pack]) -> set[str]:
+    """Those of the files ``names`` that are, byte for byte, the file of a row of one of these packs under its key.
+
+    These kd-cache wrote. Whatever else lies in the folder may be somebody's own, and is not removed.
+    """
+    left = set(names)
+    for pack in packs:
+        numbers = np.array([at for at, name in enumerate(view_names(pack.keys)) if name in left] if left else [], int)
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = numbers[start : start + _AT_ONCE]
+            others = {number for number, _ in differing(directory, pack.keys[part], pack.logits[part])}
+            left -= {name for at, name in enumerate(view_names(pack.keys[part])) if at not in others}
+    return {*names} - left
+
+
+def is_row(path: Path) -> bool:
+    """Whether a file is what `row_file_bytes` makes of some row."""
+    try:
+        content = read_row_file(path) or b""
+        header = parse_header(content)
+    except (CorruptError, ValueError):
+        return False
+    return (
+        len(header.shape) == 1
+        and header.size == len(content)
+        and content.startswith(_header(header.dtype.str, header.shape[0]))
+    )
+
+
+def in_the_way(directory: Path, pack: Pack, known: Iterable[Pack]) -> list[str]:
+    """The files under names of a pack's rows that kd-cache did not write: not the row of any pack that is ``known``.
+
+    A file that a power cut left empty, cut short or full of zeros is nobody's.
+    """
+    there = stored_names(directory)
+    if not there:
+        return []
+    names = view_names(pack.keys)
+    taken = [number for number, name in enumerate(names) if name in there]
+    differs = [taken[at] for at, _ in differing(directory, pack.keys[taken], pack.logits[taken])]
+    ours = rows_of(directory, {names[number] for number in differs}, known)
+    return [
+        names[number]
+        for number in differs
+        if names[number] not in ours and not _is_torn(directory / names[number], row_file_bytes(pack.logits[number]))
+    ]
+
+
+def _is_torn(path: Path, whole: bytes) -> bool:
+    content = read_row_file(path)
+    return content is not None and (whole.startswith(content) or not content.strip(b"\0"))
 
 
 def load_cached_logits_batch(

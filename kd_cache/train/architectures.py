@@ -57,21 +57,42 @@ def backbone_from(tensors: Mapping[str, Tensor], stated: str | None, entry: str)
     """
     architecture = stated or recognised(tensors)
     if architecture is None or not known_names()[architecture] & tensors.keys():
+        hint = "Another network comes in as --teacher NAME=module:factory; see docs/teachers.md."
+        for name, kind in architectures().items():
+            if any(f"{start}{tensor}" in known_names()[name] for start in kind.bare_prefixes for tensor in tensors):
+                hint = f"These are published weights that {name} can start from: kd-cache train --arch {name} --init."
         raise CheckpointError(
             f"expected the weights of {stated or ' or '.join(architectures())}, found {len(tensors)} tensors"
             f" and none of its names, for example:\n{listed(sorted(tensors), most=5)}",
-            hint="Another network comes in as --teacher NAME=module:factory; see docs/teachers.md.",
+            hint=hint,
         )
+    net = _untrained(architecture, tensors)
+    fill(net, tensors, f"{architecture} ({entry})")
+    return net
+
+
+def _untrained(architecture: str, tensors: Mapping[str, Tensor]) -> Backbone:
+    """The net of the sizes that ``tensors`` have, on the meta device."""
     with torch.device("meta"):
         try:
-            net = architectures()[architecture].for_tensors(tensors)
+            return architectures()[architecture].for_tensors(tensors)
         except (ValueError, RuntimeError, OverflowError) as error:  # e.g. odd channels in groups
             raise CheckpointError(
                 f"these shapes make no {architecture}: {shown(error)}",
                 hint="A network of another layout comes in as --teacher name=module:factory.",
             ) from error
-    fill(net, tensors, f"{architecture} ({entry})")
-    return net
+
+
+def is_whole(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every tensor of an architecture is among these, by name."""
+    architecture = recognised(tensors)
+    if architecture is None:
+        return False
+    try:
+        expected = _untrained(architecture, tensors).state_dict()
+    except CheckpointError:
+        return False
+    return all(name in tensors or is_counter(name) for name in expected)
 
 
 def fill(net: nn.Module, tensors: Mapping[str, Tensor], title: str) -> None:

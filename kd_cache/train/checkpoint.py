@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,18 +24,21 @@ from torch import Tensor, nn
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, StoreError, listed, shown
 from kd_cache.files.atomic import write_atomic
-from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, is_counter, known_names
-from kd_cache.train.checkpoint_file import AGAIN, MOST_RECORD, RECORD_ENTRY, kind_of, read_content, with_checksum
+from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, is_counter
+from kd_cache.train.checkpoint_file import (
+    AGAIN,
+    MOST_RECORD,
+    RECORD_ENTRY,
+    THIS_FILE,
+    kind_of,
+    read_content,
+    with_checksum,
+)
 from kd_cache.train.settings import ROLES
+from kd_cache.train.state_dicts import CITY_ENTRY, CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX, choose
 
-CITY_ENTRY: Final = "city_model_state_dict"
-HEAD_ENTRY: Final = "scene_head_state_dict"
-CITY_PREFIX: Final = "city_model."
-HEAD_PREFIX: Final = "scene_head."
 STATE_PREFIX: Final = "training_state."
 """What a run needs to go on (optimiser, averages) lies beside the weights of its last epoch, under this prefix."""
-PLAIN_ENTRIES: Final = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-"""Where a plain model's weights are, in order of preference (as in timm); none of them: the file itself."""
 
 
 # --------------------------------------------------------------------------------------------- writing
@@ -115,8 +118,8 @@ class Weights:
 
     Attributes:
         tensors: those of a net of two parts are called ``city_model.…`` and ``scene_head.…``.
-        has_two_parts: whether the file says so, by its entries.
-        entry: where the tensors are from; ``source`` adds which prefixes were removed.
+        has_two_parts: whether they are.
+        entry: where the tensors are from; ``source`` adds which prefixes were removed, and what was left out.
         record: what the checkpoint says of itself.
         sha256: of the bytes that were read.
     """
@@ -135,11 +138,13 @@ class Weights:
         return None if made_with is None else Provenance.from_json(made_with)
 
 
-def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset(), *, integers: bool = True) -> Weights:
+def read_weights(
+    path: str | os.PathLike[str], nets: Sequence[Collection[str]] = (), *, integers: bool = True
+) -> Weights:
     """The tensors of any checkpoint, of a known architecture or not.
 
     Args:
-        own: names of a net that they may be of: a prefix that these have is not one that a wrapper added.
+        nets: names of the nets that they may be of (see `choose`).
         integers: let whole numbers and truth values through, as they are; no built-in net has them.
 
     Raises:
@@ -150,16 +155,12 @@ def read_weights(path: str | os.PathLike[str], own: frozenset[str] = frozenset()
         content, size, digest = read_content(path)
         record = _record(content.pop(RECORD_ENTRY, None))
         content = {name: value for name, value in content.items() if not str(name).startswith(STATE_PREFIX)}
-        city, head, entry = _selected(content)
-        known = own.union(*known_names().values())
-        tensors, notes = clean_tensors(city, known, size, integers=integers)
-        source = ", ".join([entry, *notes])
-        if head is not None:
-            tensors = {f"{CITY_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-            scene_head, notes = clean_tensors(head, frozenset({"weight", "bias"}), size)
-            tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in scene_head.items()}
-            source += " + " + ", ".join([HEAD_ENTRY, *notes])
-    return Weights(tensors, head is not None, entry, source, record, digest)
+        values, entry, notes = choose(content, size, nets)
+        if not values:
+            raise _no_state_dict([f"{shown(name)}: {_kind(name, value)}" for name, value in content.items()])
+        tensors = _clean(values, FLOATS | INTEGERS if integers else FLOATS)
+    two_parts = all(any(name.startswith(prefix) for name in tensors) for prefix in (CITY_PREFIX, HEAD_PREFIX))
+    return Weights(tensors, two_parts, entry, ", ".join([entry, *notes]), record, digest)
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -174,43 +175,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{shown(os.fspath(path))}: {error.message}", hint=error.hint) from error.__cause__
-
-
-# -------------------------------------------------------------------------- which tensors, which names
-
-
-def _selected(content: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Mapping[Any, Any] | None, str]:
-    """(weights of the model, scene head or None, which entry): nested entries or flattened names."""
-    if CITY_ENTRY in content or HEAD_ENTRY in content:
-        return _entry(content, CITY_ENTRY), _entry(content, HEAD_ENTRY), CITY_ENTRY
-    label = next((entry for entry in PLAIN_ENTRIES if content.get(entry) is not None), None)
-    chosen = _entry(content, label) if label else content
-    city, head = _flattened(chosen, CITY_ENTRY), _flattened(chosen, HEAD_ENTRY)
-    if not city and not head:
-        return chosen, None, label or "bare state dict"
-    others = len(chosen) - len(city) - len(head)
-    if not city or not head or others:
-        raise CheckpointError(
-            f"expected names under {CITY_ENTRY} and {HEAD_ENTRY}, both and nothing else;"
-            f" found {len(city)}, {len(head)} and {others} others",
-            hint=AGAIN,
-        )
-    return city, head, CITY_ENTRY
-
-
-def _flattened(chosen: Mapping[Any, Any], entry: str) -> dict[str, Any]:
-    return under({name: value for name, value in chosen.items() if isinstance(name, str)}, f"{entry}.")
-
-
-def _entry(content: Mapping[Any, Any], entry: str) -> Mapping[Any, Any]:
-    value = content.get(entry)
-    if not isinstance(value, Mapping) or not value:
-        raise CheckpointError(
-            f"expected a state dict in the entry {entry}, found {kind_of(value)}",
-            hint="Save model.state_dict(), not the model: teachers.save_checkpoint does.",
-        )
-    return value
+        hint = error.hint and error.hint.replace(THIS_FILE, repr(os.fspath(path)))
+        raise CheckpointError(f"{shown(os.fspath(path))}: {error.message}", hint=hint) from error.__cause__
 
 
 def _record(note: object) -> dict[str, Any]:
@@ -247,52 +213,39 @@ def _record(note: object) -> dict[str, Any]:
     return record
 
 
-WRAPPERS: Final = ("module.", "_orig_mod.")  # DistributedDataParallel and averaged models; torch.compile
-LIGHTNING: Final = ("model.", "net.")  # the attribute a LightningModule keeps its network in
 FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
 
 
-def clean_tensors(
-    entries: Mapping[Any, Any], known: frozenset[str], size: int, *, integers: bool = False
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Finite float32 tensors under bare names, and what was done to the names, in words.
-
-    ``integers``: whole numbers and truth values too, as they are; no built-in net has them.
-    """
-    tensors, notes = dict(entries), []
-    if "n_averaged" in tensors:  # the counter of torch.optim.swa_utils.AveragedModel
-        del tensors["n_averaged"]
-        notes.append("counter n_averaged dropped")
-    _check_tensors(tensors, size, FLOATS | INTEGERS if integers else FLOATS)
-    tensors, removed = _unprefixed(tensors, known)
-    notes += removed
-    unused = [name for name in tensors if name.startswith("adapt_layer.")]
-    if unused:
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in set(unused)}
-        notes.append("adapt_layer.* dropped (unused at inference)")
-    return _finite(tensors), notes
-
-
-def _check_tensors(tensors: Mapping[Any, Any], size: int, kinds: frozenset[torch.dtype]) -> None:
-    """Every value a plain dense tensor of one of these kinds, and together no larger than the file they came from."""
-    wrong = [f"{shown(name)}: {what}" for name, value in tensors.items() if (what := _flaw(name, value, kinds))]
-    if wrong or not tensors:
+def _clean(tensors: Mapping[str, Any], kinds: frozenset[torch.dtype]) -> dict[str, Tensor]:
+    """Finite tensors, those with fractions as float32. Raises CheckpointError for values that are none of ``kinds``."""
+    if wrong := [f"{shown(name)}: {what}" for name, value in tensors.items() if (what := _flaw(name, value, kinds))]:
+        raise _no_state_dict(wrong)
+    whole = {name for name, tensor in tensors.items() if tensor.dtype in INTEGERS and not is_counter(name)}
+    full = {
+        name: tensor.detach().to(tensor.dtype if name in whole else torch.float32).contiguous()
+        for name, tensor in tensors.items()
+    }
+    if bad := [name for name, tensor in full.items() if not torch.isfinite(tensor).all()]:
         raise CheckpointError(
-            f"expected a state dict of dense float tensors, found\n{listed(wrong or ['nothing'])}",
-            hint="Save model.state_dict() as {'model_state_dict': …}, or with teachers.save_checkpoint.",
+            f"expected finite weights, found NaN or Inf in {len(bad)} tensors:\n{listed(bad)}",
+            hint="The training diverged or the file is damaged: use an earlier checkpoint.",
         )
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > size:
-        raise CheckpointError(
-            f"the tensors claim {claimed} bytes, the file has {size}: some are expanded from fewer numbers",
-            hint="Save the state dict of the model itself, without expand() or tied views.",
-        )
+    return full
 
 
-def _flaw(name: object, value: object, kinds: frozenset[torch.dtype]) -> str | None:
-    if not isinstance(name, str):
-        return "a name that is not text"
+def _no_state_dict(found: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"expected a state dict of dense float tensors, found\n{listed(found or ['nothing'])}",
+        hint="Save model.state_dict() as {'model_state_dict': …}, or with teachers.save_checkpoint.",
+    )
+
+
+def _kind(name: object, value: object) -> str:
+    return kind_of(value) if isinstance(name, str) else "a name that is not text"
+
+
+def _flaw(name: str, value: object, kinds: frozenset[torch.dtype]) -> str | None:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if type(value) not in {Tensor, nn.Parameter} or value.layout != torch.strided or value.is_quantized:
@@ -304,54 +257,6 @@ def _flaw(name: object, value: object, kinds: frozenset[torch.dtype]) -> str | N
     if not is_counter(name) and value.dtype not in kinds:
         return str(value.dtype).removeprefix("torch.")
     return None
-
-
-def _unprefixed(
-    tensors: dict[str, Tensor], known: frozenset[str], depth: int = 6
-) -> tuple[dict[str, Tensor], list[str]]:
-    """``tensors`` without the prefixes that training frameworks add, also stacked, and which were removed.
-
-    A wrapper's prefix must lead every name. Lightning keeps losses and metrics beside the network, so of
-    its prefixes it is enough that the names after them are ``known``. ``depth`` bounds what a hostile file
-    can stack.
-    """
-    if known & tensors.keys():
-        return tensors, []
-    for prefix in WRAPPERS if depth else ():
-        if all(name.startswith(prefix) for name in tensors):
-            inner, notes = _unprefixed(under(tensors, prefix), known, depth - 1)
-            return inner, [f"prefix '{prefix}' removed", *notes]
-    if not depth:
-        return tensors, []
-    found = []
-    for prefix in LIGHTNING:
-        part = under(tensors, prefix)
-        inner, notes = _unprefixed(part, known, depth - 1) if part else ({}, [])
-        if known & inner.keys():
-            beside = len(tensors) - len(part)
-            left = [f"{beside} tensors beside it left out"] if beside else []
-            found.append((inner, [f"prefix '{prefix}' removed", *left, *notes]))
-    if len(found) > 1:
-        raise CheckpointError(
-            "two networks, under 'model.' and under 'net.', and nothing says which is the teacher",
-            hint="Save the teacher's own state_dict() with teachers.save_checkpoint.",
-        )
-    return found[0] if found else (tensors, [])
-
-
-def _finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    whole = {name for name, tensor in tensors.items() if tensor.dtype in INTEGERS and not is_counter(name)}
-    full = {
-        name: tensor.detach().to(tensor.dtype if name in whole else torch.float32).contiguous()
-        for name, tensor in tensors.items()
-    }
-    bad = [name for name, tensor in full.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise CheckpointError(
-            f"expected finite weights, found NaN or Inf in {len(bad)} tensors:\n{listed(bad)}",
-            hint="The training diverged or the file is damaged: use an earlier checkpoint.",
-        )
-    return full
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import struct
-import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import IO, Any, Final
@@ -20,7 +20,14 @@ from safetensors.torch import load as tensors_of_safetensors
 
 from kd_cache.errors import CheckpointError, listed, shown
 from kd_cache.files.pickle_scan import PickleScan, unlisted
-from kd_cache.files.torch_zip import NotFromTorchError, pickle_in
+from kd_cache.files.torch_zip import (
+    NotFromTorchError,
+    UnreadablePickleError,
+    brief,
+    global_name,
+    pickle_in,
+    read_without_code,
+)
 from kd_cache.store.origin import canonical_json
 
 RECORD_ENTRY: Final = "kd_cache"
@@ -35,41 +42,92 @@ MOST_PICKLE: Final = 4 << 20
 MOST_RECORD: Final = {".safetensors": 15 << 20, ".pth": 3 << 20}
 """What is written of a record, so that with the tensors' names it stays below those two."""
 LEGACY_PICKLES: Final = 5  # magic number, protocol, machine, the object, the keys of its storages
+_MAGIC: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 WEIGHTS_GLOBAL: Final = re.compile(
     r"collections\.(OrderedDict|Counter)|torch\.\w+Storage|torch\.(Size|device)|torch\.serialization\._get_layout"
-    r"|torch\.(b?float|u?int|complex|bool)\w*|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
+    r"|torch\.(b?float|u?int|complex|bool)\w*|builtins\.(set|complex)|_codecs\.encode"
     r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state|sparse_tensor|meta_tensor_no_storage)"
 )
 """What weights need, and what training scripts keep beside them. torch allows more, ``bytearray`` for example."""
 
+THIS_FILE: Final = "<file>"
+_TYPE: Final = re.compile(
+    r"(?!subprocess\.|os\.)[a-z_][a-z0-9_.]{0,60}\.[A-Z][A-Za-z0-9]{0,40}|collections\.(defaultdict|deque)|numpy\.ndarray"
+    r"|numpy\._?core\.multiarray\._reconstruct|builtins\.(list|dict|tuple|int|float|str|frozenset|slice|range)"
+    r"|datetime\.\w+"
+)
+"""Names in pickles that look like a type that holds values."""
+
 AGAIN: Final = "Copy the file again from where it was made, or write it again with teachers.save_checkpoint."
 
-_FORMATS: Final = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "b1": "?"}
+_FORMATS: Final = {
+    "f8": "d",
+    "f4": "f",
+    "f2": "e",
+    "c16": "2d",
+    "c8": "2f",
+    "b1": "?",
+    "i1": "b",
+    "i2": "h",
+    "i4": "i",
+    "i8": "q",
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+}
 
 
 class _NumberKind:
-    """Stands for ``numpy.dtype`` in a pickle: a plain kind of number, or an error."""
+    """Stands for ``numpy.dtype`` in a pickle: a plain kind of number, a text, or an error."""
 
     def __init__(self, code: str, *_: object) -> None:
-        self.format = "<" + _FORMATS[code]
+        self.order = "<"
+        self.code = code
+        if code not in _FORMATS and not re.fullmatch(r"[US]\d{1,6}", code):
+            raise CheckpointError(
+                f"a numpy {shown(code)} lies beside the weights; numbers and texts of numpy are read",
+                hint="Save the weights alone: torch.save(model.state_dict(), path).",
+            )
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] == ">":
-            self.format = ">" + self.format[1:]
+        self.order = ">" if state[1] == ">" else "<"
 
 
-def _number(kind: _NumberKind, content: bytes) -> float:
+class _Array:
+    """Stands for ``numpy.ndarray``: nothing is done with its bytes."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        pass
+
+
+def _array(*_: object) -> _Array:
+    return _Array()
+
+
+def _plain_dict(*_: object) -> OrderedDict[Any, Any]:
+    return OrderedDict()
+
+
+def _number(kind: _NumberKind, content: bytes) -> object:
     """Stands for ``numpy``'s ``scalar``, which would allocate and zero whatever size a dtype asks for."""
-    found: float = struct.unpack(kind.format, content)[0]
-    return found
+    if kind.code.startswith("U"):
+        return content.decode("utf-32-be" if kind.order == ">" else "utf-32-le")
+    if kind.code.startswith("S"):
+        return content
+    found = struct.unpack(kind.order + _FORMATS[kind.code], content)
+    return complex(*found) if kind.code.startswith("c") else found[0]
 
 
-NUMBERS: Final[list[Any]] = [
-    (_NumberKind, "numpy.dtype"),
-    (_number, "numpy._core.multiarray.scalar"),
-    (_number, "numpy.core.multiarray.scalar"),  # where numpy before 2 kept it
-]
+_HOMES: Final = ("numpy._core.multiarray", "numpy.core.multiarray")  # the second: numpy before 2
+NUMBERS: Final[list[Any]] = [(_NumberKind, "numpy.dtype"), *((_number, f"{home}.scalar") for home in _HOMES)]
 """Training scripts save ``val_acc`` as they got it from numpy: plain numbers are let through, as Python's."""
+STAND_INS: Final[list[Any]] = [
+    (_Array, "numpy.ndarray"),
+    *((_array, f"{home}._reconstruct") for home in _HOMES),
+    (_plain_dict, "collections.defaultdict"),  # torch fills no other kind of dict
+]
+"""What stands for some things that a user trusts."""
 
 _most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=MOST_BYTES)
 
@@ -98,8 +156,10 @@ def read_content(path: str | os.PathLike[str]) -> tuple[dict[Any, Any], int, str
             content = _parsed(file, before.st_size)
         except CheckpointError:
             raise
+        except NotFromTorchError as error:
+            raise CheckpointError(str(error), hint=getattr(error, "hint", AGAIN)) from error
         except Exception as error:  # hostile bytes lead the parsers to any error at all; none may escape
-            raise CheckpointError(f"the file is damaged or not a checkpoint: {_brief(error)}", hint=AGAIN) from error
+            raise CheckpointError(f"the file is damaged or not a checkpoint: {brief(error)}", hint=AGAIN) from error
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         after = os.fstat(file.fileno())
@@ -141,9 +201,9 @@ def _parsed(file: IO[bytes], size: int) -> object:
     if head[8:9] == b"{" and head[6:8] == b"\0\0":
         return _from_safetensors(file, size)
     if head.startswith(b"PK\x03\x04"):
-        return _from_zip(file, size)
-    if head[0] == 0x80:
-        return _from_legacy_pickle(file)
+        return _weights_only(file, pickle_in(file, size, MOST_PICKLE), 1)
+    if head[0] == 0x80:  # torch.save before 1.6: several pickles in a row, then the numbers; or any plain pickle
+        return _weights_only(file, file.read(MOST_PICKLE), LEGACY_PICKLES)
     raise CheckpointError(
         f"expected safetensors or a file of torch.save, found {_look(head)}",
         hint="If it was downloaded, a page or a pointer came in its place: fetch the file itself.",
@@ -202,64 +262,41 @@ def _checksum(header: dict[str, Any], body: bytes | memoryview, note: str) -> st
     return digest.hexdigest()
 
 
-def _too_large() -> CheckpointError:
-    return CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
-
-
-def _from_zip(file: IO[bytes], size: int) -> object:
-    try:
-        content = pickle_in(file, size, MOST_PICKLE)
-    except NotFromTorchError as error:
-        raise CheckpointError(str(error), hint=AGAIN) from error
-    _refuse_harm(content, 1)
-    file.seek(0)
-    return _weights_only(file)
-
-
-def _from_legacy_pickle(file: IO[bytes]) -> object:
-    """Files of torch.save before 1.6, several pickles in a row, then the numbers; and any plain pickle."""
-    start = file.read(MOST_PICKLE)
-    _refuse_harm(start, LEGACY_PICKLES)
-    file.seek(0)
-    return _weights_only(file)
-
-
-def _refuse_harm(content: bytes, pickles: int) -> None:
+def _weights_only(file: IO[bytes], content: bytes, pickles: int) -> object:
     """Refuse pickles that call more than weights need, or would take all the memory or all the time there is."""
     scan = PickleScan(content, pickles)
-    foreign = unlisted(scan.calls, WEIGHTS_GLOBAL, [*(name for _, name in NUMBERS), *_trusted()])
+    allowed = [*(name for _, name in NUMBERS), *map(global_name, torch.serialization.get_safe_globals())]
+    foreign = unlisted(scan.calls, WEIGHTS_GLOBAL, allowed)
     if foreign:
         raise CheckpointError(
             f"this pickle calls more than weights need; it was refused and nothing ran:\n{listed(foreign)}",
-            hint="Ask for a .safetensors file. If you trust this one, load it inside"
-            " torch.serialization.safe_globals([...]) and save it again with teachers.save_checkpoint.",
+            hint=_way_to_trust(foreign),
         )
     if scan.excess:
         raise CheckpointError(f"the file's structure is larger than weights need: {scan.excess}", hint=AGAIN)
+    if scan.whole < pickles and len(content) >= MOST_PICKLE:
+        raise CheckpointError(f"the file's structure is larger than {MOST_PICKLE} bytes", hint=AGAIN)
+    if scan.whole and pickles > 1 and _MAGIC not in content[:32]:
+        raise UnreadablePickleError("expected a file of torch.save, found a plain pickle")
     if scan.whole < pickles:
-        if len(content) >= MOST_PICKLE:
-            raise _too_large()
         raise CheckpointError("the file is damaged or not a checkpoint: its pickle breaks off", hint=AGAIN)
+    file.seek(0)
+    return read_without_code(file, scan.protocol, [*NUMBERS, *STAND_INS])
 
 
-def _trusted() -> Iterator[str]:
-    """The names that the user allows, by ``torch.serialization.safe_globals``."""
-    for item in torch.serialization.get_safe_globals():
-        yield item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
-
-
-def _weights_only(file: IO[bytes]) -> object:
-    with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
-        # What torch warns of here, a newer protocol, it then refuses with an error where it matters.
-        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of ``error``; without torch's own advice, which is to let the file run code."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    line = "" if not text or "weights_only" in text.splitlines()[0] else f": {shown(text.splitlines()[0])[:200]}"
-    return f"{type(error).__name__}{line}"
+def _way_to_trust(names: list[str]) -> str:
+    """Lines of Python that read such a file, where all names look like types; `naming` puts the file's name in."""
+    ask = "Ask for a .safetensors file"
+    if not all(_TYPE.fullmatch(name) for name in names):
+        return f"{ask}, or save the weights alone where it was made: torch.save(model.state_dict(), path)."
+    modules = ", ".join(dict.fromkeys(["teachers", "torch", *(name.rpartition(".")[0] for name in names)]))
+    return (
+        f"{ask}. Only if you trust this one, write it again in Python:\n"
+        f"import {modules}\n"
+        f"with torch.serialization.safe_globals([{', '.join(names)}]):\n"
+        f"    teacher = teachers.load_teacher({THIS_FILE})\n"
+        "teachers.save_checkpoint('trusted.safetensors', teacher.state_dict(), teacher.record)"
+    )
 
 
 def kind_of(value: object) -> str:

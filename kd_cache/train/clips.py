@@ -66,7 +66,7 @@ class Clips:
         with closing(read_ahead(source, files, workers)) as chunks:
             for number, feature in enumerate(chain.from_iterable(chunks)):
                 if isinstance(feature, FeatureError):
-                    raise feature
+                    raise source.refusal(files[number], feature, files)
                 digests[number] = np.frombuffer(feature.digest, np.uint8)
                 shapes.append(feature.array.shape)
                 if number == 0 and not fits(feature.array.nbytes * len(files)):

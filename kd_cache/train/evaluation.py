@@ -34,15 +34,19 @@ def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
         return {"samples": 0}
     logits = score(net, labelled, job.device, settings.batch_size)
     labels = labelled.labels(settings.label).numpy()
-    groups = {
-        "device": [sample.device_id for sample in labelled.samples],
-        "device_group": [group_of(sample, data.task, data.target) for sample in labelled.samples],
-        "city": ["not known" if s.city_label is None else data.task.city(s.city_label) for s in labelled.samples],
-    }
     return {
         **measure(logits, labels).as_json(),
         "class_names": class_names(data.task, settings.label, settings.num_classes),
-        "by": measure_groups(logits, labels, groups),
+        "by": measure_groups(logits, labels, groups_of(labelled.samples, data.task, data.target)),
+    }
+
+
+def groups_of(samples: Sequence[Sample], task: Task, target: str) -> dict[str, list[str]]:
+    """The group of each sample by kind: ``device``, ``device_group`` and ``city``."""
+    return {
+        "device": [sample.device_id for sample in samples],
+        "device_group": [group_of(sample, task, target) for sample in samples],
+        "city": ["not known" if each.city_label is None else task.city(each.city_label) for each in samples],
     }
 
 
@@ -64,15 +68,20 @@ def headline(results: Mapping[str, Any], what: str = "accuracy") -> dict[str, fl
     return found
 
 
-@torch.inference_mode()
 def score(
     net: nn.Module, clips: Clips, device: torch.device, batch_size: int, call: Callable[[Tensor], Tensor] | None = None
 ) -> np.ndarray:
     """Logits ``[N, C]`` float32 in evaluation mode, in the order of the clips; or what ``call`` gives instead."""
     net.eval()
+    return scored(call or net, clips, device, batch_size)
+
+
+@torch.inference_mode()
+def scored(call: Callable[[Tensor], Tensor], clips: Clips, device: torch.device, batch_size: int) -> np.ndarray:
+    """``[N, C]`` float32: what ``call`` makes of the clips' features ``[B, T, F]``, in their order."""
     found: np.ndarray | None = None
     for rows, features in clips.load(clips.in_order(batch_size), device):
-        logits = (call or net)(features.to(device)).float().cpu().numpy()
+        logits = call(features.to(device)).float().cpu().numpy()
         if found is None:
             found = np.empty((len(clips), logits.shape[1]), np.float32)
         found[rows] = logits
@@ -87,6 +96,8 @@ def embedded(net: nn.Module, clips: Clips, device: torch.device, batch_size: int
     return Clips.of_rows(clips.samples, rows)
 
 
+FIGURES: Final = ("accuracy", "macro_accuracy", "log_loss", "ece", "brier")
+"""What is told of a group of samples."""
 BINS: Final = 15
 THRESHOLDS: Final = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -168,15 +179,59 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
 def measure_groups(
     logits: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy, log loss and count by group: ``groups`` maps a kind (device, city) to each sample's group of it."""
+    """Count and figures by group: ``groups`` maps a kind (device, city) to each sample's group of it."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for kind, of_sample in groups.items():
         names = np.array(of_sample)
         found[kind] = {}
         for name in sorted(set(of_sample)):
             mine = measure(logits[names == name], labels[names == name])
-            found[kind][name] = {"samples": mine.samples, "accuracy": mine.accuracy, "log_loss": mine.log_loss}
+            found[kind][name] = {"samples": mine.samples} | {figure: getattr(mine, figure) for figure in FIGURES}
     return found
+
+
+DRAWS: Final = 1000
+COVERED: Final = 0.95
+
+
+def intervals(
+    logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0
+) -> dict[str, tuple[float, float]] | None:
+    """Where accuracy, macro accuracy, log loss and Brier score lie with 95 % confidence; ``None`` of a single place.
+
+    ``places`` ``[N]`` ints: whole locations are drawn with replacement (1,000 draws; Efron 1979), because the clips of
+    one location are right and wrong together: drawn one by one they would claim more certainty than there is. What the
+    locations drawn lack of classes does not count in the macro accuracy. Raises as `measure`.
+    """
+    measure(logits, labels)  # refuses what cannot be measured
+    _, place = np.unique(places, return_inverse=True)
+    count, classes = int(place.max()) + 1, logits.shape[1]
+    if count < 2:
+        return None
+    labels = labels.astype(np.int64)
+    log_probs = log_softmax(logits.astype(np.float64))
+    right = (logits.argmax(axis=1) == labels).astype(np.float64)
+    loss = -log_probs[np.arange(len(labels)), labels]
+    brier = ((np.exp(log_probs) - np.eye(classes)[labels]) ** 2).sum(axis=1)
+
+    def drawn(values: np.ndarray | None = None, of_class: bool = False) -> np.ndarray:
+        """Sums over each draw's locations, ``[draws]``, or by class ``[draws, C]``."""
+        cell = place * classes + labels if of_class else place
+        sums = np.bincount(cell, values, minlength=count * (classes if of_class else 1))
+        found: np.ndarray = chosen @ sums.reshape(count, -1)
+        return found if of_class else found[:, 0]
+
+    chosen = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=DRAWS).astype(np.float64)
+    rows, of_class = drawn(), drawn(of_class=True)
+    recall = np.divide(drawn(right, of_class=True), of_class, out=np.zeros_like(of_class), where=of_class > 0)
+    figures = {
+        "accuracy": drawn(right) / rows,
+        "macro_accuracy": recall.sum(axis=1) / (of_class > 0).sum(axis=1),
+        "log_loss": drawn(loss) / rows,
+        "brier": drawn(brier) / rows,
+    }
+    ends = [(1 - COVERED) / 2, (1 + COVERED) / 2]
+    return {name: tuple(np.quantile(values, ends).tolist()) for name, values in figures.items()}
 
 
 def _bins_of_equal_width(confidence: np.ndarray) -> np.ndarray:

@@ -167,7 +167,7 @@ def checkpoint_record(
         "role": settings.role,
         "class_names": class_names(job.data.task, settings.label, settings.num_classes),
         "value_kind": "logits",
-        "feature_spec": settings.feature_spec or None,
+        "feature_spec": settings.feature_spec or job.data.manifest.front_end_text,
         "provenance": made.as_json(),
         "training": {
             "key": key,

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final, Self
 
-import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import TeacherError
@@ -21,6 +20,7 @@ class Backbone(nn.Module):
 
     classifier_prefix: ClassVar[str]
     neck_prefixes: ClassVar[tuple[str, ...]] = ()
+    bare_prefixes: ClassVar[tuple[str, ...]] = ()  # what names of published weights that it can start from lack
     num_classes: int
 
     @classmethod
@@ -74,21 +74,6 @@ def rows(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
     """
     tensor = tensors.get(name)
     return default if tensor is None or not tensor.shape else tensor.shape[0]
-
-
-def kaiming(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise ``module`` in place for ReLU nets (He et al. 2015, arXiv 1502.01852).
-
-    Weights of convolutions and linear layers are normal with variance 2 / fan-in, which keeps the scale of
-    activations through the depth of the net; biases are zero, batch norms the identity.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="relu", generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
-            part.reset_parameters()
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float) -> nn.Sequential:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,16 @@ _LOOK: Final = 50
 """Batches between two looks at the loss: each makes a GPU wait."""
 
 
+class Objective(Protocol):
+    """What a batch costs, where that is not cross-entropy alone."""
+
+    def start_epoch(self, epoch: int, epochs: int, /) -> None:
+        """Epochs are counted from 0, over all stages."""
+
+    def __call__(self, logits: Tensor, rows: np.ndarray, mixed: Mixed, /) -> Tensor:
+        """Of logits ``[B, C]`` float32 of these rows of the training clips."""
+
+
 @dataclass
 class Learner:
     """What is trained, and on what.
@@ -47,6 +57,7 @@ class Learner:
         name: for what a person reads.
         is_warm: the weights were trained before; losses are compared with theirs.
         random_loss: the validation loss of random weights; the best epoch must be below it.
+        objective: what is minimised in place of cross-entropy.
     """
 
     net: nn.Module
@@ -55,6 +66,7 @@ class Learner:
     name: str = ""
     is_warm: bool = False
     random_loss: float | None = None
+    objective: Objective | None = None
 
 
 class Loop:
@@ -73,6 +85,7 @@ class Loop:
         self.net, self.train, self.validation = learner.net, learner.train, learner.validation
         self.settings, self.stages, self.device = settings, stages, device
         self._keeper, self._watcher, self._is_warm = keeper, watcher, learner.is_warm
+        self._objective = learner.objective
         self.progress = Progress(random_loss=learner.random_loss)
         self.averaged = copy.deepcopy(self.net) if settings.ema else None
         self._resumed: Mapping[str, Tensor] = {}
@@ -160,12 +173,13 @@ class Loop:
         batches = self._batches(chance)
         schedule = Schedule(stage, settings, math.ceil(len(batches) / settings.accumulate))
         frozen.train()
-        labels = self.train.labels(settings.label)
+        if self._objective is not None:
+            self._objective.start_epoch(len(done.history), sum(each.epochs for each in self.stages))
         losses: list[tuple[int, Tensor]] = []
         steps: list[Step] = []
         how = settings.augmentation(stage)
         for at, (rows, features) in enumerate(self.train.load(batches, self.device), start=1):
-            loss = self._loss(features, labels[rows], how, chance)
+            loss = self._loss(features, rows, how, chance)
             # By its share of the step's clips: the last batch of a shape is smaller, the last step has fewer batches.
             first = (at - 1) // settings.accumulate * settings.accumulate
             together = sum(map(len, batches[first : first + settings.accumulate]))
@@ -193,11 +207,14 @@ class Loop:
             )
         return batches
 
-    def _loss(self, features: Tensor, labels: Tensor, how: Augmentation, chance: torch.Generator) -> Tensor:
-        features, labels = features.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def _loss(self, features: Tensor, rows: np.ndarray, how: Augmentation, chance: torch.Generator) -> Tensor:
+        features = features.to(self.device, non_blocking=True)
         mixed = Mixed(features) if how.is_off else augmented(features, how, chance)
         with self._autocast():
             logits = self._call(mixed.features)
+        if self._objective is not None:
+            return self._objective(logits.float(), rows, mixed)
+        labels = self.train.labels(self.settings.label)[rows].to(self.device, non_blocking=True)
         return cross_entropy(logits.float(), labels, mixed, self._weights, self.settings.label_smoothing)
 
     def _refuse_infinite(self, losses: Sequence[tuple[int, Tensor]], lr: float) -> None:
@@ -262,6 +279,8 @@ class Loop:
     def _refuse_divergence(self, loss: float) -> None:
         done = self.progress
         random_loss = done.random_loss or math.log(self.settings.num_classes)
+        if self._objective is not None:  # another unit: its own first epoch is what it is compared with
+            random_loss = max(random_loss, done.history[0]["train_loss"])
         done.diverging = done.diverging + 1 if loss > DIVERGED * random_loss else 0
         if done.diverging >= DIVERGED:
             raise TrainingError(

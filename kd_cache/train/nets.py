@@ -29,6 +29,7 @@ from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
 from kd_cache.train.layers import mlp
 from kd_cache.train.settings import BACKBONE as FROM_BACKBONE
 from kd_cache.train.settings import FULL_MODEL, Settings, label_of
+from kd_cache.train.state_dicts import few
 
 
 def make_net(settings: Settings, num_classes: int) -> nn.Module:
@@ -70,34 +71,42 @@ def embedding_dim(net: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What was loaded into a net: its ``kind`` (a whole model, or a backbone), how much, and from where."""
+    """What was loaded into a net: its ``kind`` (a whole model, or a backbone), how much, and from where.
+
+    ``front_end`` is what its checkpoint states of the front end it was trained with.
+    """
 
     kind: str
     told: str
     sha256: str
     provenance: Provenance | None
+    front_end: str = ""
 
 
-def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = False, within: str = "") -> WarmStart:
+def warm_start(net: nn.Module, path: Path, settings: Settings, *, whole: bool = False) -> WarmStart:
     """Give ``net`` the weights of a checkpoint: all of them, or at least its whole backbone.
 
     The head of a teacher of another label (cities, where this one learns scenes) is not taken. ``whole``: nothing may
-    be in the file that the net has not. ``within``: where the names of the net's backbone start with this, a backbone
-    by itself is taken too.
+    be in the file that the net has not. A part of the net by itself is taken too, where the net's ``bare_prefixes``
+    say what its names then lack.
 
     Raises:
         CheckpointError: no name fits, or not the whole backbone; the message lists what does not.
     """
-    weights = read_weights(path, frozenset(net.state_dict()))
+    state, starts = net.state_dict(), ("", *getattr(net, "bare_prefixes", ()))
+    weights = read_weights(path, [[name.removeprefix(start) for name in state] for start in starts])
     tensors = weights.tensors
     if label_of(weights.record.get("role") or settings.role) != settings.label:
         # What it tells apart is something else, of however many classes.
         parts = parts_of(net)
         tensors = {name: tensor for name, tensor in tensors.items() if parts.get(name) != HEAD}
-    if not any(name.startswith(within) for name in tensors):
-        tensors = {f"{within}{name}": tensor for name, tensor in tensors.items()}
+    start = max(starts, key=lambda start: sum(f"{start}{name}" in state for name in tensors))
+    known = (*state, *necks_of(net))
+    tensors = {f"{start}{name}" if f"{start}{name}".startswith(known) else name: tensors[name] for name in tensors}
     kind, told = fill_matching(net, tensors, shown(path), whole=whole)
-    return WarmStart(kind, f"{told}, from {shown(path)} ({weights.source})", weights.sha256, weights.provenance)
+    front_end = weights.record.get("feature_spec") or ""
+    told = f"{told}, from {shown(path)} ({weights.source})"
+    return WarmStart(kind, told, weights.sha256, weights.provenance, front_end)
 
 
 def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, whole: bool = False) -> tuple[str, str]:
@@ -124,9 +133,9 @@ def fill_matching(net: nn.Module, tensors: dict[str, Tensor], title: str, *, who
                 state[name].copy_(tensors[name])
     kind = FULL_MODEL if len(matched) == len(wanted) else FROM_BACKBONE
     if new:
-        told += f" (new: {_few(new)})"
+        told += f" (new: {few(new)})"
     if unknown:
-        told += f" ({len(unknown)} of the file are not the net's and are left out: {_few(unknown)})"
+        told += f" ({len(unknown)} of the file are not the net's and are left out: {few(unknown)})"
     return kind, told
 
 
@@ -153,10 +162,6 @@ def _is_like(one: Tensor, other: Tensor) -> bool:
 def _described(tensor: Tensor) -> str:
     kind = "" if tensor.is_floating_point() else f"{str(tensor.dtype).removeprefix('torch.')} "
     return f"{kind}{list(tensor.shape)}"
-
-
-def _few(names: list[str]) -> str:
-    return f"{', '.join(map(shown, names[:6]))}{', …' if len(names) > 6 else ''}"
 
 
 def make_head(inputs: int, settings: Settings) -> nn.Linear | nn.Sequential:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,11 +25,22 @@ from typing import Any, Final
 
 import kd_cache
 from kd_cache.errors import shown
-from kd_cache.files.atomic import TEMPORARY, make_directory, open_file, store_errors, sync_directory, write_atomic
+from kd_cache.files.atomic import (
+    TEMPORARY_NAME,
+    make_directory,
+    open_file,
+    remove_folder,
+    store_errors,
+    sync_directory,
+    temporary_name,
+    write_atomic,
+)
 from kd_cache.store.origin import canonical_json
 
 WEIGHTS, ENTRY = "weights.safetensors", "entry.json"
+_OURS: Final = (WEIGHTS, ENTRY)
 _KEY_SHOWN: Final = 32
+_NAME: Final = re.compile(r"[0-9a-f]{32}\Z")
 _OLD: Final = 3600
 
 
@@ -86,7 +96,7 @@ class Pretrained:
         if not _is_folder(self.root):
             return []
         with store_errors(self.root, "look into"):
-            folders = [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(TEMPORARY)]
+            folders = [path for path in self.root.iterdir() if path.is_dir() and _NAME.match(path.name)]
             found = [_read(path, check=check) for path in folders]
             return sorted(found, key=lambda entry: (entry.created, entry.path.name))
 
@@ -105,26 +115,31 @@ class Pretrained:
         make_directory(self.root)
         with store_errors(self.root, "write into"):
             self._sweep()
-            made = self.root / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+            made = self.root / temporary_name()
             try:
                 made.mkdir()
                 write_atomic(made / WEIGHTS, content)
                 write_atomic(made / ENTRY, json.dumps(entry, indent=1).encode())
                 self._put_in_place(made, self._place(key))
             finally:
-                shutil.rmtree(made, ignore_errors=True)
+                _remove_made(made)
 
     def _sweep(self) -> None:
         """Remove what processes that were killed left behind more than an hour ago."""
-        for path in self.root.glob(f"{TEMPORARY}*"):
+        for path in self.root.iterdir():
             with suppress(OSError):  # it may be gone
-                if time.time() - path.stat().st_mtime > _OLD:
-                    shutil.rmtree(path, ignore_errors=True)
+                if TEMPORARY_NAME.match(path.name) and time.time() - path.stat().st_mtime > _OLD:
+                    _remove_made(path)
 
     def _put_in_place(self, made: Path, path: Path) -> None:
-        """At every moment the earlier entry is there or the new one, or, for the time of two renames, none."""
+        """At every moment the earlier entry is there or the new one, or, for the time of two renames, none.
+
+        What else somebody put into the earlier one goes over into the new one.
+        """
         aside = made.with_name(f"{made.name}-old")
         if _is_folder(path):
+            for each in [each for each in path.iterdir() if each.name not in _OURS]:
+                each.rename(made / each.name)
             os.utime(path)  # or another process would take it for a leftover
             path.rename(aside)
         try:
@@ -136,19 +151,25 @@ class Pretrained:
         try:
             sync_directory(self.root)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove_made(aside)
 
     def remove(self, parts: Mapping[str, Any]) -> bool:
-        """Remove the entry of this key, if there is one, and no other. Raises `StoreError`."""
+        """Remove the entry of this key, if there is one, and no other file. Raises `StoreError`."""
         path = self._place(key_of(parts))
         if not _is_folder(path):
             return False
         with store_errors(path, "remove"):
-            shutil.rmtree(path)
+            remove_folder(path, _OURS)
         return True
 
     def _place(self, key: str) -> Path:
         return self.root / key[:_KEY_SHOWN]
+
+
+def _remove_made(path: Path) -> None:
+    """Remove a folder that an entry was made in, as far as kd-cache wrote what is in it."""
+    with suppress(OSError):
+        remove_folder(path, [name for name in os.listdir(path) if name in _OURS or TEMPORARY_NAME.match(name)])
 
 
 def _is_folder(path: Path) -> bool:

@@ -23,7 +23,6 @@ import filecmp
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,9 +35,22 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from kd_cache.errors import CheckpointError, UsageError, shown
-from kd_cache.files.atomic import TEMPORARY, make_directory, store_errors, write_atomic
-from kd_cache.train.checkpoint import STATE_PREFIX, checkpoint_names, naming, net_names, read_weights, save_checkpoint
+from kd_cache.errors import CheckpointError, StoreError, UsageError, shown
+from kd_cache.files.atomic import (
+    TEMPORARY_NAME,
+    make_directory,
+    remove_files,
+    remove_folder,
+    store_errors,
+    write_atomic,
+)
+from kd_cache.train.checkpoint import (
+    STATE_PREFIX,
+    checkpoint_names,
+    naming,
+    net_names,
+    save_checkpoint,
+)
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.watch import Watcher
@@ -194,19 +206,25 @@ class RunFolder:
                 continue
             lock = _lock(path)
             if lock is not None and _is_unfinished(path):
-                for leftover in path.glob(f"{TEMPORARY}*"):  # of a process that was killed while it wrote
-                    leftover.unlink(missing_ok=True)
+                for leftover in path.iterdir():  # of a process that was killed while it wrote
+                    if TEMPORARY_NAME.match(leftover.name):
+                        leftover.unlink(missing_ok=True)
                 return cls(path, record, lock, half=half)
             if lock is not None:
                 os.close(lock)
         return None
 
     def close(self) -> None:
-        """Let others go on with this run, if it is unfinished. One that has no epoch yet is removed."""
+        """Let others go on with this run, if it is unfinished. What one without an epoch has written is removed."""
         if (self.path / RESULTS).exists():
             (self.path / LOCK).unlink(missing_ok=True)
         elif not any(self.path.glob("*.safetensors*")):
-            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):
+                board = self.path / "tensorboard"
+                if self._board is not None:
+                    self._board.close()
+                    remove_folder(board, [path.name for path in board.glob(f"events.out.tfevents.*.{os.getpid()}.*")])
+                remove_folder(self.path, (CONFIG, HISTORY, STEPS, LOCK))
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -391,24 +409,67 @@ def publish(job: TrainJob, weights: Path, results: Mapping[str, Any], watcher: W
     """Put ``weights`` beside the runs as ``best.safetensors`` (and ``best.pth``), each whole. Raises `StoreError`."""
     home = job.home
     make_directory(home)
-    checkpoint = home / BEST
+    checkpoint, pth = home / BEST, home / "best.pth"
     with store_errors(weights, "read"):
         content = weights.read_bytes()
+    if pth.is_file() and not _hold_the_same(checkpoint, pth):
+        _set_aside(pth, watcher)
+    elif not job.pth:  # one of other weights must not stand beside it
+        remove_files(home, [pth])
     if checkpoint.is_file() and not same_bytes(checkpoint, weights):
-        watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
+        if _recorded(checkpoint) is None:
+            _set_aside(checkpoint, watcher)
+        else:
+            watcher.note(f"{shown(checkpoint)} was of another training, and is replaced")
     write_atomic(checkpoint, content)
-    if not job.pth:  # one of other weights must not stand beside it
-        with store_errors(home / "best.pth", "remove"):
-            (home / "best.pth").unlink(missing_ok=True)
-    else:
-        held = read_weights(checkpoint)
+    if job.pth:
+        with naming(checkpoint):
+            record, tensors = _content(checkpoint)
         beside = {
             "epoch": results.get("best_epoch", 0),
             "optimizer_state_dict": {},
             "val_acc": results["validation"].get("accuracy"),
             "val_loss": results["validation"].get("log_loss"),
         }
-        save_checkpoint(home / "best.pth", checkpoint_names(held.tensors), held.record, beside)
+        save_checkpoint(pth, tensors, json.loads(record), beside)
+
+
+def _content(checkpoint: Path) -> tuple[str, dict[str, Tensor]]:
+    """Record and tensors (float32) of a checkpoint, under the names that they were saved with."""
+    content, _, _ = read_content(checkpoint)
+    for entry in [name for name, value in content.items() if isinstance(value, dict)]:
+        start = "" if entry == "model_state_dict" else f"{entry}."
+        content |= {f"{start}{name}": value for name, value in content.pop(entry).items()}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    found = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    return str(content.get(RECORD_ENTRY, "{}")), found
+
+
+def _recorded(checkpoint: Path) -> tuple[str, dict[str, Tensor]] | None:
+    """The content of a checkpoint that kd-cache wrote: it says so itself, and its checksum holds."""
+    try:
+        found = _content(checkpoint)
+    except (CheckpointError, StoreError):
+        return None
+    return None if found[0] == "{}" else found
+
+
+def _hold_the_same(checkpoint: Path, pth: Path) -> bool:
+    """Whether a ``.pth`` is the one that was written beside these weights."""
+    one = _recorded(checkpoint) if checkpoint.is_file() else None
+    other = None if one is None else _recorded(pth)
+    if one is None or other is None or one[0] != other[0] or one[1].keys() != other[1].keys():
+        return False
+    return all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+
+
+def _set_aside(path: Path, watcher: Watcher) -> None:
+    """Give a file that kd-cache did not write another name: it may be all that there is of somebody's weights."""
+    names = (path.with_name(f"{path.stem}.earlier-{number}{path.suffix}") for number in count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    with store_errors(path, "rename"):
+        path.rename(aside)
+    watcher.note(f"{shown(path)} was not written by kd-cache; it is {shown(aside)} now")
 
 
 def same_bytes(one: Path, other: Path) -> bool:

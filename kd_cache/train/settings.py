@@ -172,7 +172,10 @@ class Settings:
     num_scenes: int = 10
     num_cities: int = 12
     arch: str = _of(
-        NET, "cp_resnet", "cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory."
+        NET,
+        "cp_resnet",
+        "cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory.",
+        names_code=True,
     )
     feature_dim: int | None = _of(NET, None, "Width of the embedding.", otherwise="92 or 2048", low=2)
     mlp_hidden_dims: tuple[int, ...] | None = _of(

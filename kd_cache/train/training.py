@@ -73,6 +73,7 @@ class Training:
         net_code = own_code(self.settings.arch, self.net)
         version = code_version(self.code)
         self.parts = key_parts(job, self.train, self.validation, self.stages, self.start, net_code, version)
+        self.parts |= self.further_parts()
         self.key = key_of(self.parts)
         self.pretrained = Pretrained(job.output_dir / "pretrained")
 
@@ -118,11 +119,20 @@ class Training:
         """Metrics of ``best`` on ``clips``, which are called ``which``."""
         return evaluated(best, clips, self.job)
 
+    @property
+    def title(self) -> str:
+        """What it is called for a person."""
+        return self.settings.role
+
+    def further_parts(self) -> dict[str, Any]:
+        """What else the weights depend on, for the key, as JSON values."""
+        return {}
+
     # -- for recipes --------------------------------------------------------------------------------------------------
 
-    def started_from(self, path: Path, net: nn.Module, within: str = "") -> WarmStart:
+    def started_from(self, path: Path, net: nn.Module) -> WarmStart:
         """Weights for ``net`` from a checkpoint."""
-        start = warm_start(net, path, self.settings, within=within)
+        start = warm_start(net, path, self.settings)
         if start.provenance is None:
             self.watcher.note(f"what {shown(path)} was trained on is not known: it says nothing of it")
         if start.kind == FULL_MODEL and start.provenance is not None:
@@ -204,7 +214,7 @@ class Training:
     def _announce(self) -> None:
         division = self.job.division
         self.watcher.note(
-            f"{self.settings.role} for {self.job.place}: {len(self.train):,} training samples of "
+            f"{self.title} for {self.job.place}: {len(self.train):,} training samples of "
             f"{division.train_locations:,} locations, {len(self.validation):,} validation samples of "
             f"{division.validation_locations:,} others; key {self.key[:16]}…"
         )
@@ -275,7 +285,7 @@ class Training:
         )
         # Measured anew, on the clips that are there now.
         with training_numerics(self.job.device, self.settings.precision, deterministic=self.settings.deterministic):
-            best = self._net_of(read_weights(entry.weights, frozenset(self.net.state_dict())).tensors)
+            best = self._net_of(read_weights(entry.weights, [self.net.state_dict().keys()]).tensors)
             results = {**entry.measured, **self._figures(best)}
         return self._reported("cached", entry.weights, None, results)
 
@@ -303,7 +313,7 @@ class Training:
         self.net.to(job.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.2 to 1.5 × as fast on a CPU
         learner = self.learner(folder)
-        learner.name = f"{self.settings.role} {job.place}"
+        learner.name = f"{self.title} {job.place}"
         learner.is_warm = job.init is not None and self.start is not None and self.start.kind == FULL_MODEL
         learner.random_loss = None if last is None else last[2].random_loss
         if learner.random_loss is None:

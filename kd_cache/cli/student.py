@@ -1,0 +1,120 @@
+"""``kd-cache student``: a student out of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from kd_cache.cli.console import Screen, percent
+from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
+from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.dataset.task import adaptation
+from kd_cache.distill.objective import CE
+from kd_cache.distill.recipe import MODES_BEFORE, RECIPES, Recipe, parse_options
+from kd_cache.distill.student import StudentJob, train_student
+from kd_cache.errors import shown
+from kd_cache.options import Target
+from kd_cache.score.device import resolve_device
+from kd_cache.score.teacher import teacher_fingerprint
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.index import Index
+from kd_cache.store.snapshot import Snapshot
+from kd_cache.train.checkpoint_file import checkpoint_limit
+from kd_cache.train.job import TrainReport
+from kd_cache.train.settings import SCENE, Settings
+
+_GIVEN = {
+    "loss": "loss", "kd_alpha": "alpha", "apply_kd_to": "apply_to", "normalise": "normalise",
+    "kd_weighting": "weighting", "confidence_threshold": "confidence_threshold",
+    "kd_warmup_epochs": "warmup_epochs", "kd_ramp_epochs": "ramp_epochs",
+}  # fmt: skip
+"""Options, and the fields of a recipe that they are."""
+_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
+
+
+def student(run: Run, screen: Screen, target: Target, teacher_mode: str, cache_root: Path) -> Report:
+    """Train one student from one cache."""
+    values = run.values
+    folder = CacheFolder(cache_root / adaptation(target))
+    index = Snapshot(folder).finished()
+    recipe = _recipe(values)
+    mode = MODES_BEFORE.get(teacher_mode, teacher_mode)
+    data = saved_data(run, saved_in(index), target)
+    with checkpoint_limit(values["max_checkpoint_bytes"]):
+        job = StudentJob(
+            settings=_settings(values, run.recall(saved_in(index).values, {})),
+            data=data,
+            device=resolve_device(values["device"]),
+            record={"options": run.record(), "paths": dict(data.paths)},
+            cache=folder.path,
+            mode=mode,
+            recipe=recipe,
+            provenances={} if mode == CE else _provenances(run, index, target, screen),
+            **{
+                name: values[name] for name in ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
+            },
+        )
+        if values["recipe"] != "default":
+            told = ", ".join(f"{name} {value}" for name, value in asdict(recipe).items())
+            screen.note(f"recipe {values['recipe']}: {told}")
+        report = train_student(job, screen)
+    return Report({"student": report.as_json()}, _lines(report, mode))
+
+
+def _recipe(values: Mapping[str, Any]) -> Recipe:
+    given = {field: values[name] for name, field in _GIVEN.items() if values[name] is not None}
+    if values["temperature"] is not None:
+        given["temperature"], given["temperature_end"] = values["temperature"]
+    if values["loss_option"]:
+        given["options"] = parse_options(values["loss_option"])
+    if values["keep_ce"]:
+        given["keep_ce"] = True
+    return replace(RECIPES[values["recipe"]], **given)
+
+
+def _settings(values: Mapping[str, Any], recalled: Mapping[str, Any]) -> Settings:
+    taken = {each.name: values[each.name] for each in fields(Settings) if each.name in values}
+    taken |= {name: recalled[name] for name in ("num_scenes", "num_cities")}
+    return Settings(SCENE, **{**taken, "drop_last": values["drop_last"] or values["compile"]})
+
+
+def _provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[str, Provenance | None]:
+    """What each teacher of the cache says of its training, if it is still the one whose rows are there."""
+    loaded = saved_teachers(run, saved_in(index), target, screen)
+    found: dict[str, Provenance | None] = {}
+    for name, origin in index.origins.items():
+        found[name] = None
+        if name not in loaded.teachers:
+            why = loaded.unchecked.get(name, ("", False))[0]
+            screen.note(f"{shown(name)}: what it was trained on is not known: {why}")
+            continue
+        parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
+        now = teacher_fingerprint(teacher, precision=parts["precision"], dtype=parts["dtype"])
+        if now.digest != origin.fingerprint.digest:
+            screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
+            continue
+        found[name] = getattr(teacher, "provenance", None)
+    return found
+
+
+def _lines(report: TrainReport, mode: str) -> Sequence[str | Table]:
+    results = report.results
+    validation, test = results["validation"], results["test"] or {}
+    groups = test.get("by", {}).get("device_group", {})
+    row = [
+        f"{mode} {report.place}",
+        report.how,
+        percent(validation["accuracy"]),
+        *(percent(test.get(figure)) for figure in ("accuracy", "macro_accuracy")),
+        *(percent(groups.get(group, {}).get("accuracy")) for group in ("source", "target", "other", "unseen")),
+        percent(results["chance"]),
+    ]
+    columns = ["Student", "", "Validation", "Test", "Macro", "Source", "Target", "Other", "Unseen", "Chance"]
+    lines: list[str | Table] = [Table("Accuracy on locations that were not trained on", columns, [row])]
+    lines.append(f"{shown(report.checkpoint)}")
+    if mode != CE:
+        lines.append("What the teachers are worth: compare it with --teacher-mode ce, the same without them.")
+    return lines

@@ -1,0 +1,1 @@
+"""Audio and metadata to a manifest and features, before anything is cached."""

@@ -1,0 +1,232 @@
+"""A student out of a cache: the same bytes however it was interrupted, nothing of the target's labels, and refusals."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, World
+from store_fixtures import flip
+from train_fixtures import Listening, scene, settings, town
+
+import kd_cache.distill.fitting
+import teachers
+from kd_cache import LogitCache, Provenance, StaleError
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.distill.recipe import Recipe
+from kd_cache.distill.student import StudentJob, StudentTraining, _Taught, train_student
+from kd_cache.errors import TrainingError, UsageError
+from kd_cache.score.device import numerics
+from kd_cache.train.checkpoint import read_weights
+from kd_cache.train.job import TrainReport
+
+__all__ = ["scene", "town"]
+COUNTS = ("--num-scenes", 3, "--num-cities", 3)
+QUICK = ("--epochs", 5, "--warmup-epochs", 1, "--batch-size", 8, "--feature-dim", 8, "--ema", 0, "--lr", 0.03,
+         "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)  # fmt: skip
+
+
+@pytest.fixture
+def taught(town: World, run: Run, scene: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The town, and the scene teacher's logits of it; three held-out rows are enough to fit on."""
+    monkeypatch.setattr(kd_cache.distill.fitting, "LEAST", 3)
+    made = run("dump", "--target", "b", "--json-path", town.json_path, *COUNTS, "--scene-teacher-ckpt", scene,
+               "--only", "scene")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    return town
+
+
+def job(world: World, provenance: Provenance | None = None, mode: str = "fit", **changed: Any) -> StudentJob:
+    recipe = Recipe(**{name: changed.pop(name) for name in list(changed) if name in Recipe.__dataclass_fields__})
+    return StudentJob(
+        settings=settings("scene", **{"batch_size": 8, "epochs": 4, "warmup_epochs": 1, **changed}),
+        data=Dataset.load("b", world.json_path, num_scenes=3, num_cities=3),
+        output_dir=world.root / "outputs",
+        device=torch.device("cpu"),
+        workers=0,
+        cache=world.cache,
+        mode=mode,
+        recipe=recipe,
+        provenances={"scene": provenance},
+    )
+
+
+def weights(report: TrainReport) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in read_weights(report.checkpoint).tensors.items()}
+
+
+def command(run: Run, world: World, *more: object, code: int = 0) -> Any:
+    result = run("student", "--target", "b", *QUICK, "--json", *more)
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)["student"] | {"notes": result.stderr} if code == 0 else result.stderr
+
+
+def test_interrupted_after_any_epoch_it_ends_in_the_same_bytes(taught: World, scene: Path) -> None:
+    provenance = teachers.scene(scene).provenance
+    one = job(taught, provenance, mixup=0.3, ramp_epochs=2)
+    whole = train_student(replace(one, output_dir=taught.root / "whole"))
+    content = whole.checkpoint.read_bytes()
+    for stop in (1, 2):
+        part = replace(one, output_dir=taught.root / f"stopped-{stop}")
+        with pytest.raises(KeyboardInterrupt):
+            train_student(part, Listening(stop))
+        resumed = train_student(part)
+        assert resumed.how == "resumed"
+        assert resumed.checkpoint.read_bytes() == content
+    assert whole.checkpoint == taught.root / "whole/student/A2b/fit/best.safetensors"
+    assert whole.results["distillation"]["weights"].keys() == {"scene"}
+
+
+@pytest.mark.parametrize("mode", ["ce", "fit", "label", "gate"])
+def test_permuting_the_target_s_scene_labels_changes_no_bit_of_a_student_nor_its_key(
+    taught: World, scene: Path, mode: str
+) -> None:
+    provenance = teachers.scene(scene).provenance
+    before = train_student(job(taught, provenance, mode, apply_to="all", epochs=4))
+    for row in taught.rows:
+        if row["device_id"] == "b" and row["split"] == "train":
+            row["scene_label"] = (row["scene_label"] + 1) % 3
+    taught.write()
+    after = train_student(replace(job(taught, provenance, mode, apply_to="all", epochs=4), resume="fresh"))
+    assert weights(after) == weights(before)
+    assert after.results["key"] == before.results["key"]
+
+
+def test_it_learns_from_the_teacher_alone_where_hard_labels_weigh_nothing(taught: World) -> None:
+    report = train_student(job(taught, mode="scene", alpha=1.0, apply_to="all", epochs=6))
+    assert report.results["test"]["accuracy"] > 0.6
+    training = StudentTraining(job(taught, mode="scene"))
+    files = [sample.file for sample in training.train.samples]
+    assert {file[-5] for file in files} == {"a", "b"}
+    assert torch.equal(training.teachers, LogitCache.open(taught.cache).batch(files))
+    assert (training.train.scenes < 0).tolist() == [file.endswith("-b.npy") for file in files]
+    assert all(sample.device_id == "A" for sample in training.validation.samples)
+
+
+def test_a_training_without_the_rows_scrambled_teaches_nothing(taught: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control to the test above: were rows joined to other clips, it would not learn."""
+    rows = StudentTraining._rows
+    monkeypatch.setattr(StudentTraining, "_rows", lambda self, cache: rows(self, cache).roll(7, 0))
+    with suppress(TrainingError):  # nothing was learnt
+        report = train_student(job(taught, mode="scene", alpha=1.0, apply_to="all", epochs=6))
+        assert report.results["test"]["accuracy"] < 0.6
+
+
+def test_a_student_of_the_cache_is_to_the_bit_one_whose_teacher_scores_every_batch(
+    taught: World, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher in the loop, on the clean clips, in batches padded to the dump's size."""
+    one = job(taught, mode="scene", apply_to="all", time_roll=1.0)
+    cached = train_student(replace(one, output_dir=taught.root / "cached"))
+    teacher = teachers.scene(scene)
+    clips, scored = StudentTraining(one).train, []
+
+    def online(self: Any, logits: torch.Tensor, rows: np.ndarray, mixed: Any) -> torch.Tensor:
+        (features,) = [features for _, features in clips.load([rows])]
+        with numerics(torch.device("cpu"), "fp32", 0):
+            padded = torch.cat([features, features[:1].expand(32 - len(rows), -1, -1)])
+            said = teacher(padded)[: len(rows)]
+        scored.append(len(rows))
+        at = torch.from_numpy(rows)
+        return self._objective(logits, said.clone()[:, None], self._labels[at], self._is_source[at])
+
+    monkeypatch.setattr(_Taught, "__call__", online)
+    live = train_student(replace(one, output_dir=taught.root / "live"))
+    assert sum(scored) >= 4 * 40
+    assert weights(live) == weights(cached)
+
+
+def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: World, scene: Path) -> None:
+    provenance = teachers.scene(scene).provenance
+    keys = {
+        StudentTraining(job(taught, provenance, **changed)).key
+        for changed in (
+            {}, {"mode": "ce"}, {"mode": "mean"}, {"mode": "weights:scene=2"}, {"mode": "weights:scene=3"},
+            {"alpha": 0.4}, {"loss": "dkd"}, {"loss": "dkd", "options": {"beta": 2.0}}, {"temperature": 2.0},
+            {"apply_to": "all"}, {"normalise": "mask"}, {"weighting": "pmax"}, {"keep_ce": True}, {"seed": 1},
+        )
+    }  # fmt: skip
+    assert len(keys) == 14
+    assert StudentTraining(job(taught, None)).key not in keys
+
+
+def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, scene: Path) -> None:
+    taken = command(run, taught, "--recipe", "city2scene", "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6)
+    assert taken["place"] == "A2b"
+    assert taken["results"]["distillation"]["recipe"]["normalise"] == "mask"
+    assert taken["results"]["distillation"]["recipe"]["alpha"] == 0.6
+    assert "recipe city2scene: loss kl" in taken["notes"]
+    assert "a distilled row weighs" in taken["notes"]
+    path = Path("outputs/student/A2b/mean/best.safetensors")
+    assert Path(taken["checkpoint"]) == path
+    own = StudentTraining(job(taught))
+    made = teachers.scene(path).provenance
+    assert made is not None
+    assert made.complete
+    assert made.has_trained(sample.file for sample in own.train.samples).all()
+    assert not made.has_trained(sample.file for sample in own.validation.samples).any()
+    assert read_weights(path).record["distillation"]["teachers"] == LogitCache.open(taught.cache).fingerprints
+    (listed,) = json.loads(run("info", "outputs", "--json").stdout)["trained"]
+    assert (listed["role"], listed["place"], listed["path"]) == ("student (mean)", "A2b", str(path))
+    assert listed["accuracy"]["validation"] == taken["results"]["validation"]["accuracy"]
+    small = ("--teacher", f"small=scene,ckpt={path}", "--only", "small", "--cache-root", "small")
+    dumped = run("dump", "--target", "b", "--json-path", taught.json_path, *COUNTS, *small)
+    assert dumped.exit_code == 0, dumped.output
+    measured = run("evaluate", path, "--json-path", taught.json_path, *COUNTS, "--target", "b", "--json")
+    assert json.loads(measured.stdout)["accuracy"] == pytest.approx(taken["results"]["test"]["accuracy"])
+
+
+def test_what_made_a_student_is_its_own_rows_and_those_of_the_teachers_that_it_had(taught: World) -> None:
+    def made(provenance: Provenance | None, mode: str) -> Provenance:
+        return Provenance.from_json(StudentTraining(job(taught, provenance, mode)).record["provenance"])
+
+    elsewhere = "x/elsewhere.npy"
+    assert made(Provenance.of([elsewhere]), "mean").has_trained([elsewhere]).all()
+    assert not made(Provenance.of([elsewhere]), "ce").has_trained([elsewhere]).any()
+    assert not made(None, "mean").complete
+    assert made(None, "ce").complete
+
+
+def test_where_nobody_knows_the_teachers_rows_fit_is_the_mean_and_says_so(taught: World, run: Run, scene: Path) -> None:
+    other = Path("other.safetensors")
+    report = train_student(job(taught, teachers.scene(scene).provenance, seed=5, epochs=5))
+    other.write_bytes(report.checkpoint.read_bytes())
+    taken = command(run, taught, "--scene-teacher-ckpt", other)
+    assert "its checkpoint is not the one whose rows are cached" in taken["notes"]
+    assert "the teachers' mean is taken in place of a fit" in taken["notes"]
+    assert taken["results"]["distillation"]["weights"] == {"scene": 1.0}
+
+
+def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Run) -> None:
+    file = next(file for file in taught.permitted() if file.endswith("-b.npy"))
+    kept = taught.feature(file).read_bytes()
+    taught.write_feature(file, np.load(taught.feature(file)) + 1)
+    assert "features are not those that the teachers scored" in command(run, taught, code=5)
+    with pytest.raises(StaleError, match=file):
+        StudentTraining(job(taught, mode="mean"))
+    taught.feature(file).write_bytes(kept)
+    assert "there is no cache" in command(run, taught, "--cache-root", "nowhere", code=3)
+    assert "known: mean, probs" in command(run, taught, "--teacher-mode", "attention", code=2)
+    with pytest.raises(UsageError, match="the teachers have 3 classes"):
+        StudentTraining(job(taught, num_scenes=4))
+    assert "expected a temperature such as 4" in command(run, taught, "--temperature", "hot", code=2)
+    assert "each parameter once" in command(run, taught, "--loss-option", "beta", code=2)
+    assert "the loss kl has no option beta" in command(run, taught, "--loss-option", "beta=2", code=2)
+    with pytest.raises(UsageError, match="no cache for the target c"):
+        StudentTraining(replace(job(taught), data=replace(job(taught).data, selection=replace(
+            job(taught).data.selection, target="c"))))  # fmt: skip
+    taught.rows.append({**taught.rows[0], "file": "x/airport-amsterdam-77-0-a.npy"})
+    taught.write_feature("x/airport-amsterdam-77-0-a.npy", np.load(taught.feature(taught.rows[0]["file"])))
+    taught.write()
+    assert "airport-amsterdam-77" in command(run, taught, code=3)
+    taught.rows.pop()
+    taught.write()
+    (pack,) = (taught.cache / "packs").glob("*.h5")
+    flip(pack)
+    assert pack.name in command(run, taught, code=4)

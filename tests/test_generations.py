@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY, Run, World
-from store_fixtures import Rows, md5
+from store_fixtures import DeadError, Rows, md5
 
-from kd_cache import LogitCache
-from kd_cache.store.index import read_index
+from kd_cache import LogitCache, MissingLogitsError, load_cached_logits_batch
+from kd_cache.score.scoring import Scoring
+from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import open_pack
 from kd_cache.store.pending import Age
 
@@ -244,3 +247,133 @@ def test_runs_of_the_first_version_come_before_all_that_have_a_number() -> None:
     now = time.time_ns()
     ages = [Age(2, 3), Age.of({"generation": 1, "begun": 5}), Age.of({"begun": now + 1}), Age.of({"begun": now})]
     assert sorted(ages) == ages[::-1]
+
+
+@pytest.mark.parametrize("seed", [2, 1])
+def test_a_rescoring_that_was_killed_never_mixes_with_what_was_there(run: Run, world: World, seed: int) -> None:
+    """The same fingerprint, other code: what it committed is seen by nobody, and a plain rerun keeps the old rows."""
+    assert run(*weighing(world, 1), "--no-files").exit_code == 0
+    before = served(world)
+    pack = open_pack(world.cache / "packs" / named(world, "tiny"))
+    half = Rows(pack.files, pack.keys, pack.inputs, pack.logits + np.float32(seed)).part(range(0, 20, 2))
+    half.write(pack.path.parent, pack.origin)  # as `--no-skip-existing` does until it is killed
+    assert served(world) == before
+    assert json.loads(run(*weighing(world, 1), "--no-files", "--json").stdout)["samples_scored"] == 0
+    assert served(world) == before
+    assert list(world.packs("tiny")) == [named(world, "tiny")]
+
+
+# -- the view ----------------------------------------------------------------------------------------------------------
+
+
+def by_files(world: World, teacher: str) -> dict[str, bytes]:
+    """What existing code reads: the index's paths, nothing checked."""
+    index = json.loads((world.cache / "cache_index.json").read_text())
+    rows = load_cached_logits_batch(index, world.permitted(), teacher)
+    return {file: row.tobytes() for file, row in zip(world.permitted(), rows, strict=True)}
+
+
+@pytest.mark.parametrize("died", [0, 1])
+def test_the_view_never_holds_rows_that_its_index_does_not_tell_of(
+    cached: World, run: Run, world: World, monkeypatch: pytest.MonkeyPatch, died: int
+) -> None:
+    """A dump of new weights dies before its first index, or before its last, when the view is written."""
+    before, files = served(world), {name: by_files(world, name) for name in ("tiny", "other")}
+    inodes = {path: path.stat().st_ino for path in (world.cache / "other").iterdir()}
+    written = []
+
+    def dying(*args: Any, **options: Any) -> Any:
+        if args[0].name == "cache_index.json":
+            written.append(args)
+            if len(written) > died:
+                raise DeadError
+        return write_index(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_cache.store.publish.write_index", dying)
+        with pytest.raises(DeadError):
+            run(*weighing(world, 2))
+    assert served(world) == before
+    assert by_files(world, "other") == files["other"]
+    assert {path: path.stat().st_ino for path in (world.cache / "other").iterdir()} == inodes
+    verified = run("verify", "--target", "b", *TINY, "--json")
+    if died:
+        with pytest.raises(MissingLogitsError, match="holds no tiny logits"):
+            by_files(world, "tiny")
+        assert verified.exit_code == 4  # the new rows are not those of the pack either
+        assert "the index does not name its .npy file" in verified.stdout
+    else:
+        assert by_files(world, "tiny") == files["tiny"]
+        assert verified.exit_code == 0
+    assert run(*weighing(world, 2)).exit_code == 0
+    assert by_files(world, "tiny") == {file: row for (name, file), row in served(world).items() if name == "tiny"}
+    assert by_files(world, "tiny") != files["tiny"]
+
+
+@pytest.mark.parametrize("change", ["nothing", "first", "more", "less"])
+def test_one_index_is_written_where_no_row_of_the_view_changes(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    if change != "first":
+        assert dump().exit_code == 0
+    if change == "more":
+        world.add(70, "b", "train")
+    if change == "less":
+        del world.rows[0]
+    world.write()
+    written = []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        written.append(args)
+        return write_index(*args, **options)
+
+    monkeypatch.setattr("kd_cache.store.publish.write_index", counting)
+    assert dump().exit_code == 0
+    assert len(written) == 1
+
+
+# -- neighbours --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_under_the_key_of_a_renamed_file_is_found_and_repaired(
+    cached: World, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two names of one MD5: the manifest names the other one now, and the row says whose it is."""
+    genuine, old = hashlib.md5, world.permitted()[0]
+    twin = f"y/{old.partition('/')[2]}"
+    world.feature(twin).parent.mkdir()
+    world.feature(old).rename(world.feature(twin))
+    world.rows[0]["file"] = twin
+    world.write()
+
+    def colliding(name: bytes, usedforsecurity: bool = True) -> Any:
+        return genuine(old.encode() if name == twin.encode() else name, usedforsecurity=usedforsecurity)
+
+    monkeypatch.setattr("kd_cache.keys._md5", colliding)
+    told = run("verify", "--target", "b", *TINY, "--json")
+    assert told.exit_code == 6  # the index names the file of before
+    assert told.stdout.count("its row is of another file with the same MD5 key") == 2
+    repaired = run("repair", "--target", "b", *TINY)
+    assert repaired.exit_code == 0, repaired.output
+    assert ("tiny", twin) in served(world)
+    LogitCache.open(world.cache).rows([twin])
+
+
+def test_rows_of_before_that_a_sleeping_dump_counts_on_are_nobodys_garbage(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were superseded; from when a dump of their weights begins, gc leaves them, however long it takes."""
+    for seed in (1, 2):
+        assert run(*weighing(world, seed)).exit_code == 0
+    world.add(70, "b", "train")
+    world.write()
+    scored = Scoring.run
+
+    def sleeping(self: Scoring) -> None:
+        assert run("gc", world.cache, "--older-than", 0).exit_code == 0
+        scored(self)
+
+    monkeypatch.setattr(Scoring, "run", sleeping)
+    again = run(*weighing(world, 1), "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["teachers"]["tiny"]["skipped"] == 20

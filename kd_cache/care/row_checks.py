@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,21 +24,24 @@ class Rows:
 
     at: np.ndarray
     wrong: np.ndarray  # it fails its checksum, or stands under a wrong key
+    twin: np.ndarray  # it is of another file with the same key
     outdated: np.ndarray  # its feature is not the one that was scored
 
     @classmethod
     def absent(cls, count: int) -> Rows:
         """Of a teacher without packs."""
-        return cls(np.full(count, -1, np.int64), *(np.zeros(count, bool) for _ in range(2)))
+        return cls(np.full(count, -1, np.int64), *(np.zeros(count, bool) for _ in range(3)))
 
     @classmethod
-    def of(cls, union: Union, keys: np.ndarray, present: Features) -> Rows:
-        """Of the samples with these ``[n, 16]`` keys."""
+    def of(cls, union: Union, files: Sequence[str], keys: np.ndarray, present: Features) -> Rows:
+        """Of the samples with these files and their ``[n, 16]`` keys."""
         rows = cls.absent(len(keys))
         rows.at[:] = union.find(keys)
         held = np.flatnonzero(rows.at >= 0)
         at = rows.at[held]
         rows.wrong[held] = _are_wrong(union, at)
+        names = zip(held.tolist(), union.file_bytes(at), strict=True)
+        rows.twin[held] = [files[number].encode() != name for number, name in names]
         rows.outdated[held] = (union.inputs[at] != present.digests[held]).any(axis=1) & present.readable[held]
         return rows
 

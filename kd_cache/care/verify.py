@@ -253,13 +253,13 @@ class _Audit:
             is_current = self._check_fingerprint(name, origin, result)
         union = self.snapshot.served(name)
         self._look_at_packs(name, origin, entry["pack"])
-        rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.keys, present)
+        rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.files, self.keys, present)
         self._tell_of_rows(name, rows, index.missing)
         result.rows = 0 if union is None else len(union)
         result.hits = int((rows.at >= 0).sum())
         result.intact = result.hits - int(rows.wrong.sum())
         if name in self.job.teachers and "adopted" not in entry:
-            good = (rows.at >= 0) & ~rows.wrong & ~rows.outdated
+            good = (rows.at >= 0) & ~rows.wrong & ~rows.twin & ~rows.outdated
             result.fresh = int((good & present.readable).sum()) if is_current else 0
         else:
             result.fresh = None
@@ -286,12 +286,14 @@ class _Audit:
 
     def _tell_of_rows(self, name: str, rows: Rows, missing: Mapping[str, str]) -> None:
         """One problem for each sample whose row is not what it should be, in their order."""
-        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.outdated).tolist():
+        for number in np.flatnonzero((rows.at < 0) | rows.wrong | rows.twin | rows.outdated).tolist():
             file = self.files[number]
             if rows.at[number] < 0:
                 self._problem(MISS, name, file, missing.get(file) or "no row; run kd-cache dump")
             elif rows.wrong[number]:
                 self._wrong_row(name, file, "its row does not match its checksum")
+            elif rows.twin[number]:
+                self._wrong_row(name, file, "its row is of another file with the same MD5 key; run kd-cache repair")
             else:
                 self._problem(STALE, name, file, "its feature file is not the one that was scored; run kd-cache dump")
 

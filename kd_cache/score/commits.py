@@ -109,6 +109,7 @@ class Commits:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._running: Future[None] | None = None
         self._shard = self._empty()
+        self._is_told = False
         self._is_lost = False  # a shard could not be committed: what comes after it is kept, but not told to be saved
         self.written: list[Path] = []
 
@@ -149,7 +150,8 @@ class Commits:
 
     def _first_entries(self) -> Mapping[str, Mapping[str, Any]] | None:
         """What the pending record is to say: before the first pack, it says what is being made."""
-        return None if self._pending.is_written else self._entries()
+        told, self._is_told = self._is_told, True
+        return None if told else self._entries()
 
     def _wait(self) -> None:
         """Until nothing is being committed, whatever signals come meanwhile: it takes seconds, and is worth them."""

@@ -133,6 +133,8 @@ class _Dump:
         scoring = Scoring(
             self.job, self.found, self.files, self.keys, self.part, self.report, commits, self.watcher, busy
         )
+        if self._is_news() and any(known.union is not None for known in self.found.known.values()):
+            self.pending.write(self._entries(), {})  # rows of before count: from now on they are nobody's garbage
         scoring.run()
         for remark in scoring.input_remarks():
             self.watcher.note(remark)

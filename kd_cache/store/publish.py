@@ -220,6 +220,7 @@ class _Publication:
             superfluous.update(merged)
         self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
+        self._withdraw(packs)
         view = _View(self.snapshot, change.shown_path, done, self.watcher, self._viewed())
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
         permitted = change.wanted.permitted
@@ -273,6 +274,33 @@ class _Publication:
         if gone := self._remove_forbidden():
             self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
 
+    def _withdraw(self, packs: Mapping[str, Pack | None]) -> None:
+        """Before a row of the view changes: an index without its teacher's files. Who goes by these fails from then on.
+
+        Whoever goes by the packs finds in it what was there before.
+        """
+        index = self.snapshot.index
+        if index is None or not index.record.get("files"):
+            return
+        changing = [name for name in index.origins if not self._keeps_rows(index, name, packs.get(name))]
+        maps = _maps_of(self.snapshot) if changing else {}
+        if any(maps.get(name) for name in changing):
+            kept = {name: {} if name in changing else files for name, files in maps.items()}
+            record = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
+            path, state = self.folder.index_path, self.snapshot.state
+            self.snapshot.wrote(*write_index(path, index.num_samples, kept, record, state=state))
+
+    def _keeps_rows(self, index: Index, name: str, pack: Pack | None) -> bool:
+        """Whether no row of a teacher becomes another; some may go or come."""
+        named = index.record["teachers"][name]["pack"]
+        if pack is None or named is None or pack.path.name == named:
+            return True
+        before = next((held for held in self.snapshot.packs.good if held.path.name == named), None)
+        if before is None:
+            return False
+        at = KeyFinder(pack.keys).find(before.keys)
+        return bool((pack.checksums[at[at >= 0]] == before.checksums[at >= 0]).all())
+
     # -- one teacher --------------------------------------------------------------------------------------------------
 
     def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
@@ -308,7 +336,8 @@ class _Publication:
         if result.disagreements:
             self.watcher.note(
                 f"{name}: {len(result.disagreements)} samples were scored twice with different bits (other hardware or "
-                f"batch shape?); the first pack by name is kept, first such sample: {result.disagreements[0]}"
+                f"batch shape?); what the index named is kept, else the first pack by name; first such sample: "
+                f"{result.disagreements[0]}"
             )
         self.done.left_out[name] = result.left_out
         self.done.unread[name] = int((~result.absent & ~self.change.wanted.known).sum())
@@ -404,6 +433,14 @@ class _Publication:
                 with store_errors(pack.path, "remove"):
                     pack.path.unlink(missing_ok=True)
         return gone
+
+
+def _maps_of(snapshot: Snapshot) -> Mapping[str, Mapping[str, str]]:
+    """The maps of the index as this snapshot found it. Raises `IndexChangedError` where it is another by now."""
+    now = snapshot.again(maps=True)
+    if now.index is None or now.state != snapshot.state:
+        raise IndexChangedError
+    return now.index.maps
 
 
 def _held_by_all(packs: Iterable[Pack | None]) -> int:

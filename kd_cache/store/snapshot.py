@@ -79,10 +79,12 @@ class Snapshot:
         self._memory.index = (self.state, self._maps, content)
         return content
 
-    def wrote(self, index: Index, state: State, permitted: Permitted) -> None:
+    def wrote(self, index: Index, state: State, permitted: Permitted | None = None) -> None:
         """Remember an index, with its maps, and a permitted list that this process just put in place."""
         self._memory.index = (state, True, index)
-        self._memory.permitted[permitted.name] = permitted
+        self.state = state
+        if permitted is not None:
+            self._memory.permitted[permitted.name] = permitted
 
     # -- what state it is in ------------------------------------------------------------------------------------------
 

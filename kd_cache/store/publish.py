@@ -90,7 +90,7 @@ class Change:
         missing: files that could not be scored, with the reason.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
-        min_accuracy: the least share of labelled source rows that each of ``origins`` must name rightly.
+        min_accuracy: the least that each of ``origins`` must reach.
         hint: what to do where rows are missing.
     """
 
@@ -242,11 +242,11 @@ class _Publication:
         return done
 
     def _refuse_inaccurate(self, packs: Mapping[str, Pack | None]) -> None:
-        for name in self.change.origins if self.change.min_accuracy is not None else ():
-            pack = packs[name]
-            union = None if pack is None else self.snapshot.union_of(pack)
-            accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
-            refuse_below(name, accuracy, self.change.min_accuracy)
+        if self.change.min_accuracy is None:
+            return
+        for pack in filter(None, map(packs.get, self.change.origins)):
+            accuracy = self.snapshot.accuracy(self.snapshot.union_of(pack), self.change.wanted.permitted)
+            refuse_below(pack.origin.teacher, accuracy, self.change.min_accuracy)
 
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""

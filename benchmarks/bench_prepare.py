@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from pathlib import Path
@@ -83,6 +84,11 @@ def measure(report: Report, folder: Path, files: list[str], name: str) -> None:
 def main() -> None:
     chosen_options = options(__doc__)
     report = Report("prepare", chosen_options.quick)
+    lacks = [name for name in ("librosa", "soundfile", "soxr") if importlib.util.find_spec(name) is None]
+    if lacks:
+        report.skip(f"everything: {', '.join(lacks)} not installed")
+        report.save(chosen_options.out)
+        return
     with tempfile.TemporaryDirectory(prefix="kd-cache-bench-") as made:
         files = make_clips(Path(made), 500 if chosen_options.quick else 4000)
         for name in FRONT_ENDS:

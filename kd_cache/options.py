@@ -203,6 +203,8 @@ _TABLE = (
     Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
            off=True),
     Option("files", bool, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, True, off=True),
+    Option("min_accuracy", float | None, "Refuse a teacher that names fewer of the labelled source rows rightly "
+           "(a share from 0 to 1); the index stays as it was.", CACHE, None, low=0, high=1),
     # Run
     Option("device", str, "Where the teachers run.", RUN, "auto", metavar="auto|cpu|cuda[:i]"),
     Option("precision", Precision,

@@ -294,7 +294,8 @@ def _preload() -> None:
     importlib.import_module("tiny_teachers")
     importlib.import_module("kd_cache")
     for module in pkgutil.walk_packages(sys.modules["kd_cache"].__path__, "kd_cache."):
-        importlib.import_module(module.name)
+        if not module.name.endswith(".__main__"):  # that one is a command
+            importlib.import_module(module.name)
     # What is imported when a command line is parsed, and when an error is told.
     with Path(os.devnull).open("w") as silent, contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
         sys.argv = ["kd-cache", "dump", "--target", "b", "--json-path", os.devnull]

@@ -436,18 +436,6 @@ def test_a_file_of_another_role_is_refused_by_both_names(saved: Callable[[Any], 
 # Names and shapes
 
 
-def test_missing_unexpected_and_misshaped_names_are_listed_at_once(saved: Callable[[Any], Path]) -> None:
-    tensors = cnn14()
-    del tensors["feature_extractor.fc1.bias"]
-    tensors["feature_extractor.fc2.bias"] = torch.zeros(3)
-    tensors["feature_extractor.bn1.weight"] = torch.zeros(5)
-    message = refusal(saved({"model_state_dict": tensors}))
-    assert "1 missing, 1 unexpected, 1 of another shape" in message
-    assert "missing:\n  feature_extractor.fc1.bias" in message
-    assert "unexpected:\n  feature_extractor.fc2.bias" in message
-    assert "feature_extractor.bn1.weight: expected [16], found [5]" in message
-
-
 def test_another_network_is_refused_with_names_found_and_architectures_known(
     saved: Callable[[Any], Path],
 ) -> None:
@@ -493,7 +481,6 @@ NO_TEACHERS: list[tuple[object, str]] = [
     (bias(torch.zeros(0)), "an empty tensor [0]"),
     (bias(torch.zeros(10).to_sparse()), "torch.sparse_coo"),
     (bias(torch.zeros(10, device="meta")), "no data (meta)"),
-    ([1, 2], "found a list"),
     (torch.zeros(3), "found a Tensor"),
     ({}, "nothing"),
     ({"model_state_dict": "weights"}, "model_state_dict: a str"),
@@ -557,8 +544,6 @@ np.savez(ANOTHER_ZIP, a=np.zeros(3))
         (b"\x80\x02", "damaged"),
         (b"\x80", "damaged"),
         (pickle.dumps({"a": 1}), "found a plain pickle"),
-        (b"cposix\nsystem\n(S'id'\ntR.", "starts with cposix"),
-        (struct.pack("<Q", 50) + b"{}", "header claims 50 bytes"),
         (struct.pack("<Q", 2) + b"{}" + b"surplus", "damaged"),
         (struct.pack("<Q", 22) + b'{"__metadata__": null}', "nothing"),
     ],
@@ -618,20 +603,6 @@ def test_tensors_that_changed_places_are_refused(tmp_path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
     assert load_file(path).keys() == cp_resnet().keys()
     assert "not those that were written" in refusal(path)
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    saved: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, load = saved(cnn14()), torch.load
-
-    def load_while_written(*args: Any, **options: Any) -> Any:
-        content = load(*args, **options)
-        os.utime(path, ns=(1, 1))
-        return content
-
-    monkeypatch.setattr(torch, "load", load_while_written)
-    assert "changed while it was read" in refusal(path)
 
 
 # Code in a pickle

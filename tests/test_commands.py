@@ -248,11 +248,9 @@ def test_a_variable_of_any_command_is_known(monkeypatch: pytest.MonkeyPatch) -> 
 def test_no_option_takes_an_empty_text_or_a_number_that_is_none(command: Command, text: str) -> None:
     for option in command.options:
         takes = option.bare is float or (text == "" and not option.is_switch)
-        if option.positional or not takes:
+        if option.positional or not takes or option.default in (..., text):
             continue
-        with pytest.raises(
-            Exception, match="empty|finite|valid number|greater|less|in the range|expected|one of|integer"
-        ):
+        with pytest.raises(Exception, match=r"empty|finite|greater|less|range"):
             resolve(command, option.flags[0], text)
 
 

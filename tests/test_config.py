@@ -187,17 +187,17 @@ def test_tags_of_python_objects_are_never_constructed(shown: Shown, value: str) 
 def test_the_record_has_values_sources_and_a_hash_of_the_values(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KD_CACHE_CACHE_ROOT", "caches")
     config("only: [a]")
-    found = shown("--target", "c", "--seconds", "inf")
+    found = shown("--target", "c", "--seconds", "2.5")
     assert found["values"] == {
         "allow_outside": [], "as_json": True, "batch_size": 32, "cache_root": "caches", "config": "kd-cache.yaml",
-        "dtype": "fp32", "only": ["a"], "seconds": "inf", "skip_existing": True, "stage": [], "target": "c",
+        "dtype": "fp32", "only": ["a"], "seconds": 2.5, "skip_existing": True, "stage": [], "target": "c",
     }  # fmt: skip
     sources = {name: found["sources"][name] for name in ("cache_root", "only", "seconds", "skip_existing")}
     assert list(sources.values()) == ["environment", "default_map", "commandline", "default"]
     text = json.dumps(found["values"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert found["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     monkeypatch.setenv("KD_CACHE_TARGET", "c")
-    assert shown("--seconds", "inf")["sha256"] == found["sha256"] != shown()["sha256"]
+    assert shown("--seconds", "2.5")["sha256"] == found["sha256"] != shown()["sha256"]
 
 
 def test_a_path_that_no_json_can_keep_is_a_usage_error(shown: Shown) -> None:

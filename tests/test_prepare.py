@@ -153,6 +153,7 @@ def test_what_leaks_is_refused_as_a_dump_would(run: Run, folder: Path) -> None:
         (("tau", "."), "Is it tau?"),
         (("wav", "tau"), "no layout is called wav"),
         (("csv", "tau"), "--table names the tables"),
+        (("csv", "tau", "--table", "train=x.csv", "--subset", "25"), "--subset is for the layout tau"),
         (("csv", "tau", "--table", "dev=x.csv"), "expected PATH, or each of train, val, test and meta"),
         (("csv", "tau", "--table", "meta=x.csv"), "no table of samples"),
         (("csv", "tau", "--table", "train=x.csv"), "x.csv: No such file"),

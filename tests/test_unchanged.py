@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 
+import kd_cache.score.cached_rows
 import kd_cache.score.unchanged
 from kd_cache import FeatureSource
 from kd_cache.dataset.features import Feature
@@ -22,6 +23,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files whose features were read. Files are believed at once, however new: the tests cannot wait."""
     monkeypatch.setattr(kd_cache.score.unchanged, "SETTLED", 0)
     monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 0)
+    monkeypatch.setattr(kd_cache.score.cached_rows, "_SAMPLES", 0)  # it scores some cached rows again
     on_file_system(monkeypatch, "ext4")
     return counted(monkeypatch)
 

@@ -41,7 +41,7 @@ from kd_cache.keys import keys_of
 from kd_cache.score.planning import places_of
 from kd_cache.score.reading import read_ahead
 from kd_cache.score.teacher import Teacher, teacher_fingerprint
-from kd_cache.store.accuracy import alarm, changed_labels, stored_accuracy
+from kd_cache.store.accuracy import alarm, below, changed_labels, near_chance, stored_accuracy
 from kd_cache.store.cache import teacher_in_name
 from kd_cache.store.classes import misplaced
 from kd_cache.store.index import Index
@@ -71,6 +71,7 @@ class VerifyJob:
         n: how many random samples; ``None`` takes every one and looks for surplus rows and files too.
         precision: compute precision to expect; by default the one each row was made in.
         recompute: score the samples again and compare.
+        min_accuracy: a lower share of labelled source rows named rightly is a problem.
         only: audit just these teachers' rows; all by default.
     """
 
@@ -83,6 +84,7 @@ class VerifyJob:
     precision: str | None = None
     dtype: str | None = None
     recompute: bool = False
+    min_accuracy: float | None = None
     only: Collection[str] | None = None
     device: torch.device | None = None
 
@@ -200,13 +202,21 @@ class _Audit:
         wrong = alarm(now, index.record["teachers"][name])
         if wrong is not None:
             self._problem(CORRUPT, name, ALL_ROWS, f"{wrong}; run kd-cache repair", TEACHER)
+        low = below(name, now, self.job.min_accuracy)
+        if low is not None:
+            self._problem(UNCHECKED, name, ALL_ROWS, low, TEACHER)
+        warning = near_chance(index.origins[name], now, self.job.data.task.cities)
+        if warning is not None:
+            self.report.notes.append(warning)
 
     def _compare_provenance(self, name: str) -> None:
         """What the teacher learnt from must be permitted, as what it scores must."""
-        provenance = getattr(self.job.teachers.get(name), "provenance", None)
-        if provenance is None:
+        if name not in self.job.teachers:
             return
         tell_of_untold({name: self.job.teachers[name]}, self.watcher)
+        provenance = getattr(self.job.teachers[name], "provenance", None)
+        if provenance is None:
+            return
         for told in leaked(provenance, self.job.data.manifest, self.job.data.selection):
             self._problem(LEAK, name, ALL_ROWS, f"its teacher was made with {told}", TEACHER)
 

@@ -30,6 +30,7 @@ class AdoptOptions:
     on_bad_sample: BadSample
     workers: int
     max_source_bytes: int
+    min_accuracy: float | None
 
 
 def adopt(run: Run, screen: Screen) -> Report:
@@ -49,6 +50,7 @@ def adopt(run: Run, screen: Screen) -> Report:
         on_bad_sample=options.on_bad_sample,
         workers=options.workers,
         max_bytes=options.max_source_bytes,
+        min_accuracy=options.min_accuracy,
         record=run_record(run, data),
     )
     report = adopt_rows(job, screen)

@@ -52,6 +52,7 @@ class DumpOptions:
     skip_existing: bool
     files: bool
     num_verify: int
+    min_accuracy: float | None
     reread: bool
     device: str
     precision: Precision
@@ -128,6 +129,7 @@ def _job(run: Run, options: DumpOptions, data: Dataset, part: Part, screen: Scre
         shard_size=options.shard_size,
         shard_seconds=options.shard_seconds,
         part=part,
+        min_accuracy=options.min_accuracy,
         notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
         record=run_record(run, data),
     )

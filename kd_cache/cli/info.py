@@ -10,11 +10,11 @@ from typing import Any
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
 from kd_cache.commands import Report, Table
-from kd_cache.dataset.task import is_adaptation
+from kd_cache.dataset.task import is_adaptation, task_of
 from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import PLACES, check_of, choose
-from kd_cache.store.accuracy import stored_accuracy
+from kd_cache.store.accuracy import near_chance, stored_accuracy
 from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
@@ -132,6 +132,9 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
         )
     if pending := snapshot.pending:
         lines.append(f"pending   dumps begun and not sealed: {len(pending)}")
+    for name, origin in index.origins.items():
+        warning = near_chance(origin, stored_accuracy(record["teachers"][name]), task_of(index.path.parent.name).cities)
+        lines += [] if warning is None else [f"warning   {warning}"]
     if record["missing"]:
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")
     policy = record["split_policy"]

@@ -61,27 +61,33 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def _sensible(parameter: Any, ctx: Any, text: Any, value: Any) -> Any:
-    """The value, wherever it comes from, if any option has a use for such a one."""
-    if "" in (text if isinstance(text, list | tuple) else [text]):
-        raise typer.BadParameter("it is empty", ctx, parameter)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number", ctx, parameter)
-    return value
+def _refuse_odd(parameter: Any, ctx: Any, value: Any) -> None:
+    """No option has a use for an empty text or for a number that is none, wherever they come from."""
+    if value == parameter.default:
+        return
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if each == "":
+            raise typer.BadParameter("it is empty", ctx, parameter)
+        if isinstance(each, float) and not math.isfinite(each):
+            raise typer.BadParameter(f"{each} is not a finite number", ctx, parameter)
 
 
 class TableArgument(TyperArgument):
     """An argument that takes no empty text."""
 
-    def type_cast_value(self, ctx: Any, value: Any) -> Any:
-        return _sensible(self, ctx, value, super().type_cast_value(ctx, value))
+    def process_value(self, ctx: Any, value: Any) -> Any:
+        _refuse_odd(self, ctx, value)
+        return super().process_value(ctx, value)
 
 
 class TableOption(TyperOption):
     """An option that refuses to be given twice where it takes one value: the first would be lost without a word."""
 
-    def type_cast_value(self, ctx: Any, value: Any) -> Any:
-        return _sensible(self, ctx, value, super().type_cast_value(ctx, value))
+    def process_value(self, ctx: Any, value: Any) -> Any:
+        _refuse_odd(self, ctx, value)
+        found = super().process_value(ctx, value)
+        _refuse_odd(self, ctx, found)
+        return found
 
     def add_to_parser(self, parser: Any, ctx: Any) -> None:
         takes_many, self.multiple = self.multiple, True  # so that the parser hands over every value

@@ -127,5 +127,7 @@ def _rows(run: Run, folder: Path) -> Prepared:
         raise UsageError(f"no layout is called {shown(layout)}", hint=f"Layouts: {', '.join(LAYOUTS)}.")
     if (layout == "tau") == bool(texts):
         raise UsageError("--table names the tables of the layout csv; in the layout tau they have their own names")
+    if layout == "csv" and subset is not None:
+        raise UsageError("--subset is for the layout tau; name the table of a subset: --table train=PATH")
     tables = parse_tables(texts) if layout == "csv" else tau_tables(folder, subset)
     return prepare_rows(tables, run.values["columns"], max_bytes=run.values["max_manifest_bytes"])

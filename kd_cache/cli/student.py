@@ -92,7 +92,9 @@ def _provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[st
             screen.note(f"{shown(name)}: what it was trained on is not known: {why}")
             continue
         parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
-        now = teacher_fingerprint(teacher, precision=parts["precision"], dtype=parts["dtype"])
+        now = teacher_fingerprint(
+            teacher, precision=parts["precision"], dtype=parts["dtype"], front_end=parts.get("front_end")
+        )
         if now.digest != origin.fingerprint.digest:
             screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
             continue

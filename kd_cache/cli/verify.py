@@ -75,6 +75,7 @@ def _verify_one(run: Run, folder: CacheFolder, seed: int, screen: Screen) -> Ver
             precision=options["precision"],
             dtype=options["dtype"],
             recompute=options["recompute"],
+            min_accuracy=options["min_accuracy"],
             device=device,
         ),
         screen,

@@ -161,7 +161,7 @@ class FeatureSource:
         if len(missing) == 1:
             return FeatureError(error.message, hint=hint)
         return FeatureError(
-            f"{len(missing):,} of {len(files):,} features are missing, or cannot be opened, {self._place_in_words}\n{listed(missing)}",
+            f"{len(missing):,} of {len(files):,} features are missing {self._place_in_words}\n{listed(missing)}",
             hint=hint,
         )
 

@@ -337,7 +337,13 @@ def _outside(provenance: Provenance, selection: Selection) -> np.ndarray:
 
 
 def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
-    """A note of each teacher that says what it was made with, but not all of it."""
+    """A note of the teachers that say nothing of what they were made with, and of each that does not say all of it."""
+    silent = [name for name, teacher in teachers.items() if getattr(teacher, "provenance", None) is None]
+    if silent:
+        watcher.note(
+            f"nothing is known of what made {', '.join(map(shown, silent))}: whether a sample that is not permitted "
+            "trained it cannot be checked"
+        )
     for name, teacher in teachers.items():
         provenance: Provenance | None = getattr(teacher, "provenance", None)
         if provenance is not None and not provenance.complete:

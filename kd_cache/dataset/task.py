@@ -97,6 +97,11 @@ TASKS = (DCASE,)
 """All that there are. Their adaptations have names of their own."""
 
 
+def task_of(name: str) -> Task:
+    """The task whose adaptation a folder is named after; the first where it is named after none."""
+    return next((task for task in TASKS if task.is_adaptation(name)), TASKS[0])
+
+
 def adaptation(target: str) -> str:
     """What the adaptation to a target is called, and its cache's folder."""
     return next((task for task in TASKS if target in task.targets), TASKS[0]).adaptation(target)

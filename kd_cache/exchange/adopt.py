@@ -23,7 +23,7 @@ from kd_cache.files.atomic import make_directory
 from kd_cache.keys import keys_of, sorted_order
 from kd_cache.score.reading import read_digests
 from kd_cache.score.value_kind import RowCheck
-from kd_cache.store.accuracy import Accuracy, stored_accuracy
+from kd_cache.store.accuracy import Accuracy, near_chance, stored_accuracy
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root, teacher_in_name
 from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
@@ -53,6 +53,7 @@ class AdoptJob:
         dtype: what the numbers of a text table are.
         files: whether the cache has a view; by default as it is, or yes.
         max_bytes: a larger source is refused unread.
+        min_accuracy: with a lower share of labelled source rows named rightly nothing is adopted.
         on_bad_sample: ``stop`` at a feature or a row that cannot be used, or ``skip`` it and list it as missing.
         record: what the index keeps about the run (settings, tool version).
     """
@@ -68,6 +69,7 @@ class AdoptJob:
     on_bad_sample: str = "stop"
     workers: int = 2
     max_bytes: int = MOST_BYTES
+    min_accuracy: float | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -361,6 +363,7 @@ class _Adoption:
             entries=entries,
             missing=missing,
             keep_damaged=True,
+            min_accuracy=self.job.min_accuracy,
         )
         return publish(self.snapshot, change, self.watcher)
 
@@ -382,6 +385,10 @@ class _Adoption:
     def _outcomes(self, ready: Mapping[str, _Ready], published: Published) -> dict[str, Adopted]:
         index = self.snapshot.again().index
         entries = {} if index is None else index.record["teachers"]
+        for name, one in ready.items():
+            warning = near_chance(one.origin, stored_accuracy(entries.get(name, {})), self.job.data.task.cities)
+            if warning is not None:
+                self.watcher.note(warning)
         return {
             name: Adopted(
                 one.foreign.kind,

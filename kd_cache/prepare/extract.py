@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +108,8 @@ def extract(job: ExtractJob, watcher: Watcher) -> Extracted:
     _put_together(job, path, parts)
     write_atomic(record, json.dumps({"key": key, "stat": _stat(path, job.npy), **about}, indent=1).encode())
     remove_files(folder, [each for each in folder.iterdir() if each.suffix == ".part"])
-    folder.rmdir()
+    with suppress(OSError):  # somebody else's files stay
+        folder.rmdir()
     return Extracted(path, made)
 
 

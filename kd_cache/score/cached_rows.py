@@ -44,13 +44,16 @@ def check_unknown_code(job: DumpJob, found: Found, files: Sequence[str], watcher
 
 
 def _check(job: DumpJob, found: Found, name: str, known: Known, files: Sequence[str], watcher: Watcher) -> None:
-    plan, places = found.snapshot.plan, dict[str, Place]()
+    plan, places, shapes = found.snapshot.plan, dict[str, Place](), set[tuple[int, ...]]()
     held = np.flatnonzero(known.first >= 0)
     start = SystemRandom().randrange(len(held)) if len(held) else 0
     for number in held[start : start + _SAMPLES].tolist():
         feature = job.data.features.try_read(files[number])
         if isinstance(feature, Feature) and known.is_first(number, feature.digest):
             shape = (feature.array.shape[0], feature.array.shape[1])
+            shapes.add(shape)
+            if len(shapes) > 1:
+                break  # one shape, one batch
             size = 1 if plan is None else plan.batches.get(shape, 1)
             places[files[number]] = Place(size, len(places) % size)
     if not places or known.union is None:

@@ -21,6 +21,7 @@ from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
+from kd_cache.store.accuracy import Accuracy, near_chance
 from kd_cache.store.pending import PendingRecord
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.watch import Watcher
@@ -36,6 +37,7 @@ def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
     Raises:
         StaleError: the cache was written by an older script (and ``skip_existing`` is on).
         CorruptError: logits that the cache holds were joined to wrong rows.
+        StaleError: cached rows are not what a teacher gives now; TeacherError: its accuracy is below ``min_accuracy``.
         FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``; what was scored before stays committed.
         StoreError: the cache cannot be written.
     """
@@ -134,6 +136,8 @@ class _Dump:
         if self._is_news() and any(known.union is not None for known in self.found.known.values()):
             self.pending.write(self._entries(), {})  # rows of before count: from now on they are nobody's garbage
         scoring.run()
+        for remark in scoring.input_remarks():
+            self.watcher.note(remark)
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
@@ -180,8 +184,15 @@ class _Dump:
             entries=self._entries(),
             missing=self.report.missing,
             replaced=replaced,
+            min_accuracy=self.job.min_accuracy,
         )
         published = publish(self.found.snapshot, change, self.watcher)
+        for name, origin in self.job.origins.items():
+            kept = published.accuracy[name]
+            accuracy = Accuracy(kept["correct"], kept["rows"])
+            warning = near_chance(origin, accuracy, self.job.data.task.cities)
+            if warning is not None:
+                self.watcher.note(warning)
         self.report.snapshot = self.found.snapshot.again(maps=True)
         return published
 
@@ -230,6 +241,11 @@ def _part(job: DumpJob, size: int) -> range:
         raise UsageError(
             "--batch-size auto cannot be used for a part: each would choose a size of its own",
             hint="Give a number, the same for all parts.",
+        )
+    if job.part is not None and job.min_accuracy is not None:
+        raise UsageError(
+            "--min-accuracy is about a whole cache, not about a part",
+            hint="Seal the parts, then: kd-cache verify --min-accuracy.",
         )
     if job.part is not None and not job.skip_existing:
         raise UsageError(

@@ -42,6 +42,7 @@ class DumpJob:
         workers: threads that read features ahead; 0 reads in place.
         on_bad_sample: ``stop`` at a sample that cannot be scored, or ``skip`` it and list it as missing.
         part: ``(i, n)`` scores part i of n (0 ≤ i < n), commits it, and leaves view and index to a seal.
+        min_accuracy: with a lower share of labelled source rows that a teacher names rightly nothing becomes current.
         record: what the index keeps about the run (settings, policy, tool version).
     """
 
@@ -63,6 +64,7 @@ class DumpJob:
     shard_size: int = 4096
     shard_seconds: float = 5.0
     part: tuple[int, int] | None = None
+    min_accuracy: float | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 

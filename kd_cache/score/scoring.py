@@ -18,6 +18,7 @@ from kd_cache.score.commits import Commits
 from kd_cache.score.device import numerics
 from kd_cache.score.engine import Engine, Scored
 from kd_cache.score.existing import ASKED, FRESH, Found, Known
+from kd_cache.score.input_checks import input_remarks
 from kd_cache.score.job import NEW, DumpJob, DumpReport
 from kd_cache.score.planning import Planner, Ranks
 from kd_cache.score.reading import Read, read_ahead
@@ -84,6 +85,19 @@ class Scoring:
         """Note the features that were read, for the next dump."""
         read = self.readable & ~self._unchanged.fresh
         self._unchanged.remember(read, self.inputs, self._ranks.shapes)
+
+    def input_remarks(self) -> Iterator[str]:
+        """What the features that were read, or known to be unchanged, give cause to say."""
+        numbers = np.flatnonzero(self.readable)
+        selection = self._job.data.selection
+        files = [self._files[number] for number in numbers.tolist()]
+        yield from input_remarks(
+            files,
+            self.inputs[numbers],
+            self._ranks.shapes[numbers],
+            selection.labels[numbers],
+            self._job.data.features,
+        )
 
     def _score_all(self) -> None:
         job = self._job
@@ -152,8 +166,21 @@ class Scoring:
             what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
             self._bad(number, FeatureError(f"feature {shown(self._files[number])} {what}"))
             return
+        for name in self._due[number]:
+            self._refuse_other_bins(name, number, shape)
         place = plan.place(shape, self._ranks.rank(number, shape))
         self._keep(batcher.add(number, array, frozenset(self._due[number]), place))
+
+    def _refuse_other_bins(self, name: str, number: int, shape: tuple[int, int]) -> None:
+        """A teacher that says how many bins it was made for must not score swapped axes, which its code may allow."""
+        expected = getattr(self._job.teachers[name], "num_bins", None)
+        if expected is not None and expected != shape[1]:
+            swapped = "; its axes are swapped" if shape[0] == expected else ""
+            raise TeacherError(
+                f"teacher {name} takes features [T, {expected}], but {shown(self._files[number])} is "
+                f"[{shape[0]}, {shape[1]}]{swapped}",
+                hint="Give the features that the teacher was trained on.",
+            )
 
     def _advance(self, count: int) -> None:
         self._done += count

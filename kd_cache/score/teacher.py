@@ -36,9 +36,9 @@ _OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "form
 class Teacher(Protocol):
     """The contract.
 
-    Optional on top of it: ``class_names`` (one per class), ``to(device)``, ``eval()``, ``state_dict()``, and
-    ``provenance``, a `kd_cache.Provenance` of the samples that it was made with: where one of them is not permitted,
-    the teacher is refused.
+    Optional on top of it: ``class_names`` (one per class), ``num_bins`` (the F that it was made for), ``to(device)``,
+    ``eval()``, ``state_dict()``, and ``provenance``, a `kd_cache.Provenance` of the samples that it was made with:
+    where one of them is not permitted, the teacher is refused.
 
     Attributes:
         num_classes: C.

@@ -22,7 +22,16 @@ from torch import nn
 
 from kd_cache.store.origin import canonical_json, weights_digest
 
-_CONTRACT = {"num_classes", "value_kind", "class_names", "provenance", "source", "checkpoint_sha256", "training"}
+_CONTRACT = {
+    "num_classes",
+    "num_bins",
+    "value_kind",
+    "class_names",
+    "provenance",
+    "source",
+    "checkpoint_sha256",
+    "training",
+}
 _OF_MODULES = set(vars(nn.Module()))
 _WITHOUT_STATE = (
     str, bytes, type(None), enum.Enum, Path, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from kd_cache.serve.generation import look, older_rows, refuse_mixture, refuse_u
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
+from kd_cache.store.accuracy import near_chance, stored_accuracy
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Fingerprint
@@ -180,6 +181,15 @@ class LogitCache:
         """What each opened teacher calls its columns; ``None`` where it says nothing."""
         origins = {} if self._index is None else self._index.origins
         return {name: origins[name].class_names if name in origins else None for name in self.teachers}
+
+    def doubts(self, cities: Collection[str] = ()) -> list[str]:
+        """Warnings of opened teachers that are hardly better than guessing; those of ``cities`` name no scenes."""
+        index = self._index
+        if index is None:
+            return []
+        entries = index.record["teachers"]
+        found = (near_chance(index.origins[name], stored_accuracy(entries[name]), cities) for name in self.teachers)
+        return [warning for warning in found if warning is not None]
 
     @property
     def label_counts(self) -> dict[str, int]:

@@ -159,6 +159,8 @@ def student_loader(
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
     refuse_misplaced(cache, manifest.task)
+    for warning in cache.doubts(manifest.task.cities):
+        warnings.warn(warning, stacklevel=2)
     scored = _scored(cache, samples) if check_features else None
     packed = None if features is None else Path(features).expanduser()
     source = feature_source(root, packed, [*map(Path, allow_outside)], max_feature_bytes, manifest.bins)

@@ -68,6 +68,7 @@ class Change:
         missing: files that could not be scored, with the reason.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
+        min_accuracy: the least that each of ``origins`` must reach.
         hint: what to do where rows are missing.
     """
 
@@ -81,6 +82,7 @@ class Change:
     missing: Mapping[str, str] = field(default_factory=dict)
     replaced: Sequence[Path] = ()
     keep_damaged: bool = False
+    min_accuracy: float | None = None
     hint: str = ANOTHER_MANIFEST
 
 

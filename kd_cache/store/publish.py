@@ -18,6 +18,7 @@ import numpy as np
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.keys import KeyFinder
+from kd_cache.store.accuracy import refuse_below
 from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.change import Change as Change
 from kd_cache.store.change import Published as Published
@@ -42,6 +43,7 @@ def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
 
     Raises:
         MissingLogitsError: rows of the teachers asked for are not there; the index stays as it was.
+        TeacherError: a teacher's accuracy is below what the change asks for; the index stays as it was.
         StoreError: the cache cannot be written, or its index keeps changing.
     """
     before = snapshot.index
@@ -128,6 +130,7 @@ class _Publication:
         for name, origin in origins.items():
             packs[name], merged = self._merge(origin)
             superfluous.update(merged)
+        self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
         viewed, withdrawn = self._viewed(), self._withdraw(packs)
         view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
@@ -149,6 +152,13 @@ class _Publication:
         self.written = written[0]
         self.superfluous = superfluous
         return done
+
+    def _refuse_inaccurate(self, packs: Mapping[str, Pack | None]) -> None:
+        if self.change.min_accuracy is None:
+            return
+        for pack in filter(None, map(packs.get, self.change.origins)):
+            accuracy = self.snapshot.accuracy(self.snapshot.union_of(pack), self.change.wanted.permitted)
+            refuse_below(pack.origin.teacher, accuracy, self.change.min_accuracy)
 
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""

@@ -361,12 +361,14 @@ def test_a_damaged_index_does_not_forget_the_teachers_that_are_not_asked(run: Ru
     assert len(content["other"]) == 20
 
 
-def test_row_files_of_teachers_that_no_index_names_are_found_and_pruned(run: Run, cached: World, world: World) -> None:
+def test_rows_of_teachers_not_asked_for_stay_where_the_index_is_gone(run: Run, cached: World, world: World) -> None:
+    """All but those of samples no longer permitted, whose files go too."""
     (world.cache / "cache_index.json").unlink()
     gone = world.permitted()[-1]
     next(row for row in world.rows if row["file"] == gone)["split"] = "test"
     world.write()
     assert run(*only(world, "tiny")).exit_code == 0
+    assert set(LogitCache.open(world.cache, teachers=["other"]).files) == set(world.permitted())
     assert not world.view("other", gone).exists()
     np.save(world.view("other", gone), np.zeros(10, np.float32))
     assert run("verify", *TINY, "--all").exit_code == 6

@@ -113,8 +113,8 @@ def find_rows(job: DumpJob, watcher: Watcher) -> Found:
     earlier = _earlier_index(job, snapshot, watcher)
     others = {name: origin for name, origin in snapshot.origins.items() if name not in job.origins}
     packs = snapshot.packs
-    if earlier is None and job.folder.index_path.exists():
-        others = packs.sole_origins(job.origins)
+    if earlier is None and (job.folder.index_path.exists() or not snapshot.pending):
+        others = packs.sole_origins(job.origins)  # the index is lost: what packs leave no choice about stays
     for error in packs.damaged.values():
         watcher.note(error.message)
     snapshot.refuse_wrong_joins(others | (job.origins if job.skip_existing else {}))

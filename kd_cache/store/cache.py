@@ -46,7 +46,7 @@ class PackSet:
         for name, origins in found.items():
             if len(origins) > 1:
                 raise CorruptError(
-                    f"the index is damaged or gone, and {name} has rows of {len(origins)} fingerprints: which is current?",
+                    f"the index is damaged or gone; {name} has rows of {len(origins)} fingerprints: which is current?",
                     hint=f"Dump with {name} among the teachers (without --only, or with --teacher {name}=…).",
                 )
         return {name: next(iter(origins.values())) for name, origins in sorted(found.items())}

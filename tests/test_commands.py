@@ -208,6 +208,20 @@ def test_a_section_of_the_file_is_of_the_command_called_like_it(run: Call, plugi
         assert says in said_in(refused)
 
 
+def test_a_command_may_stand_beside_the_one_that_its_first_word_is(
+    run: Call, plugin: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config("epochs: 5\nbatch_size: 3")
+    assert json.loads(run("show", "--json").stdout)["values"]["batch_size"] == 3
+    assert json.loads(run("show", "epochs", "--json").stdout)["own"] == 5
+    monkeypatch.setenv("KD_CACHE_EPOCHS", "6")
+    assert json.loads(run("show", "epochs", "--json").stdout)["own"] == 6
+    assert "Usage: kd-cache show epochs [OPTIONS]" in run("show", "epochs", "--help").stdout
+    for asked in (("--help",), ("show", "--help")):
+        assert "show epochs" in run(*asked).stdout
+    assert "extra argument" in said_in(run("show", "epoch"))
+
+
 @pytest.mark.parametrize(
     ("value", "says"), [("plugin_fixtures:SAME", "second command dump"), ("nothing_like_this:X", "cannot be loaded")]
 )

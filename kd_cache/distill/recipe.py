@@ -90,6 +90,19 @@ MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean"
 """What an older pipeline calls modes, and what they are called here."""
 
 
+def parse_modes(text: str) -> list[str]:
+    """``ce,fit,weights:a=0.7,b=0.3``: modes by commas; those within weights are theirs. Raises `UsageError`."""
+    found: list[str] = []
+    for part in map(str.strip, text.split(",")):
+        if not part:
+            raise UsageError(f"expected modes such as ce,mean,fit, found {shown(text)}")
+        if found and found[-1].startswith("weights:") and "=" in part:
+            found[-1] += f",{part}"
+        else:
+            found.append(MODES_BEFORE.get(part, part))
+    return found
+
+
 def parse_temperature(text: str) -> tuple[float, float | None]:
     """``4``, or ``4:1`` for a line from 4 to 1 over the epochs. Raises `UsageError`."""
     start, colon, end = text.partition(":")

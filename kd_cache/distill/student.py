@@ -48,16 +48,18 @@ class StudentJob(TrainJob):
         mode: ``ce``, ``fit``, ``gate``, or another mode of `kd_cache.distill.fuse`.
         recipe: the numbers of the objective.
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
+        own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
     cache: Path = Path("cache")
     mode: str = "fit"
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
+    own_home: Path | None = None
 
     @property
     def home(self) -> Path:
-        return self.output_dir / FOLDER / self.place / self.mode.partition(":")[0]
+        return self.own_home or self.output_dir / FOLDER / self.place / self.mode.partition(":")[0]
 
     @cached_property
     def division(self) -> Division:

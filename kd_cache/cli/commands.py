@@ -10,7 +10,7 @@ from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.cli.data_commands import CHECK, PREPARE
-from kd_cache.cli.student_commands import COMPARE, STUDENT
+from kd_cache.cli.student_commands import COMPARE, COMPLEXITY, PREDICT, STUDENT
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
 from kd_cache.options import (
@@ -346,8 +346,8 @@ EVALUATE = Command(
 )  # fmt: skip
 
 COMMANDS = (
-    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, EVALUATE, PREPARE, CHECK,
-    SAMPLE_DATA,
+    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
+    COMPLEXITY, EVALUATE, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 
 

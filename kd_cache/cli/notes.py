@@ -66,3 +66,12 @@ agree as much in at most 5 % of cases; else, and of fewer than three seeds, it i
 Each run is kept in `outputs/student/A2b/compare-<digest>/<mode>/seed-<n>/`. The digest is that of everything that they
 have in common (data, rows of the teachers, recipe, settings, code), so more `--modes` or `--seeds` join those that are
 there, and an interrupted comparison goes on. `comparison.json`, `.csv` (a row per run) and `.md` are beside them."""
+
+PREDICT = """\
+The file has tabs between `filename`, `scene_label` and one column per class, in the order of the labels: probabilities
+at temperature 1, every number such that it reads back exactly. Names are those of the table less `audio/`; without a
+table each `.npy` is of the `.wav` of its name. A clip without a feature is refused, and so is one listed twice."""
+
+COMPLEXITY = """\
+A convolution counts its parameters (the bias included) times the positions of its output, every other layer its
+parameters, once per call: as the challenge's own tool does. Statistics of batch norm are no parameters."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from kd_cache.cli import notes
 from kd_cache.commands import Command
 from kd_cache.distill.recipe import parse_modes, parse_temperature
-from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, OWN_TEACHERS, RUN, SHOWING, Option
+from kd_cache.errors import UsageError, shown
+from kd_cache.options import DATA, DATA_LIMITS, DATASET, LIMITS, OUTPUT, OWN_TEACHERS, RUN, SHOWING, Option
 from kd_cache.train.settings import OPTIONS as TRAINING
 
 KD, KD_WEIGHT = "Distillation", "Weight of distillation"
@@ -87,4 +89,61 @@ COMPARE = Command(
     ("modes", "seeds", "recipe", "epochs", "output_dir"),
     (0, 1, 2, 3, 4, 5, 6),
     notes=notes.COMPARE,
+)  # fmt: skip
+
+_OF_TRAINING = {option.name: option for option in TRAINING}
+_MODEL = Option("model", str, "A checkpoint, or a net of your own (its code runs).", "Arguments", positional=True,
+                metavar="CKPT|NAME=module:factory[,ckpt=PATH]")  # fmt: skip
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``65,256`` or ``1,65,256``: frames and bins of one clip. Raises `UsageError`."""
+    numbers = text.split(",")
+    if len(numbers) == 3 and numbers[0].strip() == "1":
+        numbers = numbers[1:]
+    if len(numbers) != 2 or not all(each.strip().isdecimal() and 0 < int(each) <= 1 << 20 for each in numbers):
+        raise UsageError(f"expected frames and bins such as 65,256, found {shown(text)}")
+    return int(numbers[0]), int(numbers[1])
+
+
+PREDICT = Command(
+    "student predict",
+    "kd_cache.cli.student_models:predict",
+    "Write a student's decisions and probabilities on unlabelled clips, as challenges want them.",
+    (
+        _MODEL,
+        # Not "features": in a settings file that is the file that a dump reads.
+        Option("features_at", Path, "Folder of .npy features, or one HDF5 file.", DATA, flag="--features"),
+        Option("table", Path | None, "Table of the clips to predict, with a column filename; its order is kept.", DATA,
+               None, "every .npy of the folder"),
+        Option("output", Path, "File to write.", OUTPUT, Path("submission.tsv")),
+        Option("overwrite", bool, "Replace a file that differs.", OUTPUT, False),
+        "num_scenes", "num_cities", "allow_outside", "device", _OF_TRAINING["batch_size"], "workers",
+        "max_feature_bytes", "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    examples=(
+        "kd-cache student predict data/sample/teachers/teacher_scene/global/best.safetensors "
+        "--features data/sample/features --output cache/submission.tsv",
+    ),
+    first=("table", "output"),
+    notes=notes.PREDICT,
+)  # fmt: skip
+
+COMPLEXITY = Command(
+    "student complexity",
+    "kd_cache.cli.student_models:complexity",
+    "Count a net's parameters, their bytes, and its multiply-accumulates (MACs) on one clip.",
+    (
+        replace(_MODEL, kind=str | None, default=None, otherwise="--arch, untrained"),
+        Option("shape", Any, "Frames and bins of the clip.", DATA, None, "the manifest's first train feature",
+               metavar="T,F", parse=parse_shape),
+        Option("limits", Literal["none", "dcase"], "Exit with 1 beyond 128,000 bytes or 30 M MACs (dcase).", LIMITS,
+               "none"),
+        Option("stored_as", Literal["fp32", "fp16", "int8"], "What bytes --limits are about.", LIMITS, "fp16"),
+        *(_OF_TRAINING[name] for name in ("arch", "feature_dim", "mlp_hidden_dims")),
+        *DATASET, *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    examples=("kd-cache student complexity --arch cp_resnet --shape 43,256 --limits dcase --stored-as int8 --json",),
+    first=("arch", "shape", "limits", "stored_as"),
+    notes=notes.COMPLEXITY,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import adaptation
 from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
-from kd_cache.distill.recipe import MODES_BEFORE, RECIPES, Recipe, parse_options
+from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.errors import shown
 from kd_cache.options import Target
@@ -21,6 +21,7 @@ from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import teacher_fingerprint
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
+from kd_cache.store.names import MODES_BEFORE
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainReport

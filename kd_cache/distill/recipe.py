@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kd_cache.errors import UsageError, shown
+from kd_cache.store.names import MODES_BEFORE
 
 APPLY_TO: Final = ("target", "all", "source")
 NORMALISE: Final = ("batch", "mask")
@@ -84,10 +85,6 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "dcase": Recipe(loss="dcase", temperature=2.0, alpha=0.98, apply_to="all"),
 }
 """Bundles by name: ours, that of the City2Scene pipeline, and CP-JKU's of 2023 (λ = 1 − α = 0.02)."""
-
-
-MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean", "attn_fusion": "gate"}
-"""What an older pipeline calls modes, and what they are called here."""
 
 
 def parse_modes(text: str) -> list[str]:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from kd_cache.dataset.manifest import IGNORED
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.distill.fitting import UnfitError, fit_gate, fit_weights, held_out
-from kd_cache.distill.fusion import RESERVED, Fusion, Weights
+from kd_cache.distill.fusion import Fusion, Weights
 from kd_cache.distill.objective import CE, DistillLoss
 from kd_cache.distill.recipe import Recipe
 from kd_cache.errors import StaleError, UsageError, listed, shown
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.student_loader import refuse_misplaced
+from kd_cache.store.names import MODES
 from kd_cache.train.augment import Mixed
 from kd_cache.train.clips import Clips
 from kd_cache.train.division import Division, divide
@@ -106,7 +107,7 @@ class StudentTraining(Training):
     def _opened(self) -> LogitCache:
         mode = self.job.mode
         cache = LogitCache.open(self.job.cache)
-        if mode in cache.teachers and mode not in RESERVED:
+        if mode in cache.teachers and mode not in MODES:
             cache = LogitCache.open(self.job.cache, [mode])
         if cache.target != self.job.data.target:
             raise UsageError(f"{shown(cache.path)} is no cache for the target {self.job.data.target}")

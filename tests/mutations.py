@@ -196,6 +196,11 @@ kd_cache/serve/student_loader.py: test_student
 -            if digests != feature.digest * (len(digests) // len(feature.digest)):
 +            if digests[: len(feature.digest)] != feature.digest:
 
+a note of an unchanged file is believed although its row is stale
+kd_cache/score/unchanged.py: test_unchanged, test_seen, test_dump
+-            numbers = numbers[known.are_fresh(numbers + part.start, digests[numbers])]
++            pass
+
 a changed file counts as unchanged by its size
 kd_cache/score/unchanged.py: test_seen, test_unchanged
 -self.notes["stat"][at[held]] == stats[held]).all(axis=1)

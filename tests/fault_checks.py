@@ -323,7 +323,11 @@ def _comparable(name: str, content: bytes | None) -> Any:
     index = json.loads(content)
     record = {key: value for key, value in index["kd_cache"].items() if key not in _MOMENT}
     manifest = {**record["manifest"], "path": Path(record["manifest"]["path"]).name}  # a seal knows the whole path
-    return index | {"kd_cache": record | {"manifest": manifest}}
+    teachers = {
+        name: {key: value for key, value in entry.items() if key not in _MOMENT}
+        for name, entry in record["teachers"].items()
+    }
+    return index | {"kd_cache": record | {"manifest": manifest, "teachers": teachers}}
 
 
 def check_outcome(outcome: Outcome, fault: Fault) -> None:

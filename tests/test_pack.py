@@ -29,6 +29,7 @@ from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.origin import Fingerprint, Origin
 from kd_cache.store.pack import open_pack, row_checksums, write_pack
+from kd_cache.store.union import Union
 
 SCENE = origin()
 FIVE = Rows.of(names(5))
@@ -413,8 +414,7 @@ def test_a_thousand_packs_need_no_thousand_descriptors(
         found = CacheFolder(packs.parent).packs()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    union = found.union(SCENE)
-    assert union is not None
+    union = Union(found.of(SCENE))
     assert (len(found.good), union.take(np.arange(150)).tobytes()) == (150, rows.logits.tobytes())
     with pytest.raises(ValueError, match="WRITEABLE"):
         found.good[0].logits.flags.writeable = True

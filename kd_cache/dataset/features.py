@@ -122,13 +122,18 @@ class FeatureSource:
 
     def missing(self, files: Sequence[str]) -> dict[str, str]:
         """Which of them are not there or cannot be opened, and why. Nothing is read."""
-        found = {}
+        return {file: self._error(file, error).message for file, error in self._unopened(files)}
+
+    def _unopened(self, files: Sequence[str]) -> Iterator[tuple[str, Exception]]:
         for number in np.flatnonzero(self.stat_many(files)[:, 0] < 0).tolist():
             try:
                 self._look(files[number])
             except (ValueError, OSError) as error:
-                found[files[number]] = self._error(files[number], error).message
-        return found
+                yield files[number], error
+
+    def _absent(self, files: Sequence[str]) -> list[str]:
+        """Those that are not there at all: what is wrong with another, only reading tells."""
+        return [file for file, error in self._unopened(files) if isinstance(error, FileNotFoundError)]
 
     def _look(self, file: str) -> None:
         descriptor, status = self.open(file)
@@ -150,7 +155,7 @@ class FeatureSource:
 
     def refusal(self, file: str, error: FeatureError, files: Sequence[str]) -> FeatureError:
         """What to raise where ``file`` cannot be done without: if it is missing, it names all of ``files`` that are."""
-        missing = list(self.missing(files) if self.missing([file]) else ())
+        missing = self._absent(files) if self._absent([file]) else []
         if not missing:
             return error
         others = (name for name in _other_spellings(missing[0]) if name != missing[0])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Run as Call
+from conftest import World
 from plugin_fixtures import config, said_in
 from plugin_fixtures import nowhere as nowhere
 from plugin_fixtures import plugin as plugin
@@ -275,3 +276,24 @@ def test_a_settings_file_that_is_none_is_refused_and_never_waited_for(run: Call,
     for path in ("pipe", "/dev/zero", "/proc/self/mem", "."):
         result = run("gc", "--config", path)
         assert (result.exit_code, f"cannot read {path}" in said_in(result)) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate ~nosuchuser/x",
+        "prepare csv . --table ~nosuchuser/x --out o",
+        "dump --target b --teacher x=m:f,ckpt=~nosuchuser/x --only x",
+        "dump --target b --teacher x=~nosuchuser/x.py:f --only x",
+    ],
+)
+def test_a_home_of_nobody_is_said_wherever_a_path_is_a_part_of_a_text(run: Call, world: World, command: str) -> None:
+    result = run(*command.split(), *(() if command.startswith("prepare") else ("--json-path", world.json_path)))
+    assert (result.exit_code, "~nosuchuser/x" in said_in(result)) == (2, True), result.output
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(run: Call, world: World) -> None:
+    mem = "/proc/self/mem"  # its factory does not look at it
+    teacher = f"tiny=tiny_teachers:other,ckpt={mem}"
+    result = run("dump", "--target", "b", "--json-path", world.json_path, "--teacher", teacher, "--only", "tiny")
+    assert (result.exit_code, f"cannot read {mem}: Input/output error" in said_in(result)) == (1, True), result.output

@@ -20,6 +20,7 @@ from kd_cache.score.scoring import Scoring
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import open_pack
 from kd_cache.store.pending import Age
+from kd_cache.store.publish import _Publication
 
 SMALL = ("--shard-size", 1, "--batch-size", 2)
 ONE = (*TINY[:2], "--only", "tiny")
@@ -227,6 +228,25 @@ def test_a_clock_that_was_ahead_does_not_make_old_weights_current(
     current = fingerprint(world)
     assert run("seal", "--target", "b").exit_code == 0
     assert fingerprint(world) == current
+
+
+def test_a_dump_that_another_overtakes_takes_its_rows_for_kd_cache_s_own(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin with an empty cache; other weights are published when this one is about to write its view."""
+    withdraw = _Publication._withdraw
+    others: list[int] = []
+
+    def overtaken(publication: _Publication, packs: Any) -> Any:
+        if not others:
+            others.append(-1)
+            others.append(run(*weighing(world, 2)).exit_code)
+        return withdraw(publication, packs)
+
+    monkeypatch.setattr(_Publication, "_withdraw", overtaken)
+    result = run(*weighing(world, 1))
+    assert (result.exit_code, others) == (0, [-1, 0]), result.stderr
+    assert run("verify", "--target", "b", *weighing(world, 1)[5:7], "--all").exit_code == 0
 
 
 def test_of_dumps_that_had_not_read_each_other_the_index_counts_or_the_user_says_which(run: Run, world: World) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from kd_cache.cli.console import Screen, percent
@@ -12,7 +11,7 @@ from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import TASKS
 from kd_cache.errors import UsageError, shown
-from kd_cache.options import Target
+from kd_cache.options import Target, home_path
 from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 from kd_cache.train.checkpoint import read_weights
@@ -52,7 +51,7 @@ def evaluate(
 
 def model_spec(text: str) -> TeacherSpec:
     """What ``CKPT`` or ``NAME=module:factory[,ckpt=PATH]`` means. Raises `UsageError`, `CheckpointError`."""
-    path = Path(text).expanduser()
+    path = home_path(text)
     if path.is_file():
         weights = read_weights(path)
         role = weights.record.get("role") or (CITY2SCENE if weights.has_two_parts else SCENE)

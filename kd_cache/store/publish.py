@@ -135,6 +135,8 @@ class _Publication:
         self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
         viewed, withdrawn = self._viewed(), self._withdraw(packs)
+        if self.snapshot.again().state != self.snapshot.state:
+            raise IndexChangedError  # no row of the view may change under an index that names it
         view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
         permitted = change.wanted.permitted
@@ -429,7 +431,7 @@ class _View:
         return maps
 
     def _refuse_what_is_in_the_way(self, directory: Path, pack: Pack) -> None:
-        foreign = in_the_way(directory, pack, self._known(directory, pack))
+        foreign = in_the_way(directory, pack, self._known(directory, pack, self.snapshot.again()))
         if foreign:
             raise StoreError(
                 f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
@@ -437,9 +439,9 @@ class _View:
                 hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
             )
 
-    def _known(self, directory: Path, pack: Pack | None) -> list[Pack]:
-        """The packs whose rows a teacher's folder may hold."""
-        held = [each for each in self.snapshot.packs.good if each.origin.teacher == directory.name]
+    def _known(self, directory: Path, pack: Pack | None, snapshot: Snapshot | None = None) -> list[Pack]:
+        """The packs whose rows a teacher's folder may hold; with ``snapshot`` those of another moment."""
+        held = [each for each in (snapshot or self.snapshot).packs.good if each.origin.teacher == directory.name]
         return held if pack is None else [pack, *held]
 
     def _named(self, directory: Path) -> set[str]:

@@ -36,6 +36,8 @@ def two_values(option: Option) -> tuple[str, str]:
     if option.choices:
         first, second = sorted(option.choices, key=lambda choice: choice == option.default)[:2]
         return first, second
+    if option.metavar == "T,F":
+        return "17,18", "18,17"
     number = any(kind in (int, float) for kind in (option.bare, *typing.get_args(option.bare)))
     if number or option.parse:
         return ("0.5", "0.25") if option.high is not None and option.high < 18 else ("17", "18")
@@ -207,6 +209,20 @@ def test_a_section_of_the_file_is_of_the_command_called_like_it(run: Call, plugi
         refused = run("group", "all")
         assert refused.exit_code == 2
         assert says in said_in(refused)
+
+
+def test_a_command_may_stand_beside_the_one_that_its_first_word_is(
+    run: Call, plugin: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config("epochs: 5\nbatch_size: 3")
+    assert json.loads(run("show", "--json").stdout)["values"]["batch_size"] == 3
+    assert json.loads(run("show", "epochs", "--json").stdout)["own"] == 5
+    monkeypatch.setenv("KD_CACHE_EPOCHS", "6")
+    assert json.loads(run("show", "epochs", "--json").stdout)["own"] == 6
+    assert "Usage: kd-cache show epochs [OPTIONS]" in run("show", "epochs", "--help").stdout
+    for asked in (("--help",), ("show", "--help")):
+        assert "show epochs" in run(*asked).stdout
+    assert "extra argument" in said_in(run("show", "epoch"))
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,10 @@ def _take_out(
     every: Collection[str],
     watcher: Watcher,
 ) -> None:
-    """Publish the cache without what is wrong, and count the adopted rows that are not: those give way when scored."""
+    """Remove what is wrong and publish the rest, and count the adopted rows that are right: those give way when scored.
+
+    Until the index stands that names the rest, the cache cannot be opened: better than a wrong row.
+    """
     folder, superfluous = job.audit.snapshot.folder, list[Path]()
     for name, origin in rows.origins.items():
         wrong = report.after.wrong_rows.get(name, set())
@@ -202,6 +205,8 @@ def _take_out(
             superfluous += cleaned(folder, origin, wrong)
     if not superfluous:
         return
+    # First of all: with the next index in place and these still there, a repair that was killed would find their rows.
+    remove_files(folder.packs_path, superfluous)
     selection = job.audit.data.selection
     nothing = np.zeros((len(selection.keys), 16), np.uint8), np.zeros(len(selection.keys), bool)
     change = Change(
@@ -211,7 +216,6 @@ def _take_out(
         rows.record,
         bool(rows.record.get("files", True)),
         missing=rows.record["missing"],
-        replaced=superfluous,
         keep_damaged=True,
     )
     publish(job.audit.snapshot, change, watcher)

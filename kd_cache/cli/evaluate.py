@@ -30,13 +30,13 @@ def evaluate(
     """Load, score, measure."""
     values = run.values
     with checkpoint_limit(values["max_checkpoint_bytes"]):
-        spec = _spec(model)
+        spec = model_spec(model)
     limits = (values["num_scenes"], values["num_cities"], values["max_checkpoint_bytes"])
     # The guard first: no code of a user runs over a manifest that leaks.
     data = data_of(target or TASKS[0].source, values)
     teacher = load_teachers([spec], *limits, screen)[spec.name]
     label = label or ("city" if getattr(teacher, "role", None) == CITY else "scene")
-    _refuse_other_classes(spec.name, teacher, label, values)
+    refuse_other_classes(spec.name, teacher, label, values)
     job = EvaluationJob(
         name=spec.name,
         teacher=teacher,
@@ -49,7 +49,8 @@ def evaluate(
     return Report(content, _lines(content))
 
 
-def _spec(text: str) -> TeacherSpec:
+def model_spec(text: str) -> TeacherSpec:
+    """What ``CKPT`` or ``NAME=module:factory[,ckpt=PATH]`` means. Raises `UsageError`, `CheckpointError`."""
     path = home_path(text)
     if path.is_file():
         weights = read_weights(path)
@@ -63,7 +64,8 @@ def _spec(text: str) -> TeacherSpec:
     )
 
 
-def _refuse_other_classes(name: str, teacher: Teacher, label: str, values: Mapping[str, Any]) -> None:
+def refuse_other_classes(name: str, teacher: Teacher, label: str, values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a net with more or fewer classes than there are scenes (or cities)."""
     option = "num_cities" if label == "city" else "num_scenes"
     if teacher.num_classes != values[option]:
         flag = f"--{option.replace('_', '-')}"

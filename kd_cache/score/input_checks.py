@@ -59,8 +59,9 @@ def _equal(digests: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(halves[:, 0], kind="stable")
     same = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
     starts = np.flatnonzero(np.concatenate([[True], ~same]))
-    groups = np.split(order, starts[1:]) if same.any() else []
-    return sorted((group for group in groups if len(group) > 1), key=lambda group: int(group[0]))
+    ends = np.append(starts[1:], len(order))
+    groups = [order[starts[at] : ends[at]] for at in np.flatnonzero(ends - starts > 1).tolist()]
+    return sorted(groups, key=lambda group: int(group[0]))
 
 
 def _examples(files: Sequence[str], numbers: np.ndarray) -> str:

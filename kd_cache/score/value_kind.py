@@ -40,15 +40,15 @@ class RowCheck:
         """Look at rows ``[n, C]``, all finite."""
         if not len(rows):
             return
-        self._first = rows[0].copy() if self._first is None else self._first
-        self._moved = max(self._moved, float(np.abs(rows - self._first).max()))
+        values = rows.astype(np.float64)  # of the largest floats no difference fits into float32
+        self._first = values[0].copy() if self._first is None else self._first
+        self._moved = max(self._moved, float(np.abs(values - self._first).max()))
         self._rows, self._columns = self._rows + len(rows), rows.shape[1]
         least, most = rows.min(axis=1), rows.max(axis=1)
         self._constant += int((least == most).sum())
         self._least, self._most = min(self._least, float(least.min())), max(self._most, float(most.max()))
         if self._least < -_TOLERANCE and self._most > _TOLERANCE:
             return  # of both signs: no law that is looked for allows that
-        values = rows.astype(np.float64)
         sums = values.sum(axis=1)
         self._sums = _widened(self._sums, sums)
         self._total += float(sums.sum())

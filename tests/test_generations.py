@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from conftest import TINY, Run, World
 from store_fixtures import DeadError, Rows, md5
 
 from kd_cache import LogitCache, MissingLogitsError, load_cached_logits_batch
+from kd_cache.files import turns
 from kd_cache.score.scoring import Scoring
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import open_pack
@@ -409,3 +412,36 @@ def test_rows_of_before_that_a_sleeping_dump_counts_on_are_nobodys_garbage(
     again = run(*weighing(world, 1), "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["teachers"]["tiny"]["skipped"] == 20
+
+
+# -- one after the other ---------------------------------------------------------------------------------------------
+
+
+def test_who_publishes_waits_for_who_is_at_it(one: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE", 60.0)
+    index, tried = world.cache / "cache_index.json", threading.Event()
+    is_held = turns._is_held
+    monkeypatch.setattr(turns, "_is_held", lambda folder: is_held(folder) and (tried.set() or True))
+    world.cache.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with turns.in_turn(world.cache):
+            dumping = pool.submit(one, "--num-verify", 0)
+            assert tried.wait(60)
+            assert not index.exists()
+        assert dumping.result().exit_code == 0
+    assert index.exists()
+
+
+@pytest.mark.parametrize("error", [BlockingIOError, OSError])
+def test_nobody_waits_for_ever_and_no_promise_needs_a_lock(
+    one: Run, world: World, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """Its holder may have been stopped; the file system may know none."""
+
+    def refused(descriptor: int, operation: int) -> None:
+        raise error
+
+    monkeypatch.setattr(turns.fcntl, "flock", refused)
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
+    assert one().exit_code == 0
+    assert len(served(world)) == 20

@@ -17,6 +17,7 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
+from kd_cache.files.turns import in_turn
 from kd_cache.keys import KeyFinder
 from kd_cache.store.accuracy import refuse_below
 from kd_cache.store.cache import CacheFolder, teacher_in_name
@@ -48,15 +49,16 @@ def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
     """
     before = snapshot.index
     make_directory(snapshot.folder.path)
-    for _ in range(100):
-        publication = _Publication(snapshot := snapshot.again(), change, before, watcher)
-        try:
-            published = publication.run()
-        except IndexChangedError:
-            continue
-        if publication.stands():
-            publication.clean_up()
-            return published
+    with in_turn(snapshot.folder.path):
+        for _ in range(100):
+            publication = _Publication(snapshot := snapshot.again(), change, before, watcher)
+            try:
+                published = publication.run()
+            except IndexChangedError:
+                continue
+            if publication.stands():
+                publication.clean_up()
+                return published
     raise _restless(snapshot.folder)
 
 
@@ -70,6 +72,11 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
         CorruptError: a damaged index or pack; nothing is written then.
         StoreError: the cache cannot be written, or another process wrote the index meanwhile.
     """
+    with in_turn(snapshot.folder.path):
+        return _publish_view(snapshot.again(), shown_path, watcher)
+
+
+def _publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Published:
     folder, index = snapshot.folder, snapshot.finished()
     held = [name for name, entry in index.record["teachers"].items() if entry["pack"] is not None]
     packs = {name: snapshot.served_pack(name) if name in held else None for name in index.record["teachers"]}

@@ -69,6 +69,8 @@ UNSTEADY: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "the other rows": (lambda: Net(function=lambda x: x - x.mean(dim=0)), "depends on the other rows"),
     "the last row": (lambda: Net(function=lambda x: x + x[-1:] * 0.1), "depends on the other rows"),
+    "the rows before": (lambda: Net(torch.nn.LSTM(20, 20), function=lambda x: x[0]), "depends on the other rows"),
+    "its place": (lambda: Net(function=lambda x: x * (1 + torch.arange(len(x))[:, None] % 9)), "on the other rows"),
     "how many rows": (lambda: Net(function=lambda x: x * x.cos() if len(x) > 1 else x), "or on their number"),
 }  # fmt: skip
 

@@ -42,9 +42,9 @@ def refuse_unsteady(
             f"{allowed:.1e}): {_random_cause(teacher)}",
             hint="Put every part of it into evaluation mode (eval()), and draw no random numbers in its forward.",
         )
-    for company, ours in (("other samples", _in_other_company(batch)), ("nothing", batch[:1])):
+    for company, (ours, place) in (("other samples", _in_other_company(batch)), ("nothing", (batch[:1], 0))):
         try:
-            again = teacher(ours.clone())  # not compiled: each size would take minutes
+            again = teacher(ours.clone())[place:]  # not compiled: each size would take minutes
         except Exception:  # noqa: BLE001, S112 (it may take batches of one size only; what it says of ours is heeded)
             continue
         apart = _apart(rows, again, kind)
@@ -56,10 +56,15 @@ def refuse_unsteady(
             )
 
 
-def _in_other_company(batch: torch.Tensor) -> torch.Tensor:
-    """The first samples, and others after them that none of the batch is."""
+def _in_other_company(batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The first samples, and where they are now: between others that none of the batch is.
+
+    Before them as well as after: a recurrent layer that runs over the batch hands on what comes before a row.
+    """
     others = batch.roll(1, dims=0).flip(1) * 1.5 + 1
-    return torch.cat([batch[:_SAMPLES], others[_SAMPLES:] if len(batch) > _SAMPLES else others])
+    others = others[_SAMPLES:] if len(batch) > _SAMPLES + 1 else torch.cat([others, others])
+    place = len(others) // 2
+    return torch.cat([others[:place], batch[:_SAMPLES], others[place:]]), place
 
 
 def _apart(rows: torch.Tensor, again: Any, kind: str) -> float:

@@ -220,14 +220,10 @@ def _what_else(raw: bytes) -> str | None:
     """What may be done with a file that holds rows, but no JSON."""
     if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "Save it as UTF-8 without a byte-order mark."
-    first = raw[:4096].splitlines()[:1]
-    if (
-        first
-        and not first[0].lstrip().startswith((b"{", b"["))
-        and any(mark in first[0] for mark in (b",", b"\t", b";"))
-    ):
+    first = raw[:4096].partition(b"\n")[0].strip()
+    if not first.startswith((b"{", b"[")) and any(mark in first for mark in (b",", b"\t", b";")):
         return "It looks like a table: kd-cache prepare csv makes a manifest of one (kd-cache prepare csv --help)."
-    if first and first[0].startswith(b"{") and first[0].endswith(b"}"):
+    if first.startswith(b"{") and first.endswith(b"}"):
         return "It looks like JSON lines: put all rows into one list, [row, row, …]."
     return None
 

@@ -107,7 +107,10 @@ def shown(name: object) -> str:
 
     The middle of a text that is too long to be any path is left out: a message must stay readable.
     """
-    text = str(name)
+    try:
+        text = str(name)
+    except Exception:  # noqa: BLE001 (an error of somebody's own that cannot say what it is)
+        text = f"a {type(name).__name__} without a text"
     if len(text) > MOST_SHOWN:
         text = f"{text[: MOST_SHOWN // 2]} … {text[-MOST_SHOWN // 4 :]} ({len(text)} characters)"
     if text.isprintable():

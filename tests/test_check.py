@@ -104,3 +104,25 @@ def test_a_manifest_that_is_none_is_refused(run: Run, world: World) -> None:
     world.json_path.write_text("[")
     result = run("check", "--json-path", "dataset.json")
     assert (result.exit_code, "not valid UTF-8 JSON" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"\xef\xbb\xbf[]", "without a byte-order mark"),
+        ("[]".encode("utf-16"), "without a byte-order mark"),
+        (b"filename\tscene_label\na.wav\tpark\n", "kd-cache prepare csv"),
+        (b"file,device_id\na.npy,A\n", "kd-cache prepare csv"),
+        (b'{"file": "a.npy"}\n{"file": "b.npy"}\n', "into one list"),
+    ],
+)
+def test_rows_that_are_no_json_hear_what_to_do(run: Run, world: World, content: bytes, hint: str) -> None:
+    world.json_path.write_bytes(content)
+    result = run("check", "--json-path", "dataset.json")
+    assert (result.exit_code, hint in result.stderr) == (2, True)
+
+
+def test_a_manifest_without_train_rows_of_the_source_hears_it(run: Run, world: World) -> None:
+    world.rows = [row | {"split": "test"} for row in world.rows if row["split"] == "test"]
+    world.write()
+    assert "there is no train sample of A" in run("check", "--json-path", "dataset.json").stderr

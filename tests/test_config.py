@@ -282,3 +282,10 @@ def test_a_module_of_the_current_folder_never_passes_for_one_that_is_imported(mo
         dump = ("dump", "--target", "b", "--teacher", "mine=mine:own", "--only", "mine")
         asked = subprocess.run([sys.executable, *module, *dump], capture_output=True, text=True, check=False)
         assert "cannot import" not in asked.stderr
+
+
+@pytest.mark.parametrize("name", ["KD_CACHE_CACHE_ROOT", "KD_CACHE_BATCH_SIZE", "KD_CACHE_USE_FP16"])
+def test_an_empty_variable_is_no_default(run: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "")
+    result = run("info", "cache")
+    assert (result.exit_code, name in result.stderr) == (2, True)

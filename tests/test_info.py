@@ -54,6 +54,13 @@ def test_an_unexpected_error_is_one_line_and_exit_1(run: Run, dump: Run, monkeyp
     assert "--debug" in result.stderr
 
 
+def test_a_path_that_the_system_refuses_is_named(run: Run, world: World) -> None:
+    result = run("info", "x" * 300)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"error: cannot use {'x' * 300}: File name too long" in result.stderr
+    assert "unexpected" not in result.stderr
+
+
 def test_bytes_are_shown_for_a_person() -> None:
     assert [size(count) for count in (0, 999, 1000, 2_500_000, 7_000_000_000)] == [
         "0 B",

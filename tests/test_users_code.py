@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from conftest import Run, World
 
-PLACES = ("forward", "fingerprint_parts", "to", "eval", "state_dict")
-RAISES = ("raise SystemExit(0)", "import sys; sys.exit()", "raise GeneratedError", "raise MemoryError('no')")
+ATTRIBUTES = ("class_names", "num_bins", "provenance")
+PLACES = ("forward", "fingerprint_parts", "to", "eval", "state_dict", *ATTRIBUTES)
+RAISES = (
+    "raise SystemExit(0)", "import sys; sys.exit()", "raise GeneratedError", "raise MemoryError('no')",
+    "raise GeneratorExit", "raise NamelessError",
+)  # fmt: skip
 
 TEACHER = """
 import torch
 
 class GeneratedError(BaseException):
     pass
+
+class NamelessError(Exception):
+    def __str__(self):
+        raise ValueError("it has no text")
 
 class Teacher:
     num_classes, value_kind = 10, "logits"
@@ -39,6 +48,10 @@ class Teacher:
         self.maybe("to")
         return self
 
+    def __getattr__(self, name):
+        self.maybe(name)
+        raise AttributeError(name)
+
     def eval(self):
         self.maybe("eval")
         return self
@@ -55,5 +68,15 @@ def test_what_a_teacher_raises_is_said_and_never_success(run: Run, world: World,
     own = ("--teacher", "mine=mine.py:make", "--only", "mine", "--on-bad-sample", "skip")
     result = run("dump", "--target", "b", "--json-path", world.json_path, *own)
     assert result.exit_code == 1, result.output
-    assert "error: " in result.stderr
-    assert "mine" in result.stderr or "Teacher" in result.stderr
+    said = result.stderr.partition("error: ")[2]
+    assert "mine" in said or "Teacher" in said
+    assert "unexpected" not in said
+
+
+def test_what_a_teacher_prints_is_no_part_of_the_json(run: Run, world: World) -> None:
+    Path("mine.py").write_text(TEACHER.format(place="eval", error="print('who reads this?')"))
+    result = run(
+        "dump", "--target", "b", "--json-path", world.json_path, "--teacher", "mine=mine.py:make", "--only", "mine",
+        "--json", "--dry-run",
+    )  # fmt: skip
+    assert json.loads(result.stdout)["permitted"] > 0

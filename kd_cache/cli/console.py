@@ -24,7 +24,7 @@ from kd_cache.cli.progress import Progress
 from kd_cache.commands import Failure, Table
 from kd_cache.errors import KDCacheError, shown
 from kd_cache.options import home_path
-from kd_cache.watch import Watcher
+from kd_cache.watch import Stopped, Watcher
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,11 +55,14 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt as error:
             _print_error("interrupted; what was committed is kept, and the same command goes on from there", None)
             code, cause = 130, error
-        except (typer.Exit, typer.Abort):
+        except (typer.Exit, typer.Abort, Stopped):
             raise
-        except Exception as error:  # noqa: BLE001 (the last line of defence: say it, exit non-zero)
-            _print_error(f"unexpected {type(error).__name__}: {error}", "Run again with --debug to see where.")
-            code, cause = 1, error
+        except BaseException as error:  # noqa: BLE001 (the last line of defence: say it, exit non-zero)
+            message = f"unexpected {type(error).__name__}: {shown(error)}"
+            if isinstance(error, OSError) and error.filename is not None:
+                message = f"cannot use {shown(error.filename)}: {error.strerror}"
+            _print_error(message, "Run again with --debug to see where.")
+            code, cause = 1, error if isinstance(error, Exception) else RuntimeError(message)
         if kwargs.get("debug"):
             raise cause
         raise typer.Exit(code)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +33,9 @@ def run_command(entry: Command, ctx: typer.Context, values: Mapping[str, Any], *
     at_last = {name: at_home(value) for name, value in values.items()}
     run = Run(entry, at_last, sources, ctx.meta.get(FILE, {}), read)
     with Screen(quiet=at_last.get("quiet", False), as_json=at_last.get("as_json", False)) as screen:
-        report = called(run, screen)
+        # What a teacher prints is no part of the document.
+        with contextlib.redirect_stdout(sys.stderr) if screen.as_json else contextlib.nullcontext():
+            report = called(run, screen)
         screen.result(*report.lines)
         screen.result_json(report.content)
     if report.exit_code:

@@ -25,11 +25,13 @@ _MOST = 1 << 14
 
 
 def check_environment() -> None:
-    """Refuse a variable that looks like ours and that no command knows. Raises `typer.BadParameter`."""
+    """Refuse a variable that looks like ours and is empty, or that no command knows. Raises `typer.BadParameter`."""
     known = {name for option in all_options() for name in option.variables} | {*ENVIRONMENT}
-    for name in os.environ:
+    for name, text in os.environ.items():
         if name.startswith(PREFIX) and name not in known:
             raise typer.BadParameter(f"unknown variable {shown(name)} in the environment{_is_it(name, known)}")
+        if name in known and name not in ENVIRONMENT and not text:  # of $UNSET: not what somebody meant to set
+            raise typer.BadParameter(f"the variable {name} in the environment is empty; unset it, or give it a value")
 
 
 def read_file(ctx: typer.Context, path: Path | None) -> Path | None:

@@ -8,6 +8,7 @@ split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`
 
 from __future__ import annotations
 
+import codecs
 import gc
 import hashlib
 import os
@@ -212,7 +213,19 @@ def parse_json(raw: bytes, name: str) -> Any:
     except RecursionError as error:
         raise ManifestError(f"{name} is not a manifest: it is nested too deeply") from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{name} is not valid UTF-8 JSON: {shown(error)}") from error
+        raise ManifestError(f"{name} is not valid UTF-8 JSON: {shown(error)}", hint=_what_else(raw)) from error
+
+
+def _what_else(raw: bytes) -> str | None:
+    """What may be done with a file that holds rows, but no JSON."""
+    if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "Save it as UTF-8 without a byte-order mark."
+    first = raw[:4096].partition(b"\n")[0].strip()
+    if not first.startswith((b"{", b"[")) and any(mark in first for mark in (b",", b"\t", b";")):
+        return "It looks like a table: kd-cache prepare csv makes a manifest of one (kd-cache prepare csv --help)."
+    if first.startswith(b"{") and first.endswith(b"}"):
+        return "It looks like JSON lines: put all rows into one list, [row, row, …]."
+    return None
 
 
 def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:

@@ -75,5 +75,7 @@ def _unlabelled(manifest: Manifest) -> list[str]:
     task = manifest.task
     source = [sample for sample in manifest if sample.split == "train" and sample.device_id == task.source]
     absent = {*range(len(task.scenes))} - {sample.scene_label for sample in source}
+    if not source:
+        return [f"there is no train sample of {task.source}: a dump needs some, in the split train, written exactly so"]
     names = ", ".join(task.scenes[label] for label in sorted(absent))
     return [f"no train sample of {task.source} is labelled {names}"] if absent else []

@@ -234,7 +234,7 @@ class Engine:
             logits = self.forward(name, features)
         except KDCacheError as error:
             raise _UnscoredError(f"teacher {name}: {error.message}") from error
-        except (KeyboardInterrupt, Stopped, GeneratorExit):
+        except (KeyboardInterrupt, Stopped):
             raise
         except BaseException as error:  # sys.exit(0) in a teacher's code must not end this program with 0
             if is_out_of_memory(error):

@@ -88,7 +88,7 @@ def users_code(as_error: Callable[[str], KDCacheError]) -> Iterator[None]:
     """
     try:
         yield
-    except (KDCacheError, KeyboardInterrupt, Stopped, GeneratorExit):
+    except (KDCacheError, KeyboardInterrupt, Stopped):
         raise
     except BaseException as error:
         raise as_error(f"{type(error).__name__}: {shown(error)}") from error

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,7 +79,8 @@ class TeacherSpec:
         what = f"the factory {shown(self.factory)} of teacher {self.name} failed"
         with users_code(lambda why: TeacherError(f"{what}: {why}")):
             teacher = factory(self.checkpoint)
-        check_teacher(self.name, teacher)
+        with users_code(lambda why: TeacherError(f"teacher {self.name} cannot be asked what it is: {why}")):
+            check_teacher(self.name, teacher)
         return teacher
 
 
@@ -119,10 +121,11 @@ def check_teacher(name: str, teacher: Any) -> None:
             hint='Return at least {"architecture": "mine/1"}; weights are added from state_dict().',
         )
     class_names = getattr(teacher, "class_names", None)
-    if class_names is not None and not (
-        isinstance(class_names, list | tuple) and all(isinstance(item, str) for item in class_names)
-    ):
+    if class_names is not None and not (isinstance(class_names, list | tuple) and all(map(_is_text, class_names))):
         raise TeacherError(f"teacher {name}: class_names must be a list of texts, one per class")
+    bins = getattr(teacher, "num_bins", None)
+    if bins is not None and not (isinstance(bins, Integral) and int(bins) >= 1):
+        raise TeacherError(f"teacher {name}: num_bins must be an integer ≥ 1, or None; found {shown(repr(bins))}")
     if not isinstance(getattr(teacher, "provenance", None), Provenance | None):
         raise TeacherError(f"teacher {name}: provenance must be a kd_cache.Provenance, or None")
     teacher_fingerprint(teacher)
@@ -167,10 +170,15 @@ def _own_parts(teacher: Teacher) -> dict[str, str]:
         if not parts.get(part):
             raise TeacherError(f"{who} must name {part!r}")
     parts.setdefault("feature_spec", "unstated")
-    if any(not isinstance(text, str) for item in parts.items() for text in item):
+    if not all(_is_text(text) for item in parts.items() for text in item):
         raise TeacherError(f"{who} must map names to texts")
     # A name that kd-cache fills in itself is kept beside its own: whatever a teacher names must count.
     return {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that UTF-8 can hold: no lone surrogates."""
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode("utf-8")
 
 
 _LOADED: weakref.WeakKeyDictionary[Any, Unregistered] = weakref.WeakKeyDictionary()

@@ -32,7 +32,7 @@ class RowCheck:
         self._sums = (np.inf, -np.inf)
         self._weights = (np.inf, -np.inf)  # of rows' exponentials
         self._total = self._weight = 0.0  # of all values, of all exponentials
-        self._crowded = 0  # rows whose largest value is next to zero
+        self._crowded = self._topped = 0  # rows whose largest value is next to zero; whose is exactly zero
         self._first: np.ndarray | None = None
         self._moved = 0.0  # farthest that a value is from the first row's
 
@@ -57,6 +57,7 @@ class RowCheck:
             self._weights = _widened(self._weights, weights)
             self._weight += float(weights.sum())
             self._crowded += int((most > _CROWDED).sum())
+            self._topped += int((most == 0).sum())
 
     def contradiction(self) -> str | None:
         """Why the rows cannot be of their kind; ``None`` where nothing speaks against it. One class proves nothing."""
@@ -113,6 +114,8 @@ class RowCheck:
 
     def _law(self) -> str | None:
         """The law that numbers obey which are called logits, and are none."""
+        if self._most == 0 and self._topped == self._rows:
+            return None  # logits less the largest of their row, as is done against overflow: no softmax notices
         if self._are_probs or self._are_log_probs:
             return (
                 f"are {'probabilities' if self._are_probs else 'log probabilities'}, not logits: every row sums to one"

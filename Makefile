@@ -27,7 +27,7 @@ test: .venv/installed-dev  ## the gate: ruff, mypy --strict, every test, one dra
 faults: .venv/installed-dev  ## the fault tests with larger draws: 20 minutes
 	KD_CACHE_FAULTS=more $(PYTEST) -m faults
 
-mutations: .venv/installed-dev  ## break the product in 31 places, one after the other: does the gate notice? half an hour
+mutations: .venv/installed-dev  ## break the product in 35 places, one after the other: does the gate notice? half an hour
 	$(BIN)/python tests/mutations.py
 
 bench: .venv/installed-bench  ## measure against real alternatives

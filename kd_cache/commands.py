@@ -23,7 +23,8 @@ module that imports neither torch nor anything else that takes long, since help 
 
 A name of two words is a command of a group, ``train city``; the plug-in says what the group is (``Group``). Commands of
 a group read the settings file's section called like the group, and the one called like themselves, before the rest of
-it; `Run.section` reads one of the group's further ``sections``.
+it; `Run.section` reads one of the group's further ``sections``. Where the first word is a command itself, the second
+one stands beside it (``student compare`` beside ``student``), and needs no group.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_cache.errors import UsageError
+from kd_cache.errors import UsageError, shown
 
 Target = Literal["b", "c", "s1", "s2", "s3"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -33,6 +33,14 @@ SETTINGS_FILE = Path("kd-cache.yaml")
 
 ENVIRONMENT = ("KD_CACHE_FAULTS", "KD_CACHE_FULL_TESTS")
 """Variables that are no options: how much the test suite runs."""
+
+
+def home_path(path: str | Path) -> Path:
+    """The path, a ``~`` at its start replaced. Raises `UsageError` where nobody is called so."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{shown(str(path))}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import typer.testing
 from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner, Result
 
+import kd_cache.files.turns
 import kd_cache.score.unchanged
 from kd_cache.cli import app
 from kd_cache.dataset.dataset import Dataset
@@ -133,6 +134,12 @@ class World:
 def _no_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """No feature is old enough to be noted: whether ``seen.bin`` is there must not depend on how fast a test is."""
     monkeypatch.setattr(kd_cache.score.unchanged, "SETTLED", 1 << 62)
+
+
+@pytest.fixture(autouse=True)
+def _no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a turn: a rival inside another's work, as tests plant it, would for a minute."""
+    monkeypatch.setattr(kd_cache.files.turns, "PATIENCE", 0.0)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-p", "no:cacheprovider", "--no-header")
+NOT_OF_THE_PRODUCT = ("--deselect", "tests/test_floors.py::test_each_mutation_finds_its_place_and_its_tests")
 SECONDS = 600
 
 
@@ -140,8 +141,8 @@ kd_cache/serve/logit_cache.py: test_permitted, test_loader
 
 packs just written go with those they replace
 kd_cache/store/publish.py: test_dump, test_seal
--sorted(path for path in self.superfluous if path.name not in current)
-+sorted(self.superfluous)
+-{path for path in self.superfluous if path.name not in current} - self._kept
++set(self.superfluous) - self._kept
 
 an index that another process wrote meanwhile is overwritten
 kd_cache/store/publish.py: test_seal
@@ -196,6 +197,11 @@ kd_cache/serve/student_loader.py: test_student
 -            if digests != feature.digest * (len(digests) // len(feature.digest)):
 +            if digests[: len(feature.digest)] != feature.digest:
 
+a note of an unchanged file is believed although its row is stale
+kd_cache/score/unchanged.py: test_unchanged, test_seen, test_dump
+-            numbers = numbers[known.are_fresh(numbers + part.start, digests[numbers])]
++            pass
+
 a changed file counts as unchanged by its size
 kd_cache/score/unchanged.py: test_seen, test_unchanged
 -self.notes["stat"][at[held]] == stats[held]).all(axis=1)
@@ -224,9 +230,12 @@ kd_cache/care/gc.py: test_gc
 """
 
 
+def parsed() -> list[Mutant]:
+    return [Mutant.parsed(text) for text in MUTANTS.strip("\n").split("\n\n")]
+
+
 def main(names: Iterable[str]) -> int:
-    every = [Mutant.parsed(text) for text in MUTANTS.strip("\n").split("\n\n")]
-    wanted = [mutant for mutant in every if not names or any(name in mutant.name for name in names)]
+    wanted = [mutant for mutant in parsed() if not names or any(name in mutant.name for name in names)]
     status = ("git", "status", "--porcelain", "--", "kd_cache", "teachers")
     if subprocess.run(status, cwd=REPO, capture_output=True, check=True).stdout:
         print("the working tree has changes in kd_cache or teachers: commit them first", file=sys.stderr)
@@ -263,7 +272,7 @@ def failing(tests: list[str]) -> str:
     if not tests:
         return ""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = (*PYTEST, "-rfE", *tests)
+    command = (*PYTEST, "-rfE", *NOT_OF_THE_PRODUCT, *tests)
     try:
         done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

@@ -53,6 +53,7 @@ SHOW = Command(
 PLUGIN = Plugin(
     (
         SHOW,
+        Command("show epochs", "plugin_fixtures:both", "Just those.", (EPOCHS, "only", "config", "as_json")),
         Command("fail", "plugin_fixtures:fail", "Fail.", ("config",)),
         Command("group one", "plugin_fixtures:both", "One.", (EPOCHS, "only", "config", "as_json")),
         Command("group all", "plugin_fixtures:both", "Both.", (EPOCHS, "only", "config", "as_json")),

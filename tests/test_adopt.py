@@ -276,6 +276,8 @@ def test_a_name_that_is_taken_is_refused(adopt: Adopt, cached: World, world: Wor
         result = adopt(source, name=name, root="cache")
         assert result.exit_code == 2
         assert "--name" in result.stderr
+    for name in ("fit", "attn_fusion"):
+        assert f"no teacher may be called {name}" in adopt(source, name=name, root="cache").stderr
     assert snapshot(world.cache) == before
     assert adopt(source, root="cache").exit_code == 0
     assert adopt(source, root="cache").exit_code == 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Run as Call
+from conftest import World
 from plugin_fixtures import config, said_in
 from plugin_fixtures import nowhere as nowhere
 from plugin_fixtures import plugin as plugin
@@ -35,6 +36,8 @@ def two_values(option: Option) -> tuple[str, str]:
     if option.choices:
         first, second = sorted(option.choices, key=lambda choice: choice == option.default)[:2]
         return first, second
+    if option.metavar == "T,F":
+        return "17,18", "18,17"
     number = any(kind in (int, float) for kind in (option.bare, *typing.get_args(option.bare)))
     if number or option.parse:
         return ("0.5", "0.25") if option.high is not None and option.high < 18 else ("17", "18")
@@ -208,6 +211,20 @@ def test_a_section_of_the_file_is_of_the_command_called_like_it(run: Call, plugi
         assert says in said_in(refused)
 
 
+def test_a_command_may_stand_beside_the_one_that_its_first_word_is(
+    run: Call, plugin: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config("epochs: 5\nbatch_size: 3")
+    assert json.loads(run("show", "--json").stdout)["values"]["batch_size"] == 3
+    assert json.loads(run("show", "epochs", "--json").stdout)["own"] == 5
+    monkeypatch.setenv("KD_CACHE_EPOCHS", "6")
+    assert json.loads(run("show", "epochs", "--json").stdout)["own"] == 6
+    assert "Usage: kd-cache show epochs [OPTIONS]" in run("show", "epochs", "--help").stdout
+    for asked in (("--help",), ("show", "--help")):
+        assert "show epochs" in run(*asked).stdout
+    assert "extra argument" in said_in(run("show", "epoch"))
+
+
 @pytest.mark.parametrize(
     ("value", "says"), [("plugin_fixtures:SAME", "second command dump"), ("nothing_like_this:X", "cannot be loaded")]
 )
@@ -259,3 +276,24 @@ def test_a_settings_file_that_is_none_is_refused_and_never_waited_for(run: Call,
     for path in ("pipe", "/dev/zero", "/proc/self/mem", "."):
         result = run("gc", "--config", path)
         assert (result.exit_code, f"cannot read {path}" in said_in(result)) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate ~nosuchuser/x",
+        "prepare csv . --table ~nosuchuser/x --out o",
+        "dump --target b --teacher x=m:f,ckpt=~nosuchuser/x --only x",
+        "dump --target b --teacher x=~nosuchuser/x.py:f --only x",
+    ],
+)
+def test_a_home_of_nobody_is_said_wherever_a_path_is_a_part_of_a_text(run: Call, world: World, command: str) -> None:
+    result = run(*command.split(), *(() if command.startswith("prepare") else ("--json-path", world.json_path)))
+    assert (result.exit_code, "~nosuchuser/x" in said_in(result)) == (2, True), result.output
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(run: Call, world: World) -> None:
+    mem = "/proc/self/mem"  # its factory does not look at it
+    teacher = f"tiny=tiny_teachers:other,ckpt={mem}"
+    result = run("dump", "--target", "b", "--json-path", world.json_path, "--teacher", teacher, "--only", "tiny")
+    assert (result.exit_code, f"cannot read {mem}: Input/output error" in said_in(result)) == (1, True), result.output

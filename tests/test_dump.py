@@ -52,6 +52,20 @@ def test_a_second_dump_scores_nothing_and_says_so(cached: World, dump: Run, worl
     assert (counts["scored"], counts["skipped"], counts["rescored"]) == (0, 20, {})
 
 
+@pytest.mark.parametrize("name", ["mean", "Fit", "ce_only"])
+def test_no_new_teacher_is_called_like_a_way_to_join_them_and_an_earlier_one_stays(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    named = ("--teacher", f"{name}=tiny_teachers:linear", "--only", name)
+    refused = dump(*named)
+    assert (refused.exit_code, world.cache.exists()) == (2, False)
+    assert f"no teacher may be called {name}" in refused.stderr
+    with monkeypatch.context() as before:
+        before.setattr("kd_cache.score.existing.refuse_mode", lambda *_: None)
+        assert dump(*named).exit_code == 0
+    assert "Nothing to score" in dump(*named).stdout
+
+
 def test_every_feature_is_read_once_whatever_the_number_of_teachers(
     dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import mutations
 import pytest
 from conftest import REPO
 
@@ -105,3 +106,10 @@ def test_only_the_data_set_s_own_package_its_layouts_and_the_training_of_teacher
 
 def test_the_targets_to_choose_from_are_the_task_s() -> None:
     assert tuple(typing.get_args(Target)) == DCASE.targets
+
+
+def test_each_mutation_finds_its_place_and_its_tests() -> None:
+    """They are run by hand: a place that moved would be noticed late."""
+    for mutant in mutations.parsed():
+        assert (REPO / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+        assert all((REPO / "tests" / test).exists() for test in mutant.tests), mutant.name

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from conftest import TINY, Run, World
 from store_fixtures import DeadError, Rows, md5
 
 from kd_cache import LogitCache, MissingLogitsError, load_cached_logits_batch
+from kd_cache.files import turns
 from kd_cache.score.scoring import Scoring
 from kd_cache.store.index import read_index, write_index
 from kd_cache.store.pack import open_pack
 from kd_cache.store.pending import Age
+from kd_cache.store.publish import _Publication
 
 SMALL = ("--shard-size", 1, "--batch-size", 2)
 ONE = (*TINY[:2], "--only", "tiny")
@@ -65,15 +69,27 @@ def another_root(world: World) -> list[object]:
 # -- an unfinished dump takes nothing ----------------------------------------------------------------------------------
 
 
-def test_what_an_unfinished_dump_committed_takes_no_row_from_readers(cached: World, dump: Run, world: World) -> None:
-    """The wrong data root, stopped after its first commits."""
+def test_what_an_unfinished_dump_committed_takes_no_row_from_readers(
+    cached: World, run: Run, dump: Run, world: World
+) -> None:
+    """The wrong data root, stopped after its first commits: nobody serves what it acknowledged, and nobody drops it."""
     before, packs = served(world), world.packs()
     assert dump(*another_root(world), *SMALL).exit_code == 1
+    unfinished = world.packs()
     assert len(world.packs("tiny")) > 1
     assert served(world) == before
     counts = json.loads(dump("--json").stdout)["teachers"]
     assert {name: count["skipped"] for name, count in counts.items()} == {"tiny": 20, "other": 20}
-    assert (served(world), world.packs()) == (before, packs)
+    assert run("seal", "--target", "b", "--json-path", world.json_path, "--data-root", world.root).exit_code == 0
+    assert run("gc", world.cache, "--older-than", 0).exit_code == 0
+    assert (served(world), world.packs()) == (before, unfinished)
+    first = by_key(world)[0]
+    world.rows = [row for row in world.rows if row["file"] != first]
+    world.write()  # a sample that is not permitted any more goes from there as well
+    assert dump().exit_code == 0
+    assert not any(first in open_pack(world.cache / "packs" / name).files for name in world.packs())
+    assert run("gc", world.cache, "--older-than", 0, "--drop-unfinished").exit_code == 0
+    assert len(world.packs()) == len(packs)
 
 
 def test_rows_scored_twice_with_other_bits_are_told_of_and_the_named_packs_stay(
@@ -215,6 +231,25 @@ def test_a_clock_that_was_ahead_does_not_make_old_weights_current(
     current = fingerprint(world)
     assert run("seal", "--target", "b").exit_code == 0
     assert fingerprint(world) == current
+
+
+def test_a_dump_that_another_overtakes_takes_its_rows_for_kd_cache_s_own(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both begin with an empty cache; other weights are published when this one is about to write its view."""
+    withdraw = _Publication._withdraw
+    others: list[int] = []
+
+    def overtaken(publication: _Publication, packs: Any) -> Any:
+        if not others:
+            others.append(-1)
+            others.append(run(*weighing(world, 2)).exit_code)
+        return withdraw(publication, packs)
+
+    monkeypatch.setattr(_Publication, "_withdraw", overtaken)
+    result = run(*weighing(world, 1))
+    assert (result.exit_code, others) == (0, [-1, 0]), result.stderr
+    assert run("verify", "--target", "b", *weighing(world, 1)[5:7], "--all").exit_code == 0
 
 
 def test_of_dumps_that_had_not_read_each_other_the_index_counts_or_the_user_says_which(run: Run, world: World) -> None:
@@ -377,3 +412,36 @@ def test_rows_of_before_that_a_sleeping_dump_counts_on_are_nobodys_garbage(
     again = run(*weighing(world, 1), "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["teachers"]["tiny"]["skipped"] == 20
+
+
+# -- one after the other ---------------------------------------------------------------------------------------------
+
+
+def test_who_publishes_waits_for_who_is_at_it(one: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PATIENCE", 60.0)
+    index, tried = world.cache / "cache_index.json", threading.Event()
+    is_held = turns._is_held
+    monkeypatch.setattr(turns, "_is_held", lambda folder: is_held(folder) and (tried.set() or True))
+    world.cache.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with turns.in_turn(world.cache):
+            dumping = pool.submit(one, "--num-verify", 0)
+            assert tried.wait(60)
+            assert not index.exists()
+        assert dumping.result().exit_code == 0
+    assert index.exists()
+
+
+@pytest.mark.parametrize("error", [BlockingIOError, OSError])
+def test_nobody_waits_for_ever_and_no_promise_needs_a_lock(
+    one: Run, world: World, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """Its holder may have been stopped; the file system may know none."""
+
+    def refused(descriptor: int, operation: int) -> None:
+        raise error
+
+    monkeypatch.setattr(turns.fcntl, "flock", refused)
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
+    assert one().exit_code == 0
+    assert len(served(world)) == 20

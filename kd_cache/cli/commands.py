@@ -6,12 +6,12 @@ import functools
 import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.cli.data_commands import CHECK, PREPARE
+from kd_cache.cli.student_commands import COMPARE, COMPLEXITY, PREDICT, STUDENT
 from kd_cache.commands import GROUP, Command, Group, Plugin
-from kd_cache.distill.recipe import parse_temperature
 from kd_cache.errors import UsageError
 from kd_cache.options import (
     CACHE,
@@ -345,64 +345,9 @@ EVALUATE = Command(
     notes=notes.EVALUATE,
 )  # fmt: skip
 
-KD, KD_WEIGHT = "Distillation", "Weight of distillation"
-_NOT_OF_STUDENTS = ("quick_experiment", "class_weights", "label_smoothing", "shuffle_labels", "preset",
-                    "direct_unfreeze")  # fmt: skip
-STUDENT = Command(
-    "student",
-    "kd_cache.cli.student:student",
-    "Train a student on A and a target: hard labels of A, and the teachers of a cache.",
-    (
-        "target",
-        Option("teacher_mode", str, "ce (no teacher), fit (weights by held-out rows), mean, probs, gate, entropy, "
-               "label, weights:a=0.7,b=0.3, or one teacher's name.", KD, "fit", metavar="MODE"),
-        Option("recipe", Literal["default", "city2scene", "dcase"], "Where the numbers below begin.", KD, "default"),
-        Option("loss", str | None, "kl, soft_ce, dcase, hard, rkl, js, skew, ab, mse, dkd, rld, nkd, wttm, dist, "
-               "logit_std or bce.", KD, None, "kl", metavar="NAME"),
-        Option("loss_option", list[str], "A further parameter of the loss, such as beta=4; repeatable.", KD, [],
-               metavar="NAME=X"),
-        Option("temperature", Any, "Of student and teachers; 4:1 goes there in a line.", KD, None, "the loss's own",
-               metavar="X[:X]", parse=parse_temperature),
-        Option("kd_alpha", float | None, "The weight of distillation; hard labels have the rest.", KD, None, "0.5",
-               low=0, high=1),
-        Option("apply_kd_to", Literal["target", "all", "source"] | None, "The rows that are distilled.", KD, None,
-               "target"),
-        Option("normalise", Literal["batch", "mask"] | None, "Divide by the batch's rows, or each sum by its own.", KD,
-               None, "batch"),
-        Option("kd_weighting", Literal["none", "pmax", "threshold", "entropy"] | None,
-               "Weigh a row by the teachers' confidence.", KD_WEIGHT, None, "none"),
-        Option("confidence_threshold", float | None, "Of --kd-weighting threshold.", KD_WEIGHT, None, "0", low=0,
-               high=1),
-        Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
-        Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
-        Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
-        "cache_root", *DATASET, *OWN_TEACHERS,
-        Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
-               Path("outputs")),
-        Option("init", Path | None, "Start from this checkpoint.", RUN, None),
-        Option("resume", Literal["auto", "fresh"], "Go on with an unfinished run of the same key, or begin anew.", RUN,
-               "auto"),
-        *(option for option in TRAINING if option.name not in _NOT_OF_STUDENTS),
-        "device", "workers",
-        Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
-        Option("half", bool, "Store weights as float16.", OUTPUT, False),
-        Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
-        *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
-    ),
-    "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "
-    "looked at. Data options that are not given are those saved with the cache.",
-    (
-        "kd-cache student --target b --epochs 3",
-        "kd-cache student --target b --teacher-mode ce --epochs 2",
-        "kd-cache evaluate outputs/student/A2b/fit/best.safetensors --target b",
-    ),
-    ("teacher_mode", "recipe", "epochs", "output_dir"),
-    _AUDIT,
-    notes=notes.STUDENT,
-)  # fmt: skip
-
 COMMANDS = (
-    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, EVALUATE, PREPARE, CHECK, SAMPLE_DATA
+    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
+    COMPLEXITY, EVALUATE, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 
 
@@ -422,9 +367,15 @@ def all_commands() -> tuple[dict[str, Command], dict[str, Group]]:
             found[command.name] = command
         groups |= {group.name: group for group in plugin.groups}
     for name in found:
-        if " " in name and name.rpartition(" ")[0] not in groups:
+        if " " in name and name.rpartition(" ")[0] not in {*groups, *found}:
             raise UsageError(f"no plug-in says what the group of kd-cache {name} is")
     return found, groups
+
+
+def beside(command: Command) -> dict[str, str]:
+    """Commands called like this one and a word more, ``student compare`` beside ``student``, and what they are for."""
+    every = all_commands()[0].values()
+    return {each.name: each.help for each in every if each.name.startswith(f"{command.name} ")}
 
 
 def all_options() -> list[Option]:

@@ -22,7 +22,8 @@ from rich.text import Text
 
 from kd_cache.cli.progress import Progress
 from kd_cache.commands import Failure, Table
-from kd_cache.errors import KDCacheError, UsageError, shown
+from kd_cache.errors import KDCacheError, shown
+from kd_cache.options import home_path
 from kd_cache.watch import Stopped, Watcher
 
 P = ParamSpec("P")
@@ -73,10 +74,7 @@ def at_home(value: Any) -> Any:
     """Paths from a file or the environment may start with ``~``, which no shell has replaced there."""
     if isinstance(value, list | tuple):
         return type(value)(at_home(item) for item in value)
-    try:
-        return value.expanduser() if isinstance(value, Path) else value
-    except RuntimeError as error:  # nobody is called so
-        raise UsageError(f"{shown(str(value))}: {error}") from error
+    return home_path(value) if isinstance(value, Path) else value
 
 
 def _print_error(message: str, hint: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from kd_cache.cli.console import Screen, percent
@@ -12,7 +11,7 @@ from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import TASKS
 from kd_cache.errors import UsageError, shown
-from kd_cache.options import Target
+from kd_cache.options import Target, home_path
 from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 from kd_cache.train.checkpoint import read_weights
@@ -31,13 +30,13 @@ def evaluate(
     """Load, score, measure."""
     values = run.values
     with checkpoint_limit(values["max_checkpoint_bytes"]):
-        spec = _spec(model)
+        spec = model_spec(model)
     limits = (values["num_scenes"], values["num_cities"], values["max_checkpoint_bytes"])
     # The guard first: no code of a user runs over a manifest that leaks.
     data = data_of(target or TASKS[0].source, values)
     teacher = load_teachers([spec], *limits, screen)[spec.name]
     label = label or ("city" if getattr(teacher, "role", None) == CITY else "scene")
-    _refuse_other_classes(spec.name, teacher, label, values)
+    refuse_other_classes(spec.name, teacher, label, values)
     job = EvaluationJob(
         name=spec.name,
         teacher=teacher,
@@ -50,8 +49,9 @@ def evaluate(
     return Report(content, _lines(content))
 
 
-def _spec(text: str) -> TeacherSpec:
-    path = Path(text).expanduser()
+def model_spec(text: str) -> TeacherSpec:
+    """What ``CKPT`` or ``NAME=module:factory[,ckpt=PATH]`` means. Raises `UsageError`, `CheckpointError`."""
+    path = home_path(text)
     if path.is_file():
         weights = read_weights(path)
         role = weights.record.get("role") or (CITY2SCENE if weights.has_two_parts else SCENE)
@@ -64,7 +64,8 @@ def _spec(text: str) -> TeacherSpec:
     )
 
 
-def _refuse_other_classes(name: str, teacher: Teacher, label: str, values: Mapping[str, Any]) -> None:
+def refuse_other_classes(name: str, teacher: Teacher, label: str, values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a net with more or fewer classes than there are scenes (or cities)."""
     option = "num_cities" if label == "city" else "num_scenes"
     if teacher.num_classes != values[option]:
         flag = f"--{option.replace('_', '-')}"

@@ -32,13 +32,15 @@ def said(option: Option) -> str:
     return f"{option.help} ({'; '.join(notes)})" if notes else option.help
 
 
-def print_command_help(command: Command) -> None:
-    """A command: what it does, its options by panel, examples, exit codes."""
+def print_command_help(command: Command, beside: Mapping[str, str]) -> None:
+    """A command: what it does, its options by panel, the commands ``beside`` it, examples, exit codes."""
     console = Console()
     arguments = "".join(f" {spelled(option)}" for option in command.options if option.positional)
     _usage(console, f"kd-cache {command.name} [OPTIONS]{arguments}", [command.help, command.details])
     for panel, options in command.panels.items():
         _panel(console, panel, {spelled(option): said(option) for option in options})
+    if beside:
+        _panel(console, "Commands beside it", beside)
     if command.examples:
         console.print(Text("\nExamples", style="bold"))
         for example in command.examples:

@@ -57,3 +57,21 @@ the recipe.
 - The checkpoint says what it was distilled from, and its provenance is that of its own rows and of its teachers: it can
   be dumped as a teacher (`--teacher small=scene,ckpt=outputs/student/A2b/fit/best.safetensors`).
 - `ce_only`, `mean_fusion` and `attn_fusion` are older names of `ce`, `mean` and `gate`."""
+
+COMPARE = """\
+It ends with accuracy over all devices and by device group, mean and standard deviation over the seeds, the difference
+to `ce` of each seed, and a sentence: a mode is called better (or worse) where all seeds agree, or where a coin's would
+agree as much in at most 5 % of cases; else, and of fewer than three seeds, it is no more than luck.
+
+Each run is kept in `outputs/student/A2b/compare-<digest>/<mode>/seed-<n>/`. The digest is that of everything that they
+have in common (data, rows of the teachers, recipe, settings, code), so more `--modes` or `--seeds` join those that are
+there, and an interrupted comparison goes on. `comparison.json`, `.csv` (a row per run) and `.md` are beside them."""
+
+PREDICT = """\
+The file has tabs between `filename`, `scene_label` and one column per class, in the order of the labels: probabilities
+at temperature 1, every number such that it reads back exactly. Names are those of the table less `audio/`; without a
+table each `.npy` is of the `.wav` of its name. A clip without a feature is refused, and so is one listed twice."""
+
+COMPLEXITY = """\
+A convolution counts its parameters (the bias included) times the positions of its output, every other layer its
+parameters, once per call: as the challenge's own tool does. Statistics of batch norm are no parameters."""

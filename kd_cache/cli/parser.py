@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from kd_cache.cli.commands import all_commands
+from kd_cache.cli.commands import all_commands, beside
 from kd_cache.cli.help import print_command_help, print_group_help
 from kd_cache.cli.running import run_command
 from kd_cache.cli.settings_file import check_environment, read_file
@@ -115,7 +115,7 @@ class TableCommand(TyperCommand):
         return super().parse_args(ctx, _spelled_out(self.entry, args))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        print_command_help(self.entry)
+        print_command_help(self.entry, beside(self.entry))
 
 
 def _spelled_out(entry: Command, args: list[str]) -> list[str]:
@@ -163,8 +163,11 @@ class _Lazy(Mapping[str, Any]):
         return _group(groups[name]) if name in groups else built(commands[name].name)
 
     def __iter__(self) -> Iterator[str]:
-        words = [name.removeprefix(self.prefix) for name in all_commands()[0] if name.startswith(self.prefix)]
-        return iter(dict.fromkeys(word.partition(" ")[0] for word in words))
+        commands, groups = all_commands()
+        words = [name.removeprefix(self.prefix) for name in commands if name.startswith(self.prefix)]
+        firsts = {word: word.partition(" ")[0] for word in words}
+        # Two words below one that is a command itself are a command beside it.
+        return iter(dict.fromkeys(first if self.prefix + first in groups else word for word, first in firsts.items()))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -184,6 +187,13 @@ class TableGroup(TyperGroup):
         except UsageError as error:
             raise typer.BadParameter(error.message) from error
         return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """``student compare …`` is the command of that name, ``student …`` the one it stands beside."""
+        two = " ".join(args[:2])
+        if " " in two and two in self.commands:
+            return two, self.commands[two], args[2:]
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         own = {", ".join(each.opts): each.help or "" for each in self.get_params(ctx) if isinstance(each, TyperOption)}

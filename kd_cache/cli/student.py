@@ -1,10 +1,9 @@
-"""``kd-cache student``: a student out of a cache."""
+"""``kd-cache student`` and ``student compare``: students out of a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
@@ -12,8 +11,9 @@ from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import adaptation
+from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
-from kd_cache.distill.recipe import MODES_BEFORE, RECIPES, Recipe, parse_options
+from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.errors import shown
 from kd_cache.options import Target
@@ -21,6 +21,7 @@ from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import teacher_fingerprint
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
+from kd_cache.store.names import MODES_BEFORE
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainReport
@@ -35,33 +36,44 @@ _GIVEN = {
 _TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
 
 
-def student(run: Run, screen: Screen, target: Target, teacher_mode: str, cache_root: Path) -> Report:
+def student(run: Run, screen: Screen, target: Target, teacher_mode: str) -> Report:
     """Train one student from one cache."""
-    values = run.values
-    folder = CacheFolder(cache_root / adaptation(target))
-    index = Snapshot(folder).finished()
-    recipe = _recipe(values)
     mode = MODES_BEFORE.get(teacher_mode, teacher_mode)
-    data = saved_data(run, saved_in(index), target)
-    with checkpoint_limit(values["max_checkpoint_bytes"]):
-        job = StudentJob(
-            settings=_settings(values, run.recall(saved_in(index).values, {})),
-            data=data,
-            device=resolve_device(values["device"]),
-            record={"options": run.record(), "paths": dict(data.paths)},
-            cache=folder.path,
-            mode=mode,
-            recipe=recipe,
-            provenances={} if mode == CE else _provenances(run, index, target, screen),
-            **{
-                name: values[name] for name in ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
-            },
-        )
-        if values["recipe"] != "default":
-            told = ", ".join(f"{name} {value}" for name, value in asdict(recipe).items())
-            screen.note(f"recipe {values['recipe']}: {told}")
-        report = train_student(job, screen)
+    with checkpoint_limit(run.values["max_checkpoint_bytes"]):
+        job, _ = _job(run, screen, target, with_teachers=mode != CE)
+        report = train_student(replace(job, mode=mode), screen)
     return Report({"student": report.as_json()}, _lines(report, mode))
+
+
+def compare(run: Run, screen: Screen, target: Target, modes: Any, seeds: int, seed: int) -> Report:
+    """Train students of several modes and seeds, and say what teachers are worth."""
+    with checkpoint_limit(run.values["max_checkpoint_bytes"]):
+        job, index = _job(run, screen, target, with_teachers=True)
+        found = compared(job, modes or ["mean", "fit", *index.origins], range(seed, seed + seeds), screen)
+    files = [str(path) for path in found.write()]
+    return Report({**found.as_json(), "files": files}, [found.table, "", *found.sentences, *map(shown, files)])
+
+
+def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple[StudentJob, Index]:
+    """The training that the options name, but for its mode, and the cache's index."""
+    values = run.values
+    folder = CacheFolder(values["cache_root"] / adaptation(target))
+    index = Snapshot(folder).finished()
+    data = saved_data(run, saved_in(index), target)
+    job = StudentJob(
+        settings=_settings(values, run.recall(saved_in(index).values, {})),
+        data=data,
+        device=resolve_device(values["device"]),
+        record={"options": run.record(), "paths": dict(data.paths)},
+        cache=folder.path,
+        recipe=_recipe(values),
+        provenances=_provenances(run, index, target, screen) if with_teachers else {},
+        **{name: values[name] for name in _TAKEN if name in values},
+    )
+    if values["recipe"] != "default":
+        told = ", ".join(f"{name} {value}" for name, value in asdict(job.recipe).items())
+        screen.note(f"recipe {values['recipe']}: {told}")
+    return job, index
 
 
 def _recipe(values: Mapping[str, Any]) -> Recipe:
@@ -118,5 +130,5 @@ def _lines(report: TrainReport, mode: str) -> Sequence[str | Table]:
     lines: list[str | Table] = [Table("Accuracy on locations that were not trained on", columns, [row])]
     lines.append(f"{shown(report.checkpoint)}")
     if mode != CE:
-        lines.append("What the teachers are worth: compare it with --teacher-mode ce, the same without them.")
+        lines.append("What the teachers are worth: kd-cache student compare")
     return lines

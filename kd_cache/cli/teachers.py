@@ -9,6 +9,7 @@ from typing import Any
 
 from kd_cache.cli.console import Screen
 from kd_cache.errors import CheckpointError, UsageError, shown
+from kd_cache.files.atomic import store_errors
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 
 BUILT_IN = {"city2scene": "city2scene", "scene": "scene"}
@@ -80,7 +81,7 @@ def described(spec: TeacherSpec, teacher: Teacher) -> dict[str, Any]:
         if isinstance(loaded, str):  # what was read, whatever is at that path by now
             source["checkpoint_sha256"] = loaded
         elif spec.checkpoint.is_file():
-            with spec.checkpoint.open("rb") as file:
+            with store_errors(spec.checkpoint, "read"), spec.checkpoint.open("rb") as file:
                 source["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     read_from = getattr(teacher, "source", None)
     if isinstance(read_from, str):

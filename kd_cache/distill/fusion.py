@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import UsageError, shown
+from kd_cache.store.names import MODES
 
 WEIGHTS: Final = "weights:"
 FITTED: Final = ("fit", "gate")
-RESERVED: Final = ("ce", *FITTED, "mean", "probs", "entropy", "label")
-"""Names of modes, which no teacher may have."""
 SHARPEST: Final = 1e-3
 """What is added to an entropy, in nats: a teacher without doubt counts a thousand times, not without bound."""
 
@@ -63,7 +62,7 @@ def fuse(
 
 def fusion_of(mode: str | Fusion, teachers: Sequence[str] = ()) -> Fusion:
     """The function behind a mode's name. Raises `UsageError` as `fuse` does."""
-    if taken := [name for name in teachers if name in RESERVED]:
+    if taken := [name for name in teachers if name in MODES]:
         raise UsageError(f"a teacher is called {taken[0]}, which is the name of a mode", hint="Dump it under another.")
     if not isinstance(mode, str):
         return mode.ordered(teachers) if isinstance(mode, Weights) and teachers else mode

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kd_cache.errors import UsageError, shown
+from kd_cache.store.names import MODES_BEFORE
 
 APPLY_TO: Final = ("target", "all", "source")
 NORMALISE: Final = ("batch", "mask")
@@ -86,8 +87,17 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 """Bundles by name: ours, that of the City2Scene pipeline, and CP-JKU's of 2023 (λ = 1 − α = 0.02)."""
 
 
-MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean", "attn_fusion": "gate"}
-"""What an older pipeline calls modes, and what they are called here."""
+def parse_modes(text: str) -> list[str]:
+    """``ce,fit,weights:a=0.7,b=0.3``: modes by commas; those within weights are theirs. Raises `UsageError`."""
+    found: list[str] = []
+    for part in map(str.strip, text.split(",")):
+        if not part:
+            raise UsageError(f"expected modes such as ce,mean,fit, found {shown(text)}")
+        if found and found[-1].startswith("weights:") and "=" in part:
+            found[-1] += f",{part}"
+        else:
+            found.append(MODES_BEFORE.get(part, part))
+    return found
 
 
 def parse_temperature(text: str) -> tuple[float, float | None]:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from kd_cache.dataset.manifest import IGNORED
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.distill.fitting import UnfitError, fit_gate, fit_weights, held_out
-from kd_cache.distill.fusion import RESERVED, Fusion, Weights
+from kd_cache.distill.fusion import Fusion, Weights
 from kd_cache.distill.objective import CE, DistillLoss
 from kd_cache.distill.recipe import Recipe
 from kd_cache.errors import StaleError, UsageError, listed, shown
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.student_loader import refuse_misplaced
+from kd_cache.store.names import MODES
 from kd_cache.train.augment import Mixed
 from kd_cache.train.clips import Clips
 from kd_cache.train.division import Division, divide
@@ -48,16 +49,18 @@ class StudentJob(TrainJob):
         mode: ``ce``, ``fit``, ``gate``, or another mode of `kd_cache.distill.fuse`.
         recipe: the numbers of the objective.
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
+        own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
     cache: Path = Path("cache")
     mode: str = "fit"
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
+    own_home: Path | None = None
 
     @property
     def home(self) -> Path:
-        return self.output_dir / FOLDER / self.place / self.mode.partition(":")[0]
+        return self.own_home or self.output_dir / FOLDER / self.place / self.mode.partition(":")[0]
 
     @cached_property
     def division(self) -> Division:
@@ -104,7 +107,7 @@ class StudentTraining(Training):
     def _opened(self) -> LogitCache:
         mode = self.job.mode
         cache = LogitCache.open(self.job.cache)
-        if mode in cache.teachers and mode not in RESERVED:
+        if mode in cache.teachers and mode not in MODES:
             cache = LogitCache.open(self.job.cache, [mode])
         if cache.target != self.job.data.target:
             raise UsageError(f"{shown(cache.path)} is no cache for the target {self.job.data.target}")

@@ -27,6 +27,7 @@ from kd_cache.store.accuracy import Accuracy, near_chance, stored_accuracy
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root, teacher_in_name
 from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
+from kd_cache.store.names import refuse_mode
 from kd_cache.store.origin import FORMAT_VERSION, STORED, Fingerprint, Origin, class_order
 from kd_cache.store.pack import attributes_of, write_pack
 from kd_cache.store.pending import Age
@@ -227,6 +228,7 @@ class _Adoption:
                     f"{shown(foreign.teacher)!r} cannot be a teacher's name (letters, digits, _ . -)",
                     hint="Give it one with --name.",
                 )
+            refuse_mode(foreign.teacher, "Give it another with --name.")
             if foreign.teacher in taken:
                 raise UsageError(
                     f"{shown(self.folder.path)} has rows of a teacher {foreign.teacher} already",

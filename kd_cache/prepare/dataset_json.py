@@ -64,7 +64,7 @@ def refuse_other(path: Path, contents: Collection[bytes], *, overwrite: bool) ->
     if there not in contents and not overwrite:
         raise UsageError(
             f"{shown(path)} is there, and is not what would be written",
-            hint="Pass --overwrite to replace it, or another --out.",
+            hint="Pass --overwrite to replace it, or name another place.",
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from kd_cache.dataset.manifest import LISTS, MAX_BYTES, without_collection
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, UsageError, listed, shown
+from kd_cache.options import home_path
 from kd_cache.prepare.rows import Faults, Row, RowReader
 from kd_cache.prepare.tables import parse_columns, read_table
 
@@ -83,7 +84,7 @@ def parse_tables(texts: Sequence[str]) -> dict[str, Path]:
             raise UsageError(
                 f"--table {shown(text)}: expected PATH, or each of {', '.join(LISTS)} and meta once, as train=PATH"
             )
-        tables[name] = Path(path).expanduser()
+        tables[name] = home_path(path)
     if not set(tables) - {"meta"}:
         raise UsageError("no table of samples is named", hint="Name one: --table train=PATH, or --table PATH.")
     return tables

@@ -12,6 +12,7 @@ from kd_cache.score.job import NEW, DumpJob
 from kd_cache.store.cache import refuse_file_as_root
 from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
+from kd_cache.store.names import refuse_mode
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import attributes_of
 from kd_cache.store.snapshot import Snapshot
@@ -97,7 +98,7 @@ def find_rows(job: DumpJob, watcher: Watcher) -> Found:
         StaleError: an older script's cache, which is not gone on with; a cache of another adaptation.
         CorruptError: no index and nothing to make it from; logits that were joined to wrong rows.
         TeacherError: a name that is none; columns in another order than the task's labels.
-        UsageError: two teachers that have the same classes in another order.
+        UsageError: two teachers that have the same classes in another order; a new one that is called like a mode.
         StoreError: a cache that cannot be read; more class names than a pack can hold.
     """
     for name in job.teachers:
@@ -110,6 +111,8 @@ def find_rows(job: DumpJob, watcher: Watcher) -> Found:
             raise TeacherError(f"teacher {name}: {why}", hint="Return its columns in the order of the task's labels.")
     refuse_file_as_root(job.cache_root)
     snapshot = Snapshot(job.folder)
+    for name in sorted(job.origins.keys() - snapshot.origins.keys()):
+        refuse_mode(name, "Give it another name: --teacher NAME=….")
     earlier = _earlier_index(job, snapshot, watcher)
     others = {name: origin for name, origin in snapshot.origins.items() if name not in job.origins}
     packs = snapshot.packs

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.errors import KDCacheError, UsageError, shown
+from kd_cache.options import home_path
 from kd_cache.watch import Stopped
 
 ENTRY_POINTS = "kd_cache.teachers"
@@ -54,7 +55,7 @@ def load_file(path: Path) -> types.ModuleType:
         UsageError: there is no such file.
         Exception: whatever the file raises.
     """
-    path = path.expanduser().resolve()
+    path = home_path(path).resolve()
     if path.suffix != ".py" or not path.is_file():
         raise UsageError(
             f"cannot import {shown(path)}: it is no Python file",

@@ -18,6 +18,7 @@ from kd_cache.dataset.front_end import differences
 from kd_cache.dataset.manifest import FRONT_END, Manifest
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import TeacherError, UsageError, listed, shown
+from kd_cache.options import home_path
 from kd_cache.score.factory import resolve_factory, users_code
 from kd_cache.store.index import is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, class_order, weights_digest
@@ -102,7 +103,7 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise UsageError(f"--teacher {shown(text)}: a teacher cannot be called ckpt; put NAME=…,ckpt=PATH in quotes")
     if named and not factory:
         raise UsageError(f"--teacher {shown(text)}: expected module:factory after {name}=, or path/to/file.py:factory")
-    return TeacherSpec(name, factory or name, Path(checkpoint).expanduser() if separator else None)
+    return TeacherSpec(name, factory or name, home_path(checkpoint) if separator else None)
 
 
 def check_teacher(name: str, teacher: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed, shown
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
+from kd_cache.files.turns import in_turn
 from kd_cache.keys import KeyFinder
 from kd_cache.store.accuracy import refuse_below
 from kd_cache.store.cache import CacheFolder, teacher_in_name
@@ -48,15 +49,16 @@ def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
     """
     before = snapshot.index
     make_directory(snapshot.folder.path)
-    for _ in range(100):
-        publication = _Publication(snapshot := snapshot.again(), change, before, watcher)
-        try:
-            published = publication.run()
-        except IndexChangedError:
-            continue
-        if publication.stands():
-            publication.clean_up()
-            return published
+    with in_turn(snapshot.folder.path):
+        for _ in range(100):
+            publication = _Publication(snapshot := snapshot.again(), change, before, watcher)
+            try:
+                published = publication.run()
+            except IndexChangedError:
+                continue
+            if publication.stands():
+                publication.clean_up()
+                return published
     raise _restless(snapshot.folder)
 
 
@@ -70,6 +72,11 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
         CorruptError: a damaged index or pack; nothing is written then.
         StoreError: the cache cannot be written, or another process wrote the index meanwhile.
     """
+    with in_turn(snapshot.folder.path):
+        return _publish_view(snapshot.again(), shown_path, watcher)
+
+
+def _publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Published:
     folder, index = snapshot.folder, snapshot.finished()
     held = [name for name, entry in index.record["teachers"].items() if entry["pack"] is not None]
     packs = {name: snapshot.served_pack(name) if name in held else None for name in index.record["teachers"]}
@@ -112,6 +119,7 @@ class _Publication:
         self.others = {name: each for name, each in {**change.others, **found}.items() if name not in change.origins}
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
         self.done = Published()
+        self.unfinished: list[tuple[Pack, np.ndarray]] = []  # rows that a dump with other features can go on from
         self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
     @property
@@ -128,11 +136,14 @@ class _Publication:
         packs: dict[str, Pack | None] = {}
         superfluous = set(change.replaced)
         for name, origin in origins.items():
-            packs[name], merged = self._merge(origin)
-            superfluous.update(merged)
+            packs[name], result = self._merge(origin)
+            superfluous.update(result.merged)
+            self.unfinished += result.others
         self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
         viewed, withdrawn = self._viewed(), self._withdraw(packs)
+        if self.snapshot.again().state != self.snapshot.state:
+            raise IndexChangedError  # no row of the view may change under an index that names it
         view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
         maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
         permitted = change.wanted.permitted
@@ -160,6 +171,19 @@ class _Publication:
             accuracy = self.snapshot.accuracy(self.snapshot.union_of(pack), self.change.wanted.permitted)
             refuse_below(pack.origin.teacher, accuracy, self.change.min_accuracy)
 
+    def _kept_unfinished(self) -> set[Path]:
+        """Packs that stay: what a dump committed that has not finished, of other features, but for forbidden samples.
+
+        Rows that an index named were finished: they go when their replacement is there.
+        """
+        finished = () if self.earlier is None else [each["pack"] for each in self.earlier.record["teachers"].values()]
+        permitted, kept = KeyFinder(self.change.wanted.keys), set()
+        for pack, rows in self.unfinished:
+            if pack.path.name not in finished:
+                whole = bool((permitted.find(pack.keys) >= 0).all())
+                kept.add(pack.path if whole else write_part(self.folder.packs_path, pack, rows))
+        return kept
+
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""
         self.now = self.snapshot.again()
@@ -172,7 +196,8 @@ class _Publication:
         Another process may have written the index since ours: what that one names stays.
         """
         current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
-        remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
+        superfluous = {path for path in self.superfluous if path.name not in current} - self._kept_unfinished()
+        remove_files(self.folder.packs_path, sorted(superfluous))
         forget(self.folder, self.pending, [index for index in (self.written, self.earlier) if index is not None])
         if self.change.wanted.known.any():
             for name, count in self.done.unread.items():
@@ -216,8 +241,8 @@ class _Publication:
 
     # -- one teacher --------------------------------------------------------------------------------------------------
 
-    def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
-        """One teacher's rows as one pack, and the packs that it stands for; anew where another dump does the same."""
+    def _merge(self, origin: Origin) -> tuple[Pack | None, Merged]:
+        """One teacher's rows as one pack, and what was merged; anew where another dump does the same."""
         name, wanted = origin.teacher, self.change.wanted
         asked = name in self.change.origins
         missing = self.change.missing if asked else {}
@@ -236,7 +261,7 @@ class _Publication:
             pack = next((pack for pack in now.packs.good if pack.path == result.path), None)
             if pack is not None or result.path is None:
                 self._count(name, pack, result)
-                return pack, result.merged
+                return pack, result
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:
@@ -413,7 +438,7 @@ class _View:
         return maps
 
     def _refuse_what_is_in_the_way(self, directory: Path, pack: Pack) -> None:
-        foreign = in_the_way(directory, pack, self._known(directory, pack))
+        foreign = in_the_way(directory, pack, self._known(directory, pack, self.snapshot.again()))
         if foreign:
             raise StoreError(
                 f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
@@ -421,9 +446,9 @@ class _View:
                 hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
             )
 
-    def _known(self, directory: Path, pack: Pack | None) -> list[Pack]:
-        """The packs whose rows a teacher's folder may hold."""
-        held = [each for each in self.snapshot.packs.good if each.origin.teacher == directory.name]
+    def _known(self, directory: Path, pack: Pack | None, snapshot: Snapshot | None = None) -> list[Pack]:
+        """The packs whose rows a teacher's folder may hold; with ``snapshot`` those of another moment."""
+        held = [each for each in (snapshot or self.snapshot).packs.good if each.origin.teacher == directory.name]
         return held if pack is None else [pack, *held]
 
     def _named(self, directory: Path) -> set[str]:

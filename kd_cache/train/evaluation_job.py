@@ -75,7 +75,8 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
     samples = _labelled(job)
     counts = _made_with(job, samples, watcher)
     clips = Clips.read(job.data.features, samples, job.workers, watcher)
-    logits, labels = _logits(job, clips), clips.labels(job.label).numpy()
+    logits = logits_of(job.name, job.teacher, clips, job.device, job.batch_size)
+    labels = clips.labels(job.label).numpy()
     places = _places(samples, job.data, watcher)
     groups = groups_of(samples, task, job.data.target)
     groups["scene"] = [_scene(sample, job) for sample in samples]
@@ -142,32 +143,32 @@ def _made_with(job: EvaluationJob, samples: Sequence[Sample], watcher: Watcher) 
     return {"trained_on": int(trained.sum()), "chose_epoch": int(validated.sum())}
 
 
-def _logits(job: EvaluationJob, clips: Clips) -> np.ndarray:
-    """``[N, C]``: values whose softmax are the net's probabilities."""
-    teacher, kind, name = job.teacher, job.teacher.value_kind, shown(job.name)
+def logits_of(name: str, teacher: Teacher, clips: Clips, device: torch.device, batch_size: int) -> np.ndarray:
+    """``[N, C]``: values whose softmax are the net's probabilities. Raises `UsageError`, `TeacherError`."""
+    kind, classes, name = teacher.value_kind, teacher.num_classes, shown(name)
     if kind not in _SCALES:
         raise UsageError(f"{name} gives {kind}; only of {', '.join(_SCALES)} probabilities of the classes follow")
-    with users_code(lambda why: TeacherError(f"{name} cannot be evaluated on {job.device}: {why}")):
-        for ready, given in (("to", (job.device,)), ("eval", ())):
+
+    def checked(features: Tensor) -> Tensor:
+        values: Any = teacher(features)
+        expected = (len(features), classes)
+        if not isinstance(values, Tensor) or values.shape != expected or not values.is_floating_point():
+            found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TeacherError(f"{name} must return floating-point {list(expected)}, it returned {found}")
+        return values
+
+    with users_code(lambda why: TeacherError(f"{name} cannot be evaluated on {device}: {why}")):
+        for ready, given in (("to", (device,)), ("eval", ())):
             if callable(method := getattr(teacher, ready, None)):
                 teacher = method(*given)
-        with numerics(job.device, "fp32", 0):
-            values = scored(lambda features: _checked(job, teacher(features), len(features)), clips, job.device,
-                            job.batch_size)  # fmt: skip
+        with numerics(device, "fp32", 0):
+            values = scored(checked, clips, device, batch_size)
     if not np.isfinite(values).all():
         raise TeacherError(f"{name} gave values that are not finite")
     (check := RowCheck(kind)).add(values)
     if why := check.contradiction():
         raise TeacherError(f"the values of {name} {why}")
     return np.log(np.maximum(values, np.finfo(np.float32).tiny)) if kind == "probs" else values
-
-
-def _checked(job: EvaluationJob, values: Any, rows: int) -> Tensor:
-    expected = (rows, job.teacher.num_classes)
-    if not isinstance(values, Tensor) or values.shape != expected or not values.is_floating_point():
-        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise TeacherError(f"{shown(job.name)} must return floating-point {list(expected)}, it returned {found}")
-    return values
 
 
 def _places(samples: Sequence[Sample], data: Dataset, watcher: Watcher) -> np.ndarray:

@@ -344,6 +344,16 @@ def _is_unfinished(path: Path) -> bool:
     return (path / LAST).is_file() and not (path / RESULTS).exists()
 
 
+def finished(home: Path, key: str) -> dict[str, Any] | None:
+    """The results of the newest finished run in ``home/runs`` of this key; ``None`` where there is none."""
+    for path in sorted((home / "runs").glob("*/"), reverse=True):
+        with suppress(OSError, ValueError, RecursionError):
+            results = json.loads((path / RESULTS).read_bytes())
+            if isinstance(results, dict) and results.get("key") == key:
+                return results
+    return None
+
+
 def _key(path: Path) -> str | None:
     """The key that a run's settings have; ``None`` where nobody can say what it was a run of."""
     try:

@@ -56,6 +56,10 @@ def lying(ckpt):
     net = Net("probs"); net.value_kind = "probs"
     net.forward = lambda x: torch.full((len(x), 3), 0.9)
     return net
+def dicing(ckpt):
+    net = Net("logits")
+    net.forward = lambda x: torch.randn(len(x), 3)
+    return net
 def turned(ckpt):
     net = Net("logits")
     net.num_classes, net.class_names = 10, (*DCASE.scenes[1:], DCASE.scenes[0])
@@ -163,6 +167,7 @@ def test_no_label_of_a_target_s_train_row_changes_a_byte(run: Run, town: World, 
         ("mine=mine_nets:broken", (), 1, "values that are not finite"),
         ("mine=mine_nets:failing", (), 1, "cannot be evaluated on cpu: SystemExit"),
         ("mine=mine_nets:lying", (), 1, "are not probabilities"),
+        ("mine=mine_nets:dicing", (), 1, "gives other numbers each time"),
         ("mine=mine_nets:logits", ("--num-scenes", 4), 2, "mine has 3 classes, and there are 4 (--num-scenes)"),
         ("mine=mine_nets:turned", ("--num-scenes", 10), 2, "have the same classes in another order"),
         ("mine=mine_nets:logits", ("--label", "city", "--num-cities", 12), 2, "3 classes, and there are 12"),

@@ -125,8 +125,12 @@ def _rows(run: Run, folder: Path) -> Prepared:
     layout, texts, subset = run.values["layout"], run.values["table"], run.values["subset"]
     if layout not in LAYOUTS:
         raise UsageError(f"no layout is called {shown(layout)}", hint=f"Layouts: {', '.join(LAYOUTS)}.")
-    if (layout == "tau") == bool(texts):
+    if layout == "tau" and texts:
         raise UsageError("--table names the tables of the layout csv; in the layout tau they have their own names")
+    if layout == "csv" and not texts:
+        raise UsageError(
+            "the layout csv needs a table of samples", hint="Name yours: --table train=PATH, or --table PATH."
+        )
     if layout == "csv" and subset is not None:
         raise UsageError("--subset is for the layout tau; name the table of a subset: --table train=PATH")
     tables = parse_tables(texts) if layout == "csv" else tau_tables(folder, subset)

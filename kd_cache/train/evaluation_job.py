@@ -18,6 +18,7 @@ from kd_cache.errors import DataLeakageError, TeacherError, UsageError, listed, 
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.score.device import numerics
 from kd_cache.score.factory import users_code
+from kd_cache.score.self_test import refuse_unsteady
 from kd_cache.score.teacher import Teacher, compare_front_ends
 from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.classes import misplaced
@@ -149,12 +150,17 @@ def logits_of(name: str, teacher: Teacher, clips: Clips, device: torch.device, b
     if kind not in _SCALES:
         raise UsageError(f"{name} gives {kind}; only of {', '.join(_SCALES)} probabilities of the classes follow")
 
+    unlooked = [True]
+
     def checked(features: Tensor) -> Tensor:
         values: Any = teacher(features)
         expected = (len(features), classes)
         if not isinstance(values, Tensor) or values.shape != expected or not values.is_floating_point():
             found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise TeacherError(f"{name} must return floating-point {list(expected)}, it returned {found}")
+        if unlooked:
+            unlooked.clear()
+            refuse_unsteady(name, teacher, "fp32", features, values.cpu(), teacher)
         return values
 
     with users_code(lambda why: TeacherError(f"{name} cannot be evaluated on {device}: {why}")):

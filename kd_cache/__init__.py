@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         StoreError,
         TeacherError,
         TrainingError,
+        UnfitError,
         UsageError,
     )
     from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
@@ -74,6 +75,7 @@ _HOME = {
         "StoreError",
         "TeacherError",
         "TrainingError",
+        "UnfitError",
         "UsageError",
     ),
     "kd_cache.exchange.export": ("ExportJob", "ExportReport", "export_logits"),
@@ -129,6 +131,7 @@ __all__ = [
     "Teacher",
     "TeacherError",
     "TrainingError",
+    "UnfitError",
     "UsageError",
     "VerifyJob",
     "VerifyReport",

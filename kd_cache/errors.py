@@ -2,7 +2,8 @@
 
     KDCacheError                       exit 1   something went wrong; the message says what to do
     ├── UsageError (ValueError)        exit 2   an option, a setting or a call that makes no sense
-    │   └── ManifestError              exit 2   the dataset JSON cannot be read without guessing
+    │   ├── ManifestError              exit 2   the dataset JSON cannot be read without guessing
+    │   └── UnfitError                 exit 2   nothing is held out that teachers' weights could be fitted on
     ├── MissingLogitsError (KeyError)  exit 3   a sample that should be cached is not
     ├── CorruptError (ValueError)      exit 4   stored bytes are not the bytes that were written
     ├── StaleError (ValueError)        exit 5   stored logits were made by something else than asked for
@@ -49,6 +50,10 @@ class UsageError(KDCacheError, ValueError):
 
 
 class ManifestError(UsageError):
+    pass
+
+
+class UnfitError(UsageError):
     pass
 
 

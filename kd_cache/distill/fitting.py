@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from kd_cache.dataset.guard import Selection
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.distill.fusion import Gate, Weights
-from kd_cache.errors import UsageError
+from kd_cache.errors import UnfitError
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.student_loader import refuse_misplaced
@@ -33,10 +33,6 @@ FOLDS: Final = 5
 _PRIOR: Final = 10.0
 """Standard deviation of a weight, in units of its teacher's own spread: far above any calibrated teacher. It counts
 where the teachers are right on every row, and likelihood alone would make them infinitely sure."""
-
-
-class UnfitError(UsageError):
-    """There is nothing to fit on."""
 
 
 class HeldOut:

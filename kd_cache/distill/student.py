@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from kd_cache.dataset.manifest import IGNORED
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.distill.fitting import UnfitError, fit_gate, fit_weights, held_out
+from kd_cache.distill.fitting import fit_gate, fit_weights, held_out
 from kd_cache.distill.fusion import Fusion, Weights
 from kd_cache.distill.objective import CE, DistillLoss
 from kd_cache.distill.recipe import Recipe
-from kd_cache.errors import StaleError, UsageError, listed, shown
+from kd_cache.errors import StaleError, UnfitError, UsageError, listed, shown
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.student_loader import refuse_misplaced
 from kd_cache.store.names import MODES

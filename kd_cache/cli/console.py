@@ -57,7 +57,7 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
             code, cause = 130, error
         except (typer.Exit, typer.Abort, Stopped):
             raise
-        except BaseException as error:  # noqa: BLE001 (the last line of defence: say it, exit non-zero)
+        except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 (the last line of defence: say it)
             message = f"unexpected {type(error).__name__}: {shown(error)}"
             if isinstance(error, OSError) and error.filename is not None:
                 message = f"cannot use {shown(error.filename)}: {error.strerror}"

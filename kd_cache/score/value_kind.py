@@ -136,8 +136,11 @@ class RowCheck:
 
     @property
     def _are_sigmoids(self) -> bool:
-        """Of numbers between 0 and 1: whether they make use of that room, or all stay around the sigmoid of nothing."""
-        is_sure = self._most - self._least >= _SPREAD and self._moved >= _SPREAD / 2
+        """Of numbers between 0 and 1: whether they make use of that room, or all stay around the sigmoid of nothing.
+
+        Two classes are too few: small logits with heavy tails may keep to that room by chance.
+        """
+        is_sure = self._columns > 2 and self._most - self._least >= _SPREAD and self._moved >= _SPREAD / 2
         is_shy = self._least > 0.25 and self._most < 0.75 and abs(self._total / self._numbers - 0.5) < _MOVED
         return is_sure or (is_shy and self._columns >= _SEVERAL and self._moved > 0)
 

@@ -15,6 +15,7 @@ _TOLERANCE = 2e-2  # so far a sum of probabilities is rounded in half precision,
 _EXACT = 1e-3  # sums of a net that says nearly the same of every sample must be nearer to prove anything
 _MOVED = 0.1  # a value that differs so much between samples is no bias
 _SPREAD = 0.5  # numbers closer together may be the logits of a net that has learnt nothing yet
+_WIDE = 0.18  # of sigmoids of numbers as large as one: their standard deviation is 0.2
 _SEVERAL = 8  # classes, of which each would have to have the same bias
 _CROWDED = -0.05  # a log sigmoid that is sure comes so near to its bound
 
@@ -31,7 +32,7 @@ class RowCheck:
         self._least, self._most = np.inf, -np.inf
         self._sums = (np.inf, -np.inf)
         self._weights = (np.inf, -np.inf)  # of rows' exponentials
-        self._total = self._weight = 0.0  # of all values, of all exponentials
+        self._total = self._squares = self._weight = 0.0  # of all values, of their squares, of all exponentials
         self._crowded = self._topped = 0  # rows whose largest value is next to zero; whose is exactly zero
         self._first: np.ndarray | None = None
         self._moved = 0.0  # farthest that a value is from the first row's
@@ -52,6 +53,7 @@ class RowCheck:
         sums = values.sum(axis=1)
         self._sums = _widened(self._sums, sums)
         self._total += float(sums.sum())
+        self._squares += float(np.square(values).sum())
         if self._most <= _TOLERANCE:
             weights = np.exp(values).sum(axis=1)
             self._weights = _widened(self._weights, weights)
@@ -138,10 +140,14 @@ class RowCheck:
     def _are_sigmoids(self) -> bool:
         """Of numbers between 0 and 1: whether they make use of that room, or all stay around the sigmoid of nothing.
 
-        Two classes are too few: small logits with heavy tails may keep to that room by chance.
+        Small logits with heavy tails may keep to that room by chance: few of them lie far from the others, and they do
+        not gather at its ends. Two classes are too few to tell.
         """
-        is_sure = self._columns > 2 and self._most - self._least >= _SPREAD and self._moved >= _SPREAD / 2
-        is_shy = self._least > 0.25 and self._most < 0.75 and abs(self._total / self._numbers - 0.5) < _MOVED
+        mean = self._total / self._numbers
+        is_wide = self._squares / self._numbers - mean**2 >= _WIDE**2 or min(mean, 1 - mean) < _MOVED
+        is_spread = self._most - self._least >= _SPREAD and self._moved >= _SPREAD / 2
+        is_sure = self._columns > 2 and is_spread and is_wide
+        is_shy = self._least > 0.25 and self._most < 0.75 and abs(mean - 0.5) < _MOVED
         return is_sure or (is_shy and self._columns >= _SEVERAL and self._moved > 0)
 
     @property

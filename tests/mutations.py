@@ -141,8 +141,8 @@ kd_cache/serve/logit_cache.py: test_permitted, test_loader
 
 packs just written go with those they replace
 kd_cache/store/publish.py: test_dump, test_seal
--{path for path in self.superfluous if path.name not in current} - self._kept
-+set(self.superfluous) - self._kept
+-sorted(path for path in self.superfluous if path.name not in current)
++sorted(self.superfluous)
 
 an index that another process wrote meanwhile is overwritten
 kd_cache/store/publish.py: test_seal

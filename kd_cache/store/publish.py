@@ -119,7 +119,6 @@ class _Publication:
         self.others = {name: each for name, each in {**change.others, **found}.items() if name not in change.origins}
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
         self.done = Published()
-        self.unfinished: list[tuple[Pack, np.ndarray]] = []  # rows that a dump with other features can go on from
         self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
     @property
@@ -136,9 +135,8 @@ class _Publication:
         packs: dict[str, Pack | None] = {}
         superfluous = set(change.replaced)
         for name, origin in origins.items():
-            packs[name], result = self._merge(origin)
-            superfluous.update(result.merged)
-            self.unfinished += result.others
+            packs[name], merged = self._merge(origin)
+            superfluous.update(merged)
         self._refuse_inaccurate(packs)
         done.num_samples = _held_by_all(packs.values())
         viewed, withdrawn = self._viewed(), self._withdraw(packs)
@@ -171,19 +169,6 @@ class _Publication:
             accuracy = self.snapshot.accuracy(self.snapshot.union_of(pack), self.change.wanted.permitted)
             refuse_below(pack.origin.teacher, accuracy, self.change.min_accuracy)
 
-    def _kept_unfinished(self) -> set[Path]:
-        """Packs that stay: what a dump committed that has not finished, of other features, but for forbidden samples.
-
-        Rows that an index named were finished: they go when their replacement is there.
-        """
-        finished = () if self.earlier is None else [each["pack"] for each in self.earlier.record["teachers"].values()]
-        permitted, kept = KeyFinder(self.change.wanted.keys), set()
-        for pack, rows in self.unfinished:
-            if pack.path.name not in finished:
-                whole = bool((permitted.find(pack.keys) >= 0).all())
-                kept.add(pack.path if whole else write_part(self.folder.packs_path, pack, rows))
-        return kept
-
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""
         self.now = self.snapshot.again()
@@ -196,8 +181,7 @@ class _Publication:
         Another process may have written the index since ours: what that one names stays.
         """
         current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
-        superfluous = {path for path in self.superfluous if path.name not in current} - self._kept_unfinished()
-        remove_files(self.folder.packs_path, sorted(superfluous))
+        remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
         forget(self.folder, self.pending, [index for index in (self.written, self.earlier) if index is not None])
         if self.change.wanted.known.any():
             for name, count in self.done.unread.items():
@@ -241,8 +225,8 @@ class _Publication:
 
     # -- one teacher --------------------------------------------------------------------------------------------------
 
-    def _merge(self, origin: Origin) -> tuple[Pack | None, Merged]:
-        """One teacher's rows as one pack, and what was merged; anew where another dump does the same."""
+    def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
+        """One teacher's rows as one pack, and the packs that it stands for; anew where another dump does the same."""
         name, wanted = origin.teacher, self.change.wanted
         asked = name in self.change.origins
         missing = self.change.missing if asked else {}
@@ -261,7 +245,7 @@ class _Publication:
             pack = next((pack for pack in now.packs.good if pack.path == result.path), None)
             if pack is not None or result.path is None:
                 self._count(name, pack, result)
-                return pack, result
+                return pack, result.merged
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:

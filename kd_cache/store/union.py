@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -168,8 +168,7 @@ class Union:
 class Merged:
     """What `merge_packs` did: wanted rows that no pack holds, how many rows it left out, and repeats that differ.
 
-    ``merged`` are the packs that the result stands for. They are to be removed once the index says so, but for the
-    rows in ``others``: these are of wanted keys, and made of another input than the row that was kept.
+    ``merged`` are the packs that the result stands for. They are to be removed once the index says so.
     """
 
     path: Path | None
@@ -177,7 +176,6 @@ class Merged:
     left_out: int
     disagreements: list[str]
     merged: list[Path]
-    others: list[tuple[Pack, np.ndarray]] = field(default_factory=list)
 
 
 def merge_packs(
@@ -207,7 +205,6 @@ def merge_packs(
     absent = positions < 0
     if required is not None and (absent & required).any():
         return Merged(None, absent, 0, [], [])
-    others = _others(union, keys, positions)
     positions = positions[~absent]
     left_out = int((~union.repeats).sum()) - len(positions)
     disagreements = union.disagreements()
@@ -222,16 +219,7 @@ def merge_packs(
             lambda part: _carried_over(union, positions[part]),
         )
     merged = [pack.path for pack in union.packs if pack.path != path]
-    return Merged(path, absent, left_out, disagreements, merged, others)
-
-
-def _others(union: Union, keys: np.ndarray, kept: np.ndarray) -> list[tuple[Pack, np.ndarray]]:
-    """By pack, the rows of wanted ``keys`` made of another input than the row ``kept`` (a position, ``-1``: none)."""
-    number = KeyFinder(keys).find(union.keys)
-    position = kept[number]
-    other = (number >= 0) & ((position < 0) | (union.inputs != union.inputs[position]).any(axis=1))
-    rows = [np.sort(union.row_no[other & (union.pack_no == at)]) for at in range(len(union.packs))]
-    return [(pack, found) for pack, found in zip(union.packs, rows, strict=True) if len(found)]
+    return Merged(path, absent, left_out, disagreements, merged)
 
 
 def _carried_over(union: Union, positions: np.ndarray) -> np.ndarray:

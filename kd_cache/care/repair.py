@@ -1,8 +1,8 @@
 """Repairing a cache: an audit of everything, then only what it reports is scored again or rebuilt from the packs.
 
-Rows that are wrong although they look fresh leave first, by an index that names packs without them: from then on they
-are missed, never served, and a dump scores them as it scores any missing row. View, index and the list of permitted
-samples need no teacher.
+Rows that are wrong although they look fresh leave first: their packs are removed, and an index names packs without
+them. From then on they are missed, never served, and a dump scores them as it scores any missing row. View, index and
+the list of permitted samples need no teacher.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd_cache.distill.recipe import numbers_by_name
 from kd_cache.errors import UsageError, shown
 from kd_cache.store.names import MODES
 
@@ -140,17 +141,9 @@ class Weights:
     @classmethod
     def parse(cls, text: str) -> Weights:
         """``scene=0.7,city2scene=0.3``. Raises `UsageError`."""
-        found: dict[str, float] = {}
-        for item in text.split(","):
-            name, _, value = item.strip().partition("=")
-            try:
-                number = float(value)
-            except ValueError:
-                number = math.nan
-            if not name or name in found or math.isnan(number):
-                raise UsageError(f"{WEIGHTS}{shown(text)}: found {shown(item)}, expected each teacher once as NAME=X")
-            found[name] = number
-        return cls(found)
+        said = f"{WEIGHTS}{shown(text)}"
+        items = (item.strip() for item in text.split(","))
+        return cls(numbers_by_name(items, lambda item: f"{said}: found {item}, expected each teacher once as NAME=X"))
 
     def ordered(self, teachers: Sequence[str]) -> Weights:
         """In the order of these teachers; those without a weight have 0. Raises `UsageError`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -114,6 +114,11 @@ def parse_temperature(text: str) -> tuple[float, float | None]:
 
 def parse_options(texts: Sequence[str]) -> dict[str, float]:
     """``beta=4``: further parameters of a loss. Raises `UsageError`."""
+    return numbers_by_name(texts, lambda text: f"--loss-option {text}: expected each parameter once, as NAME=X")
+
+
+def numbers_by_name(texts: Iterable[str], wrong: Callable[[str], str]) -> dict[str, float]:
+    """``NAME=X``, each name once. Raises `UsageError` with what ``wrong`` says of the first text that is not so."""
     found: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -122,6 +127,6 @@ def parse_options(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             number = math.nan
         if not name or name in found or math.isnan(number):
-            raise UsageError(f"--loss-option {shown(text)}: expected each parameter once, as NAME=X")
+            raise UsageError(wrong(shown(text)))
         found[name] = number
     return found

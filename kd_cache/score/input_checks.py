@@ -8,6 +8,7 @@ import numpy as np
 
 from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.errors import shown
+from kd_cache.keys import KeyFinder
 
 _EXAMPLES = 3
 _MOST_SHAPES = 256
@@ -46,10 +47,9 @@ def input_remarks(
 def _are_zero(digests: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     """``[N]`` bool: the digest is that of zeros. Of many shapes the first ones."""
     known = np.unique(shapes[shapes[:, 0] > 0], axis=0)[:_MOST_SHAPES].tolist()
-    zeros = [input_digest(np.zeros(shape, kind)) for shape in known for kind in ("<f4", "<f2")]
-    found = np.zeros(len(digests), bool)
-    for digest in zeros:
-        found |= (digests == np.frombuffer(digest, np.uint8)).all(axis=1)
+    zeros = sorted({input_digest(np.zeros(shape, kind)) for shape in known for kind in ("<f4", "<f2")})
+    finder = KeyFinder(np.frombuffer(b"".join(zeros), np.uint8).reshape(-1, 16))
+    found: np.ndarray = finder.find(digests) >= 0
     return found
 
 

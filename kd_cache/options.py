@@ -232,6 +232,8 @@ _TABLE = (
     Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB",
            low=1),
     # Output
+    Option("report", bool, "Write a page of what came of it beside the results (pip install kd-cache[report]).", OUTPUT,
+           True, off=True, kept=False),
     Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
     Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,
            flag="--json", variable="KD_CACHE_JSON"),

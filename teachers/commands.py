@@ -62,6 +62,7 @@ _TRAINING: tuple[str | Option, ...] = (
     Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
     Option("half", bool, "Store weights as float16.", OUTPUT, False),
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
+    "report",
     *DATA_LIMITS,
     "max_checkpoint_bytes",
     "config",

@@ -50,7 +50,7 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
     Option("half", bool, "Store weights as float16.", OUTPUT, False),
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
-    *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
 )  # fmt: skip
 _TAUGHT_NOTE = (
     "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "

@@ -28,8 +28,8 @@ from kd_cache.train.job import TrainReport
 
 __all__ = ["scene", "town"]
 COUNTS = ("--num-scenes", 3, "--num-cities", 3)
-QUICK = ("--epochs", 5, "--warmup-epochs", 1, "--batch-size", 8, "--feature-dim", 8, "--ema", 0, "--lr", 0.03,
-         "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)  # fmt: skip
+QUICK = ("--arch", "cp_resnet", "--channels", "16,16,32,8", "--epochs", 5, "--warmup-epochs", 1, "--batch-size", 8,
+         "--ema", 0, "--lr", 0.03, "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)  # fmt: skip
 
 
 @pytest.fixture

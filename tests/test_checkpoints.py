@@ -491,7 +491,10 @@ NO_TEACHERS: list[tuple[object, str]] = [
     (noted("[" * 100_000), "not JSON"),
     (noted("[]"), "JSON object"),
     (noted({"a": 1}), "JSON object"),
-    (noted('{"architecture": "resnet50"}'), "architecture must be cnn14 or cp_mobile or cp_resnet, found resnet50"),
+    (
+        noted('{"architecture": "resnet50"}'),
+        "architecture must be bc_resnet or cnn14 or cp_mobile or cp_resnet or tf_sepnet, found resnet50",
+    ),
     (noted('{"architecture": {}}'), "architecture must be"),
     (noted('{"architecture": "cp_resnet"}'), "none of its names"),
     (noted('{"architecture_version": "2"}'), "architecture_version must be 1, found 2"),

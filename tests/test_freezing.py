@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.store.origin import weights_digest
-from kd_cache.train.cp_mobile import CPMobile
 from kd_cache.train.freezing import BACKBONE, HEAD, NECK, UNUSED, Frozen, parts_of, trainable_parameters
 from kd_cache.train.layers import mlp
 from kd_cache.train.nets import Standardised
@@ -62,7 +61,6 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "cnn14 with a projection": lambda: cnn14(projection=(5, 4)),
     "cnn14 with a linear classifier": lambda: cnn14(hidden=()),
     "cp_resnet": cp_resnet,
-    "cp_mobile": lambda: seeded(CPMobile(4, (4, 4, 8), (4, 4, 4, 4, 4, 4), (2, 4))),
     "city2scene on cnn14": lambda: on(cnn14(), linear),
     "city2scene on cp_resnet": lambda: on(cp_resnet(), deep),
     "city2scene on cnn14, standardised": lambda: on(cnn14(), standardised),
@@ -76,10 +74,9 @@ def expected_part(name: str) -> str:
     if name.startswith("scene_head."):
         return HEAD
     bare = name.removeprefix("city_model.")
-    if bare.startswith(("classifier.", "head.", "feed_forward.")):
+    if bare.startswith(("classifier.", "head.")):
         return UNUSED if bare != name else HEAD
-    neck = ("feature_extractor.fc1.", "feature_extractor.bn1.", "feature_extractor.projection_head.", "block4.",
-            "stages.s3.")  # fmt: skip
+    neck = ("feature_extractor.fc1.", "feature_extractor.bn1.", "feature_extractor.projection_head.", "block4.")
     return NECK if bare.startswith(neck) else BACKBONE
 
 

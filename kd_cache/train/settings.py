@@ -184,12 +184,14 @@ class Settings:
     arch: str = _of(
         NET,
         "cp_resnet",
-        "cp_mobile, cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory.",
+        "cp_mobile, cp_resnet, bc_resnet, tf_sepnet, cnn14, or a factory of your own: module:factory, or "
+        "path/to/file.py:factory.",
         names_code=True,
     )
     base_channels: int | None = _of(
-        NET, None, "Channels that all others follow from, in eights (cp_mobile).", otherwise="32", low=4, high=1024
-    )
+        NET, None, "Channels that all others follow from (cp_mobile: in eights, bc_resnet, tf_sepnet).",
+        otherwise="32, 40, 64", low=4, high=1024,
+    )  # fmt: skip
     channels_multiplier: float | None = _of(
         NET, None, "How much wider each stage is than the one before (cp_mobile).", otherwise="1.8", low=1, high=8
     )

@@ -30,14 +30,14 @@ from kd_cache.train.evaluation import headline
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net
 from kd_cache.train.run_folder import published
-from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, Settings, parse_stage, stages_of
+from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, SIZES, Settings, parse_stage, stages_of
 from teachers.embeddings import FOLDER, EmbeddingTeacher, source_name
 from teachers.loading import load_teacher, own_teacher
 from teachers.recipes import is_city2scene, train_teacher
 
 SHARED = frozenset({
     "json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside",
-    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", "feature_dim", "seed",
+    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", *SIZES, "feature_dim", "seed",
     "deterministic", "precision", "compile", "device", "workers", "half", "pth", "resume", "shuffle_labels",
     "tensorboard", "max_manifest_bytes", "max_feature_bytes", "max_checkpoint_bytes", "target",
 })  # fmt: skip

@@ -50,7 +50,7 @@ class DumpOptions:
     cache_root: Path
     dtype: DType
     skip_existing: bool
-    files: bool
+    files: bool | None
     num_verify: int
     min_accuracy: float | None
     reread: bool

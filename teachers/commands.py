@@ -175,7 +175,7 @@ RANK = Command(
         replace(INIT, help="Start the trunk from this checkpoint."),
         Option("name", str | None, "Of the folder of the run.", OUTPUT, None, "embeddings, or end_to_end"),
         replace(OUTPUT_DIR, help="The ranker goes to its folder rank/A2<target>/<name>; embeddings are there too."),
-        "target", *DATASET, RESUME,
+        changed("target", help="The pairs' samples are train samples of A and of this device."), *DATASET, RESUME,
         replace(_OF["feature_dim"], otherwise="64 over embeddings, else the architecture's"),
         replace(_OF["mlp_hidden_dims"], help="Hidden widths of the scorer.", otherwise="64"),
         replace(_OF["dropout"], default=0.1, help="Between the layers of the scorer."),

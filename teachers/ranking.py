@@ -82,7 +82,7 @@ def _lines(report: TrainReport) -> list[str | Table]:
             for name, one in figures["baselines"].items()
         ]
     return [
-        Table(f"{report.how} for {report.place}, on series that were not trained on", ["", *_COLUMNS], rows),
+        Table(f"Ranker for {report.place} ({report.how}), on series that were not trained on", ["", *_COLUMNS], rows),
         "",
         Table("Baselines", ["", "Accuracy", "The ranker is better by", "95 %"], baselines),
         shown(report.checkpoint),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -279,14 +279,15 @@ def ranking_figures(
             "better_by": float((right - guessed).mean()),
             "better_by_interval": interval_of_mean(right - guessed, places),
         }
-    names = np.array(series)
-    for name in sorted(set(series)):
-        mine = names == name
+    members: dict[str, list[int]] = defaultdict(list)
+    for number, name in enumerate(series):
+        members[name].append(number)
+    for name, mine in sorted(members.items()):
         of_series = measure(logits[mine], winners[mine])
         figures = {figure: getattr(of_series, figure) for figure in FIGURES if figure != "macro_accuracy"}
         auc = area_under_curve(margin[mine], winners[mine] == 0)
         exact = {"accuracy": float(right[mine].mean()), "auc": auc, "brier": of_series.brier / 2}
-        found["by_series"][name] = {"pairs": int(mine.sum()), **figures, **exact}
+        found["by_series"][name] = {"pairs": len(mine), **figures, **exact}
     return found
 
 

@@ -92,10 +92,10 @@ def _lines(report: TrainReport) -> list[str | Table]:
 def _cells(figures: Mapping[str, Any]) -> list[str]:
     auc = figures["auc"]
     return [
-        f"{figures['pairs']:,}",
-        f"{figures['series']:,}",
+        f"{figures['samples']:,}",
+        f"{len(figures['by']['series']):,}",
         percent(figures["accuracy"]),
-        _range(figures["interval"]),
+        _range((figures["intervals"] or {}).get("accuracy")),
         "–" if auc is None else f"{auc:.3f}",
         *(f"{figures[name]:.3f}" for name in ("log_loss", "ece", "brier")),
     ]

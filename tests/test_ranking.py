@@ -24,6 +24,7 @@ from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, DataLeakageError, ManifestError, UsageError
 from kd_cache.train.checkpoint import read_record, save_checkpoint
+from kd_cache.train.evaluation import interval_of_mean
 from kd_cache.train.pairs import Pair, divide_pairs, groups_of_series, read_pairs, sieve
 from kd_cache.train.ranker import EMBEDDINGS, Plan, Ranker, load_ranker, probability
 from kd_cache.train.ranking import RankJob, RankTraining, ranking_figures, train_ranker
@@ -243,24 +244,30 @@ def test_figures_are_those_of_scikit_learn() -> None:
     found = ranking_figures(logits, winners, series, series, 1)
     p = 1 / (1 + np.exp(logits[:, 1].astype(float) - logits[:, 0]))
     first = winners == 0
-    for name, expected in (
-        ("auc", roc_auc_score(first, p)), ("brier", brier_score_loss(first, p)), ("log_loss", log_loss(first, p)),
-        ("accuracy", accuracy_score(first, p > 0.5)),
-    ):  # fmt: skip
-        assert found[name] == pytest.approx(expected, abs=1e-6)
+    expected = {
+        "auc": roc_auc_score(first, p),
+        "brier": 2 * brier_score_loss(first, p),
+        "log_loss": log_loss(first, p),
+        "accuracy": accuracy_score(first, p > 0.5),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     mine = np.array(series) == "s3"
-    assert found["by_series"]["s3"]["auc"] == pytest.approx(roc_auc_score(first[mine], p[mine]), abs=1e-6)
-    assert found["by_series"]["s3"]["brier"] == pytest.approx(brier_score_loss(first[mine], p[mine]), abs=1e-6)
+    of_series = {"auc": roc_auc_score(first[mine], p[mine]), "brier": 2 * brier_score_loss(first[mine], p[mine])}
+    assert {name: found["by"]["series"]["s3"][name] for name in of_series} == pytest.approx(of_series, abs=1e-6)
     baseline = found["baselines"]["majority of training"]
     assert baseline["better_by"] == pytest.approx(found["accuracy"] - (winners == 1).mean())
-    for low, value, high in ((*found["interval"], found["accuracy"]), (*baseline["interval"], baseline["accuracy"])):
-        assert low < high
-        assert low < value or value <= high
+    assert found["intervals"]["accuracy"] == interval_of_mean((p > 0.5) == first, np.array(series))
+    for low, high, value in (
+        (*found["intervals"]["accuracy"], found["accuracy"]),
+        (*baseline["interval"], baseline["accuracy"]),
+        (*baseline["better_by_interval"], baseline["better_by"]),
+    ):
+        assert low < value < high
     turned = ranking_figures(logits[:, ::-1], 1 - winners, series, series, 0)
-    for name in ("accuracy", "auc", "ece", "brier", "log_loss"):
-        assert turned[name] == pytest.approx(found[name], abs=1e-12)
+    same = ("accuracy", "auc", "ece", "brier", "log_loss")
+    assert {name: turned[name] for name in same} == pytest.approx({name: found[name] for name in same}, abs=1e-12)
     one = ranking_figures(np.zeros((2, 2)), np.array([0, 0]), ["s", "s"], ["s", "s"], 0)
-    assert (one["accuracy"], one["auc"], one["interval"]) == (0.5, None, None)
+    assert (one["auc"], one["intervals"], one["baselines"]["always a"]["interval"]) == (None, None, None)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -279,10 +286,10 @@ def test_a_known_ranking_is_learnt_on_series_that_were_never_seen(run: Run, here
     assert test["accuracy"] >= 0.9
     assert test["auc"] >= 0.95
     assert test["baselines"]["always a"]["better_by_interval"][0] > 0
-    assert len(test["by_series"]) == test["series"] == 2
+    assert len(test["by"]["series"]) == 2
     assert {path.name for path in Path(report["run"]).iterdir()} >= {"config.yaml", "best.safetensors", "results.json"}
     record = read_record(report["checkpoint"])
-    assert not {*record["series"]["trained"], *record["series"]["validated"]} & test["by_series"].keys()
+    assert not {*record["series"]["trained"], *record["series"]["validated"]} & test["by"]["series"].keys()
     assert "rank A2b" in run("info", "outputs").stdout
     assert "tells no classes apart" in run("evaluate", report["checkpoint"]).stderr
 
@@ -373,7 +380,7 @@ def test_shuffled_winners_and_quick_experiments_publish_nothing(shelf: Path, tmp
         report = train_ranker(ranker_job(shelf, tmp_path, "scene", name=name, epochs=1, **changed))
         assert not report.published
         assert not (tmp_path / f"rank/A2b/{name}/best.safetensors").exists()
-    assert report.results["series"] == {"train": 6, "validation": 1}
+    assert report.results["locations"] == {"train": 6, "validation": 1}
 
 
 def unseen(here: Path, *files: str) -> None:

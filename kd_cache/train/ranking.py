@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from kd_cache.keys import sample_key
 from kd_cache.store.origin import canonical_json
 from kd_cache.train.clips import Clips
 from kd_cache.train.embeddings import FOLDER, Embeddings, side_by_side
-from kd_cache.train.evaluation import FIGURES, interval_of_mean, measure, score
+from kd_cache.train.evaluation import interval_of_mean, intervals, measure, measure_groups, score
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import WarmStart
 from kd_cache.train.pairs import WINNERS, Pair, PairDivision, PairsFile, Sieved, divide_pairs, read_pairs, sieve
@@ -224,7 +224,7 @@ class RankTraining(Training):
     def _facts(self) -> dict[str, Any]:
         sieved, job = self.job.sieved, self.job
         pairs = {"sha256": job.file.digest, "in_file": len(job.file.pairs), "left_out": sieved.left_out}
-        return {**super()._facts, "ranker": asdict(self.plan), "pairs": pairs}
+        return {**super()._facts, "ranker": asdict(self.plan), "pairs": pairs, "units": self.units}
 
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         assert isinstance(clips, PairClips)  # noqa: S101 (it is given no others)
@@ -247,29 +247,22 @@ def ranking_figures(
         logits: ``[N, 2]``; their first less their second is the log odds of a ≻ b.
         winners: ``[N]``: 0 where a is better, 1 where b is.
         series: of each pair; figures are given for each.
-        groups: of each pair: series that share samples. Intervals draw whole groups (`interval_of_mean`).
+        groups: of each pair: series that share samples.
         majority: the winner of most training pairs, for the baseline of that name.
 
-    ``accuracy`` counts equal logits as half; ``auc`` is of P(a ≻ b) as the file has the pairs (``None`` where all
-    winners are the same); ``brier`` is the mean of (P(a ≻ b) − 1[a wins])², from 0 to 1. The rest as in `Metrics`.
-    ``baselines`` have accuracies too, and by how much the ranker's is better.
+    As `Metrics` has them, of the classes a and b; intervals draw whole groups. ``auc`` is of P(a ≻ b) as the file has
+    the pairs, ``None`` where all winners are the same. ``baselines`` have accuracies too, and by how much the ranker's
+    is better.
     """
-    margin = logits[:, 0].astype(np.float64) - logits[:, 1]
-    right = np.where(margin == 0, 0.5, (margin < 0) == (winners == 1))
-    places = np.array(groups)
-    overall = measure(logits, winners)
+    margin, places = logits[:, 0].astype(np.float64) - logits[:, 1], np.array(groups)
+    right = (logits.argmax(axis=1) == winners).astype(np.float64)
     found: dict[str, Any] = {
-        "pairs": len(winners),
-        "series": len(set(series)),
-        "accuracy": float(right.mean()),
-        "interval": interval_of_mean(right, places),
+        **measure(logits, winners).as_json(),
         "auc": area_under_curve(margin, winners == 0),
-        "log_loss": overall.log_loss,
-        "ece": overall.ece,
-        "ece_equal_mass": overall.ece_equal_mass,
-        "brier": overall.brier / 2,
+        "intervals": intervals(logits, winners, places),
+        "class_names": list(WINNERS),
+        "by": measure_groups(logits, winners, {"series": series}),
         "baselines": {},
-        "by_series": {},
     }
     for name, guess in (("always a", 0), ("majority of training", majority)):
         guessed = (winners == guess).astype(np.float64)
@@ -279,15 +272,10 @@ def ranking_figures(
             "better_by": float((right - guessed).mean()),
             "better_by_interval": interval_of_mean(right - guessed, places),
         }
-    members: dict[str, list[int]] = defaultdict(list)
-    for number, name in enumerate(series):
-        members[name].append(number)
-    for name, mine in sorted(members.items()):
-        of_series = measure(logits[mine], winners[mine])
-        figures = {figure: getattr(of_series, figure) for figure in FIGURES if figure != "macro_accuracy"}
-        auc = area_under_curve(margin[mine], winners[mine] == 0)
-        exact = {"accuracy": float(right[mine].mean()), "auc": auc, "brier": of_series.brier / 2}
-        found["by_series"][name] = {"pairs": len(mine), **figures, **exact}
+    names = np.array(series)
+    for name, figures in found["by"]["series"].items():
+        mine = names == name
+        figures["auc"] = area_under_curve(margin[mine], winners[mine] == 0)
     return found
 
 

@@ -352,7 +352,7 @@ class Training:
             "best_epoch": done.best_epoch,
             "frozen": done.frozen,
             **self._facts,
-            self.units[1]: {"train": division.train_locations, "validation": division.validation_locations},
+            "locations": {"train": division.train_locations, "validation": division.validation_locations},
             "shuffled_labels": self.settings.shuffle_labels,
         }
 

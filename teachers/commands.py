@@ -9,7 +9,7 @@ from typing import Literal
 
 from kd_cache.commands import Command, Group, Plugin
 from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, changed
-from kd_cache.train.settings import OPTIMISER, STAGES
+from kd_cache.train.settings import OPTIMISER, SIZES, STAGES
 from kd_cache.train.settings import OPTIONS as SETTINGS
 
 START = "Start"
@@ -62,6 +62,7 @@ _TRAINING: tuple[str | Option, ...] = (
     Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
     Option("half", bool, "Store weights as float16.", OUTPUT, False),
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
+    "report",
     *DATA_LIMITS,
     "max_checkpoint_bytes",
     "config",
@@ -170,8 +171,8 @@ RANK = Command(
                 "side."),
         Option("freeze", Literal["none", "partial", "full"] | None, "Without --embeddings: freeze nothing of the "
                "trunk, all but its neck, or all of it.", START, None, "none"),
-        replace(_OF["arch"], help="The trunk, without --embeddings: cp_resnet, cnn14, or a factory of your own: "
-                "module:factory, or path/to/file.py:factory."),
+        replace(_OF["arch"], help=f"The trunk, without --embeddings: {_OF['arch'].help}"),
+        *(_OF[each] for each in SIZES),
         replace(INIT, help="Start the trunk from this checkpoint."),
         Option("name", str | None, "Of the folder of the run.", OUTPUT, None, "embeddings, or end_to_end"),
         replace(OUTPUT_DIR, help="The ranker goes to its folder rank/A2<target>/<name>; embeddings are there too."),
@@ -184,7 +185,7 @@ RANK = Command(
         *(_OF[name] for name in (
             "patience", "batch_size", "optimizer", "weight_decay", "momentum", "warmup_epochs", "label_smoothing",
             "ema", "accumulate", "clip", "seed", "deterministic", "precision", "shuffle_labels")),
-        "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+        "device", "workers", "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
     "Whole series are held out, and series that share a sample are one group. Swapping a and b gives exactly 1 − P.",
     (

@@ -8,6 +8,7 @@ from typing import Any
 
 from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.inputs import data_of
+from kd_cache.cli.pages import pages_of
 from kd_cache.commands import Report, Run, Table
 from kd_cache.errors import UsageError, shown
 from kd_cache.score.device import resolve_device
@@ -44,7 +45,8 @@ def rank(run: Run, screen: Screen, target: str) -> Report:
             **{each: values[each] for each in _TAKEN},
         )
         report = train_ranker(job, screen)
-    return Report({"ranker": report.as_json()}, _lines(report))
+    pages = pages_of([report.run], screen, wanted=values["report"])
+    return Report({"ranker": report.as_json(), **pages.content}, [*_lines(report), *pages.lines])
 
 
 def _settings(run: Run) -> Settings:

@@ -210,8 +210,8 @@ def test_a_swapped_pair_has_the_rest_of_the_probability_to_the_last_bit() -> Non
 
 def nets() -> dict[str, tuple[Ranker, tuple[int, ...]]]:
     plan = Plan(EMBEDDINGS, sources=[["one", "", 5], ["two", "", 2]], dropout=0.5)
-    whole = Plan("cp_resnet", 8)
-    return {"embeddings": (plan.ranker(plan.trunk(3), 3), (7,)), "whole": (whole.ranker(whole.trunk()), (12, 20))}
+    whole = Plan("cp_mobile", sizes={"base_channels": 8})
+    return {"embeddings": (plan.ranker(plan.trunk(3), 3), (7,)), "whole": (whole.ranker(whole.trunk()), (32, 32))}
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "whole"])
@@ -277,11 +277,16 @@ def test_figures_are_those_of_scikit_learn() -> None:
 def test_a_known_ranking_is_learnt_on_series_that_were_never_seen(run: Run, here: Path, config: str) -> None:
     save_checkpoint(here / "init.safetensors", Plan("nets.py:trunk").trunk(1).state_dict(), {})
     start = ("--init", "init.safetensors", "--arch", "nets.py:trunk", "--lr", 0.01) if config == "end_to_end" else ()
-    quick = ("--epochs", 9, "--ema", 0, "--workers", 0, "--json", *start)
+    page = "--report" if config == "one_source" else "--no-report"  # drawing takes a second
+    quick = ("--epochs", 9, "--ema", 0, "--workers", 0, "--json", page, *start)
     where = ("--config", REPO / f"configs/rank_{config}.yaml", "--json-path", "dataset.json", "--pairs", "pairs.csv")
     result = run("train", "rank", *where, *quick)
     assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)["ranker"]
+    report, pages = (json.loads(result.stdout)[name] for name in ("ranker", "reports"))
+    for page in pages:
+        text = Path(page).read_text()
+        assert [told for told in ("Ranker A2b", "test pairs are right", "guessing always a") if told not in text] == []
+    assert len(pages) == (config == "one_source")
     test = report["results"]["test"]
     assert test["accuracy"] >= 0.9
     assert test["auc"] >= 0.95
@@ -312,7 +317,14 @@ def test_a_ranker_that_is_loaded_again_is_the_one_that_was_measured(shelf: Path,
     with pytest.raises(UsageError, match="of its maker's own"):
         load_ranker(report.checkpoint)
     plan = read_record(report.checkpoint)["ranker"]
-    for change in ({"sources": [["x", "y", 0]]}, {"hidden": [-1]}, {"width": "x"}, {"dropout": 2}, {"arch": ...}):
+    for change in (
+        {"sources": [["x", "y", 0]]},
+        {"hidden": [-1]},
+        {"width": "x"},
+        {"dropout": 2},
+        {"arch": ...},
+        {"sizes": {"x": 1}},
+    ):
         changed = {name: value for name, value in {**plan, **change}.items() if value is not ...}
         save_checkpoint(tmp_path / "other.safetensors", ranker.state_dict(), {"ranker": changed})
         with pytest.raises(CheckpointError, match="no ranker's checkpoint"):

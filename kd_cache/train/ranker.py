@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -17,7 +17,7 @@ from kd_cache.train.checkpoint import naming, read_record, read_weights
 from kd_cache.train.freezing import necks_of
 from kd_cache.train.layers import mlp
 from kd_cache.train.nets import Standardised, embedding_dim, make_net
-from kd_cache.train.settings import RANK, Settings
+from kd_cache.train.settings import RANK, SIZES, Settings
 
 EMBEDDINGS: Final = "embeddings"
 """In place of an architecture: the net stands on embeddings that are at hand."""
@@ -108,6 +108,7 @@ class Plan:
         width: of the trunk's embedding over embeddings; of an architecture its ``feature_dim``.
         hidden: widths of the scorer's hidden layers.
         sources: of embeddings, in their order: name, fingerprint of what made them, width.
+        sizes: of an architecture, those of `SIZES` that are given.
     """
 
     arch: str
@@ -115,11 +116,12 @@ class Plan:
     hidden: tuple[int, ...] = _HIDDEN
     dropout: float = 0.0
     sources: list[list[Any]] = field(default_factory=list)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: Settings, sources: list[list[Any]]) -> Plan:
         hidden = _HIDDEN if settings.mlp_hidden_dims is None else settings.mlp_hidden_dims
-        return cls(settings.arch, settings.feature_dim, hidden, settings.dropout, sources)
+        return cls(settings.arch, settings.feature_dim, hidden, settings.dropout, sources, settings.sizes)
 
     def trunk(self, seed: int = 0, embeddings: Tensor | None = None) -> nn.Module:
         """The untrained trunk. ``embeddings`` ``[N, ΣD]`` give the mean and the scale that its inputs are taken by.
@@ -127,7 +129,7 @@ class Plan:
         Raises `UsageError` or `TeacherError` for an architecture that there is not, or that has no embedding.
         """
         if self.arch != EMBEDDINGS:
-            return make_net(Settings(RANK, arch=self.arch, feature_dim=self.width, seed=seed), 2)
+            return make_net(Settings(RANK, arch=self.arch, feature_dim=self.width, seed=seed, **self.sizes), 2)
         inputs = sum(width for _, _, width in self.sources)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -149,9 +151,10 @@ class Plan:
         sources: list[list[Any]] = [[str(name), str(made_by), int(each)] for name, made_by, each in content["sources"]]
         width, hidden, dropout = content["width"], tuple(map(int, content["hidden"])), float(content["dropout"])
         widths = (*hidden, *(each for _, _, each in sources), *([] if width is None else [int(width)]))
-        if not all(0 < each <= 1 << 16 for each in widths) or not 0 <= dropout < 1:
+        sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in content["sizes"].items()}
+        if not all(0 < each <= 1 << 16 for each in widths) or not 0 <= dropout < 1 or not sizes.keys() <= set(SIZES):
             raise ValueError("its sizes are none")
-        return cls(str(content["arch"]), width, hidden, dropout, sources)
+        return cls(str(content["arch"]), width, hidden, dropout, sources, sizes)
 
 
 def load_ranker(path: str | os.PathLike[str], arch: str | None = None) -> Ranker:
@@ -168,7 +171,7 @@ def load_ranker(path: str | os.PathLike[str], arch: str | None = None) -> Ranker
     with naming(path):
         try:
             plan = Plan.from_json(record["ranker"])
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "this is no ranker's checkpoint", hint="kd-cache train rank leaves one in outputs/rank/…."
             ) from error
@@ -178,7 +181,7 @@ def load_ranker(path: str | os.PathLike[str], arch: str | None = None) -> Ranker
                 f"{shown(os.fspath(path))} has a trunk of its maker's own ({shown(plan.arch)})",
                 hint='Pass its factory: load_ranker(path, "my_nets:small").',
             )
-        plan = Plan(arch, plan.width, plan.hidden, plan.dropout, plan.sources)
+        plan = replace(plan, arch=arch)
     made = plan.ranker(plan.trunk())
     weights = read_weights(path, [made.state_dict().keys()])
     with naming(path):

@@ -47,6 +47,7 @@ STAGE = Option("stage", list[str], "One stage of your own, in place of a preset;
 _TRAINING: tuple[str | Option, ...] = (
     TARGET,
     *DATASET,
+    "rename_map",
     OUTPUT_DIR,
     CACHE_ROOT,
     CITY_TEACHER,
@@ -127,6 +128,7 @@ EXTRACT = Command(
         Option("checkpoint", list[str], "The teacher whose backbone embeds; repeatable.", TEACHERS,
                otherwise="name: architecture and weights' digest", metavar="[NAME=]PATH"),
         *DATASET,
+        "rename_map",
         replace(OUTPUT_DIR, help="The embeddings go to its folder embeddings/A2<target>."),
         "device",
         "workers",

@@ -58,7 +58,7 @@ DUMP = Command(
     "kd_cache.cli.dump:dump",
     "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
     (
-        "target", *DATASET, "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
+        "target", *DATASET, "rename_map", "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
         changed("dtype", stands_for=(("--use-fp16", "fp16"),)),
         "skip_existing", "files",
         Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
@@ -127,7 +127,7 @@ VERIFY = Command(
                flag="--seed", low=0, high=MAX_SEED),
         changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
                 "from 0 to 1)."),
-        "cache_root", *DATASET, *OWN_TEACHERS,
+        "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
         changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
@@ -153,7 +153,7 @@ REPAIR = Command(
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
                "agree are confirmed.", CACHE, False),
-        "cache_root", *DATASET,
+        "cache_root", *DATASET, "rename_map",
         changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
                 help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
         *OWN_TEACHERS, "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
@@ -330,7 +330,8 @@ EVALUATE = Command(
                "what the checkpoint says, else scene"),
         changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
                 "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
-        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
+        *DATASET, "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
+        _OF_TRAINING["batch_size"], "workers",
         changed("seed", help="Of the draws that intervals come from."),
         *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),

@@ -70,6 +70,8 @@ def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
     for name in ("json_path", "data_root", "features"):
         recalled[name] = None if recalled[name] is None else Path(recalled[name])
     recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
+    if not run.given("rename_map"):
+        recalled["rename_map"] = saved.paths.get("rename_map", [])
     # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
     return data_of(target, {**run.values, **recalled})
 

@@ -9,6 +9,7 @@ from typing import Any
 from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset, provenances
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import adaptation
 from kd_cache.distill.comparison import compare as compared
@@ -67,7 +68,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
         record={"options": run.record(), "paths": dict(data.paths)},
         cache=folder.path,
         recipe=_recipe(values),
-        provenances=_provenances(run, index, target, screen) if with_teachers else {},
+        provenances=_provenances(run, index, data, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )
     if values["recipe"] != "default":
@@ -93,9 +94,9 @@ def _settings(values: Mapping[str, Any], recalled: Mapping[str, Any]) -> Setting
     return Settings(SCENE, **{**taken, "drop_last": values["drop_last"] or values["compile"]})
 
 
-def _provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[str, Provenance | None]:
+def _provenances(run: Run, index: Index, data: Dataset, screen: Screen) -> dict[str, Provenance | None]:
     """What each teacher of the cache says of its training, if it is still the one whose rows are there."""
-    loaded = saved_teachers(run, saved_in(index), target, screen)
+    loaded = saved_teachers(run, saved_in(index), data.target, screen)
     found: dict[str, Provenance | None] = {}
     for name, origin in index.origins.items():
         found[name] = None
@@ -110,7 +111,7 @@ def _provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[st
         if now.digest != origin.fingerprint.digest:
             screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
             continue
-        found[name] = getattr(teacher, "provenance", None)
+        found |= provenances({name: teacher}, data, screen)
     return found
 
 

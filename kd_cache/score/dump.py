@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.dataset.dataset import nothing_readable
+from kd_cache.dataset.dataset import nothing_readable, provenances
 from kd_cache.dataset.guard import refuse_leaking, tell_of_untold
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import FeatureError, UsageError
+from kd_cache.keys import KeyFinder
 from kd_cache.score.existing import find_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost
@@ -56,7 +58,7 @@ class _Dump:
         self.folder = job.folder
         self.begun = time.time_ns()
         selection = job.data.selection
-        refuse_leaking(job.teachers, job.data.manifest, selection)
+        refuse_leaking(provenances(job.teachers, job.data, watcher), job.data.manifest, selection)
         tell_of_untold(job.teachers, watcher)
         compare_front_ends(job.teachers, job.data.manifest, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
@@ -136,6 +138,7 @@ class _Dump:
         if self._is_news() and any(known.union is not None for known in self.found.known.values()):
             self.pending.write(self._entries(), {})  # rows of before count: from now on they are nobody's garbage
         scoring.run()
+        self._refuse_moved(scoring.inputs, scoring.readable)
         for remark in scoring.input_remarks():
             self.watcher.note(remark)
         self.report.seconds = time.monotonic() - began
@@ -152,6 +155,20 @@ class _Dump:
         self.report.published = self._publish(scoring.inputs, scoring.readable, replaced)
         scoring.remember()
         return self.report
+
+    def _refuse_moved(self, inputs: np.ndarray, readable: np.ndarray) -> None:
+        """Names may have changed places: what made a teacher under a permitted name may be held out under another."""
+        data = self.job.data
+        for name, teacher in self.job.teachers.items():
+            told: Provenance | None = getattr(teacher, "provenance", None)
+            if told is None or told.inputs is None:
+                continue
+            at = KeyFinder(told.keys).find(self.keys)
+            other = readable & (at >= 0)
+            other[other] = told.inputs[at[other]].any(axis=1) & (told.inputs[at[other]] != inputs[other]).any(axis=1)
+            if other.any():
+                made = data.names.recognised(told, self.keys[other]).provenance
+                refuse_leaking({name: made}, data.manifest, data.selection)
 
     def _is_news(self) -> bool:
         """Whether rows become current of which no index tells: until then a pending record keeps `gc` from them."""

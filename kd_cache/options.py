@@ -169,6 +169,20 @@ def batch_size(text: str) -> int | str:
     raise UsageError(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
 
 
+def several_targets(text: str) -> str:
+    """``b``, ``b,c`` or ``all``: targets in the task's order, with commas. Raises `UsageError`."""
+    known: tuple[str, ...] = typing.get_args(Target)
+    if text.casefold() == "all":
+        return ",".join(known)
+    named = [each.strip().casefold() for each in text.split(",")]
+    for each in named:
+        if each not in known:
+            raise UsageError(f"{shown(each)!r} is not one of {', '.join(map(repr, known))}, nor all")
+        if named.count(each) > 1:
+            raise UsageError(f"{shown(text)} names {each} twice")
+    return ",".join(each for each in known if each in named)
+
+
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)

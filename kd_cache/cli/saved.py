@@ -11,7 +11,7 @@ from typing import Any
 import kd_cache
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import data_of
-from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
+from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers, of_target
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import CheckpointError
@@ -92,7 +92,7 @@ class Loaded:
 
 def saved_teachers(run: Run, saved: Saved, target: str, screen: Screen) -> Loaded:
     """Load those that the options name, and the built-in ones from where the dump found them."""
-    own = {spec.name: spec for spec in map(parse_teacher, run.values["teacher"])}
+    own = {spec.name: spec for spec in of_target([parse_teacher(text) for text in run.values["teacher"]], target)}
     specs: list[TeacherSpec] = []
     unchecked: dict[str, tuple[str, bool]] = {}
     for name in saved.teachers:
@@ -116,7 +116,7 @@ def _checkpoint(run: Run, saved: Saved, name: str, target: str) -> Path | str:
     """Where a built-in teacher's weights are, or why that is not known."""
     option = f"{name}_teacher_ckpt"
     if run.given(option):
-        return Path(run.values[option])
+        return Path(str(run.values[option]).replace("{target}", target))
     if name in saved.checkpoints:
         return Path(saved.checkpoints[name])
     if name in saved.known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,11 @@ class Dataset:
             paths["rename_map"] = [text if "=" in text else str(Path(text).absolute()) for text in rename_map]
         source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins)
         return cls(manifest, selection, source, paths, read_rules(rename_map))
+
+    def for_target(self, target: str, *, allow_shared_locations: bool = False) -> Dataset:
+        """The same data for another target. Raises as `select`."""
+        chosen = select(self.manifest, target, allow_shared_locations=allow_shared_locations, data_root=self.root)
+        return replace(self, selection=chosen)
 
     @property
     def task(self) -> Task:

@@ -51,7 +51,7 @@ class DumpOptions:
     cache_root: Path
     dtype: DType
     skip_existing: bool
-    files: bool
+    files: bool | None
     num_verify: int
     min_accuracy: float | None
     reread: bool
@@ -142,6 +142,8 @@ def dump_and_report(
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
         screen.result("", verify_table(verified), *problem_lines(verified))
+    if report.published is not None:
+        screen.result(f"A page of it: kd-cache report {shlex.quote(str(report.cache))}")
     content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
     codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
     return worst_exit_code(codes), content

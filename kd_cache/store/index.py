@@ -77,7 +77,7 @@ _RECORD = {
     "settings": {
         "values": {"num_scenes": int, "num_cities": int, "allow_shared_locations": bool},
         "sources": _TEXTS,
-        "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str]},
+        "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str], "rename_map": [str]},
     },
     "superseded": {...: int},
     "teachers": {...: _TEACHER},

@@ -14,7 +14,7 @@ import torch
 from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.dump import dump_and_report
 from kd_cache.cli.inputs import data_of
-from kd_cache.cli.pages import pages_of
+from kd_cache.cli.pages import page_lines, pages_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.commands import Report, Run, Table
@@ -93,9 +93,9 @@ def train_all(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) 
 
 
 def _reported(run: Run, reports: Sequence[TrainReport], screen: Screen) -> Report:
-    pages = pages_of([report.run for report in reports], screen, wanted=run.values["report"])
-    content = {"trained": [report.as_json() for report in reports], **pages.content}
-    return Report(content, [*report_lines(reports), *pages.lines])
+    pages = pages_of([report.run for report in reports], run, screen)
+    content = {"trained": [report.as_json() for report in reports], "reports": pages}
+    return Report(content, [*report_lines(reports), *page_lines(pages)])
 
 
 def _each(target: str) -> Sequence[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
@@ -38,18 +37,13 @@ def report(run: Run, screen: Screen, path: Path, output: Path | None) -> Report:
     return Report({"page": str(written), "report": page.content}, [shown(written)])
 
 
-@dataclass(frozen=True)
-class Pages:
-    """What a command says of the pages that it wrote at its end."""
+def pages_of(folders: Sequence[Path | None], run: Run, screen: Screen) -> list[str]:
+    """Write a page of each run or comparison into its folder, and give their paths.
 
-    content: Mapping[str, Any]
-    lines: Sequence[str]
-
-
-def pages_of(folders: Sequence[Path | None], screen: Screen, *, wanted: bool) -> Pages:
-    """Write a page of each run or comparison into its folder. Where that cannot be, the command is as good without."""
+    Where that cannot be, a note says why: the command is as good without.
+    """
     found: list[str] = []
-    for folder in dict.fromkeys(folders) if wanted else ():
+    for folder in dict.fromkeys(folders) if run.values["report"] else ():
         if folder is None:
             continue
         try:
@@ -57,7 +51,12 @@ def pages_of(folders: Sequence[Path | None], screen: Screen, *, wanted: bool) ->
             found.append(str(_page_of(folder)[0].write(folder)))
         except KDCacheError as error:
             screen.note(f"no report is written: {error.message}" + (f": {error.hint}" if error.hint else ""))
-    return Pages({"reports": found}, [f"report: {shown(path)}" for path in found])
+    return found
+
+
+def page_lines(pages: Sequence[str]) -> list[str]:
+    """Where they are, for a person."""
+    return [f"report: {shown(path)}" for path in pages]
 
 
 def _page_of(path: Path) -> tuple[Page, Path]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import target_in
@@ -37,13 +38,17 @@ def report(run: Run, screen: Screen, path: Path, output: Path | None) -> Report:
     return Report({"page": str(written), "report": page.content}, [shown(written)])
 
 
-def pages_of(folders: Sequence[Path | None], run: Run, screen: Screen) -> list[str]:
-    """Write a page of each run or comparison into its folder, and give their paths.
+class Pages(NamedTuple):
+    """What a command says of the pages that it wrote at its end."""
 
-    Where that cannot be, a note says why: the command is as good without.
-    """
+    content: Mapping[str, Any]
+    lines: Sequence[str]
+
+
+def pages_of(folders: Sequence[Path | None], screen: Screen, *, wanted: bool) -> Pages:
+    """Write a page of each run or comparison into its folder. Where that cannot be, the command is as good without."""
     found: list[str] = []
-    for folder in dict.fromkeys(folders) if run.values["report"] else ():
+    for folder in dict.fromkeys(folders) if wanted else ():
         if folder is None:
             continue
         try:
@@ -51,12 +56,7 @@ def pages_of(folders: Sequence[Path | None], run: Run, screen: Screen) -> list[s
             found.append(str(_page_of(folder)[0].write(folder)))
         except KDCacheError as error:
             screen.note(f"no report is written: {error.message}" + (f": {error.hint}" if error.hint else ""))
-    return found
-
-
-def page_lines(pages: Sequence[str]) -> list[str]:
-    """Where they are, for a person."""
-    return [f"report: {shown(path)}" for path in pages]
+    return Pages({"reports": found}, [f"report: {shown(path)}" for path in found])
 
 
 def _page_of(path: Path) -> tuple[Page, Path]:
@@ -89,14 +89,16 @@ def _known(
     """What teachers say of their training, and the permitted samples: as far as they are still there."""
     provenances: dict[str, Provenance | None] = {}
     samples: Sequence[Sample] | None = None
+    data: Dataset | None = None
     if target is None:
         return provenances, samples
     try:
-        samples = saved_data(run, saved_in(index), target).selection.samples
+        data = saved_data(run, saved_in(index), target)
+        samples = data.selection.samples
     except KDCacheError as error:
         screen.note(f"how many rows each device has is not known: {error.message}")
     try:
-        provenances = saved_provenances(run, index, target, screen)
+        provenances = saved_provenances(run, index, target, screen, data)
     except KDCacheError as error:
         screen.note(f"which rows trained the teachers is not known: {error.message}")
     return provenances, samples

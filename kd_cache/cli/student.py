@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
-from kd_cache.cli.pages import page_lines, pages_of
+from kd_cache.cli.pages import pages_of
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task import adaptation
@@ -41,8 +41,8 @@ def student(run: Run, screen: Screen, target: Target, teacher_mode: str) -> Repo
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
         job, _ = _job(run, screen, target, with_teachers=mode != CE)
         report = train_student(replace(job, mode=mode), screen)
-    pages = pages_of([report.run], run, screen)
-    return Report({"student": report.as_json(), "reports": pages}, [*_lines(report, mode), *page_lines(pages)])
+    pages = pages_of([report.run], screen, wanted=run.values["report"])
+    return Report({"student": report.as_json(), **pages.content}, [*_lines(report, mode), *pages.lines])
 
 
 def compare(run: Run, screen: Screen, target: Target, modes: Any, seeds: int, seed: int) -> Report:
@@ -51,9 +51,9 @@ def compare(run: Run, screen: Screen, target: Target, modes: Any, seeds: int, se
         job, index = _job(run, screen, target, with_teachers=True)
         found = compared(job, modes or ["mean", "fit", *index.origins], range(seed, seed + seeds), screen)
     files = [str(path) for path in found.write()]
-    pages = pages_of([found.folder], run, screen)
-    content = {**found.as_json(), "files": files, "reports": pages}
-    return Report(content, [found.table, "", *found.sentences, *map(shown, files), *page_lines(pages)])
+    pages = pages_of([found.folder], screen, wanted=run.values["report"])
+    content = {**found.as_json(), "files": files, **pages.content}
+    return Report(content, [found.table, "", *found.sentences, *map(shown, files), *pages.lines])
 
 
 def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple[StudentJob, Index]:
@@ -69,7 +69,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
         record={"options": run.record(), "paths": dict(data.paths)},
         cache=folder.path,
         recipe=_recipe(values),
-        provenances=saved_provenances(run, index, target, screen) if with_teachers else {},
+        provenances=saved_provenances(run, index, target, screen, data) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )
     if values["recipe"] != "default":

@@ -47,6 +47,7 @@ STAGE = Option("stage", list[str], "One stage of your own, in place of a preset;
 _TRAINING: tuple[str | Option, ...] = (
     TARGET,
     *DATASET,
+    "rename_map",
     OUTPUT_DIR,
     CACHE_ROOT,
     CITY_TEACHER,
@@ -131,6 +132,7 @@ EXTRACT = Command(
         changed("teacher", help="A net of your own that embeds, with the value_kind embedding; repeatable. Its code "
                 "runs."),
         *DATASET,
+        "rename_map",
         replace(OUTPUT_DIR, help="The embeddings go to its folder embeddings/A2<target>."),
         "device",
         "workers",

@@ -38,7 +38,8 @@ from teachers.recipes import is_city2scene, train_teacher
 
 SHARED = frozenset({
     "json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside",
-    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", *SIZES, "feature_dim", "seed",
+    "rename_map", "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", *SIZES, "feature_dim",
+    "seed",
     "deterministic", "precision", "compile", "device", "workers", "half", "pth", "resume", "shuffle_labels",
     "tensorboard", "max_manifest_bytes", "max_feature_bytes", "max_checkpoint_bytes", "target",
 })  # fmt: skip

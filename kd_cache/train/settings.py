@@ -220,7 +220,10 @@ class Settings:
     epochs: int | None = _of(
         STAGES, None, "Of all stages of a preset together.", otherwise="40, 200 of a frozen backbone's head", low=1
     )
-    patience: int = _of(STAGES, 10, "Epochs without a better validation that end a stage; 0 never.", low=0)
+    patience: int | None = _of(
+        STAGES, None, "Epochs without a better validation that end a stage; 0 never.",
+        otherwise="a quarter of the stage's, 10 at least", low=0,
+    )  # fmt: skip
     mixup: float | None = _of(
         AUGMENT, None, "α of mixup (0.1 to 0.4 is usual): clips and labels are blended in pairs.", low=0, high=10
     )
@@ -272,6 +275,10 @@ class Settings:
     @property
     def num_classes(self) -> int:
         return {"city": self.num_cities, "winner": 2}.get(self.label, self.num_scenes)
+
+    def patience_of(self, stage: Stage) -> int:
+        """Epochs without a better validation that end it: a head of 200 epochs may begin slower than a net of 40."""
+        return max(stage.epochs // 4, 10) if self.patience is None else self.patience
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class Training:
 
     def inherit(self, made: Provenance | None) -> None:
         """What this starts from, or stands on, was made with that; ``None`` where it does not say."""
-        made = made or Provenance.unknown()
+        made = Provenance.unknown() if made is None else self.job.data.names.recognised(made).provenance
         self.inherited = made if self.inherited is None else self.inherited.together(made)
 
     # -- before -------------------------------------------------------------------------------------------------------
@@ -202,7 +202,9 @@ class Training:
     def record(self) -> dict[str, Any]:
         """What each checkpoint of the run says of itself."""
         made = Provenance.of(
-            (sample.file for sample in self.train.samples), (sample.file for sample in self.validation.samples)
+            (sample.file for sample in self.train.samples),
+            (sample.file for sample in self.validation.samples),
+            np.concatenate([self.train.digests, self.validation.digests]),
         )
         if self.inherited is not None:
             made = made.together(self.inherited)

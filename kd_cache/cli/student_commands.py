@@ -42,7 +42,7 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
     Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
-    "cache_root", *DATASET, *OWN_TEACHERS,
+    "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
     # Not "subset": in a settings file that is the one that prepare reads.
     Option("subset_table", Path | None, "Use only the train samples that this table lists (split25.csv), in validation "
            "and fusion too; joined by file name.", DATA, None, "all that are permitted", flag="--subset"),
@@ -56,7 +56,7 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
     Option("half", bool, "Store weights as float16.", OUTPUT, False),
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
-    *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
 )  # fmt: skip
 _TAUGHT_NOTE = (
     "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "

@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kd_cache.commands import Command, Group, Plugin
-from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, changed
+from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, Target, changed
 from kd_cache.train.settings import OPTIMISER, STAGES
 from kd_cache.train.settings import OPTIONS as SETTINGS
 
 START = "Start"
 
 
-TARGET = changed("target", kind=Literal["b", "c", "s1", "s2", "s3", "all"], help="Target device; all for each of them.")
+_CHOICES: dict[str, Any] = {"metavar": "", "otherwise": ""}  # these targets are known; a cache's are its task's
+TARGET = changed(
+    "target",
+    kind=Literal["b", "c", "s1", "s2", "s3", "all"],
+    help="Target device; all for each of them.",
+    default=...,
+    **_CHOICES,
+)
+ONE_TARGET = changed("target", kind=Target, default=..., **_CHOICES)
 ANY_TARGET = changed(
     "target",
     kind=Literal["global", "b", "c", "s1", "s2", "s3", "all"],
     help="A scene teacher learns from A alone: one serves every target.",
     default="global",
+    **_CHOICES,
 )
 CACHE_ROOT = changed("cache_root", panel=OUTPUT)
 OUTPUT_DIR = Option(
@@ -123,7 +132,7 @@ EXTRACT = Command(
     "teachers.training_runs:extract",
     "Embed the permitted train samples with the backbones of teachers, once, for heads that train on them.",
     (
-        "target",
+        ONE_TARGET,
         Option("checkpoint", list[str], "The teacher whose backbone embeds; repeatable.", TEACHERS,
                otherwise="name: architecture and weights' digest", metavar="[NAME=]PATH"),
         *DATASET,

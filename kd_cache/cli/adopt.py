@@ -12,7 +12,7 @@ from kd_cache.cli.saved import run_record
 from kd_cache.commands import Report, Run, Table
 from kd_cache.errors import shown
 from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
-from kd_cache.options import BadSample, DType, Target, ValueKind
+from kd_cache.options import BadSample, DType, ValueKind
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class AdoptOptions:
     """What an adoption is told, by the names of its options; data options go to `data_of`."""
 
     source: Path
-    target: Target
+    target: str | None
     cache_root: Path
     name: str | None
     files_list: Path | None

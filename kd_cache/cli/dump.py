@@ -22,7 +22,7 @@ from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import shown, worst_exit_code
-from kd_cache.options import BadSample, DType, Precision, Target
+from kd_cache.options import BadSample, DType, Precision
 from kd_cache.prepare.census import census
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
@@ -38,7 +38,7 @@ Part = tuple[int, int] | None
 class DumpOptions:
     """What a dump is told, by the names of its options; data options go to `data_of`."""
 
-    target: Target
+    target: str | None
     on_bad_sample: BadSample
     num_scenes: int
     num_cities: int
@@ -69,7 +69,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     """Guard, load, score, verify."""
     options = run.to(DumpOptions)
     part, said = part_of(options.shard)
-    data = data_of(options.target, run.values)
+    data = data_of(options.target, run.values, note=screen.note)
     _announce(screen, data)
     if part is not None:
         screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
@@ -103,7 +103,7 @@ def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int,
 
 def _job(run: Run, options: DumpOptions, data: Dataset, part: Part, screen: Screen) -> DumpJob:
     specs = teacher_specs(
-        options.target,
+        data,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
         options.teacher,
         options.only,
@@ -137,10 +137,13 @@ def _job(run: Run, options: DumpOptions, data: Dataset, part: Part, screen: Scre
 
 def _announce(screen: Screen, data: Dataset) -> None:
     selection = data.selection
+    if not data.task.has_domains:
+        screen.remark(f"{data.task.name}: {len(selection.samples):,} permitted train samples")
     counts = ", ".join(f"{count:,} of {device}" for device, count in selection.per_device.items())
-    screen.remark(
-        f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
-    )
+    if data.task.has_domains:
+        screen.remark(
+            f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
+        )
     for note in guard_notes(selection):
         screen.note(note)
 
@@ -211,7 +214,9 @@ def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
 
 def _seal_command(job: DumpJob) -> str:
     root = "" if str(job.cache_root) == "cache" else f" --cache-root {shlex.quote(str(job.cache_root))}"
-    return f"kd-cache seal --target {job.data.target}{root}"
+    task = job.record.get("settings", {}).get("values", {}).get("task")
+    of_task = "" if task is None else f" --task {shlex.quote(task)}"
+    return f"kd-cache seal{f' --target {job.data.target}' if job.data.task.has_domains else ''}{of_task}{root}"
 
 
 def _plan_table(report: DumpReport) -> Table:

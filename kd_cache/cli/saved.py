@@ -10,12 +10,15 @@ from typing import Any
 
 import kd_cache
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import data_of
+from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
 from kd_cache.commands import Run
-from kd_cache.dataset.dataset import Dataset
-from kd_cache.errors import CheckpointError
+from kd_cache.dataset.dataset import IN_PYTHON, Dataset
+from kd_cache.dataset.task import Task
+from kd_cache.dataset.task_file import DEFAULT, recorded_task
+from kd_cache.errors import CheckpointError, UsageError
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
 
@@ -33,6 +36,12 @@ class Saved:
     checkpoints: Mapping[str, str]
     built_in: Sequence[str]
     known: Sequence[str]
+    task: Task = DEFAULT
+    in_python: bool = False
+
+    def target(self, folder: CacheFolder) -> str:
+        """Of the cache in this folder, by its name."""
+        return self.task.target_in(folder.path.name) or folder.path.name
 
 
 NOTHING = Saved({}, {}, (), {}, (), ())
@@ -59,11 +68,19 @@ def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]])
     checkpoints = {name: source["checkpoint"] for name, source in sources.items() if "checkpoint" in source}
     known = [name for name, entry in teachers.items() if "source" in entry]
     built_in = [name for name, source in sources.items() if source.get("built_in") and name in BUILT_IN]
-    return Saved(settings.get("values", {}), settings.get("paths", {}), list(teachers), checkpoints, built_in, known)
+    values, paths = settings.get("values", {}), settings.get("paths", {})
+    in_python = record.get("manifest", {}).get("path") == IN_PYTHON
+    task = recorded_task(record)
+    return Saved(values, paths, list(teachers), checkpoints, built_in, known, task, in_python)
 
 
-def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
+def saved_data(run: Run, saved: Saved, target: str | None) -> Dataset:
     """Manifest, guard and features. Raises as `data_of`."""
+    if saved.in_python and run.values.get("dataset") is None and not run.given("json_path"):
+        raise UsageError(
+            "the cache is of a data set in Python, which a cache never runs",
+            hint="Pass --dataset module:factory, or file.py:factory.",
+        )
     # A data root that is given now, and not in the file that serves every command, means the files below it.
     without = {"features"} if run.said("data_root") else set()
     recalled = run.recall(saved.values, {name: path for name, path in saved.paths.items() if name not in without})
@@ -71,7 +88,7 @@ def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
         recalled[name] = None if recalled[name] is None else Path(recalled[name])
     recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
     # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
-    return data_of(target, {**run.values, **recalled})
+    return data_of(target, {**run.values, **recalled}, task_of(run.values) if run.given("task") else saved.task)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ from typing import Any
 
 from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
 from kd_cache.dataset.features import FeatureSource
-from kd_cache.dataset.guard import Selection, select, select_source
+from kd_cache.dataset.guard import Selection, selected
 from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from kd_cache.dataset.manifest import Manifest, load_manifest
 from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.dataset.task import DCASE, Task
+from kd_cache.dataset.task_file import as_record
 from kd_cache.errors import FeatureError
+
+IN_PYTHON = "a data set in Python"
+"""What stands in an index for the manifest's path where there is none."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,26 @@ class Dataset:
         selection: the permitted ones, for one target.
         features: reads what the teachers are given.
         paths: where all of it lies, by the names of the options, absolute: later commands find it there.
+        unguarded: the task has groups, and nobody knows which of them are held out.
     """
 
     manifest: Manifest
     selection: Selection
     features: FeatureSource
     paths: Mapping[str, Any] = field(default_factory=dict)
+    unguarded: bool = False
 
     @classmethod
     def load(
         cls,
-        target: str,
+        target: str | None,
         json_path: Path,
         data_root: Path | None = None,
         features: Path | None = None,
         *,
         task: Task = DCASE,
-        num_scenes: int = 10,
-        num_cities: int = 12,
+        num_scenes: int | None = None,
+        num_cities: int | None = None,
         allow_shared_locations: bool = False,
         allow_outside: Sequence[Path] = (),
         max_manifest_bytes: int = MAX_MANIFEST_BYTES,
@@ -52,7 +58,7 @@ class Dataset:
         """Read a manifest and pass it through the guard, before anything else is touched.
 
         Args:
-            target: the target device; the task's source selects its samples alone.
+            target: the target device; the task's source selects its samples alone. ``None`` where there are none.
             json_path: the manifest.
             data_root: the folder its files are relative to; by default the manifest's own.
             features: one HDF5 file that holds all features; the data root then only says how the manifest's paths are
@@ -60,13 +66,13 @@ class Dataset:
 
         Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
         """
+        target = target if target == task.source else task.chosen(target)
         root = json_path.parent if data_root is None else data_root
         manifest = load_manifest(
             json_path, task=task, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes
         )
         allowed: dict[str, Any] = {"allow_shared_locations": allow_shared_locations, "data_root": root}
-        alone = target == task.source
-        selection = select_source(manifest, **allowed) if alone else select(manifest, target, **allowed)
+        selection = selected(manifest, target, **allowed)
         paths: dict[str, Any] = {
             "json_path": str(json_path.absolute()),
             "data_root": str(root.absolute()),
@@ -74,7 +80,7 @@ class Dataset:
         }
         if features is not None:
             paths["features"] = str(features.absolute())
-        source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins)
+        source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins, task.anything)
         return cls(manifest, selection, source, paths)
 
     @property
@@ -103,9 +109,11 @@ class Dataset:
             "adaptation": self.adaptation,
             "num_permitted": len(selection.samples),
             "per_device": selection.per_device,
-            "manifest": {"path": str(self.manifest.path), "sha256": self.manifest.digest},
+            "manifest": {"path": str(self.manifest.path or IN_PYTHON), "sha256": self.manifest.digest},
+            **as_record(self.task),
+            **({"unguarded": True} if self.unguarded else {}),
             "split_policy": {
-                "selected": [self.task.source, selection.target],
+                "selected": [*dict.fromkeys([self.task.source, selection.target])],
                 "split": "train",
                 "locations_known": [selection.located, selection.locatable],
                 "shared_locations": len(selection.shared_locations),
@@ -114,12 +122,17 @@ class Dataset:
 
 
 def feature_source(
-    root: Path, features: Path | None, allow_outside: Sequence[Path], max_bytes: int, bins: int | None = None
+    root: Path,
+    features: Path | None,
+    allow_outside: Sequence[Path],
+    max_bytes: int,
+    bins: int | None = None,
+    anything: bool = False,
 ) -> FeatureSource:
     """What reads the features: one HDF5 file where it is named, else files below the data root."""
     if features is not None:
         return PackedFeatures(features, max_bytes, bins)
-    return FeatureSource(root, allow_outside, max_bytes, bins)
+    return FeatureSource(root, allow_outside, max_bytes, bins, anything)
 
 
 def nothing_readable(count: int) -> FeatureError:

@@ -47,7 +47,7 @@ class PackedFeatures(FeatureSource):
 
     def __init__(self, path: str | Path, max_bytes: int = MAX_BYTES, bins: int | None = None) -> None:
         self.path = Path(path).absolute()
-        self.max_bytes, self.bins = max_bytes, bins
+        self.max_bytes, self.bins, self.anything = max_bytes, bins, False
         self._attach()
         self._version = stat_row(os.fstat(self._descriptor))
         self._samples = scanned(self.path)

@@ -30,7 +30,7 @@ AHEAD = 2
 class Batch:
     """Samples of one shape on their way through the same teachers, each at its own slot of ``size``.
 
-    ``rows`` maps a slot to the sample's number and its features ``[T, F]``.
+    ``rows`` maps a slot to the sample's number and its input: features ``[T, F]``, or an array of one shape and dtype.
     """
 
     size: int
@@ -184,10 +184,11 @@ class Engine:
         return mark
 
     def _to_device(self, batch: Batch) -> torch.Tensor:
-        """``[size, T, F]`` float32, through pinned memory where there is a GPU (torch keeps and reuses it)."""
+        """``[size, T, F]``, through pinned memory where there is a GPU (torch keeps and reuses it)."""
         filler = next(iter(batch.rows.values()))[1]
         pinned = self.device.type == "cuda"
-        padded = torch.empty((batch.size, *filler.shape), dtype=torch.float32, pin_memory=pinned)
+        dtype = torch.from_numpy(np.empty(0, scored_dtype(filler))).dtype
+        padded = torch.empty((batch.size, *filler.shape), dtype=dtype, pin_memory=pinned)
         into = padded.numpy()
         for slot in range(batch.size):
             into[slot] = batch.rows[slot][1] if slot in batch.rows else filler
@@ -253,6 +254,11 @@ class Engine:
 _MOST_COMPILED = 4096
 _NEVER: Any = None
 """The mark of a device on which every call waits for its end."""
+
+
+def scored_dtype(array: np.ndarray) -> np.dtype[Any]:
+    """What a teacher is given of an input: floats as float32, integers and truth values as they are."""
+    return np.dtype(np.float32) if array.dtype.kind == "f" else array.dtype
 
 
 class _OutOfMemoryError(Exception):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from kd_cache.dataset.task import target_in
+from kd_cache.dataset.task_file import DEFAULT, recorded_task
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.serve.attach import CachedDataset as CachedDataset
 from kd_cache.serve.attach import Gathered as Gathered
@@ -45,7 +45,9 @@ class LogitCache:
         teachers: their names; the second axis of every batch.
         files: the files that all opened teachers hold.
         num_classes: C.
-        target: the target device of the adaptation, or ``None`` where the folder's name does not say.
+        task: what the data set is that was scored.
+        target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
+            no domains, the one that there is.
         misses: how many files without logits were resolved, to be served as NaN (only with ``on_miss="nan"``).
         preloaded: where batches come from: ``table`` (one table in memory) or ``mapped`` (mapped packs, read as rows
             are asked for).
@@ -82,8 +84,9 @@ class LogitCache:
         self._gatherer = Gatherer(tables, self._resolver.positions, self._count, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
+        self.task = DEFAULT if index is None else recorded_task(index.record)
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
-        self.target = target_in(adaptation)
+        self.target = self.task.target_in(adaptation)
 
     @classmethod
     def open(
@@ -193,7 +196,9 @@ class LogitCache:
 
     @property
     def label_counts(self) -> dict[str, int]:
-        """``num_scenes`` and ``num_cities`` as the dump was given them, for `kd_cache.load_manifest`."""
+        """``num_scenes`` and ``num_cities`` as task or dump say them, for `kd_cache.load_manifest`."""
+        if self.task != DEFAULT:
+            return {"num_scenes": self.task.num_classes}
         values = {} if self._index is None else self._index.record.get("settings", {}).get("values", {})
         return {
             "num_scenes": int(values.get("num_scenes", max(10, self.num_classes))),

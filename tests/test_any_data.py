@@ -18,6 +18,7 @@ from kd_cache import LogitCache, Task, student_loader
 from kd_cache.dataset.features import FeatureSource, input_digest
 from kd_cache.dataset.task import DCASE
 from kd_cache.dataset.task_file import as_record, load_task, recorded_task, task_from
+from kd_cache.distill import LOSSES
 from kd_cache.errors import CorruptError, DataLeakageError, FeatureError, KDCacheError, UsageError
 from kd_cache.store.plan import BatchPlan, ShapeCodes
 
@@ -296,3 +297,54 @@ def test_the_command_line_takes_a_data_set_of_one_s_own(run: Run, tmp_path: Path
     assert wrong.exit_code == 2
     assert "Nothing" in wrong.stderr
     assert "leave out --target" in run("dump", "--target", "b", "--task", "task.yaml", *own).stderr
+
+
+# -- a vector for each frame -------------------------------------------------------------------------------------------
+
+
+class Frames(torch.nn.Linear):
+    architecture = "frames/1"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[..., None])  # [B, T] -> [B, T, C]
+
+
+@quiet
+def test_rows_of_frames_are_stored_and_served_as_such(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, teacher = Rows(8, labels=[0, 1] * 4), Frames(1, 2)
+    for dtype in ("fp16", "fp32"):
+        cache = kd_cache.score(rows, {"frames": teacher}, cache="cache/rows", dtype=dtype)
+    assert (cache.frames, cache.num_classes, cache.width) == (3, 2, 6)
+    expected = torch.stack([teacher(rows[number][0]) for number in range(8)]).detach()[:, None]
+    assert torch.allclose(cache.batch(rows.keys), expected)
+    out = torch.empty(8, 1, 3, 2, dtype=torch.float64)
+    assert torch.allclose(cache.batch(cache.rows(rows.keys), out=out), expected.double())
+    assert cache.attach(rows, rows.keys)[5][1].shape == (1, 3, 2)
+    with pytest.raises(UsageError, match="expected out as"):
+        cache.batch(rows.keys, out=torch.empty(8, 1, 6))
+    assert kd_cache.verify(rows, {"frames": teacher}, cache="cache/rows").exit_code == 0
+    kd_cache.score(rows, {"net": net(2)}, cache="cache/rows")
+    with pytest.raises(UsageError, match="3 frames of 2 classes"):
+        LogitCache.open("cache/rows")
+    assert run("info", "cache").exit_code == 0
+    assert run("export", "cache/rows", "--to", "npy", "--output", "out").exit_code == 0
+
+
+@quiet
+def test_another_number_of_frames_is_refused_with_the_reason(tmp_path: Path) -> None:
+    class Ragged(Rows):
+        def __getitem__(self, number: int) -> Any:
+            return torch.ones(3 + number % 2)
+
+    with pytest.raises(KDCacheError, match="all rows of a cache have one number of frames"):
+        kd_cache.score(Ragged(), {"frames": Frames(1, 2)}, cache=tmp_path / "rows")
+
+
+@pytest.mark.parametrize("name", ["kl", "bce", "dkd", "mse"])
+def test_a_loss_of_frames_is_the_mean_over_them(name: str) -> None:
+    student, teacher = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(1)).unbind()
+    labels = (torch.tensor([0, 1, 2, -1]),) if name == "dkd" else ()
+    found = LOSSES[name](student, teacher, *labels)
+    each = [LOSSES[name](student[:, at], teacher[:, at], *labels) for at in range(5)]
+    assert torch.allclose(found, torch.stack(each).mean(dim=0))

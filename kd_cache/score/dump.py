@@ -112,7 +112,7 @@ class _Dump:
                 if name in reasons:
                     result.count(reasons[name])
                     origin = self.job.origins[name]
-                    self.report.bytes_planned += origin.num_classes * origin.stored.itemsize
+                    self.report.bytes_planned += origin.width * origin.stored.itemsize
                 else:
                     result.skipped += 1
         self._count_dropped()

@@ -244,11 +244,16 @@ class Engine:
                 f"teacher {name} failed on features of shape {list(features.shape)}: "
                 f"{type(error).__name__}: {shown(error)}"
             ) from error
-        expected = (len(features), self.teachers[name].num_classes)
+        frames = getattr(self.teachers[name], "num_frames", None)
+        row = (self.teachers[name].num_classes,) if frames is None else (frames, self.teachers[name].num_classes)
+        expected = (len(features), *row)
         found = _misfit(logits, expected)
         if found is not None:
-            raise _UnscoredError(f"teacher {name} must return floating-point {list(expected)}, it returned {found}")
-        return logits
+            why = "" if frames is None else "; all rows of a cache have one number of frames: crop or pad the inputs"
+            raise _UnscoredError(
+                f"teacher {name} must return floating-point {list(expected)}, it returned {found}{why}"
+            )
+        return logits if frames is None else logits.reshape(len(features), -1)
 
 
 _MOST_COMPILED = 4096
@@ -272,8 +277,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _misfit(logits: Any, expected: tuple[int, int]) -> str | None:
-    """What a teacher returned in place of a plain tensor ``[B, C]`` of numbers; ``None`` where it is one."""
+def _misfit(logits: Any, expected: tuple[int, ...]) -> str | None:
+    """What a teacher returned in place of a plain tensor of this shape; ``None`` where it is one."""
     if not isinstance(logits, torch.Tensor):
         return type(logits).__name__
     if logits.is_nested or logits.layout is not torch.strided or logits.is_meta:

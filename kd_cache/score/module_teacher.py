@@ -23,10 +23,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 class ModuleTeacher(nn.Module):
     """A net, and what is known of it: the number of classes from its output, its architecture from its modules."""
 
-    def __init__(self, net: nn.Module, num_classes: int, value_kind: str, architecture: str) -> None:
+    def __init__(self, net: nn.Module, row: torch.Size, value_kind: str, architecture: str) -> None:
         super().__init__()
         self.net = net
-        self.num_classes, self.value_kind = num_classes, value_kind
+        self.num_classes, self.value_kind = row[-1], value_kind
+        self.num_frames = row[0] if len(row) == 2 else None
         self.class_names = getattr(net, "class_names", None)
         self.provenance = getattr(net, "provenance", None)
         self.architecture = architecture
@@ -49,7 +50,7 @@ def as_teacher(
         note: hears of what had to be derived.
 
     Raises:
-        TeacherError: it is neither, or does not score the example as ``[1, C]``.
+        TeacherError: it is neither, or does not score the example as ``[1, C]``, or ``[1, L, C]`` for L frames.
     """
     if isinstance(given, nn.Module) and not callable(getattr(given, "fingerprint_parts", None)):
         given = _wrapped(name, given, example, value_kind, note)
@@ -68,9 +69,11 @@ def _wrapped(
         out = net.eval()(batch.to(where))
     for part, was_training in modes.items():
         part.training = was_training
-    if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != 1:
+    if not isinstance(out, torch.Tensor) or out.ndim not in (2, 3) or len(out) != 1:
         found = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise TeacherError(f"teacher {name} must return [B, C], it returned {found} for one input")
+        raise TeacherError(
+            f"teacher {name} must return [B, C], or [B, L, C] for L frames; it returned {found} for one input"
+        )
     architecture = getattr(net, "architecture", None)
     if not isinstance(architecture, str):
         architecture = derived_architecture(net)
@@ -79,7 +82,7 @@ def _wrapped(
             'attribute architecture = "mine/1" whose version you change when its numbers change'
         )
     kind = getattr(net, "value_kind", value_kind)
-    return ModuleTeacher(net, out.shape[1], kind, architecture)
+    return ModuleTeacher(net, out.shape[1:], kind, architecture)
 
 
 def derived_architecture(net: nn.Module) -> str:

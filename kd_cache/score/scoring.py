@@ -214,7 +214,7 @@ class Scoring:
         with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
             stored = logits.astype(origin.stored)
         good = np.isfinite(logits).all(axis=1)
-        self._checks[name].add(logits[good])
+        self._checks[name].add(origin.as_vectors(logits[good]))
         wrong = self._checks[name].contradiction()
         if wrong is not None:
             raise TeacherError(
@@ -234,11 +234,11 @@ class Scoring:
             message = f"teacher {name}: the logits of {shown(self._files[numbers[row]])} {what}"
             self._bad(numbers[row], TeacherError(message))
         if report.cost is not None:
-            report.cost.add(logits[fits], stored[fits])
+            report.cost.add(origin.as_vectors(logits[fits]), origin.as_vectors(stored[fits]))
         if report.precision_cost is not None and name in scored.exact:
             exact = scored.exact[name]
             compared = good & np.isfinite(exact).all(axis=1)
-            report.precision_cost.add(exact[compared], logits[compared])
+            report.precision_cost.add(origin.as_vectors(exact[compared]), origin.as_vectors(logits[compared]))
 
     def _bad(self, number: int, error: KDCacheError) -> None:
         if not refuse_bad(self._job, self._report, self._files[number], error):

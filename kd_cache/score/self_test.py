@@ -44,7 +44,7 @@ def refuse_unsteady(
         )
     for company, (ours, place) in (("other samples", _in_other_company(batch)), ("nothing", (batch[:1], 0))):
         try:
-            again = teacher(ours.clone())[place:]  # not compiled: each size would take minutes
+            again = teacher(ours.clone()).flatten(1)[place:]  # not compiled: each size would take minutes
         except Exception:  # noqa: BLE001, S112 (it may take batches of one size only; what it says of ours is heeded)
             continue
         apart = _apart(rows, again, kind)

@@ -45,6 +45,7 @@ class LogitCache:
         teachers: their names; the second axis of every batch.
         files: the files that all opened teachers hold.
         num_classes: C.
+        frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
         task: what the data set is that was scored.
         target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
             no domains, the one that there is.
@@ -71,13 +72,13 @@ class LogitCache:
         self._index = index
         self._on_miss = on_miss
         self.teachers = tuple(rows.name for rows in tables)
-        self.num_classes = tables[0].num_classes
+        self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
         self.dtype = tables[0].dtype
         self._resolver = Resolver(path, tables, index)
         self._count = len(self._resolver)
         self.preloaded = choose(
             preload,
-            self._count * len(tables) * self.num_classes * self.dtype.itemsize,
+            self._count * len(tables) * self.width * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
@@ -165,7 +166,7 @@ class LogitCache:
     def __repr__(self) -> str:
         return (
             f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
-            f"classes={self.num_classes}, dtype={self.dtype})"
+            f"classes={self.num_classes}, {'' if self.frames is None else f'frames={self.frames}, '}dtype={self.dtype})"
         )
 
     @property
@@ -239,6 +240,8 @@ class LogitCache:
     ) -> torch.Tensor:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
+        Of teachers that score each frame they are ``[B, T, L, C]``.
+
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
                 counts.
@@ -251,6 +254,16 @@ class LogitCache:
             rows = self.rows(rows)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
+        if self.frames is None:
+            return self._gathered(rows, dtype, out)
+        whole = (math.prod(rows.shape), len(self.teachers), self.width)
+        logits = self._gathered(rows, dtype, None).view(*whole[:2], self.frames, self.num_classes)
+        return logits if out is None else out.copy_(logits)
+
+    def _gathered(
+        self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`batch` of rows that are vectors of `width` values."""
         if isinstance(rows, torch.Tensor):
             try:
                 logits = self._gatherer.few(rows, out)
@@ -340,7 +353,8 @@ class LogitCache:
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:
-        expected = (math.prod(rows.shape), len(self.teachers), self.num_classes)
+        row = (self.num_classes,) if self.frames is None else (self.frames, self.num_classes)
+        expected = (math.prod(rows.shape), len(self.teachers), *row)
         if out.shape != expected or not out.is_floating_point() or dtype not in (None, out.dtype):
             raise UsageError(
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
@@ -349,7 +363,7 @@ class LogitCache:
     def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
         present = np.flatnonzero(rows >= 0)
         if out is None:
-            shape = (len(rows), len(self.teachers), self.num_classes)
+            shape = (len(rows), len(self.teachers), self.width)
             out = torch.empty(shape, dtype=dtype or self._gatherer.torch_dtype)
         out.fill_(float("nan"))
         out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)

@@ -218,7 +218,8 @@ _TABLE = (
     Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
     Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
            off=True),
-    Option("files", bool, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, True, off=True),
+    Option("files", bool | None, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, None,
+           "yes, below a million samples", off=True),
     Option("min_accuracy", float | None, "Refuse a teacher that names fewer of the labelled source rows rightly "
            "(a share from 0 to 1); the index stays as it was.", CACHE, None, low=0, high=1),
     # Run
@@ -239,6 +240,8 @@ _TABLE = (
     Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB",
            low=1),
     # Output
+    Option("report", bool, "Write a page of what came of it beside the results (pip install kd-cache[report]).", OUTPUT,
+           True, off=True, kept=False),
     Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
     Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,
            flag="--json", variable="KD_CACHE_JSON"),

@@ -14,6 +14,7 @@ import torch
 from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.dump import dump_and_report
 from kd_cache.cli.inputs import data_of
+from kd_cache.cli.pages import pages_of
 from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import BUILT_IN, described, load_teachers
 from kd_cache.commands import Report, Run, Table
@@ -29,14 +30,14 @@ from kd_cache.train.evaluation import headline
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net
 from kd_cache.train.run_folder import published
-from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, Settings, parse_stage, stages_of
+from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, SIZES, Settings, parse_stage, stages_of
 from teachers.embeddings import FOLDER, EmbeddingTeacher, source_name
 from teachers.loading import load_teacher, own_teacher
 from teachers.recipes import is_city2scene, train_teacher
 
 SHARED = frozenset({
     "json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside",
-    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", "feature_dim", "seed",
+    "val_ratio", "fold", "quick_experiment", "feature_spec", "output_dir", "arch", *SIZES, "feature_dim", "seed",
     "deterministic", "precision", "compile", "device", "workers", "half", "pth", "resume", "shuffle_labels",
     "tensorboard", "max_manifest_bytes", "max_feature_bytes", "max_checkpoint_bytes", "target",
 })  # fmt: skip
@@ -47,14 +48,14 @@ def train_city(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int)
     """A city teacher for a target, or for each."""
     with checkpoint_limit(max_checkpoint_bytes):
         _check_settings(run, (CITY,))
-        return _reported([_trained(run.section(CITY), CITY, each, screen) for each in _each(target)])
+        return _reported(run, [_trained(run.section(CITY), CITY, each, screen) for each in _each(target)], screen)
 
 
 def train_scene(run: Run, screen: Screen, max_checkpoint_bytes: int) -> Report:
     """The scene teacher, which serves every target."""
     with checkpoint_limit(max_checkpoint_bytes):
         _check_settings(run, (SCENE,))
-        return _reported([_trained(run.section(SCENE), SCENE, DCASE.source, screen)])
+        return _reported(run, [_trained(run.section(SCENE), SCENE, DCASE.source, screen)], screen)
 
 
 def train_city2scene(run: Run, screen: Screen, target: str, sweep: str | None, max_checkpoint_bytes: int) -> Report:
@@ -69,7 +70,7 @@ def train_city2scene(run: Run, screen: Screen, target: str, sweep: str | None, m
                 continue
             below, backbone = _backbone(run, each, screen, spoken_of=SHARED)
             reports += [*below, swept(sweep, job_for(head, CITY2SCENE, each, backbone), screen)]
-    return _reported(reports)
+    return _reported(run, reports, screen)
 
 
 def train_all(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) -> Report:
@@ -87,12 +88,14 @@ def train_all(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) 
                 code, content = _dumped(run, each, checkpoints, screen)
                 codes.append(code)
                 dumps.append(content)
-    report = _reported(reports)
+    report = _reported(run, reports, screen)
     return replace(report, content={**report.content, "dumps": dumps}, exit_code=worst_exit_code(codes))
 
 
-def _reported(reports: Sequence[TrainReport]) -> Report:
-    return Report({"trained": [report.as_json() for report in reports]}, report_lines(reports))
+def _reported(run: Run, reports: Sequence[TrainReport], screen: Screen) -> Report:
+    pages = pages_of([report.run for report in reports], screen, wanted=run.values["report"])
+    content = {"trained": [report.as_json() for report in reports], **pages.content}
+    return Report(content, [*report_lines(reports), *pages.lines])
 
 
 def _each(target: str) -> Sequence[str]:

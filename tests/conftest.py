@@ -44,6 +44,9 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+# A DataLoader that ended with an error waits so long for each of its workers, 5 seconds, when it is thrown away.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
 Run = Callable[..., Result]
 
 
@@ -164,6 +167,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     for name in ("COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("KD_CACHE_REPORT", "no")  # a page takes longer than a small training
 
     def call(*args: object) -> Result:
         result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")

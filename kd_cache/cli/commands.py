@@ -345,9 +345,31 @@ EVALUATE = Command(
     notes=notes.EVALUATE,
 )  # fmt: skip
 
+REPORT = Command(
+    "report",
+    "kd_cache.cli.pages:report",
+    "Write an HTML page of a cache, a training or a comparison: one file with figures and tables.",
+    (
+        Option("path", Path, "A cache, a folder that train or student wrote, or one of student compare.", ARGUMENTS,
+               positional=True),
+        Option("output", Path | None, "Folder to write report.html and report.json into, or the page's own name "
+               "(.html).", OUTPUT, None, "beside the results; of a cache outputs/report/<its name>"),
+        *DATASET, *OWN_TEACHERS, *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Needs matplotlib: pip install kd-cache[report]. Of a cache, data and teacher options that are not given are those "
+    "saved with it; they say which rows trained its teachers.",
+    (
+        "kd-cache report cache/A2b",
+        "kd-cache report outputs/student/A2b/fit --output outputs/report/student",
+    ),
+    ("output",),
+    _AUDIT,
+    notes=notes.REPORT,
+)  # fmt: skip
+
 COMMANDS = (
     DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
-    COMPLEXITY, EVALUATE, PREPARE, CHECK, SAMPLE_DATA,
+    COMPLEXITY, EVALUATE, REPORT, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 
 

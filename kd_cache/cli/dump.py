@@ -50,7 +50,7 @@ class DumpOptions:
     cache_root: Path
     dtype: DType
     skip_existing: bool
-    files: bool
+    files: bool | None
     num_verify: int
     min_accuracy: float | None
     reread: bool
@@ -96,6 +96,8 @@ def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int,
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
         screen.result("", verify_table(verified), *problem_lines(verified))
+    if report.published is not None:
+        screen.result(f"A page of it: kd-cache report {shlex.quote(str(report.cache))}")
     content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
     codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
     return worst_exit_code(codes), content

@@ -14,10 +14,11 @@ from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import IN_PYTHON, Dataset
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import Task
 from kd_cache.dataset.task_file import DEFAULT, recorded_task
-from kd_cache.errors import CheckpointError, UsageError
-from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
+from kd_cache.errors import CheckpointError, UsageError, shown
+from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher, teacher_fingerprint
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
@@ -125,6 +126,27 @@ def saved_teachers(run: Run, saved: Saved, target: str, screen: Screen) -> Loade
     recalled, most = run.recall(saved.values, saved.paths), run.values["max_checkpoint_bytes"]
     sizes = recalled["num_scenes"], recalled["num_cities"]
     return Loaded(load_teachers(specs, *sizes, most, screen), specs, unchecked)
+
+
+def saved_provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[str, Provenance | None]:
+    """What each teacher of the cache says of its training, if it is still the one whose rows are there."""
+    loaded = saved_teachers(run, saved_in(index), target, screen)
+    found: dict[str, Provenance | None] = {}
+    for name, origin in index.origins.items():
+        found[name] = None
+        if name not in loaded.teachers:
+            why = loaded.unchecked.get(name, ("", False))[0]
+            screen.note(f"{shown(name)}: what it was trained on is not known: {why}")
+            continue
+        parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
+        now = teacher_fingerprint(
+            teacher, precision=parts["precision"], dtype=parts["dtype"], front_end=parts.get("front_end")
+        )
+        if now.digest != origin.fingerprint.digest:
+            screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
+            continue
+        found[name] = getattr(teacher, "provenance", None)
+    return found
 
 
 def _checkpoint(run: Run, saved: Saved, name: str, target: str) -> Path | str:

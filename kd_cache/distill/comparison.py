@@ -98,6 +98,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "modes": modes,
             "verdicts": {mode: verdict(self.differences(mode)) for mode in self.modes if mode != CE},
+            "sentences": self.sentences,
             "failures": {f"{run.mode}, seed {run.seed}": run.failure for run in self.runs if run.failure},
         }
 

@@ -22,6 +22,7 @@ from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.accuracy import Accuracy, near_chance
+from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.watch import Watcher
@@ -63,6 +64,7 @@ class _Dump:
         self.files, self.keys = selection.by_key, selection.keys
         self.found = find_rows(job, watcher)
         self.part = _part(job, len(self.files))
+        self.has_view = self._wants_view()
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(
             self.folder.path,
@@ -74,6 +76,18 @@ class _Dump:
         )
         for name, how in self.report.replaced.items():
             watcher.note(f"{name}: other rows become current ({how})")
+
+    def _wants_view(self) -> bool:
+        """Whether to write a view. Raises StoreError, before anything is scored, where its index could not be read."""
+        earlier = self.found.earlier
+        if self.job.files is None and len(self.files) >= VIEW_BELOW and not (earlier and earlier.record.get("files")):
+            self.watcher.note(f"no .npy files are written: from {VIEW_BELOW:,} samples on only with --files")
+            return False
+        if self.job.files is False:
+            return False
+        names = {*self.job.origins, *self.found.others}
+        refuse_large_index(self.folder.index_path, self.files, self._shown_path, names)
+        return True
 
     def _replaced(self) -> dict[str, str]:
         """What was current before and is not what this run makes, and how they differ."""
@@ -179,7 +193,7 @@ class _Dump:
             Wanted.of(self.job.data.selection, inputs, readable),
             self.job.origins,
             self._record(),
-            self.job.files,
+            self.has_view,
             others=self.found.others,
             entries=self._entries(),
             missing=self.report.missing,
@@ -208,7 +222,7 @@ class _Dump:
         own = {
             "plan": None if plan is None else plan.as_json(),
             "environment": environment(self.job.device),
-            "files": self.job.files,
+            "files": self.has_view,
             "shown_path": self._shown_path,
         }
         part = {} if self.job.part is None else {"part": list(self.job.part)}

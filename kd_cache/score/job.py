@@ -40,6 +40,7 @@ class DumpJob:
         compiled: run the teachers through ``torch.compile``.
         shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
         workers: threads that read features ahead; 0 reads in place.
+        files: whether the cache has a view; ``None`` writes one below `VIEW_BELOW` samples, and where there is one.
         on_bad_sample: ``stop`` at a sample that cannot be scored, or ``skip`` it and list it as missing.
         part: ``(i, n)`` scores part i of n (0 ≤ i < n), commits it, and leaves view and index to a seal.
         min_accuracy: with a lower share of labelled source rows that a teacher names rightly nothing becomes current.
@@ -57,7 +58,7 @@ class DumpJob:
     check_cached: bool = True
     reread: bool = False
     skip_existing: bool = True
-    files: bool = True
+    files: bool | None = None
     on_bad_sample: str = "stop"
     workers: int = 2
     seed: int = 42

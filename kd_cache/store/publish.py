@@ -25,7 +25,15 @@ from kd_cache.store.change import Change as Change
 from kd_cache.store.change import Published as Published
 from kd_cache.store.change import Wanted as Wanted
 from kd_cache.store.entry import carried
-from kd_cache.store.index import Index, IndexChangedError, keep_older_index, origin_entry, read_older_maps, write_index
+from kd_cache.store.index import (
+    Index,
+    IndexChangedError,
+    keep_older_index,
+    origin_entry,
+    read_older_maps,
+    refuse_large_index,
+    write_index,
+)
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
@@ -406,6 +414,7 @@ class _View:
             if directory.is_symlink():
                 raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
         if wanted:
+            refuse_large_index(self.snapshot.folder.index_path, files, self.shown_path, packs)
             self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
         maps: dict[str, dict[str, str]] = {}
         for name, pack in packs.items():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.dataset.guard import places_of_sample
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import DataLeakageError, TeacherError, UsageError, listed, shown
@@ -23,8 +22,8 @@ from kd_cache.score.teacher import Teacher, compare_front_ends
 from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.classes import misplaced
 from kd_cache.train.clips import Clips, class_names
-from kd_cache.train.division import divide, locations_of
-from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, scored
+from kd_cache.train.division import divide
+from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, places_of, scored
 from kd_cache.watch import Watcher
 
 VAL, TEST = "val", "test"
@@ -78,14 +77,14 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
     clips = Clips.read(job.data.features, samples, job.workers, watcher)
     logits = logits_of(job.name, job.teacher, clips, job.device, job.batch_size)
     labels = clips.labels(job.label).numpy()
-    places = _places(samples, job.data, watcher)
+    places, unplaced = places_of(samples, job.data)
+    if unplaced:
+        watcher.note(
+            f"{unplaced:,} rows name no location: each counts as its own, so the intervals are narrower than they "
+            "should be"
+        )
     groups = groups_of(samples, task, job.data.target)
     groups["scene"] = [_scene(sample, job) for sample in samples]
-    by = measure_groups(logits, labels, groups)
-    for kind, members in groups.items():
-        for group, figures in by[kind].items():
-            mine = np.array(members) == group
-            figures["intervals"] = intervals(logits[mine], labels[mine], places[mine], job.seed)  # type: ignore[assignment]
     return {
         "name": job.name,
         "split": job.split,
@@ -96,7 +95,7 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         **measure(logits, labels).as_json(),
         "intervals": intervals(logits, labels, places, job.seed),
         "class_names": class_names(task, job.label, job.teacher.num_classes),
-        "by": by,
+        "by": measure_groups(logits, labels, groups, places, job.seed),
     }
 
 
@@ -175,21 +174,6 @@ def logits_of(name: str, teacher: Teacher, clips: Clips, device: torch.device, b
     if why := check.contradiction():
         raise TeacherError(f"the values of {name} {why}")
     return np.log(np.maximum(values, np.finfo(np.float32).tiny)) if kind == "probs" else values
-
-
-def _places(samples: Sequence[Sample], data: Dataset, watcher: Watcher) -> np.ndarray:
-    """``[N]`` ints, equal where the location is; a row that names none has one of its own."""
-    placed = [number for number, sample in enumerate(samples) if places_of_sample(sample, data.task)]
-    if len(placed) < len(samples):
-        watcher.note(
-            f"{len(samples) - len(placed):,} rows name no location: each counts as its own, so the intervals are "
-            "narrower than they should be"
-        )
-    found = np.arange(len(samples))
-    for place in locations_of([samples[number] for number in placed], data.task, data.root):
-        members = [placed[number] for number in place.samples]
-        found[members] = members[0]
-    return found
 
 
 def _scene(sample: Sample, job: EvaluationJob) -> str:

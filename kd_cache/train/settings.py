@@ -33,6 +33,8 @@ _PRESETS: Final[Mapping[str, tuple[int, float, tuple[tuple[int, int, float, str,
 stages: level, epochs (of the last one those that are left), learning rate as a multiple of the first, augmentation,
 schedule."""
 _LEVEL_AUGMENT: Final = {2: "off", 1: "moderate", 0: "moderate"}
+SIZES: Final = ("base_channels", "channels_multiplier", "expansion_rate", "channels")
+"""Settings that only some architectures have (their ``sizes``)."""
 NET, STAGES, AUGMENT, OPTIMISER = "Net", "Stages", "Augmentation", "Optimiser"
 """Panels of help."""
 _STAGE_KEYS: Final = ("level", "epochs", "lr", "augment", "schedule")
@@ -143,6 +145,14 @@ def widths(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def four_widths(text: str) -> tuple[int, ...]:
+    """``8,8,16,24``. Raises `UsageError`."""
+    found = widths(text)
+    if len(found) != 4:
+        raise UsageError(f"expected four widths such as 8,8,16,24, found {text!r}")
+    return found
+
+
 def _of(panel: str, default: Any, text: str, **more: Any) -> Any:
     """A field that a person can set: what its option says beyond name and type."""
     return field(default=default, metadata={"panel": panel, "help": text, **more})
@@ -174,10 +184,27 @@ class Settings:
     arch: str = _of(
         NET,
         "cp_resnet",
-        "cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory.",
+        "cp_mobile, cp_resnet, bc_resnet, tf_sepnet, cnn14, or a factory of your own: module:factory, or "
+        "path/to/file.py:factory.",
         names_code=True,
     )
-    feature_dim: int | None = _of(NET, None, "Width of the embedding.", otherwise="92 or 2048", low=2)
+    base_channels: int | None = _of(
+        NET, None, "Channels that all others follow from (cp_mobile: in eights, bc_resnet, tf_sepnet).",
+        otherwise="32, 40, 64", low=4, high=1024,
+    )  # fmt: skip
+    channels_multiplier: float | None = _of(
+        NET, None, "How much wider each stage is than the one before (cp_mobile).", otherwise="1.8", low=1, high=8
+    )
+    expansion_rate: float | None = _of(
+        NET, None, "How much wider a block is inside (cp_mobile).", otherwise="2.1", low=1, high=16
+    )
+    channels: tuple[int, ...] | None = _of(
+        NET, None, "Channels of the four blocks (cp_resnet).", kind=Any, otherwise="32,32,64,92", metavar="N,N,N,N",
+        parse=four_widths,
+    )  # fmt: skip
+    feature_dim: int | None = _of(
+        NET, None, "Width of the embedding (cp_resnet, cnn14).", otherwise="92 or 2048", low=2
+    )
     mlp_hidden_dims: tuple[int, ...] | None = _of(
         NET, None, "Hidden widths of the classifier (cnn14) or of the scene head.", kind=Any,
         otherwise="1024,1024; a linear scene head", metavar="W,W|none", parse=widths,
@@ -244,6 +271,11 @@ class Settings:
     def num_classes(self) -> int:
         return self.num_cities if self.label == "city" else self.num_scenes
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Those of `SIZES` that are given."""
+        return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+
     def augmentation(self, stage: Stage) -> Augmentation:
         """What a stage's ``augment`` means with these settings."""
         if stage.augment == "off":
@@ -282,7 +314,7 @@ _GROUPS: Final[Mapping[str, Sequence[str]]] = {
     "role": ("role", "num_scenes", "num_cities", "shuffle_labels"),
     "fold": ("val_ratio", "fold", "quick_experiment"),
     "front_end": ("feature_spec",),
-    "architecture": ("arch", "feature_dim", "mlp_hidden_dims", "dropout"),
+    "architecture": ("arch", *SIZES, "feature_dim", "mlp_hidden_dims", "dropout"),
     "augmentation": ("mixup", "time_mask", "freq_mask", "time_roll", "freq_mixstyle", "device_response"),
     "seed": ("seed", "deterministic"),
 }

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import REPO, Run
 
 import kd_cache
 import kd_cache.score.unchanged
-from kd_cache import LogitCache, Task, student_loader
+from kd_cache import LogitCache, PackedFeatures, Task, student_loader
 from kd_cache.dataset.features import FeatureSource, input_digest
 from kd_cache.dataset.task import DCASE
 from kd_cache.dataset.task_file import as_record, load_task, recorded_task, task_from
@@ -348,3 +349,25 @@ def test_a_loss_of_frames_is_the_mean_over_them(name: str) -> None:
     found = LOSSES[name](student, teacher, *labels)
     each = [LOSSES[name](student[:, at], teacher[:, at], *labels) for at in range(5)]
     assert torch.allclose(found, torch.stack(each).mean(dim=0))
+
+
+@pytest.mark.parametrize(("shape", "chunks"), [((5,), (2, 2)), ((3, 4, 2), (1, 2, 3, 2)), ((2, 3, 4), None)])
+def test_packed_inputs_have_any_shape_and_dtype(tmp_path: Path, shape: tuple[int, ...], chunks: Any) -> None:
+    arrays = np.arange(3 * np.prod(shape)).reshape(3, *shape).astype("u1")
+    whole = None if chunks is None else (chunks + shape)[: 1 + len(shape)]
+    how = {} if whole is None else {"chunks": tuple(map(min, whole, arrays.shape)), "compression": "gzip"}
+    with h5py.File(tmp_path / "rows.h5", "w") as packed:
+        packed.create_dataset("features", data=arrays, **how)
+        packed["files"] = ["a", "b", "c"]
+    with h5py.File(tmp_path / "each.h5", "w") as packed:
+        for name, array in zip("abc", arrays, strict=True):
+            packed.create_dataset(name, data=array, **({} if chunks is None else {"chunks": True, "shuffle": True}))
+    for path in (tmp_path / "rows.h5", tmp_path / "each.h5"):
+        source = PackedFeatures(path, anything=True)
+        assert source.shape("b") == shape
+        found = source.read("b")
+        assert found.array.dtype == np.uint8
+        assert (found.array == arrays[1]).all()
+        assert found.digest == input_digest(arrays[1])
+    with pytest.raises(FeatureError):
+        PackedFeatures(tmp_path / "rows.h5").read("b")

@@ -131,7 +131,7 @@ def feature_source(
 ) -> FeatureSource:
     """What reads the features: one HDF5 file where it is named, else files below the data root."""
     if features is not None:
-        return PackedFeatures(features, max_bytes, bins)
+        return PackedFeatures(features, max_bytes, bins, anything)
     return FeatureSource(root, allow_outside, max_bytes, bins, anything)
 
 

@@ -371,3 +371,21 @@ def test_packed_inputs_have_any_shape_and_dtype(tmp_path: Path, shape: tuple[int
         assert found.digest == input_digest(arrays[1])
     with pytest.raises(FeatureError):
         PackedFeatures(tmp_path / "rows.h5").read("b")
+
+
+@quiet
+def test_logits_that_are_there_need_names_and_no_data(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = torch.randn(3, 5)
+    torch.save(table, "big.pt")
+    Path("names.json").write_text('["c", "a", "b"]')
+    Path("task.yaml").write_text("name: mine\n")
+    done = run("adopt", "big.pt", "--files-list", "names.json", "--task", "task.yaml")
+    assert done.exit_code == 0, done.stderr
+    cache = LogitCache.open("cache/mine")
+    assert torch.equal(cache.batch(["a", "b", "c"])[:, 0], table[[1, 2, 0]])
+    assert "names alone" in run("verify", "cache/mine").stderr
+    Path("task.yaml").write_text("name: mine\ngroup: speaker\n")
+    done = run("adopt", "big.pt", "--files-list", "names.json", "--task", "task.yaml", "--cache-root", "other")
+    assert done.exit_code == 2
+    assert "names alone do not say what may be used" in done.stderr

@@ -13,7 +13,8 @@ from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
 from kd_cache.commands import Run
-from kd_cache.dataset.dataset import IN_PYTHON, Dataset
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.features import IN_PYTHON, NAMES_ALONE
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import Task
 from kd_cache.dataset.task_file import DEFAULT, recorded_task
@@ -38,7 +39,7 @@ class Saved:
     built_in: Sequence[str]
     known: Sequence[str]
     task: Task = DEFAULT
-    in_python: bool = False
+    made_of: str = ""
 
     def target(self, folder: CacheFolder) -> str:
         """Of the cache in this folder, by its name."""
@@ -70,16 +71,16 @@ def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]])
     known = [name for name, entry in teachers.items() if "source" in entry]
     built_in = [name for name, source in sources.items() if source.get("built_in") and name in BUILT_IN]
     values, paths = settings.get("values", {}), settings.get("paths", {})
-    in_python = record.get("manifest", {}).get("path") == IN_PYTHON
+    made_of = record.get("manifest", {}).get("path", "")
     task = recorded_task(record)
-    return Saved(values, paths, list(teachers), checkpoints, built_in, known, task, in_python)
+    return Saved(values, paths, list(teachers), checkpoints, built_in, known, task, made_of)
 
 
 def saved_data(run: Run, saved: Saved, target: str | None) -> Dataset:
     """Manifest, guard and features. Raises as `data_of`."""
-    if saved.in_python and run.values.get("dataset") is None and not run.given("json_path"):
+    if saved.made_of in (IN_PYTHON, NAMES_ALONE) and run.values.get("dataset") is None and not run.given("json_path"):
         raise UsageError(
-            "the cache is of a data set in Python, which a cache never runs",
+            f"the cache is of {saved.made_of}, and a cache runs no code: what its rows were scored from is not known",
             hint="Pass --dataset module:factory, or file.py:factory.",
         )
     # A data root that is given now, and not in the file that serves every command, means the files below it.

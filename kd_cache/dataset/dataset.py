@@ -17,9 +17,6 @@ from kd_cache.dataset.task import DCASE, Task
 from kd_cache.dataset.task_file import as_record
 from kd_cache.errors import FeatureError
 
-IN_PYTHON = "a data set in Python"
-"""What stands in an index for the manifest's path where there is none."""
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -109,7 +106,7 @@ class Dataset:
             "adaptation": self.adaptation,
             "num_permitted": len(selection.samples),
             "per_device": selection.per_device,
-            "manifest": {"path": str(self.manifest.path or IN_PYTHON), "sha256": self.manifest.digest},
+            "manifest": {"path": str(self.manifest.path or self.features.told), "sha256": self.manifest.digest},
             **as_record(self.task),
             **({"unguarded": True} if self.unguarded else {}),
             "split_policy": {

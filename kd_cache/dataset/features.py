@@ -52,6 +52,10 @@ def stat_row(status: os.stat_result) -> StatRow:
     return device, inode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+IN_PYTHON, NAMES_ALONE = "a data set in Python", "names alone"
+"""What stands in an index for the manifest's path where there is none."""
+
+
 class FeatureSource:
     """Reads the features of manifest files.
 
@@ -65,6 +69,8 @@ class FeatureSource:
     Raises:
         UsageError: the root is not a folder.
     """
+
+    told = IN_PYTHON
 
     def __init__(
         self,

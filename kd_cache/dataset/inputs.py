@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.dataset.features import MAX_BYTES, UNKNOWN, Feature, FeatureSource, check_array, input_digest
+from kd_cache.dataset.features import MAX_BYTES, NAMES_ALONE, UNKNOWN, Feature, FeatureSource, check_array, input_digest
 from kd_cache.dataset.guard import selected
 from kd_cache.dataset.manifest import Manifest, Sample, place_name
 from kd_cache.dataset.task import Task
@@ -119,6 +119,34 @@ class InputSource(FeatureSource):
                     f"input {shown(key)} is another each time it is read: teachers score what does not change",
                     hint="Take random augmentation out of what the teachers are given; students may have it.",
                 )
+
+
+class NoInputs(FeatureSource):
+    """Of rows that came with names alone: nobody knows what was scored, and their input digests are zeros."""
+
+    told = NAMES_ALONE
+
+    def __init__(self) -> None:
+        self.max_bytes, self.bins, self.anything = MAX_BYTES, None, True
+
+    def read(self, file: str) -> Feature:
+        """Nothing, and a digest of zeros."""
+        return Feature(np.zeros(0, np.float32), bytes(16))
+
+    def missing(self, files: Sequence[str]) -> dict[str, str]:
+        return {}
+
+
+def named_data(task: Task, keys: Sequence[str]) -> Dataset:
+    """Rows of which only the names are known, of a task that has no guard to check. Raises `UsageError`."""
+    if task.has_domains or task.group is not None:
+        raise UsageError(
+            f"the task {task.name} has domains or groups: names alone do not say what may be used",
+            hint="Pass --json-path or --dataset.",
+        )
+    samples = tuple(Sample(key, None, None, 0, task.source, "train", None, None) for key in keys)
+    manifest = Manifest(samples, hashlib.sha256("\0".join(keys).encode("utf-8")).hexdigest(), None, task)
+    return Dataset(manifest, selected(manifest, None), NoInputs())
 
 
 def as_array(item: Any) -> np.ndarray:

@@ -99,7 +99,7 @@ _HOME = {
     "kd_cache.dataset.features": ("FeatureSource",),
     "kd_cache.dataset.inputs": ("Inputs",),
     "kd_cache.dataset.task": ("Task",),
-    "kd_cache.own_data": ("verify",),
+    "kd_cache.own_data": ("score", "verify"),
     "kd_cache.store.origin": ("Fingerprint", "weights_digest"),
     "kd_cache.care.gc": ("GcReport", "find_garbage", "remove_garbage"),
     "kd_cache.serve.logit_cache": ("LogitCache",),

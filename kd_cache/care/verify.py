@@ -213,7 +213,8 @@ class _Audit:
         """What the teacher learnt from must be permitted, as what it scores must."""
         if name not in self.job.teachers:
             return
-        tell_of_untold({name: self.job.teachers[name]}, self.watcher)
+        if self.job.data.task.is_guarded:
+            tell_of_untold({name: self.job.teachers[name]}, self.watcher)
         provenance = getattr(self.job.teachers[name], "provenance", None)
         if provenance is None:
             return

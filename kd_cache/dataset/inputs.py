@@ -139,7 +139,7 @@ class NoInputs(FeatureSource):
 
 def named_data(task: Task, keys: Sequence[str]) -> Dataset:
     """Rows of which only the names are known, of a task that has no guard to check. Raises `UsageError`."""
-    if task.has_domains or task.group is not None:
+    if task.is_guarded:
         raise UsageError(
             f"the task {task.name} has domains or groups: names alone do not say what may be used",
             hint="Pass --json-path or --dataset.",

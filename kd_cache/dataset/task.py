@@ -63,6 +63,11 @@ class Task:
     def has_domains(self) -> bool:
         return bool(self.targets)
 
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it says of any sample that it must not be used."""
+        return self.has_domains or self.group is not None
+
     @cached_property
     def domain_of(self) -> dict[str, int]:
         return {device: domain for domain, device in enumerate(self.devices)}

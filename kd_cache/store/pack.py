@@ -230,7 +230,9 @@ def _write_hdf5(
             part = slice(start, min(start + block, count))
             rows = take(part)
             if rows.dtype != origin.stored or rows.shape != (part.stop - start, origin.width):
-                raise ValueError(f"expected {origin.width} values of {origin.dtype}, found {rows.dtype} {rows.shape}")
+                raise ValueError(
+                    f"expected {origin.width} values (classes) of {origin.dtype}, found {rows.dtype} {rows.shape}"
+                )
             logits[part] = rows
             checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows)
             outlet.raise_failure()
@@ -397,8 +399,10 @@ def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
     kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
     made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept)
     made = replace(made, num_classes=width // (made.frames or 1))
-    if made.width != width or (kept is not None and len(kept) != made.num_classes):
-        raise _damaged(path, "its class names, or its frames, do not fit its logits")
+    if made.width != width:
+        raise _damaged(path, f"its logits are no {made.frames} frames")
+    if kept is not None and len(kept) != made.num_classes:
+        raise _damaged(path, "its class names do not fit its logits")
     return made
 
 

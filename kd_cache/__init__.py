@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
     from kd_cache.exchange.export import ExportJob, ExportReport, export_logits
     from kd_cache.keys import sample_key
-    from kd_cache.own_data import verify
+    from kd_cache.own_data import score, verify
     from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
     from kd_cache.score.teacher import Teacher, teacher_fingerprint
     from kd_cache.serve.attach import CachedDataset

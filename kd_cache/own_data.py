@@ -19,10 +19,11 @@ import torch
 import kd_cache
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
-from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.dataset import Dataset, nothing_readable
+from kd_cache.dataset.features import Feature
 from kd_cache.dataset.inputs import own_data
 from kd_cache.dataset.task import NAME, Task
-from kd_cache.errors import CorruptError, UsageError, shown
+from kd_cache.errors import CorruptError, UsageError, listed, shown
 from kd_cache.options import home_path
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, dump_logits
@@ -111,8 +112,10 @@ def score(
         part.training = was_training
     snapshot = report.snapshot or Snapshot(job.folder)
     found = verify_cache(_audit(ready, snapshot, _VERIFIED), ready.watcher)
-    if found.problems:
-        raise CorruptError(f"what was written does not verify: {found.problems[0]}")
+    if wrong := [problem for problem in found.problems if problem.file not in report.missing]:
+        raise CorruptError(f"what was written does not verify: {wrong[0]}")
+    if report.missing:
+        ready.watcher.note(f"{len(report.missing):,} inputs could not be scored\n{listed(report.missing.values())}")
     kind = next(iter(job.origins.values())).value_kind
     return LogitCache.open(job.folder.path, teachers=list(teachers), value_kind=kind)
 
@@ -166,6 +169,9 @@ def _ready(
     data = own_data(dataset, task, keys, note=watcher.note, **told)
     if data.adaptation != folder.name:
         raise UsageError(f"the cache is called {shown(folder.name)}, expected {data.adaptation}, as its task says")
-    example = data.features.read(data.selection.by_key[0]).array
+    read = (data.features.try_read(key) for key in data.selection.by_key)
+    example = next((feature.array for feature in read if isinstance(feature, Feature)), None)
+    if example is None:
+        raise nothing_readable(len(data.selection.samples))
     ready = {name: as_teacher(name, each, example, value_kind, watcher.note) for name, each in teachers.items()}
     return _Scored(folder, data, ready, watcher)

@@ -229,6 +229,24 @@ def test_a_plain_module_says_what_is_derived_and_stays_in_its_mode(tmp_path: Pat
     assert cache.target == cache.task.source
 
 
+@quiet
+def test_what_a_data_set_does_with_its_memory_and_its_bad_rows_changes_no_other_row(tmp_path: Path) -> None:
+    class OneBuffer(Rows):
+        buffer = torch.zeros(3)
+
+        def __getitem__(self, number: int) -> Any:
+            if number == 2:
+                raise OSError("unreadable")
+            return self.buffer.fill_(number + 1)
+
+    with pytest.raises(FeatureError, match="cannot give it: OSError: unreadable"):
+        kd_cache.score(OneBuffer(40), {"big": net()}, cache=tmp_path / "rows")
+    cache = kd_cache.score(OneBuffer(40), {"big": net()}, cache=tmp_path / "rows", on_bad_sample="skip")
+    expected = net()(torch.full((3,), 31.0)).detach()
+    assert torch.allclose(cache.batch(["row-30"])[0, 0], expected)
+    assert len(cache) == 39
+
+
 class Random(Rows):
     def __getitem__(self, number: int) -> Any:
         return torch.rand(3)
@@ -244,6 +262,7 @@ DIGITS = {"task": Task("digits", group="speaker")}
         (Random(), {}, FeatureError, "another each time"),
         (Rows(keys=[0, 1, 2]), {}, UsageError, "a key must be a text, found 0 (int)"),
         (Rows(keys=["a", "a"]), {}, UsageError, "keys occur twice"),
+        (Rows(keys=["\ud800", "a"]), {}, UsageError, "lone surrogate"),
         (Rows(), {"keys": ["a"]}, UsageError, "6 rows, found 1 keys"),
         (Rows(keys=None), {"keys": None}, (UsageError, TypeError), ""),
         (Rows(spec=3), {}, UsageError, "spec must be a text"),

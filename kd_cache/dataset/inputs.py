@@ -114,7 +114,8 @@ class InputSource(FeatureSource):
         """Raise `FeatureError` where two readings of an input differ: no row would be of what a student is given."""
         drawn = np.random.default_rng().choice(len(keys), min(_DRAWN, len(keys)), replace=False)
         for key in (keys[number] for number in drawn.tolist()):
-            if self.read(key).digest != self.read(key).digest:
+            first = self.try_read(key)
+            if isinstance(first, Feature) and first.digest != self.read(key).digest:  # bad ones are told of later
                 raise FeatureError(
                     f"input {shown(key)} is another each time it is read: teachers score what does not change",
                     hint="Take random augmentation out of what the teachers are given; students may have it.",
@@ -160,7 +161,9 @@ def as_array(item: Any) -> np.ndarray:
     array = np.asarray(item)
     if array.dtype.newbyteorder("<").str not in NUMBERS:
         raise ValueError(f"it is a {type(item).__name__} of {array.dtype}, expected numbers ({', '.join(NUMBERS)})")
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    found = np.array(array, array.dtype.newbyteorder("<"), order="C")  # a copy: a data set may use its buffer again
+    found.flags.writeable = False
+    return found
 
 
 def own_data(
@@ -222,6 +225,8 @@ def checked_keys(dataset: Any, keys: Any) -> list[str]:
             f"a key must be a text, found {shown(repr(wrong))} ({type(wrong).__name__})",
             hint="A row's position is no identity: it would be another's after the next shuffle. Name files, or ids.",
         )
+    if wrong := [key for key in names if key != key.encode("utf-8", "replace").decode("utf-8")]:
+        raise UsageError(f"the key {shown(wrong[0])} is not valid Unicode (a lone surrogate)")
     if len(set(names)) != len(names):
         seen: set[str] = set()
         twice = [key for key in names if key in seen or seen.add(key)]  # type: ignore[func-returns-value]

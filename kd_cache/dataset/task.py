@@ -54,6 +54,12 @@ class Task:
     group: str | None = None
     anything: bool = True
 
+    def __post_init__(self) -> None:
+        """Raise `UsageError` where caches could not be called after it."""
+        if wrong := [name for name in (self.devices if self.has_domains else [self.name]) if not NAME.match(name)]:
+            what = "a domain's name" if self.has_domains else "the name of a task without domains"
+            raise UsageError(f"{shown(wrong[0])} cannot be {what} (letters, digits, _ . -): caches are called so")
+
     @property
     def num_classes(self) -> int:
         """One more than the largest label there may be."""

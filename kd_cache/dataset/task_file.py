@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from kd_cache.dataset.task import DCASE, MOST_CLASSES, NAME, ONLY, Task
+from kd_cache.dataset.task import DCASE, MOST_CLASSES, Task
 from kd_cache.errors import CorruptError, UsageError, listed, shown
 from kd_cache.files.atomic import open_file
 
@@ -91,7 +91,7 @@ def task_from(content: object) -> Task:
         raise ValueError("group must be a field of the manifest, such as speaker")
     if inputs not in (_FEATURES, _ANYTHING):
         raise ValueError(f"inputs is {shown(inputs)}, expected {_FEATURES} or {_ANYTHING}")
-    made = Task(
+    return Task(
         name,
         scenes=() if type(classes) is int or classes is None else _names("classes", classes, MOST_CLASSES),
         count=classes if type(classes) is int else 0,
@@ -100,9 +100,6 @@ def task_from(content: object) -> Task:
         anything=inputs == _ANYTHING,
         **_domains(content),
     )
-    if not made.has_domains and not NAME.match(name):
-        raise ValueError(f"name is {shown(name)}, expected letters, digits, _ . -: the cache is called so")
-    return made
 
 
 def _domains(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +113,6 @@ def _domains(content: Mapping[str, Any]) -> dict[str, Any]:
     used = [source, *targets, *unseen]
     if not targets or set(used) != set(domains) or len(used) != len(domains):
         raise ValueError("each of the domains must be the source, one of the targets, or unseen; one target at least")
-    if wrong := [name for name in domains if not NAME.match(name) or name == ONLY]:
-        raise ValueError(f"{shown(wrong[0])} cannot be a domain's name (letters, digits, _ . -): caches are called so")
     return {"devices": domains, "source": source, "targets": targets, "unseen": unseen}
 
 

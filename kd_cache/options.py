@@ -200,6 +200,9 @@ _TABLE = (
            "Permit a recording location in both train and test (recorded with the cache).", DATA, False, recalled=True),
     Option("allow_outside", list[Path], "Permit features in this folder outside the data root. Repeatable.", DATA, [],
            recalled=True),
+    Option("rename_map", list[str],
+           "A path, or a folder, that was called otherwise when the teachers were made, or a file of such lines; "
+           "repeatable. Samples whose features are as they were are known without.", DATA, [], metavar="OLD=NEW|FILE"),
     Option("on_bad_sample", BadSample,
            "Stop at a sample that cannot be scored (its feature or a logit is missing, mis-shaped or not finite), or "
            "skip it, list it as missing and exit 3.", DATA, "stop", recalled=True),

@@ -41,6 +41,7 @@ def folder_of(options: Mapping[str, Any]) -> CacheFolder:
 def named(options: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """What the options say of a data set, as `Dataset.load` takes it; the sample's manifest where none is named."""
     found = {"json_path": options["json_path"] or SAMPLE / "dataset.json", **{name: options[name] for name in _NAMED}}
+    found |= {"rename_map": options["rename_map"]} if "rename_map" in options else {}
     if task != DEFAULT:  # it says how many classes there are
         if options["json_path"] is None:
             raise UsageError(f"no data of the task {shown(task.name)} is named", hint="Pass --json-path or --dataset.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run
+from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import KDCacheError, UsageError, shown
@@ -37,8 +37,7 @@ def report(run: Run, screen: Screen, path: Path, output: Path | None) -> Report:
     return Report({"page": str(written), "report": page.content}, [shown(written)])
 
 
-@dataclass(frozen=True)
-class Pages:
+class Pages(NamedTuple):
     """What a command says of the pages that it wrote at its end."""
 
     content: Mapping[str, Any]
@@ -90,14 +89,16 @@ def _known(
     """What teachers say of their training, and the permitted samples: as far as they are still there."""
     provenances: dict[str, Provenance | None] = {}
     samples: Sequence[Sample] | None = None
+    data: Dataset | None = None
     if target is None:
         return provenances, samples
     try:
-        samples = saved_data(run, saved_in(index), target).selection.samples
+        data = saved_data(run, saved_in(index), target)
+        samples = data.selection.samples
     except KDCacheError as error:
         screen.note(f"how many rows each device has is not known: {error.message}")
     try:
-        provenances = saved_provenances(run, index, target, screen)
+        provenances = saved_provenances(run, index, target, screen, data)
     except KDCacheError as error:
         screen.note(f"which rows trained the teachers is not known: {error.message}")
     return provenances, samples

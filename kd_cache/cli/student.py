@@ -77,7 +77,7 @@ def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -
         record={"options": run.record(), "paths": dict(data.paths)},
         cache=folder.path,
         recipe=_recipe(values),
-        provenances=saved_provenances(run, index, target, screen) if with_teachers else {},
+        provenances=saved_provenances(run, index, target, screen, data) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )
     if values["recipe"] != "default":

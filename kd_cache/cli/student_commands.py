@@ -42,7 +42,7 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
     Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
-    "cache_root", *DATASET, "task", *OWN_TEACHERS,
+    "cache_root", *DATASET, "task", "rename_map", *OWN_TEACHERS,
     Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
            Path("outputs")),
     Option("init", Path | None, "Start from this checkpoint.", RUN, None),

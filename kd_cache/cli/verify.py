@@ -7,7 +7,7 @@ from secrets import randbits
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, state_problem, verify_cache
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import folder_of, task_of
+from kd_cache.cli.inputs import task_of
 from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
@@ -42,8 +42,9 @@ def chosen_caches(run: Run, screen: Screen) -> list[CacheFolder]:
                 raise UsageError(f"{shown(path)} is not the cache of target {target}", hint="Name one of the two.")
             return [folder]
         root = path
-    if target is not None or not task_of(run.values).has_domains:
-        return [folder_of({**run.values, "cache_root": root})]
+    task = task_of(run.values)
+    if target is not None or not task.has_domains:
+        return [CacheFolder(root / task.adaptation(each)) for each in task.several(target)]
     found = find_caches(root, DEFAULT.is_adaptation)
     folders = [folder for folder in found if _target_in(folder)]
     for folder in found:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
 from kd_cache.dataset.features import FeatureSource
-from kd_cache.dataset.guard import Selection, selected
+from kd_cache.dataset.guard import Selection, select, selected
 from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from kd_cache.dataset.manifest import Manifest, load_manifest
 from kd_cache.dataset.packed import PackedFeatures
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.dataset.renames import Names, Rule, read_rules
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.dataset.task_file import as_record
-from kd_cache.errors import FeatureError
+from kd_cache.errors import FeatureError, shown
+from kd_cache.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Dataset:
         selection: the permitted ones, for one target.
         features: reads what the teachers are given.
         paths: where all of it lies, by the names of the options, absolute: later commands find it there.
+        rules: what was called otherwise when the teachers were made (`renames`).
         unguarded: the task has groups, and nobody knows which of them are held out.
     """
 
@@ -34,6 +39,7 @@ class Dataset:
     selection: Selection
     features: FeatureSource
     paths: Mapping[str, Any] = field(default_factory=dict)
+    rules: Sequence[Rule] = ()
     unguarded: bool = False
 
     @classmethod
@@ -49,6 +55,7 @@ class Dataset:
         num_cities: int | None = None,
         allow_shared_locations: bool = False,
         allow_outside: Sequence[Path] = (),
+        rename_map: Sequence[str] = (),
         max_manifest_bytes: int = MAX_MANIFEST_BYTES,
         max_feature_bytes: int = MAX_FEATURE_BYTES,
     ) -> Dataset:
@@ -60,8 +67,9 @@ class Dataset:
             data_root: the folder its files are relative to; by default the manifest's own.
             features: one HDF5 file that holds all features; the data root then only says how the manifest's paths are
                 meant.
+            rename_map: rules, or files of them, for samples that had other paths when the teachers were made.
 
-        Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
+        Raises what `load_manifest`, `select`, `FeatureSource`, `PackedFeatures` and `read_rules` raise.
         """
         target = target if target == task.source else task.chosen(target)
         root = json_path.parent if data_root is None else data_root
@@ -77,8 +85,15 @@ class Dataset:
         }
         if features is not None:
             paths["features"] = str(features.absolute())
+        if rename_map:
+            paths["rename_map"] = [text if "=" in text else str(Path(text).absolute()) for text in rename_map]
         source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins, task.anything)
-        return cls(manifest, selection, source, paths)
+        return cls(manifest, selection, source, paths, read_rules(rename_map))
+
+    def for_target(self, target: str, *, allow_shared_locations: bool = False) -> Dataset:
+        """The same data for another target. Raises as `select`."""
+        chosen = select(self.manifest, target, allow_shared_locations=allow_shared_locations, data_root=self.root)
+        return replace(self, selection=chosen)
 
     @property
     def task(self) -> Task:
@@ -98,15 +113,21 @@ class Dataset:
         """What the cache of this selection is called."""
         return self.task.adaptation(self.target)
 
+    @cached_property
+    def names(self) -> Names:
+        """Finds samples that teachers know under other names."""
+        return Names(self.manifest, self.features, self.rules)
+
     @property
     def described(self) -> dict[str, Any]:
-        """What an index says of the data it was made from."""
+        """What an index says of the data it was made from; and a pending record, where their features are."""
         selection = self.selection
         return {
             "adaptation": self.adaptation,
             "num_permitted": len(selection.samples),
             "per_device": selection.per_device,
             "manifest": {"path": str(self.manifest.path or self.features.told), "sha256": self.manifest.digest},
+            "features_at": self.features.place,
             **as_record(self.task),
             **({"unguarded": True} if self.unguarded else {}),
             "split_policy": {
@@ -130,6 +151,22 @@ def feature_source(
     if features is not None:
         return PackedFeatures(features, max_bytes, bins, anything)
     return FeatureSource(root, allow_outside, max_bytes, bins, anything)
+
+
+def provenances(teachers: Mapping[str, Any], data: Dataset, watcher: Watcher) -> dict[str, Provenance | None]:
+    """What each teacher says of its training (``None``: nothing), its samples called as the manifest calls them now."""
+    found: dict[str, Provenance | None] = {}
+    for name, teacher in teachers.items():
+        found[name] = told = getattr(teacher, "provenance", None)
+        if told is None:
+            continue
+        found[name], by_input, by_rule = data.names.recognised(told)
+        if by_input or by_rule:
+            watcher.note(
+                f"{shown(name)}: of the {len(told.keys):,} samples that made it, {by_input:,} are known by their "
+                f"features and {by_rule:,} by --rename-map, under other names"
+            )
+    return found
 
 
 def nothing_readable(count: int) -> FeatureError:

@@ -96,6 +96,21 @@ class Task:
             raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(self.targets)}")
         return target or self.source
 
+    def several(self, text: str | None) -> list[str]:
+        """``b``, ``b,c`` or ``all``: targets in the task's order. Raises `UsageError`."""
+        if text is None or not self.has_domains:
+            return [self.chosen(text)]
+        if text.casefold() == "all":
+            return list(self.targets)
+        named = [each.strip() for each in text.split(",")]
+        named = [each if each in self.targets else each.casefold() for each in named]
+        for each in named:
+            if each not in self.targets:
+                raise UsageError(f"{shown(each)!r} is not one of {', '.join(map(repr, self.targets))}, nor all")
+            if named.count(each) > 1:
+                raise UsageError(f"{shown(text)} names {each} twice")
+        return [each for each in self.targets if each in named]
+
     def permits(self, target: str) -> str:
         """What may be cached, in words: ``train samples of A or b``."""
         return f"train samples of {self.source} or {target}" if self.has_domains else "train samples"

@@ -63,6 +63,7 @@ _RECORD = {
     "begun": int,
     "generation": int,
     "created": str,
+    "features_at": str,
     "tool": str,
     "files": bool,
     "shown_path": str,
@@ -76,8 +77,9 @@ _RECORD = {
     "settings": {
         "values": {"num_scenes": int, "num_cities": int, "allow_shared_locations": bool},
         "sources": _TEXTS,
-        "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str]},
+        "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str], "rename_map": [str]},
     },
+    "superseded": {...: int},
     "teachers": {...: _TEACHER},
 }
 """What an entry of ``kd_cache`` must be, where it is there; others are nobody's business."""

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.dataset import Dataset, provenances
 from kd_cache.dataset.manifest import Sample
-from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import DataLeakageError, TeacherError, UsageError, listed, shown
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.score.device import numerics
@@ -120,7 +119,7 @@ def _labelled(job: EvaluationJob) -> list[Sample]:
 
 def _made_with(job: EvaluationJob, samples: Sequence[Sample], watcher: Watcher) -> dict[str, int | None]:
     """How many of the rows trained the net, and how many chose its epoch; ``None`` where it does not say."""
-    provenance: Provenance | None = getattr(job.teacher, "provenance", None)
+    provenance = provenances({job.name: job.teacher}, job.data, watcher)[job.name]
     if provenance is None:
         watcher.note(f"{shown(job.name)} says nothing of what it was trained on: it may have seen these rows")
         return {"trained_on": None, "chose_epoch": None}

@@ -71,6 +71,8 @@ class FeatureSource:
     """
 
     told = IN_PYTHON
+    witness, excuse = "their files' size and times", " (was it written through a memory map?)"
+    """What says that a feature did not change, and how it may be deceived."""
 
     def __init__(
         self,

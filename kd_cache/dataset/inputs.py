@@ -53,6 +53,8 @@ class Inputs(Protocol):
 class InputSource(FeatureSource):
     """Reads the inputs of a data set by key, one at a time whoever asks: its code need not be made for threads."""
 
+    witness, excuse = "the data set's spec and keys", ""
+
     def __init__(self, dataset: Any, keys: Sequence[str], *, spec: str | None = None, max_bytes: int = MAX_BYTES):
         self._dataset, self._number = dataset, {key: number for number, key in enumerate(keys)}
         self.spec, self.max_bytes, self.bins, self.anything = spec, max_bytes, None, True

@@ -92,9 +92,13 @@ class Task:
             raise UsageError(f"the task {shown(self.name)} has no domains, so there is no target; leave out --target")
         if target is None and self.has_domains:
             raise UsageError(f"no target is named: pass --target, one of {', '.join(self.targets)}")
-        if target is not None and target not in self.targets:
+        if target is not None and (target := self._spelled(target)) not in self.targets:
             raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(self.targets)}")
         return target or self.source
+
+    def _spelled(self, target: str) -> str:
+        """The target that is meant, whatever the case of its letters; what is none stays as it is."""
+        return next((each for each in self.targets if each.casefold() == target.casefold()), target)
 
     def several(self, text: str | None) -> list[str]:
         """``b``, ``b,c`` or ``all``: targets in the task's order. Raises `UsageError`."""
@@ -102,8 +106,7 @@ class Task:
             return [self.chosen(text)]
         if text.casefold() == "all":
             return list(self.targets)
-        named = [each.strip() for each in text.split(",")]
-        named = [each if each in self.targets else each.casefold() for each in named]
+        named = [self._spelled(each.strip()) for each in text.split(",")]
         for each in named:
             if each not in self.targets:
                 raise UsageError(f"{shown(each)!r} is not one of {', '.join(map(repr, self.targets))}, nor all")

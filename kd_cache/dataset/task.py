@@ -98,7 +98,8 @@ class Task:
 
     def _spelled(self, target: str) -> str:
         """The target that is meant, whatever the case of its letters; what is none stays as it is."""
-        return next((each for each in self.targets if each.casefold() == target.casefold()), target)
+        alike = [each for each in self.targets if each.casefold() == target.casefold()]
+        return target if target in self.targets or not alike else alike[0]
 
     def several(self, text: str | None) -> list[str]:
         """``b``, ``b,c`` or ``all``: targets in the task's order. Raises `UsageError`."""

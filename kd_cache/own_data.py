@@ -107,9 +107,11 @@ def score(
             "settings": {"values": {}, "sources": {}, "paths": {}},
         },
     )
-    report = dump_logits(job, ready.watcher)
-    for part, was_training in modes.items():
-        part.training = was_training
+    try:
+        report = dump_logits(job, ready.watcher)
+    finally:
+        for part, was_training in modes.items():
+            part.training = was_training
     snapshot = report.snapshot or Snapshot(job.folder)
     found = verify_cache(_audit(ready, snapshot, _VERIFIED), ready.watcher)
     if wrong := [problem for problem in found.problems if problem.file not in report.missing]:

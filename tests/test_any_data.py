@@ -274,6 +274,7 @@ DIGITS = {"task": Task("digits", group="speaker")}
         (Rows(held_out={"./row-3": None}), {}, DataLeakageError, "in another split"),
         (Rows(), {"task": Task("x", devices=("a", "b"), source="a", targets=("b",))}, UsageError, "has domains"),
         (Rows(), {"cache": "a b"}, UsageError, "the cache is called"),
+        (Rows(), {"task": Task("x", anything=False)}, FeatureError, "none of the 6 features can be read"),
         (Rows(), {"teachers": {}}, UsageError, "no teacher"),
         (Rows(), {"teachers": {"t": torch.nn.Linear(5, 2)}}, KDCacheError, "failed on an input"),
     ],

@@ -55,9 +55,17 @@ class InputSource(FeatureSource):
 
     witness, excuse = "the data set's spec and keys", ""
 
-    def __init__(self, dataset: Any, keys: Sequence[str], *, spec: str | None = None, max_bytes: int = MAX_BYTES):
+    def __init__(
+        self,
+        dataset: Any,
+        keys: Sequence[str],
+        *,
+        spec: str | None = None,
+        max_bytes: int = MAX_BYTES,
+        anything: bool = True,
+    ) -> None:
         self._dataset, self._number = dataset, {key: number for number, key in enumerate(keys)}
-        self.spec, self.max_bytes, self.bins, self.anything = spec, max_bytes, None, True
+        self.spec, self.max_bytes, self.bins, self.anything = spec, max_bytes, None, anything
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._distinct: set[tuple[int, ...]] = set()
         self._turn = threading.RLock()
@@ -67,13 +75,13 @@ class InputSource(FeatureSource):
         with self._turn:
             item = self._item(file)
             try:
-                array = as_array(item)
+                array = as_array(item, self._dtypes)
                 if array.nbytes > self.max_bytes:
                     raise ValueError(
                         f"it has {array.nbytes} bytes, expected at most {self.max_bytes}; --max-feature-bytes permits "
                         "more"
                     )
-                check_array(array, anything=True)
+                check_array(array, anything=self.anything)
             except (ValueError, TypeError, RuntimeError) as error:
                 raise FeatureError(f"input {shown(file)}: {shown(error)}") from None
             self._shapes[file] = array.shape
@@ -152,7 +160,7 @@ def named_data(task: Task, keys: Sequence[str]) -> Dataset:
     return Dataset(manifest, selected(manifest, None), NoInputs())
 
 
-def as_array(item: Any) -> np.ndarray:
+def as_array(item: Any, dtypes: Sequence[str] = NUMBERS) -> np.ndarray:
     """What a data set gave as an array of numbers. Raises ``ValueError`` and what numpy raises."""
     if isinstance(item, tuple) and len(item) == 2:
         item = item[0]
@@ -161,8 +169,8 @@ def as_array(item: Any) -> np.ndarray:
     if callable(getattr(item, "detach", None)):
         item = item.detach().cpu().numpy()
     array = np.asarray(item)
-    if array.dtype.newbyteorder("<").str not in NUMBERS:
-        raise ValueError(f"it is a {type(item).__name__} of {array.dtype}, expected numbers ({', '.join(NUMBERS)})")
+    if array.dtype.newbyteorder("<").str not in dtypes:
+        raise ValueError(f"it is a {type(item).__name__} of {array.dtype}, expected numbers ({', '.join(dtypes)})")
     found = np.array(array, array.dtype.newbyteorder("<"), order="C")  # a copy: a data set may use its buffer again
     found.flags.writeable = False
     return found
@@ -205,7 +213,7 @@ def own_data(
         note("the data set has no spec, the version of what makes its inputs: every run reads each of them")
     elif not isinstance(spec, str) or not spec:
         raise UsageError(f"the data set's spec must be a text, found {type(spec).__name__}")
-    source = InputSource(dataset, names, spec=spec, max_bytes=max_feature_bytes)
+    source = InputSource(dataset, names, spec=spec, max_bytes=max_feature_bytes, anything=task.anything)
     source.refuse_random(names)
     unknown = task.group is not None and not found_guard
     return Dataset(manifest, selected(manifest, target), source, unguarded=unknown)

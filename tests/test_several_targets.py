@@ -15,8 +15,8 @@ from conftest import Run, World
 from test_provenance import from_file
 from tiny_teachers import Linear
 
+from kd_cache.dataset.task import DCASE
 from kd_cache.errors import UsageError
-from kd_cache.options import several_targets
 from kd_cache.store.index import read_index
 
 __all__ = ["from_file"]
@@ -214,10 +214,10 @@ def test_a_teacher_that_leaks_for_one_target_is_refused_before_any_is_scored(sev
 )
 def test_targets_by_name(text: str, expected: str | None) -> None:
     if expected is not None:
-        assert several_targets(text) == expected
+        assert ",".join(DCASE.several(text)) == expected
         return
     with pytest.raises(UsageError):
-        several_targets(text)
+        DCASE.several(text)
 
 
 def test_a_part_is_of_one_target(several: Any, world: World) -> None:

@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ import kd_cache.distill.fitting
 import teachers
 from kd_cache import LogitCache, Provenance, StaleError
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.distill import student
 from kd_cache.distill.recipe import Recipe
 from kd_cache.distill.student import StudentJob, StudentTraining, _Taught, train_student
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.score.device import numerics
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.job import TrainReport
+from kd_cache.train.loop import Loop
 
 __all__ = ["scene", "town"]
 COUNTS = ("--num-scenes", 3, "--num-cities", 3)
@@ -44,7 +47,9 @@ def taught(town: World, run: Run, scene: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def job(world: World, provenance: Provenance | None = None, mode: str = "fit", **changed: Any) -> StudentJob:
     recipe = Recipe(**{name: changed.pop(name) for name in list(changed) if name in Recipe.__dataclass_fields__})
+    own = {name: changed.pop(name) for name in list(changed) if name in StudentJob.__dataclass_fields__}
     return StudentJob(
+        **own,
         settings=settings("scene", **{"batch_size": 8, "epochs": 4, "warmup_epochs": 1, **changed}),
         data=Dataset.load("b", world.json_path, num_scenes=3, num_cities=3),
         output_dir=world.root / "outputs",
@@ -112,7 +117,7 @@ def test_it_learns_from_the_teacher_alone_where_hard_labels_weigh_nothing(taught
 def test_a_training_without_the_rows_scrambled_teaches_nothing(taught: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control to the test above: were rows joined to other clips, it would not learn."""
     rows = StudentTraining._rows
-    monkeypatch.setattr(StudentTraining, "_rows", lambda self, cache: rows(self, cache).roll(7, 0))
+    monkeypatch.setattr(StudentTraining, "_rows", lambda self, *of: rows(self, *of).roll(7, 0))
     with suppress(TrainingError):  # nothing was learnt
         report = train_student(job(taught, mode="scene", alpha=1.0, apply_to="all", epochs=6))
         assert report.results["test"]["accuracy"] < 0.6
@@ -157,11 +162,13 @@ def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: W
 
 
 def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, scene: Path) -> None:
-    taken = command(run, taught, "--recipe", "city2scene", "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6)
+    taken = command(run, taught, "--recipe", "city2scene", "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6,
+                    "--select", "last")  # fmt: skip
     assert taken["place"] == "A2b"
     assert taken["results"]["distillation"]["recipe"]["normalise"] == "mask"
     assert taken["results"]["distillation"]["recipe"]["alpha"] == 0.6
     assert "recipe city2scene: loss kl" in taken["notes"]
+    assert taken["results"]["distillation"]["select"] == "last"
     assert "a distilled row weighs" in taken["notes"]
     path = Path("outputs/student/A2b/mean/best.safetensors")
     assert Path(taken["checkpoint"]) == path
@@ -201,6 +208,57 @@ def test_where_nobody_knows_the_teachers_rows_fit_is_the_mean_and_says_so(taught
     assert "its checkpoint is not the one whose rows are cached" in taken["notes"]
     assert "the teachers' mean is taken in place of a fit" in taken["notes"]
     assert taken["results"]["distillation"]["weights"] == {"scene": 1.0}
+
+
+@pytest.mark.parametrize(("select", "kept", "epochs"), [("macro_accuracy", 3, 4), ("last", 5, 5)])
+def test_the_kept_epoch_has_the_best_macro_accuracy_and_least_loss_or_is_the_last(
+    taught: World, monkeypatch: pytest.MonkeyPatch, select: str, kept: int, epochs: int
+) -> None:
+    told = iter([(0.9, 0.5, 0.9), (0.5, 0.7, 0.8), (0.5, 0.7, 0.7), (1.0, 0.6, 0.75), (0.1, 0.1, 0.9)])
+    names = ("accuracy", "macro_accuracy", "log_loss")
+    monkeypatch.setattr(Loop, "_validated", lambda self: dict(zip(names, next(told), strict=True)))
+    report = train_student(job(taught, mode="ce", epochs=5, patience=1, select=select))
+    assert (report.results["best_epoch"], report.results["epochs"]) == (kept, epochs)
+    assert report.results["distillation"]["select"] == select
+    assert report.run is not None
+    last = read_weights(report.run / "last.safetensors").tensors
+    same = all(torch.equal(tensor, last[name]) for name, tensor in read_weights(report.checkpoint).tensors.items())
+    assert same == (select == "last")
+
+
+def test_it_says_how_often_it_decides_as_its_teachers_do_where_neither_was_trained(taught: World, scene: Path) -> None:
+    one = job(taught, mode="scene", fold=1, val_ratio=0.5)
+    report = train_student(one)
+    files = [sample.file for sample in one.unseen]
+    assert files
+    assert not {*files} & {sample.file for sample in (*one.division.train, *one.division.validation)}
+    assert all(file.endswith("-b.npy") for file in files)
+    net, said = teachers.scene(report.checkpoint), LogitCache.open(taught.cache).batch(files)[:, 0].argmax(1)
+    own = net(torch.stack([torch.from_numpy(np.load(taught.feature(file))) for file in files])).argmax(1)
+    assert report.results["agreement"] == {"rows": len(files), "share": float((own == said).double().mean())}
+    assert train_student(replace(one, mode="ce")).results["agreement"] is None
+
+
+def test_it_warns_of_validation_rows_and_teachers_that_cannot_be_trusted(
+    taught: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = [sample.file for sample in job(taught).division.validation]
+    for made, count in ((Provenance.of(validation[:2]), 2), (Provenance.of([]), 0), (None, None)):
+        training = StudentTraining(job(taught, made, "mean", loss="dkd"), watcher := Listening())
+        assert training.said["validation_that_trained"] == {"scene": count}
+        training._announce()
+        assert watcher.told("2 of 3 validation samples trained") == (count == 2)
+        assert watcher.told("dkd needs a label: for rows of the target the teachers' decision stands for it")
+    told = {"good": {"accuracy": 0.9}, "poor": {"accuracy": 0.65}, "fair": {"accuracy": 0.75}}
+    monkeypatch.setattr(student, "singles", lambda rows: told)
+    monkeypatch.setattr(student, "held_out", lambda *of: None)
+    training._tell_of_unequal(SimpleNamespace(teachers=(*told,)))
+    assert [note for note in watcher.notes if "count alike" in note] == [
+        "poor is right on 65.0% of the rows that are held out from training, good on 90.0%: under mean both count "
+        "alike (fit weighs them)"
+    ]
+    with pytest.raises(UsageError, match="the rows of a whole batch, and --accumulate 2"):
+        job(taught, loss="dist", accumulate=2)
 
 
 def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Run) -> None:

@@ -25,6 +25,7 @@ from kd_cache.store.names import MODES_BEFORE
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainReport
+from kd_cache.train.progress import LAST_EPOCH, MACRO
 from kd_cache.train.settings import SCENE, Settings
 
 _GIVEN = {
@@ -67,6 +68,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
         record={"options": run.record(), "paths": dict(data.paths)},
         cache=folder.path,
         recipe=_recipe(values),
+        select=LAST_EPOCH if values["select"] == "last" else MACRO,
         provenances=_provenances(run, index, target, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )
@@ -129,6 +131,16 @@ def _lines(report: TrainReport, mode: str) -> Sequence[str | Table]:
     columns = ["Student", "", "Validation", "Test", "Macro", "Source", "Target", "Other", "Unseen", "Chance"]
     lines: list[str | Table] = [Table("Accuracy on locations that were not trained on", columns, [row])]
     lines.append(f"{shown(report.checkpoint)}")
+    for name, count in results["distillation"].get("validation_that_trained", {}).items():
+        lines.append(
+            f"{'not known how many' if count is None else count} of {validation['samples']} validation rows "
+            f"trained {shown(name)}"
+        )
+    if (agreement := results["agreement"]) is not None:
+        lines.append(
+            f"it decides as its teachers do on {percent(agreement['share'])} of {agreement['rows']:,} rows of "
+            "the target at held-out locations"
+        )
     if mode != CE:
         lines.append("What the teachers are worth: kd-cache student compare")
     return lines

@@ -26,7 +26,8 @@ from kd_cache.train.clips import Clips
 from kd_cache.train.evaluation import measure, score
 from kd_cache.train.freezing import Frozen, trainable_parameters
 from kd_cache.train.optimiser import Schedule, average, class_weights, cross_entropy, make_optimiser, restore, state_of
-from kd_cache.train.run_folder import Progress, RunFolder, Step
+from kd_cache.train.progress import ACCURACY, Progress
+from kd_cache.train.run_folder import RunFolder, Step
 from kd_cache.train.settings import Augmentation, Settings, Stage
 from kd_cache.watch import Watcher
 
@@ -58,6 +59,7 @@ class Learner:
         is_warm: the weights were trained before; losses are compared with theirs.
         random_loss: the validation loss of random weights; the best epoch must be below it.
         objective: what is minimised in place of cross-entropy.
+        select: what the epoch that is kept is chosen by (`Progress.select`).
     """
 
     net: nn.Module
@@ -67,6 +69,7 @@ class Learner:
     is_warm: bool = False
     random_loss: float | None = None
     objective: Objective | None = None
+    select: str = ACCURACY
 
 
 class Loop:
@@ -86,7 +89,7 @@ class Loop:
         self.settings, self.stages, self.device = settings, stages, device
         self._keeper, self._watcher, self._is_warm = keeper, watcher, learner.is_warm
         self._objective = learner.objective
-        self.progress = Progress(random_loss=learner.random_loss)
+        self.progress = Progress(random_loss=learner.random_loss, select=learner.select)
         self.averaged = copy.deepcopy(self.net) if settings.ema else None
         self._resumed: Mapping[str, Tensor] = {}
         self._call: nn.Module = torch.compile(self.net) if settings.compile else self.net  # type: ignore[assignment]
@@ -291,7 +294,7 @@ class Loop:
 
     def _refuse_unlearnt(self) -> None:
         done = self.progress
-        if done.best is None or done.best[0] or self.settings.shuffle_labels:
+        if done.best is None or done.has_learnt or self.settings.shuffle_labels:
             return
         lowest = min(row["val_log_loss"] for row in done.history)
         told = (

@@ -40,7 +40,8 @@ from kd_cache.train.job import FRESH, TrainJob, TrainReport, checkpoint_record, 
 from kd_cache.train.loop import Learner, Loop
 from kd_cache.train.nets import WarmStart, make_net, own_code, warm_start
 from kd_cache.train.pretraining import Pretrained, code_version, key_of
-from kd_cache.train.run_folder import BEST, Last, Progress, RunFolder, published
+from kd_cache.train.progress import Progress
+from kd_cache.train.run_folder import BEST, Last, RunFolder, published
 from kd_cache.train.settings import AUTO, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
 from kd_cache.watch import Watcher
 
@@ -50,11 +51,13 @@ class Training:
 
     Attributes:
         code: folders of the recipe's own code, which its keys change with.
+        stands_on: what made a training besides its own rows, for a person.
         keeps_weights: whether later runs of the same key take the weights from ``<output_dir>/pretrained``.
         inherited: the samples that made what the net starts from, or stands on.
     """
 
     code: ClassVar[tuple[Path, ...]] = ()
+    stands_on: ClassVar[str] = "what this starts from"
     keeps_weights: ClassVar[bool] = False
 
     def __init__(self, job: TrainJob, watcher: Watcher | None = None) -> None:
@@ -228,8 +231,8 @@ class Training:
         seen = None if self.inherited is None else self.inherited.has_trained(s.file for s in self.validation.samples)
         if seen is not None and seen.any():
             self.watcher.note(
-                f"{int(seen.sum()):,} validation samples trained what this starts from: the validation is better than "
-                "it should be (give both the same --val-ratio, --fold and --quick-experiment)"
+                f"{int(seen.sum()):,} of {len(seen):,} validation samples trained {self.stands_on}: the validation is "
+                "better than it should be (give both the same --val-ratio, --fold and --quick-experiment)"
             )
 
     # -- weights that are there already -------------------------------------------------------------------------------

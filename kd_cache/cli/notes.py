@@ -60,8 +60,10 @@ the recipe.
 
 COMPARE = """\
 It ends with accuracy over all devices and by device group, mean and standard deviation over the seeds, the difference
-to `ce` of each seed, and a sentence: a mode is called better (or worse) where all seeds agree, or where a coin's would
-agree as much in at most 5 % of cases; else, and of fewer than three seeds, it is no more than luck.
+to `ce` of each seed, and a sentence. Beside the mean difference stands where it lies with 95 % over 1,000 draws of the
+test locations, both students on the same draws, for these seeds; the CSV has it of each seed. A mode is called better
+(or worse) where all seeds agree, or where a coin's would agree as much in at most 5 % of cases; else, and of fewer than
+three seeds, it is no more than luck.
 
 Each run is kept in `outputs/student/A2b/compare-<digest>/<mode>/seed-<n>/`. The digest is that of everything that they
 have in common (data, rows of the teachers, recipe, settings, code), so more `--modes` or `--seeds` join those that are

@@ -7,7 +7,7 @@ teachers were validated on, with the same ratio and fold. Labels of the target a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +31,13 @@ from kd_cache.store.names import MODES
 from kd_cache.train.augment import Mixed
 from kd_cache.train.clips import Clips
 from kd_cache.train.division import Division, divide
-from kd_cache.train.evaluation import score
+from kd_cache.train.evaluation import evaluated, group_of, score
+from kd_cache.train.evaluation_job import places_of
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Learner
 from kd_cache.train.nets import WarmStart
 from kd_cache.train.progress import MACRO
+from kd_cache.train.resampling import Cells
 from kd_cache.train.run_folder import RunFolder
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
@@ -248,6 +250,16 @@ class StudentTraining(Training):
 
     def learner(self, folder: RunFolder) -> Learner:
         return Learner(self.net, self.train, self.validation, objective=_Taught(self), select=self.job.select)
+
+    def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
+        return evaluated(best, clips, self.job, self._by_location)
+
+    def _by_location(self, logits: np.ndarray, labels: np.ndarray, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What a comparison of students on drawn locations needs, and how sure this one's figures are."""
+        data = self.job.data
+        groups = [group_of(sample, data.task, data.target) for sample in samples]
+        cells = Cells.of(logits, labels, places_of(samples, data, self.watcher).tolist(), groups)
+        return {"intervals": cells.intervals(), "by_location": cells.as_json()}
 
     def _figures(self, best: nn.Module) -> dict[str, Any]:
         return {**super()._figures(best), "agreement": self._agreement(best)}

@@ -19,14 +19,23 @@ from kd_cache.errors import TeacherError, UsageError
 from kd_cache.score.storage_cost import log_softmax
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.job import TrainJob
+from kd_cache.train.resampling import Cells, Interval
 from kd_cache.watch import Watcher
 
 GROUPS: Final = ("source", "target", "other", "unseen")
 """Devices by what they are to the teacher: source, target, others of the training sets, never trained on."""
 
 
-def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
-    """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city."""
+def evaluated(
+    net: nn.Module,
+    clips: Clips,
+    job: TrainJob,
+    besides: Callable[[np.ndarray, np.ndarray, Sequence[Sample]], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city.
+
+    ``besides`` says what else is told of their logits, labels and samples.
+    """
     settings, data = job.settings, job.data
     labels = clips.labels(settings.label).numpy()
     labelled = clips.part(np.flatnonzero(labels >= 0).tolist())
@@ -38,6 +47,7 @@ def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
         **measure(logits, labels).as_json(),
         "class_names": class_names(data.task, settings.label, settings.num_classes),
         "by": measure_groups(logits, labels, groups_of(labelled.samples, data.task, data.target)),
+        **(besides(logits, labels, labelled.samples) if besides else {}),
     }
 
 
@@ -190,48 +200,13 @@ def measure_groups(
     return found
 
 
-DRAWS: Final = 1000
-COVERED: Final = 0.95
-
-
-def intervals(
-    logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0
-) -> dict[str, tuple[float, float]] | None:
+def intervals(logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0) -> dict[str, Interval] | None:
     """Where accuracy, macro accuracy, log loss and Brier score lie with 95 % confidence; ``None`` of a single place.
 
-    ``places`` ``[N]`` ints: whole locations are drawn with replacement (1,000 draws; Efron 1979), because the clips of
-    one location are right and wrong together: drawn one by one they would claim more certainty than there is. What the
-    locations drawn lack of classes does not count in the macro accuracy. Raises as `measure`.
+    ``places`` ``[N]``: equal where the location is (`kd_cache.train.resampling`). Raises as `measure`.
     """
     measure(logits, labels)  # refuses what cannot be measured
-    _, place = np.unique(places, return_inverse=True)
-    count, classes = int(place.max()) + 1, logits.shape[1]
-    if count < 2:
-        return None
-    labels = labels.astype(np.int64)
-    log_probs = log_softmax(logits.astype(np.float64))
-    right = (logits.argmax(axis=1) == labels).astype(np.float64)
-    loss = -log_probs[np.arange(len(labels)), labels]
-    brier = ((np.exp(log_probs) - np.eye(classes)[labels]) ** 2).sum(axis=1)
-
-    def drawn(values: np.ndarray | None = None, of_class: bool = False) -> np.ndarray:
-        """Sums over each draw's locations, ``[draws]``, or by class ``[draws, C]``."""
-        cell = place * classes + labels if of_class else place
-        sums = np.bincount(cell, values, minlength=count * (classes if of_class else 1))
-        found: np.ndarray = chosen @ sums.reshape(count, -1)
-        return found if of_class else found[:, 0]
-
-    chosen = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=DRAWS).astype(np.float64)
-    rows, of_class = drawn(), drawn(of_class=True)
-    recall = np.divide(drawn(right, of_class=True), of_class, out=np.zeros_like(of_class), where=of_class > 0)
-    figures = {
-        "accuracy": drawn(right) / rows,
-        "macro_accuracy": recall.sum(axis=1) / (of_class > 0).sum(axis=1),
-        "log_loss": drawn(loss) / rows,
-        "brier": drawn(brier) / rows,
-    }
-    ends = [(1 - COVERED) / 2, (1 + COVERED) / 2]
-    return {name: tuple(np.quantile(values, ends).tolist()) for name, values in figures.items()}
+    return Cells.of(logits, labels, places).intervals(seed)  # type: ignore[arg-type]
 
 
 def _bins_of_equal_width(confidence: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
     clips = Clips.read(job.data.features, samples, job.workers, watcher)
     logits = logits_of(job.name, job.teacher, clips, job.device, job.batch_size)
     labels = clips.labels(job.label).numpy()
-    places = _places(samples, job.data, watcher)
+    places = places_of(samples, job.data, watcher)
     groups = groups_of(samples, task, job.data.target)
     groups["scene"] = [_scene(sample, job) for sample in samples]
     by = measure_groups(logits, labels, groups)
@@ -177,19 +177,19 @@ def logits_of(name: str, teacher: Teacher, clips: Clips, device: torch.device, b
     return np.log(np.maximum(values, np.finfo(np.float32).tiny)) if kind == "probs" else values
 
 
-def _places(samples: Sequence[Sample], data: Dataset, watcher: Watcher) -> np.ndarray:
-    """``[N]`` ints, equal where the location is; a row that names none has one of its own."""
+def places_of(samples: Sequence[Sample], data: Dataset, watcher: Watcher) -> np.ndarray:
+    """``[N]`` text: each row's location; a row that names none has one of its own."""
     placed = [number for number, sample in enumerate(samples) if places_of_sample(sample, data.task)]
     if len(placed) < len(samples):
         watcher.note(
             f"{len(samples) - len(placed):,} rows name no location: each counts as its own, so the intervals are "
             "narrower than they should be"
         )
-    found = np.arange(len(samples))
+    found = np.array([sample.file for sample in samples], dtype=object)
     for place in locations_of([samples[number] for number in placed], data.task, data.root):
         members = [placed[number] for number in place.samples]
-        found[members] = members[0]
-    return found
+        found[members] = place.name
+    return found.astype(str)
 
 
 def _scene(sample: Sample, job: EvaluationJob) -> str:

@@ -74,7 +74,7 @@ def command(run: Run, world: World, *more: object, code: int = 0) -> Any:
 
 def test_interrupted_after_any_epoch_it_ends_in_the_same_bytes(taught: World, scene: Path) -> None:
     provenance = teachers.scene(scene).provenance
-    one = job(taught, provenance, mixup=0.3, ramp_epochs=2)
+    one = job(taught, provenance, mixup=0.3, ramp_epochs=2, balance=True)
     whole = train_student(replace(one, output_dir=taught.root / "whole"))
     content = whole.checkpoint.read_bytes()
     for stop in (1, 2):
@@ -155,14 +155,16 @@ def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: W
             {}, {"mode": "ce"}, {"mode": "mean"}, {"mode": "weights:scene=2"}, {"mode": "weights:scene=3"},
             {"alpha": 0.4}, {"loss": "dkd"}, {"loss": "dkd", "options": {"beta": 2.0}}, {"temperature": 2.0},
             {"apply_to": "all"}, {"normalise": "mask"}, {"weighting": "pmax"}, {"keep_ce": True}, {"seed": 1},
+            {"weighting": "pmax", "raw_weights": True}, {"balance": True}, {"select": "last"},
         )
     }  # fmt: skip
-    assert len(keys) == 14
+    assert len(keys) == 17
     assert StudentTraining(job(taught, None)).key not in keys
 
 
 def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, scene: Path) -> None:
-    taken = command(run, taught, "--recipe", "city2scene", "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6,
+    older = ("--recipe", "city2scene", "--kd-warmup-epochs", 0)
+    taken = command(run, taught, *older, "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6,
                     "--select", "last")  # fmt: skip
     assert taken["place"] == "A2b"
     assert taken["results"]["distillation"]["recipe"]["normalise"] == "mask"
@@ -257,6 +259,12 @@ def test_it_warns_of_validation_rows_and_teachers_that_cannot_be_trusted(
         "poor is right on 65.0% of the rows that are held out from training, good on 90.0%: under mean both count "
         "alike (fit weighs them)"
     ]
+    balanced = StudentTraining(job(taught, mode="ce", balance=True), watcher)
+    of_a = int(balanced.is_source.sum())
+    assert balanced.said["drawn"] == {"source": 1, "target": of_a / (len(balanced.train) - of_a)}
+    assert watcher.told("an epoch draws each clip of A 1 times, each of b ")
+    with pytest.raises(UsageError, match="half of a batch of 7"):
+        job(taught, balance=True, batch_size=7)
     with pytest.raises(UsageError, match="the rows of a whole batch, and --accumulate 2"):
         job(taught, loss="dist", accumulate=2)
 
@@ -275,6 +283,8 @@ def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Ru
         StudentTraining(job(taught, num_scenes=4))
     assert "expected a temperature such as 4" in command(run, taught, "--temperature", "hot", code=2)
     assert "each parameter once" in command(run, taught, "--loss-option", "beta", code=2)
+    for older in (("--recipe", "city2scene"), ("--kd-ramp-epochs", 2)):
+        assert "are --kd-warmup-epochs" in " ".join(command(run, taught, *older, code=2).split())
     assert "the loss kl has no option beta" in command(run, taught, "--loss-option", "beta=2", code=2)
     with pytest.raises(UsageError, match="no cache for the target c"):
         StudentTraining(replace(job(taught), data=replace(job(taught).data, selection=replace(

@@ -15,7 +15,7 @@ from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
 from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
-from kd_cache.errors import shown
+from kd_cache.errors import UsageError, shown
 from kd_cache.options import Target
 from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import teacher_fingerprint
@@ -34,7 +34,7 @@ _GIVEN = {
     "kd_warmup_epochs": "warmup_epochs", "kd_ramp_epochs": "ramp_epochs",
 }  # fmt: skip
 """Options, and the fields of a recipe that they are."""
-_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
+_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard", "balance")
 
 
 def student(run: Run, screen: Screen, target: Target, teacher_mode: str) -> Report:
@@ -58,6 +58,7 @@ def compare(run: Run, screen: Screen, target: Target, modes: Any, seeds: int, se
 def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple[StudentJob, Index]:
     """The training that the options name, but for its mode, and the cache's index."""
     values = run.values
+    _refuse_ambiguous(run)
     folder = CacheFolder(values["cache_root"] / adaptation(target))
     index = Snapshot(folder).finished()
     data = saved_data(run, saved_in(index), target)
@@ -78,14 +79,24 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
     return job, index
 
 
+def _refuse_ambiguous(run: Run) -> None:
+    """What the older pipeline calls --warmup-epochs is the distillation's; here it is the learning rate's."""
+    is_older = run.values["recipe"] == "city2scene" or run.values["kd_ramp_epochs"] is not None
+    if is_older and run.said("warmup_epochs") and run.values["kd_warmup_epochs"] is None:
+        raise UsageError(
+            "--warmup-epochs may be meant in two ways: it is the learning rate's; epochs without distillation, which "
+            "older pipelines call so, are --kd-warmup-epochs",
+            hint="Give --kd-warmup-epochs too (0 where there are to be none).",
+        )
+
+
 def _recipe(values: Mapping[str, Any]) -> Recipe:
     given = {field: values[name] for name, field in _GIVEN.items() if values[name] is not None}
     if values["temperature"] is not None:
         given["temperature"], given["temperature_end"] = values["temperature"]
     if values["loss_option"]:
         given["options"] = parse_options(values["loss_option"])
-    if values["keep_ce"]:
-        given["keep_ce"] = True
+    given |= {name: True for name in ("keep_ce", "raw_weights") if values[name]}
     return replace(RECIPES[values["recipe"]], **given)
 
 

@@ -61,6 +61,7 @@ class StudentJob(TrainJob):
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
         select: the epoch that is kept: of the best macro accuracy on A's held-out locations (`MACRO`), or the last one
             (`LAST_EPOCH`).
+        balance: half of each batch is of A, half of the target: of the one with fewer rows they are drawn again.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
@@ -69,6 +70,7 @@ class StudentJob(TrainJob):
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
     select: str = MACRO
+    balance: bool = False
     own_home: Path | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +79,10 @@ class StudentJob(TrainJob):
                 f"the loss dist compares the rows of a whole batch, and --accumulate {self.settings.accumulate} would "
                 "cut it",
                 hint="Give a larger --batch-size in its place, or another loss.",
+            )
+        if self.balance and self.settings.batch_size % 2:
+            raise UsageError(
+                f"half of a batch of {self.settings.batch_size} cannot be of A: --balance needs an even one"
             )
 
     @property
@@ -123,8 +129,11 @@ class StudentTraining(Training):
         self.teachers: Tensor | None = None
         job = self.job
         self.said: dict[str, Any] = {
-            "mode": job.mode, "recipe": asdict(job.recipe), "select": job.select, "teachers": {}
+            "mode": job.mode, "recipe": asdict(job.recipe), "select": job.select, "balance": job.balance,
+            "teachers": {},
         }  # fmt: skip
+        if job.balance:
+            self._tell_of_balance()
         fusion: str | Fusion = CE
         names: tuple[str, ...] = ()
         if job.mode != CE:
@@ -144,6 +153,18 @@ class StudentTraining(Training):
         if self.teachers is not None and self.job.recipe.weighting != "none":
             self.said["mean_weight"] = self.objective.scale_weights(self.teachers, self.is_source, self.train.scenes)
         return net, start
+
+    def _tell_of_balance(self) -> None:
+        is_source, size, drop_last = self.is_source.numpy(), self.settings.batch_size, self.settings.drop_last
+        batches = self.train.balanced(size, torch.Generator(), is_source, drop_last=drop_last)
+        drawn = np.bincount(np.concatenate([np.empty(0, np.int64), *batches]), minlength=len(is_source))
+        a, b = (float(drawn[side].mean()) for side in (is_source, ~is_source))
+        self.said["drawn"] = {"source": a, "target": b}
+        task = self.job.data.task
+        self.watcher.note(
+            f"balanced batches: an epoch draws each clip of {task.source} {a:.3g} times, each of "
+            f"{self.job.data.target} {b:.3g} times"
+        )
 
     def _opened(self) -> LogitCache:
         mode = self.job.mode
@@ -249,7 +270,9 @@ class StudentTraining(Training):
         return {**super()._facts, "distillation": self.said}
 
     def learner(self, folder: RunFolder) -> Learner:
-        return Learner(self.net, self.train, self.validation, objective=_Taught(self), select=self.job.select)
+        is_source = self.is_source.numpy() if self.job.balance else None
+        more: dict[str, Any] = {"is_source": is_source, "select": self.job.select}
+        return Learner(self.net, self.train, self.validation, objective=_Taught(self), **more)
 
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         return evaluated(best, clips, self.job, self._by_location)

@@ -44,6 +44,9 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+# A DataLoader that ended with an error waits so long for each of its workers, 5 seconds, when it is thrown away.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
 Run = Callable[..., Result]
 
 

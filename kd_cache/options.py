@@ -169,6 +169,20 @@ def batch_size(text: str) -> int | str:
     raise UsageError(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
 
 
+def several_targets(text: str) -> str:
+    """``b``, ``b,c`` or ``all``: targets in the task's order, with commas. Raises `UsageError`."""
+    known: tuple[str, ...] = typing.get_args(Target)
+    if text.casefold() == "all":
+        return ",".join(known)
+    named = [each.strip().casefold() for each in text.split(",")]
+    for each in named:
+        if each not in known:
+            raise UsageError(f"{shown(each)!r} is not one of {', '.join(map(repr, known))}, nor all")
+        if named.count(each) > 1:
+            raise UsageError(f"{shown(text)} names {each} twice")
+    return ",".join(each for each in known if each in named)
+
+
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)
@@ -192,6 +206,9 @@ _TABLE = (
            "Permit a recording location in both train and test (recorded with the cache).", DATA, False, recalled=True),
     Option("allow_outside", list[Path], "Permit features in this folder outside the data root. Repeatable.", DATA, [],
            recalled=True),
+    Option("rename_map", list[str],
+           "A path, or a folder, that was called otherwise when the teachers were made, or a file of such lines; "
+           "repeatable. Samples whose features are as they were are known without.", DATA, [], metavar="OLD=NEW|FILE"),
     Option("on_bad_sample", BadSample,
            "Stop at a sample that cannot be scored (its feature or a logit is missing, mis-shaped or not finite), or "
            "skip it, list it as missing and exit 3.", DATA, "stop", recalled=True),
@@ -210,7 +227,8 @@ _TABLE = (
     Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
     Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
            off=True),
-    Option("files", bool, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, True, off=True),
+    Option("files", bool | None, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, None,
+           "yes, below a million samples", off=True),
     Option("min_accuracy", float | None, "Refuse a teacher that names fewer of the labelled source rows rightly "
            "(a share from 0 to 1); the index stays as it was.", CACHE, None, low=0, high=1),
     # Run
@@ -231,6 +249,8 @@ _TABLE = (
     Option("max_checkpoint_bytes", int, "A larger checkpoint is refused unread.", LIMITS, MAX_CHECKPOINT, "4 GiB",
            low=1),
     # Output
+    Option("report", bool, "Write a page of what came of it beside the results (pip install kd-cache[report]).", OUTPUT,
+           True, off=True, kept=False),
     Option("dry_run", bool, "Only say what would be done.", OUTPUT, False),
     Option("as_json", bool, "Print the result as JSON, and nothing else, on standard output.", OUTPUT, False,
            flag="--json", variable="KD_CACHE_JSON"),

@@ -9,7 +9,7 @@ existing checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,7 +125,9 @@ class CNN14(Backbone):
         self.classifier = mlp(self.embedding_dim, hidden, num_classes, dropout)
 
     @classmethod
-    def sized(cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float) -> Self:
+    def sized(
+        cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float, **sizes: Any
+    ) -> Self:
         layers = HIDDEN if hidden is None else hidden
         return cls(num_classes, embedding=width or EMBEDDING, hidden=layers, dropout=dropout)
 

@@ -167,6 +167,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     for name in ("COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("KD_CACHE_REPORT", "no")  # a page takes longer than a small training
 
     def call(*args: object) -> Result:
         result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")

@@ -440,7 +440,7 @@ def test_another_network_is_refused_with_names_found_and_architectures_known(
     saved: Callable[[Any], Path],
 ) -> None:
     message = refusal(saved({"conv.\x1b[31mweight": torch.ones(3), "fc.bias": torch.ones(3)}))
-    assert "cnn14 or cp_resnet" in message
+    assert "cnn14 or cp_mobile or cp_resnet" in message
     assert "fc.bias" in message
     assert "\\x1b[31m" in message
     assert "\x1b" not in message
@@ -491,7 +491,10 @@ NO_TEACHERS: list[tuple[object, str]] = [
     (noted("[" * 100_000), "not JSON"),
     (noted("[]"), "JSON object"),
     (noted({"a": 1}), "JSON object"),
-    (noted('{"architecture": "resnet50"}'), "architecture must be cnn14 or cp_resnet, found resnet50"),
+    (
+        noted('{"architecture": "resnet50"}'),
+        "architecture must be bc_resnet or cnn14 or cp_mobile or cp_resnet or tf_sepnet, found resnet50",
+    ),
     (noted('{"architecture": {}}'), "architecture must be"),
     (noted('{"architecture": "cp_resnet"}'), "none of its names"),
     (noted('{"architecture_version": "2"}'), "architecture_version must be 1, found 2"),

@@ -118,14 +118,14 @@ def drawn_students(chance: np.random.Generator, places: int, each: int) -> Compa
     there are, ``fit`` is better by ten points of b's clips and by none of A's.
     """
     easy, better = chance.uniform(0.3, 0.6, (places, 1)), chance.uniform(-0.2, 0.4, (places, 1))
-    names, groups = np.repeat(np.arange(places), 2 * each).tolist(), ["source", "target"] * places * each
+    names, groups = np.repeat(np.arange(places), 2 * each), ["source", "target"] * places * each
     labels = np.repeat(chance.integers(3, size=places), 2 * each)
     runs = []
     for mode, seed in itertools.product(("ce", "fit"), range(3)):
         likely = easy + np.tile([0, 1], each) * (mode == "fit") * better
         right = chance.random(likely.shape) < likely
         logits = np.eye(3)[(labels + ~right.reshape(-1)) % 3]
-        split = {"by_location": Cells.of(logits, labels, [f"p{name}" for name in names], groups).as_json()}
+        split = {"by_location": Cells.of(logits, labels, names, groups).as_json()}
         runs.append(StudentRun(mode, seed, {"test": json.loads(json.dumps(split))}))
     return Comparison(Path(), ["ce", "fit"], range(3), runs)
 

@@ -211,7 +211,7 @@ def test_what_is_recalled_and_what_is_never_written_down() -> None:
     saved = run.recall({"num_scenes": 10, "json_path": "relative"}, {"json_path": "/a", "features": "/b"})
     assert saved == {"json_path": "/a", "features": Path("x"), "num_scenes": 10}
     with pytest.raises(UsageError, match="expected a number from 1 to 65,536, or auto"):
-        next(option for option in commands.all_options() if option.parse).parse("0")  # type: ignore[misc]
+        next(each for each in commands.all_options() if each.name == "batch_size").parse("0")  # type: ignore[misc]
 
 
 # -- the real commands -------------------------------------------------------------------------------------------------

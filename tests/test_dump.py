@@ -14,6 +14,8 @@ import torch
 from conftest import TINY, Run, World
 from tiny_teachers import Linear
 
+import kd_cache.score.dump as dump_module
+import kd_cache.store.index as index_module
 from kd_cache import LogitCache
 from kd_cache.keys import sample_key
 from kd_cache.store.pack import open_pack
@@ -206,6 +208,40 @@ def test_no_files_leaves_the_view_out_and_files_brings_it_back(dump: Run, world:
     assert len(list((world.cache / "tiny").glob("*.npy"))) == 20
     dump("--no-files")
     assert not list((world.cache / "tiny").glob("*.npy"))
+
+
+def test_an_index_that_no_reader_would_take_is_refused_before_anything_is_scored(
+    dump: Run, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as smaller:
+        smaller.setattr(index_module, "_MOST", 3000)
+        result = dump("--files")
+    assert (result.exit_code, list(world.cache.rglob("*.h5"))) == (1, [])
+    assert "expected at most 3000" in result.stderr
+    assert "--no-files" in result.stderr
+    assert [dump("--shard", part).exit_code for part in ("0/2", "1/2")] == [0, 0]
+    seal = ("seal", "--target", "b", "--json-path", world.json_path)
+    for most, rows in ((3000, 0), (5000, 20)):  # too long for its rows' paths alone; with all else that it says
+        with monkeypatch.context() as smaller:
+            smaller.setattr(index_module, "_MOST", most)
+            assert run(*seal).exit_code == 1
+        assert len(list(world.cache.glob("tiny/*.npy"))) == rows
+    assert not (world.cache / "cache_index.json").exists()
+    assert run(*seal, "--no-files").exit_code == 0
+    assert len(LogitCache.open(world.cache)) == 20
+
+
+def test_from_a_million_samples_on_a_view_is_written_only_where_it_is_asked_for(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump_module, "VIEW_BELOW", 20)
+    result = dump()
+    assert result.exit_code == 0, result.stderr
+    assert "no .npy files are written: from 20 samples on only with --files" in result.stderr
+    assert not (world.cache / "tiny").exists()
+    assert dump("--files").exit_code == 0
+    assert dump().exit_code == 0, "there is a view: it stays"
+    assert len(list((world.cache / "tiny").glob("*.npy"))) == 20
 
 
 def test_a_cache_of_the_older_script_stops_the_dump_and_stays_as_it_was(dump: Run, world: World) -> None:

@@ -77,7 +77,7 @@ def test_the_text_is_that_of_json_dumps_whatever_the_block(maps: dict[str, dict[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "_LINES", lines)
         kd_cache = {"format_version": 1, "teachers": {}, "digest": "0" * 32}
-        written = b"".join(index_module._pieces(7, maps, kd_cache))
+        written = b"".join(index_module._pieces(Path("i"), 7, maps, kd_cache))
     plain = json.dumps({**maps, "num_samples": 7, "kd_cache": kd_cache}, indent=1) + "\n"
     assert written == plain.encode().replace(b"0" * 32, xxhash.xxh3_128_hexdigest(plain.encode()).encode())
 

@@ -118,7 +118,12 @@ def test_the_calibration_error_of_equal_width_is_that_of_a_plain_sum(case: Case)
     pairs = judged(*case)
     assume(far_from(pairs, [k / 15 for k in range(16)]))
     expected = plain_ece(pairs, lambda confidence: min(int(confidence * 15), 14))
-    assert measure(*case).ece == pytest.approx(expected, abs=1e-9)
+    found = measure(*case)
+    assert found.ece == pytest.approx(expected, abs=1e-9)
+    assert sum(each["count"] for each in found.reliability) == found.samples
+    drawn = sum(each["count"] * abs(each["accuracy"] - each["confidence"]) for each in found.reliability)
+    assert drawn / found.samples == pytest.approx(expected, abs=1e-9), "a diagram shows the error that is told"
+    assert all(each["low"] - 1e-9 <= each["confidence"] <= each["high"] + 1e-9 for each in found.reliability)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 80), st.integers(1, 80))

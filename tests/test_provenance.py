@@ -63,7 +63,7 @@ def test_the_documented_json_of_sorted_md5_is_all_a_reader_needs_and_is_read_aga
     assert keys == {name: b"".join(mine) for name, mine in expected.items()}
     count = (len(keys["trained"]) // 16).to_bytes(8, "little")
     assert content["sha256"] == hashlib.sha256(count + keys["trained"] + keys["validated"]).hexdigest()
-    assert content.keys() == {"trained", "validated", "complete", "sha256"}
+    assert content.keys() == {"trained", "validated", "complete", "sha256"}  # as before features' digests were kept
     found = Provenance.from_json(content)
     assert {name: as_bytes(getattr(found, name)) for name in expected} == expected
     assert found.digest == made.digest
@@ -231,7 +231,7 @@ def test_a_refusal_names_the_teacher_the_first_twenty_and_how_many_there_are(wor
     manifest = load_manifest(world.json_path)
     made = Provenance.of([*world.permitted(), *(f"elsewhere/{n}.npy" for n in range(40)), row(world, "s4", "test")])
     with pytest.raises(DataLeakageError, match=r"teacher mine .* on 41 samples") as caught:
-        refuse_leaking({"good": Told(1, Provenance.of([])), "mine": Told(1, made)}, manifest, select(manifest, "b"))
+        refuse_leaking({"good": Provenance.of([]), "dumb": None, "mine": made}, manifest, select(manifest, "b"))
     assert caught.value.exit_code == 6
     assert row(world, "s4", "test") in caught.value.message
     assert "samples that this manifest does not list: 40 of 61" in caught.value.message
@@ -241,7 +241,7 @@ def test_terminal_escapes_in_a_teachers_name_and_file_are_escaped(world: World) 
     world.rows.append({**world.rows[-1], "file": "bad\x1b[2J.npy"})
     manifest = load_manifest(world.write().json_path)
     with pytest.raises(DataLeakageError) as caught:
-        refuse_leaking({"\x1b[31m": Told(1, Provenance.of(["bad\x1b[2J.npy"]))}, manifest, select(manifest, "b"))
+        refuse_leaking({"\x1b[31m": Provenance.of(["bad\x1b[2J.npy"])}, manifest, select(manifest, "b"))
     assert "\x1b" not in caught.value.message
     assert r"bad\x1b[2J.npy" in caught.value.message
 

@@ -52,22 +52,30 @@ def test_a_net_is_counted_as_by_hand_and_left_as_it_was() -> None:
 
 
 def test_limits_decide_how_it_exits(run: Run, town: World, scene: Path) -> None:
-    shape = ("--shape", "1,43,256")
+    shape = ("--arch", "cp_resnet", "--shape", "1,43,256")
     beyond = run("student", "complexity", *shape, "--limits", "dcase")
     assert beyond.exit_code == 1
     assert "255,368 bytes of parameters as fp16, above 128,000" in beyond.stdout
-    longer = run("student", "complexity", "--shape", "86,256", "--limits", "dcase", "--stored-as", "int8", "--json")
+    longer = run(
+        "student", "complexity", *shape[:2], "--shape", "86,256", "--limits", "dcase", "--stored-as", "int8", "--json"
+    )
     assert longer.exit_code == 1
     assert [said.split()[1] for said in json.loads(longer.stdout)["beyond"]] == ["MACs,"]
     within = run("student", "complexity", *shape, "--limits", "dcase", "--stored-as", "int8")
     assert within.exit_code == 0
     assert "within the limits of dcase" in within.stdout
+    baseline = run("student", "complexity", "--shape", "1,65,256", "--limits", "dcase", "--json")
+    assert baseline.exit_code == 0
+    assert json.loads(baseline.stdout)["parameters"] == 61_148
     made = run("student", "complexity", scene, "--json-path", town.json_path, *HERE, "--json")
     assert json.loads(made.stdout)["shape"] == [12, 20]
     for args, says in (
         (("--shape", "43"), "expected frames and bins"),
         ((scene, "--arch", "cp_resnet"), "not both"),
-        (("--shape", "2,2"), "found T=2, F=2"),
+        ((scene, "--channels", "8,8,8,8"), "not both"),
+        (("--arch", "cp_resnet", "--shape", "2,2"), "found T=2, F=2"),
+        (("--channels", "8,8,16,24"), "cp_mobile has no --channels"),
+        (("--arch", "cp_resnet", "--channels", "8,8,16"), "expected four widths"),
         (("nowhere.safetensors",), "neither a checkpoint nor"),
     ):
         refused = run("student", "complexity", *args)

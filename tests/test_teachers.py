@@ -244,11 +244,6 @@ def test_cp_resnet_equals_the_independent_reference(tmp_path: Path, frames: int,
     assert_same_logits(teacher.backbone.embed(x)[:, :1], embedding[:, :1])
 
 
-def test_cp_resnet_has_127684_parameters() -> None:
-    assert sum(parameter.numel() for parameter in CPResNet(10).parameters()) == 127_684
-    assert CPResNet(10).embedding_dim == 92
-
-
 def test_cp_resnet_takes_28_8_million_multiply_accumulates() -> None:
     net, macs = CPResNet(10).eval(), []
 

@@ -179,7 +179,7 @@ def test_a_second_chain_skips_pretraining_and_its_json_says_so_and_nothing_else(
     assert [(one["role"], one["how"]) for one in found] == hows
     assert tensors(trained.root / HEAD) == before
     content = json.loads(result.stdout)
-    assert content.keys() == {"trained", "dumps"}
+    assert content.keys() == {"trained", "dumps", "reports"}
     assert [dump["samples_scored"] for dump in content["dumps"]] == [len(trained.permitted())]
     assert all(Path(report["checkpoint"]).is_file() for report in found)
     assert all(0 <= report["results"]["validation"]["accuracy"] <= 1 for report in found)
@@ -253,7 +253,8 @@ def test_what_any_teacher_s_settings_are_wrong_in_is_said_before_one_is_trained(
         ("city", {"lr": "fast"}, "kd-cache.yaml: city: lr"),
         ("city2scene", {"stage": ["foo"]}, "--stage foo"),
         ("city2scene", {"preset": "backbone", "epochs": 3}, "needs more than 12 epochs"),
-        ("city", {"mlp_hidden_dims": "64"}, "cp_resnet ends in a convolution"),
+        ("city", {"mlp_hidden_dims": "64"}, "CP-ResNet ends in a convolution"),
+        ("city", {"base_channels": 16}, "cp_resnet has no --base-channels"),
         ("city", {"arch": "nonsense"}, "no architecture is called nonsense"),
     ):
         settings = changed()

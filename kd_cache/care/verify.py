@@ -33,7 +33,7 @@ from kd_cache.care.problems import (
     VerifyReport,
 )
 from kd_cache.care.row_checks import Features, Rows
-from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.dataset import Dataset, provenances
 from kd_cache.dataset.guard import leaked, tell_of_untold
 from kd_cache.dataset.manifest import FRONT_END
 from kd_cache.errors import CorruptError, FeatureError, shown
@@ -213,8 +213,9 @@ class _Audit:
         """What the teacher learnt from must be permitted, as what it scores must."""
         if name not in self.job.teachers:
             return
-        tell_of_untold({name: self.job.teachers[name]}, self.watcher)
-        provenance = getattr(self.job.teachers[name], "provenance", None)
+        teacher = {name: self.job.teachers[name]}
+        tell_of_untold(teacher, self.watcher)
+        provenance = provenances(teacher, self.job.data, self.watcher)[name]
         if provenance is None:
             return
         for told in leaked(provenance, self.job.data.manifest, self.job.data.selection):

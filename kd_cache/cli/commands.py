@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -35,14 +36,21 @@ from kd_cache.options import (
     ValueKind,
     batch_size,
     changed,
+    several_targets,
 )
 from kd_cache.train.settings import OPTIONS as TRAINING
 
 SAVED = "Data options that are not given are taken from what the dumps saved with the cache."
 ARGUMENTS = "Arguments"
+_SEVERAL = "|".join([*typing.get_args(Target), "b,c", "all"])
+_TARGETS = changed(
+    "target", parse=several_targets, metavar=_SEVERAL, help="Target device; the cache holds the train "
+    "samples of A and of this device. Several, or all: a cache of each; a teacher that serves them all scores a sample "
+    "once.",
+)  # fmt: skip
 _ANY_TARGET = changed(
-    "target", kind=Target | None, help="Just the cache of this target.", panel=CACHE, default=None,
-    otherwise="every cache under the root",
+    "target", kind=Target | None, parse=several_targets, metavar=_SEVERAL, help="Just the caches of these targets.",
+    panel=CACHE, default=None, otherwise="every cache under the root",
 )  # fmt: skip
 _CACHE = Option(
     "cache", Path | None, "A cache, or a folder of caches.", ARGUMENTS, None, "see --target", positional=True
@@ -58,7 +66,7 @@ DUMP = Command(
     "kd_cache.cli.dump:dump",
     "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
     (
-        "target", *DATASET, "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
+        _TARGETS, *DATASET, "rename_map", "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
         changed("dtype", stands_for=(("--use-fp16", "fp16"),)),
         "skip_existing", "files",
         Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
@@ -90,6 +98,7 @@ DUMP = Command(
         "kd-cache dump --target s1 --json-path data/sample/dataset.json --data-root data/sample "
         "--city2scene-teacher-ckpt data/sample/teachers/teacher_city2scene/A2s1/best.safetensors "
         "--scene-teacher-ckpt data/sample/teachers/teacher_scene/global/best.safetensors",
+        "kd-cache dump --target b,c --cache-root cache/several",
         "kd-cache dump --target b --dtype fp16 --cache-root cache/half",
         "kd-cache dump --target b --dry-run --json",
         "kd-cache dump --target b --shard 0/2 --cache-root cache/parts",
@@ -127,7 +136,7 @@ VERIFY = Command(
                flag="--seed", low=0, high=MAX_SEED),
         changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
                 "from 0 to 1)."),
-        "cache_root", *DATASET, *OWN_TEACHERS,
+        "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
         changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
@@ -153,7 +162,7 @@ REPAIR = Command(
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
                "agree are confirmed.", CACHE, False),
-        "cache_root", *DATASET,
+        "cache_root", *DATASET, "rename_map",
         changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
                 help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
         *OWN_TEACHERS, "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
@@ -311,9 +320,14 @@ SAMPLE_DATA = Command(
     "Generate the synthetic sample: 10 scenes, 10 cities, 9 devices, equal bytes on any machine.",
     (
         Option("out", Path, "Folder to write dataset.json and features/ into.", ARGUMENTS, positional=True),
+        Option("size", Literal["small", "large"],
+               "small is the embedded sample; large has 300 more train clips of a target, without scene labels, and "
+               "1,800 more test clips.", DATA, "small"),
+        changed("target", kind=Target | None, help="The device that the large sample has more clips of.", default=None,
+                otherwise="none: the small sample"),
         "as_json", "debug",
     ),
-    examples=("kd-cache sample-data cache/sample",),
+    examples=("kd-cache sample-data cache/sample", "kd-cache sample-data cache/large-b --size large --target b"),
 )  # fmt: skip
 
 _OF_TRAINING = {option.name: option for option in TRAINING}
@@ -330,7 +344,8 @@ EVALUATE = Command(
                "what the checkpoint says, else scene"),
         changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
                 "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
-        *DATASET, _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device", _OF_TRAINING["batch_size"], "workers",
+        *DATASET, "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
+        _OF_TRAINING["batch_size"], "workers",
         changed("seed", help="Of the draws that intervals come from."),
         *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
@@ -345,9 +360,31 @@ EVALUATE = Command(
     notes=notes.EVALUATE,
 )  # fmt: skip
 
+REPORT = Command(
+    "report",
+    "kd_cache.cli.pages:report",
+    "Write an HTML page of a cache, a training or a comparison: one file with figures and tables.",
+    (
+        Option("path", Path, "A cache, a folder that train or student wrote, or one of student compare.", ARGUMENTS,
+               positional=True),
+        Option("output", Path | None, "Folder to write report.html and report.json into, or the page's own name "
+               "(.html).", OUTPUT, None, "beside the results; of a cache outputs/report/<its name>"),
+        *DATASET, *OWN_TEACHERS, *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Needs matplotlib: pip install kd-cache[report]. Of a cache, data and teacher options that are not given are those "
+    "saved with it; they say which rows trained its teachers.",
+    (
+        "kd-cache report cache/A2b",
+        "kd-cache report outputs/student/A2b/fit --output outputs/report/student",
+    ),
+    ("output",),
+    _AUDIT,
+    notes=notes.REPORT,
+)  # fmt: skip
+
 COMMANDS = (
     DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
-    COMPLEXITY, EVALUATE, PREPARE, CHECK, SAMPLE_DATA,
+    COMPLEXITY, EVALUATE, REPORT, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import randbits
 from typing import Any, Literal
@@ -21,14 +21,15 @@ from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.errors import shown, worst_exit_code
-from kd_cache.options import BadSample, DType, Precision, Target
+from kd_cache.errors import UsageError, shown, worst_exit_code
+from kd_cache.options import BadSample, DType, Precision
 from kd_cache.prepare.census import census
 from kd_cache.score.device import resolve_device
-from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
+from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, lenders, plan_dumps, refuse_unfit
 from kd_cache.score.storage_cost import StorageCost
+from kd_cache.score.teacher import Teacher, TeacherSpec
 from kd_cache.store.accuracy import Accuracy
-from kd_cache.store.cache import refuse_file_as_root
+from kd_cache.store.cache import CacheFolder, refuse_file_as_root
 from kd_cache.store.snapshot import Snapshot
 
 Part = tuple[int, int] | None
@@ -38,7 +39,7 @@ Part = tuple[int, int] | None
 class DumpOptions:
     """What a dump is told, by the names of its options; data options go to `data_of`."""
 
-    target: Target
+    target: str
     on_bad_sample: BadSample
     num_scenes: int
     num_cities: int
@@ -50,7 +51,7 @@ class DumpOptions:
     cache_root: Path
     dtype: DType
     skip_existing: bool
-    files: bool
+    files: bool | None
     num_verify: int
     min_accuracy: float | None
     reread: bool
@@ -69,48 +70,106 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     """Guard, load, score, verify."""
     options = run.to(DumpOptions)
     part, said = part_of(options.shard)
-    data = data_of(options.target, run.values)
-    _announce(screen, data)
+    datas = _guarded(run, options)
+    for data in datas:
+        _announce(screen, data)
+    if part is not None and len(datas) > 1:
+        raise UsageError(
+            "a part is of one target's cache", hint="Leave out --shard, or dump one --target after another."
+        )
     if part is not None:
         screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
     refuse_file_as_root(options.cache_root)
-    job = _job(run, options, data, part, screen)
+    loaded: dict[TeacherSpec, Teacher] = {}
+    jobs = [_job(run, options, data, part, screen, loaded) for data in datas]
+    if len(jobs) > 1:
+        planned = sorted({file for data in datas for file in data.selection.listed})
+        jobs = [replace(job, planned=planned) for job in jobs]
     if dry_run:
-        report = plan_dump(job)
-        content = {"dry_run": True, **_as_json(report), "devices": census(data.manifest)}
-        current = [f"{name}: other rows would become current ({how})" for name, how in report.replaced.items()]
-        lines: list[str | Table] = [guard_table(data.manifest), "", _plan_table(report), *current, _plan_line(report)]
-        return Report(content, [*lines, *missing_lines(report.missing)], 3 if report.missing else 0)
-    code, content = dump_and_report(job, options.num_verify, screen)
-    return Report(content, exit_code=code)
+        plans = [
+            _planned(report, data, first=data is datas[0]) for report, data in zip(plan_dumps(jobs), datas, strict=True)
+        ]
+        return plans[0] if len(jobs) == 1 else _together(datas, plans)
+    if len(jobs) > 1:
+        refuse_unfit(jobs)
+    reports = []
+    for number, job in enumerate(jobs):
+        size = _size_of(jobs[0]) if number and job.batch_size == "auto" else job.batch_size
+        job = replace(job, batch_size=size) if size != job.batch_size else job
+        code, content = dump_and_report(job, options.num_verify, screen, lenders(jobs, number))
+        reports.append(Report(content, exit_code=code))
+    return reports[0] if len(jobs) == 1 else _together(datas, reports)
 
 
-def dump_and_report(job: DumpJob, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
+def _guarded(run: Run, options: DumpOptions) -> list[Dataset]:
+    """The data of each target: the guard looks at all of them before any teacher is loaded."""
+    first, *others = options.target.split(",")
+    data = data_of(first, run.values)
+    shared = run.values["allow_shared_locations"]
+    return [data, *(data.for_target(target, allow_shared_locations=shared) for target in others)]
+
+
+def _size_of(job: DumpJob) -> int | Literal["auto"] | None:
+    """The batch size that was measured for the first cache: the others are scored with the same."""
+    plan = Snapshot(job.folder).saved_plan
+    return job.batch_size if plan is None else plan.batch_size
+
+
+def _together(datas: Sequence[Dataset], reports: Sequence[Report]) -> Report:
+    content = {"targets": {data.target: report.content for data, report in zip(datas, reports, strict=True)}}
+    lines = [line for report in reports for line in report.lines]
+    return Report(content, lines, worst_exit_code(report.exit_code for report in reports))
+
+
+def _planned(report: DumpReport, data: Dataset, *, first: bool) -> Report:
+    content = {"dry_run": True, **_as_json(report), "devices": census(data.manifest)}
+    current = [f"{name}: other rows would become current ({how})" for name, how in report.replaced.items()]
+    lines: list[str | Table] = [guard_table(data.manifest)] if first else []
+    lines += ["", _plan_table(report), *current, _plan_line(report)]
+    return Report(content, [*lines, *missing_lines(report.missing)], 3 if report.missing else 0)
+
+
+def dump_and_report(
+    job: DumpJob, num_verify: int, screen: Screen, lent_by: Sequence[CacheFolder] = ()
+) -> tuple[int, dict[str, Any]]:
     """Dump, verify some, and show what came of it; gives the exit status, and the report for a program."""
     for name, note in job.notes.items():
         if ", " in (read_from := note.get("source", {}).get("read_from", "")):  # not simply what the file holds
             screen.remark(f"{name}: weights read from {read_from}")
-    report = dump_logits(job, screen)
+    report = dump_logits(job, screen, lent_by)
     # A part has no index yet; what it wrote was read back before it was put in place.
     verified = None if job.part is not None else _verify(job, report, num_verify, screen)
     screen.result(_summary_table(report), *_summary_lines(job, report))
     if verified is not None:
         screen.result("", verify_table(verified), *problem_lines(verified))
+    if report.published is not None:
+        screen.result(f"A page of it: kd-cache report {shlex.quote(str(report.cache))}")
     content = {**_as_json(report), "verification": None if verified is None else verified.as_json()}
     codes = [3 if report.missing else 0, 0 if verified is None else verified.exit_code]
     return worst_exit_code(codes), content
 
 
-def _job(run: Run, options: DumpOptions, data: Dataset, part: Part, screen: Screen) -> DumpJob:
+def _job(
+    run: Run,
+    options: DumpOptions,
+    data: Dataset,
+    part: Part,
+    screen: Screen,
+    loaded: dict[TeacherSpec, Teacher],
+) -> DumpJob:
+    """``loaded`` are teachers that serve several targets."""
     specs = teacher_specs(
-        options.target,
+        data.target,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
         options.teacher,
         options.only,
         own_data=run.given("json_path") or run.given("data_root"),
     )
     device = resolve_device(options.device)
-    teachers = load_teachers(specs, options.num_scenes, options.num_cities, options.max_checkpoint_bytes, screen)
+    sizes = options.num_scenes, options.num_cities, options.max_checkpoint_bytes
+    new = [spec for spec in specs if spec not in loaded]
+    loaded |= dict(zip(new, load_teachers(new, *sizes, screen).values(), strict=True))
+    teachers = {spec.name: loaded[spec] for spec in specs}
     return DumpJob(
         cache_root=options.cache_root,
         data=data,

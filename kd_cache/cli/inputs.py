@@ -22,7 +22,8 @@ _NAMED = (
 
 def named(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the options say of a data set, as `Dataset.load` takes it; the sample's manifest where none is named."""
-    return {"json_path": options["json_path"] or SAMPLE / "dataset.json", **{name: options[name] for name in _NAMED}}
+    found = {"json_path": options["json_path"] or SAMPLE / "dataset.json", **{name: options[name] for name in _NAMED}}
+    return found | ({"rename_map": options["rename_map"]} if "rename_map" in options else {})
 
 
 def data_of(target: str, options: Mapping[str, Any]) -> Dataset:

@@ -19,6 +19,7 @@ the same bytes.
 - **`--shard`**, launchers and job arrays: [several.md](several.md). Your own teachers: [teachers.md](teachers.md)."""
 
 VERIFY = REPAIR = DIFF = GC = "What it looks at, and what it does: [care.md](care.md)."
+REPORT = "What is on each page: [report.md](report.md)."
 PREPARE = "Layouts and front ends: [audio.md](audio.md)."
 SEAL = MERGE = "How it is used: [several.md](several.md)."
 

@@ -11,11 +11,12 @@ from typing import Any
 import kd_cache
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import data_of
-from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers
+from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers, of_target
 from kd_cache.commands import Run
-from kd_cache.dataset.dataset import Dataset
-from kd_cache.errors import CheckpointError
-from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
+from kd_cache.dataset.dataset import Dataset, provenances
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.errors import CheckpointError, shown
+from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher, teacher_fingerprint
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
 
@@ -70,6 +71,8 @@ def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
     for name in ("json_path", "data_root", "features"):
         recalled[name] = None if recalled[name] is None else Path(recalled[name])
     recalled["allow_outside"] = [Path(path) for path in recalled["allow_outside"]]
+    if not run.given("rename_map"):
+        recalled["rename_map"] = saved.paths.get("rename_map", [])
     # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
     return data_of(target, {**run.values, **recalled})
 
@@ -90,7 +93,7 @@ class Loaded:
 
 def saved_teachers(run: Run, saved: Saved, target: str, screen: Screen) -> Loaded:
     """Load those that the options name, and the built-in ones from where the dump found them."""
-    own = {spec.name: spec for spec in map(parse_teacher, run.values["teacher"])}
+    own = {spec.name: spec for spec in of_target([parse_teacher(text) for text in run.values["teacher"]], target)}
     specs: list[TeacherSpec] = []
     unchecked: dict[str, tuple[str, bool]] = {}
     for name in saved.teachers:
@@ -110,11 +113,39 @@ def saved_teachers(run: Run, saved: Saved, target: str, screen: Screen) -> Loade
     return Loaded(load_teachers(specs, *sizes, most, screen), specs, unchecked)
 
 
+def saved_provenances(
+    run: Run, index: Index, target: str, screen: Screen, data: Dataset | None = None
+) -> dict[str, Provenance | None]:
+    """What each teacher of the cache says of its training, if it is still the one whose rows are there.
+
+    ``data``: its samples are called as they are there now.
+    """
+    loaded = saved_teachers(run, saved_in(index), target, screen)
+    found: dict[str, Provenance | None] = {}
+    for name, origin in index.origins.items():
+        found[name] = None
+        if name not in loaded.teachers:
+            why = loaded.unchecked.get(name, ("", False))[0]
+            screen.note(f"{shown(name)}: what it was trained on is not known: {why}")
+            continue
+        parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
+        now = teacher_fingerprint(
+            teacher, precision=parts["precision"], dtype=parts["dtype"], front_end=parts.get("front_end")
+        )
+        if now.digest != origin.fingerprint.digest:
+            screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
+            continue
+        found[name] = getattr(teacher, "provenance", None)
+        if data is not None:
+            found |= provenances({name: teacher}, data, screen)
+    return found
+
+
 def _checkpoint(run: Run, saved: Saved, name: str, target: str) -> Path | str:
     """Where a built-in teacher's weights are, or why that is not known."""
     option = f"{name}_teacher_ckpt"
     if run.given(option):
-        return Path(run.values[option])
+        return Path(str(run.values[option]).replace("{target}", target))
     if name in saved.checkpoints:
         return Path(saved.checkpoints[name])
     if name in saved.known:

@@ -7,9 +7,9 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
-from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
+from kd_cache.cli.pages import pages_of
+from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import adaptation
 from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
@@ -18,7 +18,6 @@ from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.errors import UsageError, shown
 from kd_cache.options import Target
 from kd_cache.score.device import resolve_device
-from kd_cache.score.teacher import teacher_fingerprint
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.names import MODES_BEFORE
@@ -43,7 +42,8 @@ def student(run: Run, screen: Screen, target: Target, teacher_mode: str) -> Repo
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
         job, _ = _job(run, screen, target, with_teachers=mode != CE)
         report = train_student(replace(job, mode=mode), screen)
-    return Report({"student": report.as_json()}, _lines(report, mode))
+    pages = pages_of([report.run], screen, wanted=run.values["report"])
+    return Report({"student": report.as_json(), **pages.content}, [*_lines(report, mode), *pages.lines])
 
 
 def compare(run: Run, screen: Screen, target: Target, modes: Any, seeds: int, seed: int) -> Report:
@@ -52,7 +52,9 @@ def compare(run: Run, screen: Screen, target: Target, modes: Any, seeds: int, se
         job, index = _job(run, screen, target, with_teachers=True)
         found = compared(job, modes or ["mean", "fit", *index.origins], range(seed, seed + seeds), screen)
     files = [str(path) for path in found.write()]
-    return Report({**found.as_json(), "files": files}, [found.table, "", *found.sentences, *map(shown, files)])
+    pages = pages_of([found.folder], screen, wanted=run.values["report"])
+    content = {**found.as_json(), "files": files, **pages.content}
+    return Report(content, [found.table, "", *found.sentences, *map(shown, files), *pages.lines])
 
 
 def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple[StudentJob, Index]:
@@ -70,7 +72,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
         cache=folder.path,
         recipe=_recipe(values),
         select=LAST_EPOCH if values["select"] == "last" else MACRO,
-        provenances=_provenances(run, index, target, screen) if with_teachers else {},
+        provenances=saved_provenances(run, index, target, screen, data) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )
     if values["recipe"] != "default":
@@ -104,27 +106,6 @@ def _settings(values: Mapping[str, Any], recalled: Mapping[str, Any]) -> Setting
     taken = {each.name: values[each.name] for each in fields(Settings) if each.name in values}
     taken |= {name: recalled[name] for name in ("num_scenes", "num_cities")}
     return Settings(SCENE, **{**taken, "drop_last": values["drop_last"] or values["compile"]})
-
-
-def _provenances(run: Run, index: Index, target: str, screen: Screen) -> dict[str, Provenance | None]:
-    """What each teacher of the cache says of its training, if it is still the one whose rows are there."""
-    loaded = saved_teachers(run, saved_in(index), target, screen)
-    found: dict[str, Provenance | None] = {}
-    for name, origin in index.origins.items():
-        found[name] = None
-        if name not in loaded.teachers:
-            why = loaded.unchecked.get(name, ("", False))[0]
-            screen.note(f"{shown(name)}: what it was trained on is not known: {why}")
-            continue
-        parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
-        now = teacher_fingerprint(
-            teacher, precision=parts["precision"], dtype=parts["dtype"], front_end=parts.get("front_end")
-        )
-        if now.digest != origin.fingerprint.digest:
-            screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
-            continue
-        found[name] = getattr(teacher, "provenance", None)
-    return found
 
 
 def _lines(report: TrainReport, mode: str) -> Sequence[str | Table]:

@@ -12,10 +12,13 @@ from kd_cache.distill.recipe import parse_modes, parse_temperature
 from kd_cache.errors import UsageError, shown
 from kd_cache.options import DATA, DATA_LIMITS, DATASET, LIMITS, OUTPUT, OWN_TEACHERS, RUN, SHOWING, Option
 from kd_cache.train.settings import OPTIONS as TRAINING
+from kd_cache.train.settings import SIZES
 
 KD, KD_WEIGHT = "Distillation", "Weight of distillation"
 _NOT_OF_STUDENTS = ("quick_experiment", "class_weights", "label_smoothing", "shuffle_labels", "preset",
                     "direct_unfreeze")  # fmt: skip
+_OF_TRAINING = {option.name: option for option in TRAINING}
+_ARCH = replace(_OF_TRAINING["arch"], default="cp_mobile")
 _MODE = Option("teacher_mode", str, "ce (no teacher), fit (weights by held-out rows), mean, probs, gate, entropy, "
                "label, weights:a=0.7,b=0.3, or one teacher's name.", KD, "fit", metavar="MODE")  # fmt: skip
 _TAUGHT: tuple[str | Option, ...] = (
@@ -45,18 +48,18 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
     Option("select", Literal["best", "last"], "Keep the epoch with the best macro accuracy on held-out locations of A "
            "(of equals the one with the least log loss), or the last one.", RUN, "best"),
-    "cache_root", *DATASET, *OWN_TEACHERS,
+    "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
     Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
            Path("outputs")),
     Option("init", Path | None, "Start from this checkpoint.", RUN, None),
     Option("resume", Literal["auto", "fresh"], "Go on with an unfinished run of the same key, or begin anew.", RUN,
            "auto"),
-    *(option for option in TRAINING if option.name not in _NOT_OF_STUDENTS),
+    *(_ARCH if option.name == "arch" else option for option in TRAINING if option.name not in _NOT_OF_STUDENTS),
     "device", "workers",
     Option("pth", bool, "Also write best.pth, under the names of older pipelines.", OUTPUT, False),
     Option("half", bool, "Store weights as float16.", OUTPUT, False),
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
-    *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
 )  # fmt: skip
 _TAUGHT_NOTE = (
     "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "
@@ -70,8 +73,8 @@ STUDENT = Command(
     ("target", _MODE, *_TAUGHT),
     _TAUGHT_NOTE,
     (
-        "kd-cache student --target b --epochs 3",
-        "kd-cache student --target b --teacher-mode ce --epochs 2",
+        "kd-cache student --target b --arch cp_resnet --epochs 3",
+        "kd-cache student --target b --arch cp_resnet --teacher-mode ce --epochs 2",
         "kd-cache evaluate outputs/student/A2b/fit/best.safetensors --target b",
     ),
     ("teacher_mode", "recipe", "epochs", "output_dir"),
@@ -91,13 +94,12 @@ COMPARE = Command(
         *(option for option in _TAUGHT if getattr(option, "name", option) not in ("pth", "tensorboard")),
     ),
     "All of one seed begin with the same weights and see the same batches. What is trained already is kept.",
-    ("kd-cache student compare --target b --modes mean --seeds 1 --epochs 2",),
+    ("kd-cache student compare --target b --modes mean --seeds 1 --arch cp_resnet --epochs 2",),
     ("modes", "seeds", "recipe", "epochs", "output_dir"),
     (0, 1, 2, 3, 4, 5, 6),
     notes=notes.COMPARE,
 )  # fmt: skip
 
-_OF_TRAINING = {option.name: option for option in TRAINING}
 _MODEL = Option("model", str, "A checkpoint, or a net of your own (its code runs).", "Arguments", positional=True,
                 metavar="CKPT|NAME=module:factory[,ckpt=PATH]")  # fmt: skip
 
@@ -146,10 +148,10 @@ COMPLEXITY = Command(
         Option("limits", Literal["none", "dcase"], "Exit with 1 beyond 128,000 bytes or 30 M MACs (dcase).", LIMITS,
                "none"),
         Option("stored_as", Literal["fp32", "fp16", "int8"], "What bytes --limits are about.", LIMITS, "fp16"),
-        *(_OF_TRAINING[name] for name in ("arch", "feature_dim", "mlp_hidden_dims")),
+        _ARCH, *(_OF_TRAINING[name] for name in (*SIZES, "feature_dim", "mlp_hidden_dims")),
         *DATASET, *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
-    examples=("kd-cache student complexity --arch cp_resnet --shape 43,256 --limits dcase --stored-as int8 --json",),
+    examples=("kd-cache student complexity --arch cp_mobile --shape 65,256 --limits dcase --json",),
     first=("arch", "shape", "limits", "stored_as"),
     notes=notes.COMPLEXITY,
 )  # fmt: skip

@@ -26,7 +26,7 @@ from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import Teacher
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.nets import make_net
-from kd_cache.train.settings import CITY, SCENE, Settings
+from kd_cache.train.settings import CITY, SCENE, SIZES, Settings
 
 
 def complexity(
@@ -41,11 +41,13 @@ def complexity(
     values = run.values
     net: Any
     if model is not None:
-        if run.said("arch"):
+        if any(map(run.said, ("arch", *SIZES))):
             raise UsageError("name a checkpoint or an --arch, not both")
         name, net = _loaded(model, values, screen)
     else:
-        settings = Settings(SCENE, **{name: values[name] for name in ("arch", "feature_dim", "mlp_hidden_dims")})
+        settings = Settings(
+            SCENE, **{name: values[name] for name in ("arch", "feature_dim", "mlp_hidden_dims", *SIZES)}
+        )
         name, net = values["arch"], make_net(settings, values["num_scenes"])
     if not isinstance(net, nn.Module):
         raise TeacherError(f"{shown(name)} is no torch.nn.Module, so its layers cannot be counted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,15 @@ def teacher_specs(
         for name, factory in BUILT_IN.items()
         if name in wanted and name not in own_names
     ]
-    return built_in + [spec for spec in further if spec.name in wanted]
+    return of_target(built_in + [spec for spec in further if spec.name in wanted], target)
+
+
+def of_target(specs: Sequence[TeacherSpec], target: str) -> list[TeacherSpec]:
+    """The same with the target's name for every ``{target}`` in a checkpoint's path."""
+    return [
+        replace(spec, checkpoint=spec.checkpoint and Path(str(spec.checkpoint).replace("{target}", target)))
+        for spec in specs
+    ]
 
 
 def default_checkpoint(name: str, target: str, own_data: bool) -> Path:

@@ -42,7 +42,7 @@ def chosen_caches(run: Run, screen: Screen) -> list[CacheFolder]:
             return [folder]
         root = path
     if target is not None:
-        return [CacheFolder(root / adaptation(target))]
+        return [CacheFolder(root / adaptation(each)) for each in target.split(",")]
     found = find_caches(root, is_adaptation)
     folders = [folder for folder in found if target_in(folder.path.name)]
     for folder in found:

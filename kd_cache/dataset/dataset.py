@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from kd_cache.dataset.guard import Selection, select, select_source
 from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from kd_cache.dataset.manifest import Manifest, load_manifest
 from kd_cache.dataset.packed import PackedFeatures
+from kd_cache.dataset.provenance import Provenance
+from kd_cache.dataset.renames import Names, Rule, read_rules
 from kd_cache.dataset.task import DCASE, Task
-from kd_cache.errors import FeatureError
+from kd_cache.errors import FeatureError, shown
+from kd_cache.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,14 @@ class Dataset:
         selection: the permitted ones, for one target.
         features: reads what the teachers are given.
         paths: where all of it lies, by the names of the options, absolute: later commands find it there.
+        rules: what was called otherwise when the teachers were made (`renames`).
     """
 
     manifest: Manifest
     selection: Selection
     features: FeatureSource
     paths: Mapping[str, Any] = field(default_factory=dict)
+    rules: Sequence[Rule] = ()
 
     @classmethod
     def load(
@@ -46,6 +52,7 @@ class Dataset:
         num_cities: int = 12,
         allow_shared_locations: bool = False,
         allow_outside: Sequence[Path] = (),
+        rename_map: Sequence[str] = (),
         max_manifest_bytes: int = MAX_MANIFEST_BYTES,
         max_feature_bytes: int = MAX_FEATURE_BYTES,
     ) -> Dataset:
@@ -57,8 +64,9 @@ class Dataset:
             data_root: the folder its files are relative to; by default the manifest's own.
             features: one HDF5 file that holds all features; the data root then only says how the manifest's paths are
                 meant.
+            rename_map: rules, or files of them, for samples that had other paths when the teachers were made.
 
-        Raises what `load_manifest`, `select`, `FeatureSource` and `PackedFeatures` raise.
+        Raises what `load_manifest`, `select`, `FeatureSource`, `PackedFeatures` and `read_rules` raise.
         """
         root = json_path.parent if data_root is None else data_root
         manifest = load_manifest(
@@ -74,8 +82,15 @@ class Dataset:
         }
         if features is not None:
             paths["features"] = str(features.absolute())
+        if rename_map:
+            paths["rename_map"] = [text if "=" in text else str(Path(text).absolute()) for text in rename_map]
         source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins)
-        return cls(manifest, selection, source, paths)
+        return cls(manifest, selection, source, paths, read_rules(rename_map))
+
+    def for_target(self, target: str, *, allow_shared_locations: bool = False) -> Dataset:
+        """The same data for another target. Raises as `select`."""
+        chosen = select(self.manifest, target, allow_shared_locations=allow_shared_locations, data_root=self.root)
+        return replace(self, selection=chosen)
 
     @property
     def task(self) -> Task:
@@ -95,15 +110,21 @@ class Dataset:
         """What the cache of this selection is called."""
         return self.task.adaptation(self.target)
 
+    @cached_property
+    def names(self) -> Names:
+        """Finds samples that teachers know under other names."""
+        return Names(self.manifest, self.features, self.rules)
+
     @property
     def described(self) -> dict[str, Any]:
-        """What an index says of the data it was made from."""
+        """What an index says of the data it was made from; and a pending record, where their features are."""
         selection = self.selection
         return {
             "adaptation": self.adaptation,
             "num_permitted": len(selection.samples),
             "per_device": selection.per_device,
             "manifest": {"path": str(self.manifest.path), "sha256": self.manifest.digest},
+            "features_at": self.features.place,
             "split_policy": {
                 "selected": [self.task.source, selection.target],
                 "split": "train",
@@ -120,6 +141,22 @@ def feature_source(
     if features is not None:
         return PackedFeatures(features, max_bytes, bins)
     return FeatureSource(root, allow_outside, max_bytes, bins)
+
+
+def provenances(teachers: Mapping[str, Any], data: Dataset, watcher: Watcher) -> dict[str, Provenance | None]:
+    """What each teacher says of its training (``None``: nothing), its samples called as the manifest calls them now."""
+    found: dict[str, Provenance | None] = {}
+    for name, teacher in teachers.items():
+        found[name] = told = getattr(teacher, "provenance", None)
+        if told is None:
+            continue
+        found[name], by_input, by_rule = data.names.recognised(told)
+        if by_input or by_rule:
+            watcher.note(
+                f"{shown(name)}: of the {len(told.keys):,} samples that made it, {by_input:,} are known by their "
+                f"features and {by_rule:,} by --rename-map, under other names"
+            )
+    return found
 
 
 def nothing_readable(count: int) -> FeatureError:

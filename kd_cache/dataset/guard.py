@@ -353,15 +353,14 @@ def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
             )
 
 
-def refuse_leaking(teachers: Mapping[str, Any], manifest: Manifest, selection: Selection) -> None:
-    """Raise `DataLeakageError` where a teacher says that it was made with a sample that is not permitted."""
-    for name, teacher in teachers.items():
-        provenance: Provenance | None = getattr(teacher, "provenance", None)
+def refuse_leaking(made: Mapping[str, Provenance | None], manifest: Manifest, selection: Selection) -> None:
+    """Raise `DataLeakageError` where a teacher was made with a sample that is not permitted (`dataset.provenances`)."""
+    for name, provenance in made.items():
         if provenance is not None and (found := leaked(provenance, manifest, selection)):
             raise DataLeakageError(
                 f"teacher {shown(name)} was trained or validated on {len(_outside(provenance, selection)):,} samples "
                 f"that are not permitted train samples of {selection.task.source} or {selection.target}\n"
                 f"{listed(found)}",
                 hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
-                "with, whose paths are written as they were then.",
+                "with. Where paths were only renamed since: --rename-map OLD=NEW.",
             )

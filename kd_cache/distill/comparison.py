@@ -56,7 +56,7 @@ class StudentRun:
         found = {name: measured[name] for name in FIGURES if name in measured}
         return found | {group: groups[group]["accuracy"] for group in GROUPS if group in groups}
 
-    def drawn(self, split: str) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    def drawn(self, split: str) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
         """Those of the figures that locations decide, of each draw of locations, and which locations there are."""
         content = ((self.results or {}).get(split) or {}).get("by_location")
         if content is None:
@@ -100,7 +100,7 @@ class Comparison:
         return [None if one is None or twin is None else one - twin for one, twin in pairs]
 
     @cached_property
-    def _drawn(self) -> dict[tuple[str, int], dict[str, tuple[tuple[str, ...], np.ndarray]]]:
+    def _drawn(self) -> dict[tuple[str, int], dict[str, tuple[tuple[int, ...], np.ndarray]]]:
         return {(run.mode, run.seed): run.drawn(self.split) for run in self.runs}
 
     def intervals(self, mode: str, figure: str = _RANKED) -> list[Interval | None]:
@@ -132,6 +132,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "modes": modes,
             "verdicts": {mode: verdict(self.differences(mode)) for mode in self.modes if mode != CE},
+            "sentences": self.sentences,
             "failures": {f"{run.mode}, seed {run.seed}": run.failure for run in self.runs if run.failure},
         }
 

@@ -31,8 +31,7 @@ from kd_cache.store.names import MODES
 from kd_cache.train.augment import Mixed
 from kd_cache.train.clips import Clips
 from kd_cache.train.division import Division, divide
-from kd_cache.train.evaluation import evaluated, group_of, score
-from kd_cache.train.evaluation_job import places_of
+from kd_cache.train.evaluation import evaluated, score
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Learner
 from kd_cache.train.nets import WarmStart
@@ -277,12 +276,11 @@ class StudentTraining(Training):
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         return evaluated(best, clips, self.job, self._by_location)
 
-    def _by_location(self, logits: np.ndarray, labels: np.ndarray, samples: Sequence[Sample]) -> dict[str, Any]:
-        """What a comparison of students on drawn locations needs, and how sure this one's figures are."""
-        data = self.job.data
-        groups = [group_of(sample, data.task, data.target) for sample in samples]
-        cells = Cells.of(logits, labels, places_of(samples, data, self.watcher).tolist(), groups)
-        return {"intervals": cells.intervals(), "by_location": cells.as_json()}
+    def _by_location(
+        self, logits: np.ndarray, labels: np.ndarray, places: np.ndarray, groups: Sequence[str]
+    ) -> dict[str, Any]:
+        """What a comparison of students on drawn locations needs."""
+        return {"by_location": Cells.of(logits, labels, places, groups).as_json()}
 
     def _figures(self, best: nn.Module) -> dict[str, Any]:
         return {**super()._figures(best), "agreement": self._agreement(best)}

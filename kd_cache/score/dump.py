@@ -8,30 +8,38 @@ them fresh.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kd_cache.dataset.dataset import nothing_readable
+from kd_cache.dataset.dataset import nothing_readable, provenances
 from kd_cache.dataset.guard import refuse_leaking, tell_of_untold
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import FeatureError, UsageError
-from kd_cache.score.existing import find_rows
+from kd_cache.files.atomic import make_directory
+from kd_cache.keys import KeyFinder
+from kd_cache.score.existing import NOWHERE, Elsewhere, find_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.accuracy import Accuracy, near_chance
+from kd_cache.store.cache import CacheFolder
+from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord
 from kd_cache.store.publish import Change, Published, Wanted, publish
+from kd_cache.store.union import merge_packs
 from kd_cache.watch import Watcher
 
-__all__ = ["DumpJob", "DumpReport", "dump_logits", "plan_dump"]
+__all__ = ["DumpJob", "DumpReport", "dump_logits", "lenders", "plan_dump", "plan_dumps", "refuse_unfit"]
 
 
-def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
+def dump_logits(job: DumpJob, watcher: Watcher | None = None, lent_by: Sequence[CacheFolder] = ()) -> DumpReport:
     """Run a dump to its end: every permitted sample scored or listed as missing, packs sealed, view and index written.
 
+    Rows that a cache of ``lent_by`` holds, of the same fingerprint, key and feature, are copied in place of scoring.
     With ``part`` only that part is scored, and nothing is sealed: `kd_cache.seal_cache` does that when all are done.
 
     Raises:
@@ -41,7 +49,7 @@ def dump_logits(job: DumpJob, watcher: Watcher | None = None) -> DumpReport:
         FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``; what was scored before stays committed.
         StoreError: the cache cannot be written.
     """
-    return _Dump(job, watcher or Watcher()).run()
+    return _Dump(job, watcher or Watcher(), Elsewhere(lent_by)).run()
 
 
 def plan_dump(job: DumpJob) -> DumpReport:
@@ -49,20 +57,52 @@ def plan_dump(job: DumpJob) -> DumpReport:
     return _Dump(job, Watcher()).survey()
 
 
+# -- several caches, one after the other: what a teacher scored for one of them is copied into the others --------------
+
+
+def lenders(jobs: Sequence[DumpJob], number: int) -> list[CacheFolder]:
+    """The caches that a job takes rows from. What is to be scored again was so in those before it."""
+    return [job.folder for at, job in enumerate(jobs) if at < number or (at > number and job.skip_existing)]
+
+
+def refuse_unfit(jobs: Sequence[DumpJob]) -> None:
+    """Raise what a job will be refused for, before any of them scores a sample. Errors as for `dump_logits`."""
+    from kd_cache.score.cached_rows import check_unknown_code
+
+    for job in jobs:
+        dump = _Dump(job, Watcher())
+        check_unknown_code(job, dump.found, dump.files, Watcher())
+
+
+def plan_dumps(jobs: Sequence[DumpJob]) -> list[DumpReport]:
+    """What dumps would do that are run in this order, each with its `lenders`."""
+    reports: list[DumpReport] = []
+    planned: dict[str, list[np.ndarray]] = {}
+    for number, job in enumerate(jobs):
+        lent_by = lenders(jobs, number) if job.skip_existing else []
+        dump = _Dump(job, Watcher(), Elsewhere(lent_by, planned))
+        reports.append(dump.survey())
+        for origin in job.origins.values():
+            planned.setdefault(origin.fingerprint.digest, []).append(dump.keys[dump.good])
+    return reports
+
+
 class _Dump:
-    def __init__(self, job: DumpJob, watcher: Watcher) -> None:
+    def __init__(self, job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE) -> None:
         self.job = job
         self.watcher = watcher
         self.folder = job.folder
         self.begun = time.time_ns()
+        self.good = np.zeros(0, bool)
         selection = job.data.selection
-        refuse_leaking(job.teachers, job.data.manifest, selection)
+        refuse_leaking(provenances(job.teachers, job.data, watcher), job.data.manifest, selection)
         tell_of_untold(job.teachers, watcher)
         compare_front_ends(job.teachers, job.data.manifest, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
-        self.found = find_rows(job, watcher)
+        self.found = find_rows(job, watcher, elsewhere)
         self.part = _part(job, len(self.files))
+        self.has_view = self._wants_view()
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(
             self.folder.path,
@@ -74,6 +114,18 @@ class _Dump:
         )
         for name, how in self.report.replaced.items():
             watcher.note(f"{name}: other rows become current ({how})")
+
+    def _wants_view(self) -> bool:
+        """Whether to write a view. Raises StoreError, before anything is scored, where its index could not be read."""
+        earlier = self.found.earlier
+        if self.job.files is None and len(self.files) >= VIEW_BELOW and not (earlier and earlier.record.get("files")):
+            self.watcher.note(f"no .npy files are written: from {VIEW_BELOW:,} samples on only with --files")
+            return False
+        if self.job.files is False:
+            return False
+        names = {*self.job.origins, *self.found.others}
+        refuse_large_index(self.folder.index_path, self.files, self._shown_path, names)
+        return True
 
     def _replaced(self) -> dict[str, str]:
         """What was current before and is not what this run makes, and how they differ."""
@@ -105,6 +157,7 @@ class _Dump:
                 good[number] = True
             except FeatureError as error:
                 refuse_bad(self.job, self.report, file, error)
+        self.good = good
         numbers = np.flatnonzero(good)
         for reasons in due_reasons(self.job, self.found, numbers, digests[numbers]):
             self.report.samples_scored += bool(reasons)
@@ -136,6 +189,7 @@ class _Dump:
         if self._is_news() and any(known.union is not None for known in self.found.known.values()):
             self.pending.write(self._entries(), {})  # rows of before count: from now on they are nobody's garbage
         scoring.run()
+        self._refuse_moved(scoring.inputs, scoring.readable)
         for remark in scoring.input_remarks():
             self.watcher.note(remark)
         self.report.seconds = time.monotonic() - began
@@ -148,10 +202,25 @@ class _Dump:
         self._count_dropped()
         if not self.pending.is_written and self._is_news():
             self.pending.write(self._entries(), self.report.missing)
-        replaced = [] if self.job.skip_existing else [path for path in before if path not in commits.written]
+        written = [*commits.written, *self._copied(scoring.inputs, scoring.readable)]
+        replaced = [] if self.job.skip_existing else [path for path in before if path not in written]
         self.report.published = self._publish(scoring.inputs, scoring.readable, replaced)
         scoring.remember()
         return self.report
+
+    def _refuse_moved(self, inputs: np.ndarray, readable: np.ndarray) -> None:
+        """Names may have changed places: what made a teacher under a permitted name may be held out under another."""
+        data = self.job.data
+        for name, teacher in self.job.teachers.items():
+            told: Provenance | None = getattr(teacher, "provenance", None)
+            if told is None or told.inputs is None:
+                continue
+            at = KeyFinder(told.keys).find(self.keys)
+            other = readable & (at >= 0)
+            other[other] = told.inputs[at[other]].any(axis=1) & (told.inputs[at[other]] != inputs[other]).any(axis=1)
+            if other.any():
+                made = data.names.recognised(told, self.keys[other]).provenance
+                refuse_leaking({name: made}, data.manifest, data.selection)
 
     def _is_news(self) -> bool:
         """Whether rows become current of which no index tells: until then a pending record keeps `gc` from them."""
@@ -160,6 +229,22 @@ class _Dump:
             name not in told or told[name].fingerprint.digest != origin.fingerprint.digest
             for name, origin in self.job.origins.items()
         )
+
+    def _copied(self, inputs: np.ndarray, readable: np.ndarray) -> list[Path]:
+        """Copy the rows that other caches lend; returns the packs of them. Raises `CorruptError` for a damaged row."""
+        written = []
+        for name, known in self.found.known.items():
+            numbers = np.flatnonzero(readable)
+            numbers = numbers[known.are_lent(numbers, inputs[numbers])]
+            if self.job.skip_existing:
+                numbers = numbers[~known.are_held(numbers, inputs[numbers])]
+            if not len(numbers):
+                continue
+            make_directory(self.folder.packs_path)
+            made = merge_packs(self.folder.packs_path, known.lent, self.keys[numbers], inputs[numbers])
+            written += [] if made.path is None else [made.path]
+            self.watcher.note(f"{name}: {len(numbers):,} rows were copied that it scored for another target")
+        return written
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +264,7 @@ class _Dump:
             Wanted.of(self.job.data.selection, inputs, readable),
             self.job.origins,
             self._record(),
-            self.job.files,
+            self.has_view,
             others=self.found.others,
             entries=self._entries(),
             missing=self.report.missing,
@@ -208,7 +293,7 @@ class _Dump:
         own = {
             "plan": None if plan is None else plan.as_json(),
             "environment": environment(self.job.device),
-            "files": self.job.files,
+            "files": self.has_view,
             "shown_path": self._shown_path,
         }
         part = {} if self.job.part is None else {"part": list(self.job.part)}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kd_cache.errors import CorruptError, StaleError, TeacherError, shown
+from kd_cache.keys import KeyFinder
 from kd_cache.score.job import NEW, DumpJob
-from kd_cache.store.cache import refuse_file_as_root
+from kd_cache.store.cache import CacheFolder, refuse_file_as_root
 from kd_cache.store.classes import misplaced, refuse_other_order
 from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.names import refuse_mode
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import attributes_of
+from kd_cache.store.pack import Pack, attributes_of
 from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
 
 FRESH = "fresh"
@@ -24,9 +26,21 @@ ASKED = "asked for"
 
 
 class Known:
-    """What the cache already holds of one teacher; samples are numbered as in ``keys`` ``[N, 16]``."""
+    """What the cache already holds of one teacher; samples are numbered as in ``keys`` ``[N, 16]``.
 
-    def __init__(self, origin: Origin, snapshot: Snapshot, keys: np.ndarray) -> None:
+    ``lent`` are rows of the same making in other caches, which are copied in place of scoring; ``promised`` ``[N]``
+    bool says of which samples another dump, that is only planned, will have made them.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        snapshot: Snapshot,
+        keys: np.ndarray,
+        lent: Sequence[Pack] = (),
+        promised: np.ndarray | None = None,
+    ) -> None:
+        self._keys, self.lent, self._promised = keys, Union(lent) if lent else None, promised
         self.union = snapshot.union(origin)
         self.first = np.full(len(keys), -1, np.int64) if self.union is None else self.union.find(keys)
         self.reasons = [NEW]
@@ -40,8 +54,9 @@ class Known:
                 self._superseded[snapshot.union_of(pack).find(keys) >= 0] = self.reasons.index(reason)
 
     def holds(self, number: int) -> bool:
-        """A row of the present fingerprint exists, fresh or not."""
-        return bool(self.first[number] >= 0)
+        """A row of the present fingerprint exists, fresh or not, here or lent."""
+        is_lent = self.lent is not None and self.lent.find(self._keys[number : number + 1])[0] >= 0
+        return bool(self.first[number] >= 0) or bool(is_lent)
 
     def is_first(self, number: int, digest: bytes) -> bool:
         """Whether the row that a search finds first was made of a feature with this digest."""
@@ -54,7 +69,19 @@ class Known:
         return scored
 
     def are_fresh(self, numbers: np.ndarray, digests: np.ndarray) -> np.ndarray:
-        """``[n]`` bool: there is a row of the present fingerprint and of these digests ``[n, 16]``, in some pack."""
+        """``[n]`` bool: a row of the present fingerprint and of these digests ``[n, 16]`` is here, or lent."""
+        fresh: np.ndarray = self.are_held(numbers, digests) | self.are_lent(numbers, digests)
+        return fresh
+
+    def are_lent(self, numbers: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """``[n]`` bool: another cache has, or will have, such a row."""
+        lent = np.zeros(len(numbers), bool) if self._promised is None else self._promised[numbers]
+        if self.lent is not None:
+            lent = lent | (self.lent.match(self._keys[numbers], digests) >= 0)
+        return lent
+
+    def are_held(self, numbers: np.ndarray, digests: np.ndarray) -> np.ndarray:
+        """``[n]`` bool: such a row is in some pack of this cache."""
         fresh = np.zeros(len(numbers), bool)
         if self.union is None:
             return fresh
@@ -91,8 +118,32 @@ class Found:
     known: Mapping[str, Known]
 
 
-def find_rows(job: DumpJob, watcher: Watcher) -> Found:
-    """Look at the cache that a job dumps into.
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where else rows of a job's teachers are: caches to copy them from.
+
+    ``planned``: by fingerprint the keys ``[n, 16]`` of rows that dumps which are only planned will have made.
+    """
+
+    lenders: Sequence[CacheFolder] = ()
+    planned: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+
+    def lent(self, origin: Origin) -> list[Pack]:
+        """Packs of rows made by just this."""
+        packs = [pack for folder in self.lenders for pack in Snapshot(folder).packs.of(origin)]
+        return [pack for pack in packs if pack.origin == origin]
+
+    def promised(self, origin: Origin, keys: np.ndarray) -> np.ndarray | None:
+        """``[N]`` bool, of which of these keys rows will be there."""
+        planned = [KeyFinder(made).find(keys) >= 0 for made in self.planned.get(origin.fingerprint.digest, ())]
+        return np.logical_or.reduce(planned) if planned else None
+
+
+NOWHERE = Elsewhere()
+
+
+def find_rows(job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE) -> Found:
+    """Look at the cache that a job dumps into, and at those that lend rows.
 
     Raises:
         StaleError: an older script's cache, which is not gone on with; a cache of another adaptation.
@@ -123,7 +174,10 @@ def find_rows(job: DumpJob, watcher: Watcher) -> Found:
     snapshot.refuse_wrong_joins(others | (job.origins if job.skip_existing else {}))
     refuse_other_order(others | job.origins)
     keys = job.data.selection.keys
-    known = {name: Known(origin, snapshot, keys) for name, origin in job.origins.items()}
+    known = {
+        name: Known(origin, snapshot, keys, elsewhere.lent(origin), elsewhere.promised(origin, keys))
+        for name, origin in job.origins.items()
+    }
     return Found(snapshot, earlier, others, known)
 
 

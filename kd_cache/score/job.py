@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,8 +40,10 @@ class DumpJob:
         compiled: run the teachers through ``torch.compile``.
         shard_size, shard_seconds: finished rows are committed after so many samples or seconds.
         workers: threads that read features ahead; 0 reads in place.
+        files: whether the cache has a view; ``None`` writes one below `VIEW_BELOW` samples, and where there is one.
         on_bad_sample: ``stop`` at a sample that cannot be scored, or ``skip`` it and list it as missing.
         part: ``(i, n)`` scores part i of n (0 ≤ i < n), commits it, and leaves view and index to a seal.
+        planned: the files of all samples that batches are planned for, where those are more than this cache's.
         min_accuracy: with a lower share of labelled source rows that a teacher names rightly nothing becomes current.
         record: what the index keeps about the run (settings, policy, tool version).
     """
@@ -57,13 +59,14 @@ class DumpJob:
     check_cached: bool = True
     reread: bool = False
     skip_existing: bool = True
-    files: bool = True
+    files: bool | None = None
     on_bad_sample: str = "stop"
     workers: int = 2
     seed: int = 42
     shard_size: int = 4096
     shard_seconds: float = 5.0
     part: tuple[int, int] | None = None
+    planned: Sequence[str] = ()
     min_accuracy: float | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)

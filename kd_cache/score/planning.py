@@ -117,7 +117,8 @@ class Planner:
     """Gives the plan, made or extended where it does not cover a shape yet. Use inside `device.numerics`.
 
     Args:
-        files: of all permitted samples: the sizes are planned for all of them, whichever part is scored.
+        files: of all permitted samples, of further caches also: the sizes are planned for all of them, whichever part
+            is scored.
     """
 
     def __init__(self, job: DumpJob, found: Found, files: Sequence[str], engine: Engine, watcher: Watcher) -> None:
@@ -149,7 +150,8 @@ class Planner:
         return None
 
     def _make(self, earlier: BatchPlan | None) -> BatchPlan:
-        counts = count_shapes(self._job.data.features, self._files, skip_bad=self._job.on_bad_sample == "skip")
+        skip_bad = self._job.on_bad_sample == "skip" or bool(self._job.planned)  # others' samples stop no dump of ours
+        counts = count_shapes(self._job.data.features, self._files, skip_bad=skip_bad)
         size = self._job.batch_size or DEFAULT_BATCH[self._job.device.type]
         if size == "auto":
             size = earlier.batch_size if earlier else self._measured(counts)

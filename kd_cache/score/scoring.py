@@ -110,7 +110,7 @@ class Scoring:
             busy=self._busy,
             note=self._watcher.note,
         )
-        planner = Planner(job, self._found, self._files, engine, self._watcher)
+        planner = Planner(job, self._found, job.planned or self._files, engine, self._watcher)
         batcher = Batcher(engine)
         unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
         at = 0
@@ -255,7 +255,9 @@ def due_reasons(job: DumpJob, found: Found, numbers: np.ndarray, digests: np.nda
 def _states(job: DumpJob, known: Known, numbers: np.ndarray, digests: np.ndarray) -> list[str]:
     if job.skip_existing:
         return known.states(numbers, digests)
-    return [ASKED if scored else NEW for scored in known.was_scored(numbers).tolist()]
+    states = [ASKED if scored else NEW for scored in known.was_scored(numbers).tolist()]
+    lent = known.are_lent(numbers, digests).tolist()  # scored a moment ago, for another cache
+    return [FRESH if here else state for here, state in zip(lent, states, strict=True)]
 
 
 def refuse_bad(job: DumpJob, report: DumpReport, file: str, error: KDCacheError) -> bool:

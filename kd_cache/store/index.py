@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
@@ -37,6 +37,8 @@ _MOST_UNSEALED = 1 << 27
 """Larger indexes are refused unread: one of ours takes about 130 bytes per sample and teacher (none with --no-files).
 What does not end with its own digest is at best an older script's, and those are small."""
 _TOO_LARGE = "Leave the view out with --no-files; its paths are what makes an index large."
+VIEW_BELOW = 1_000_000
+"""From so many samples on a view is written only where it is asked for: a million files take minutes, as readers do."""
 
 _TEXTS = {...: str}
 _TEACHER = {
@@ -61,6 +63,7 @@ _RECORD = {
     "begun": int,
     "generation": int,
     "created": str,
+    "features_at": str,
     "tool": str,
     "files": bool,
     "shown_path": str,
@@ -74,8 +77,9 @@ _RECORD = {
     "settings": {
         "values": {"num_scenes": int, "num_cities": int, "allow_shared_locations": bool},
         "sources": _TEXTS,
-        "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str]},
+        "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str], "rename_map": [str]},
     },
+    "superseded": {...: int},
     "teachers": {...: _TEACHER},
 }
 """What an entry of ``kd_cache`` must be, where it is there; others are nobody's business."""
@@ -177,18 +181,33 @@ def write_index(
 
     # As JSON has it: what is handed on must not depend on whether it was read or written here.
     plain = json.loads(json.dumps({"format_version": FORMAT_VERSION, **record, "digest": _UNSET}))
-    status = write_atomic(path, _pieces(num_samples, maps, plain), unchanged)
+    status = write_atomic(path, _pieces(path, num_samples, maps, plain), unchanged)
     return Index(path, num_samples, maps, plain), _version(status)
 
 
-def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: dict[str, Any]) -> Iterator[bytes]:
+def refuse_large_index(path: Path, files: Sequence[str], shown_path: str, teachers: Collection[str]) -> None:
+    """Raises StoreError: an index that lists these files' rows would be larger than `read_index` reads."""
+    quoted = json.encoder.encode_basestring_ascii
+    names = sum(len(quoted(file)) + len("\n  : ,") + len("0" * 32 + ".npy") for file in files)
+    size = sum(names + len(files) * len(quoted(f"{shown_path}/{teacher}/")) for teacher in teachers)
+    if size > _MOST:
+        _refuse_size(path, size)
+
+
+def _refuse_size(path: Path, size: int) -> NoReturn:
+    raise StoreError(f"the index {shown(path)} would have {size} bytes, expected at most {_MOST}", hint=_TOO_LARGE)
+
+
+def _pieces(
+    path: Path, num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: dict[str, Any]
+) -> Iterator[bytes]:
     """The text of ``json.dumps(…, indent=1)``, a block of lines at a time: a million paths would take a gigabyte.
 
     The digest is known at the end: it is put into the last piece, and into ``kd_cache``.
     """
     digest = xxhash.xxh3_128()
     quoted = json.encoder.encode_basestring_ascii
-    text = "{"
+    text, size = "{", 0
     for teacher, paths in maps.items():
         text += f"\n {quoted(teacher)}: {{"
         lines = (f"\n  {quoted(file)}: {quoted(row_file)}" for file, row_file in paths.items())
@@ -196,6 +215,7 @@ def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: d
         while block := list(islice(lines, _LINES)):
             text += ("" if first else ",") + ",".join(block)
             digest.update(piece := text.encode("ascii"))
+            size += len(piece)
             yield piece
             text, first = "", False
         text += "}," if first else "\n },"
@@ -204,6 +224,8 @@ def _pieces(num_samples: int, maps: Mapping[str, Mapping[str, str]], kd_cache: d
     unset = _UNSET_TAIL.decode("ascii")
     if not text.endswith(unset):
         raise AssertionError("the digest must be the last entry of the index")
+    if (size := size + len(text)) > _MOST:
+        _refuse_size(path, size)
     digest.update(text.encode("ascii"))
     kd_cache["digest"] = digest.hexdigest()
     yield (text.removesuffix(unset) + _TAIL.format(kd_cache["digest"])).encode("ascii")

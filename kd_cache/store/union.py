@@ -27,6 +27,7 @@ class Union:
         self.packs = sorted(packs, key=lambda pack: (pack.path.name != first, pack.path.name))
         if not self.packs:
             raise ValueError("a union needs at least one pack")
+        self.first = self.packs[0] if self.packs[0].path.name == first else None
         self._single = len(self.packs) == 1
         self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}
         self.keys = self.packs[0].keys
@@ -189,8 +190,8 @@ def merge_packs(
     """Merge packs into one that holds exactly the wanted rows. Nothing is removed.
 
     Args:
-        directory: where packs live.
-        union: the packs, ``None`` for none.
+        directory: where the result is to be.
+        union: the packs, ``None`` for none; they may be another cache's.
         keys, inputs: ``[Q, 16]`` u1, the rows to keep, keys ascending. A row with another input digest is stale.
         required: ``[Q]`` bool; if one of these rows is absent, nothing is written.
         unread: ``[Q]`` bool; nobody knows the input of these now: the first row of their key is kept.
@@ -209,6 +210,8 @@ def merge_packs(
     left_out = int((~union.repeats).sum()) - len(positions)
     disagreements = union.disagreements()
     path = _single_pack(union, positions)
+    if path is not None and path.parent != directory:
+        path = None  # it is another cache's
     if path is None and len(positions):
         path = write_pack(
             directory,

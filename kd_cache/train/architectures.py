@@ -1,4 +1,4 @@
-"""Architectures by name: CP-ResNet, and those that packages bring through the entry-point group ``kd_cache.nets``.
+"""Architectures by name: ours, and those that packages bring through the entry-point group ``kd_cache.nets``.
 
 Their checkpoints are recognised by the tensors alone. A net of one's own needs no entry point: it is named
 ``module:factory``.
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from kd_cache.errors import CheckpointError, listed, shown
+from kd_cache.train.bc_resnet import BCResNet
+from kd_cache.train.cp_mobile import CPMobile
 from kd_cache.train.cp_resnet import CPResNet
 from kd_cache.train.layers import Backbone
+from kd_cache.train.tf_sepnet import TFSepNet
 
 ENTRY_POINTS: Final = "kd_cache.nets"
 ARCHITECTURE_VERSION: Final = "1"
@@ -27,7 +30,8 @@ ARCHITECTURE_VERSION: Final = "1"
 def architectures() -> Mapping[str, type[Backbone]]:
     """Name → class, sorted by name."""
     brought = {entry.name: entry.load() for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    return dict(sorted({"cp_resnet": CPResNet, **brought}.items()))
+    own = {"bc_resnet": BCResNet, "cp_mobile": CPMobile, "cp_resnet": CPResNet, "tf_sepnet": TFSepNet}
+    return dict(sorted({**own, **brought}.items()))
 
 
 def architecture_of(net: nn.Module) -> str | None:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from kd_cache.dataset.provenance import Provenance
+from kd_cache.dataset.provenance import Provenance, without_inputs
 from kd_cache.errors import CheckpointError, StoreError, listed, shown
 from kd_cache.files.atomic import write_atomic
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, is_counter
@@ -34,7 +34,7 @@ from kd_cache.train.checkpoint_file import (
     read_content,
     with_checksum,
 )
-from kd_cache.train.settings import ROLES
+from kd_cache.train.settings import RANK, ROLES
 from kd_cache.train.state_dicts import CITY_ENTRY, CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX, choose
 
 STATE_PREFIX: Final = "training_state."
@@ -55,7 +55,8 @@ def save_checkpoint(
     ``tensors``: bare names for a plain model, ``city_model_state_dict.<name>`` and
     ``scene_head_state_dict.{weight,bias}`` for City2Scene. ``record``: JSON values; known keys are
     ``architecture``, ``architecture_version``, ``role``, ``class_names``, ``value_kind``, ``feature_spec``,
-    ``training`` and ``provenance`` (`Provenance.as_json`). ``.safetensors`` carries the record as metadata
+    ``training`` and ``provenance`` (`Provenance.as_json`; features' digests that are too many are left out).
+    ``.safetensors`` carries the record as metadata
     ``kd_cache``, and a checksum beside it; ``.pth`` as an entry of that name, beside the nested state dicts and the
     plain entries of ``beside`` (``epoch``, ``val_acc``, …). Raises CheckpointError when the file cannot be written; a
     file that was there before then stays.
@@ -63,10 +64,9 @@ def save_checkpoint(
     path = Path(path)
     if path.suffix not in {".safetensors", ".pth"}:
         raise CheckpointError(f"{shown(path)}: a checkpoint is written as .safetensors or .pth")
-    try:
-        note = json.dumps(dict(record), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{shown(path)}: the record must be plain JSON: {error}") from error
+    note = _note(path, record)
+    if len(note) > MOST_RECORD[path.suffix] and isinstance(record.get("provenance"), Mapping):
+        note = _note(path, {**record, "provenance": without_inputs(record["provenance"])})
     if len(note) > MOST_RECORD[path.suffix]:
         raise CheckpointError(
             f"{shown(path)}: the record has {len(note)} characters, a {path.suffix} holds {MOST_RECORD[path.suffix]}",
@@ -78,6 +78,13 @@ def save_checkpoint(
         write_atomic(path, _serialised(state, note, path.suffix, beside or {}))
     except StoreError as error:
         raise CheckpointError(error.message) from error
+
+
+def _note(path: Path, record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(record), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{shown(path)}: the record must be plain JSON: {error}") from error
 
 
 def _serialised(state: dict[str, Tensor], note: str, suffix: str, beside: Mapping[str, Any]) -> list[bytes]:
@@ -202,7 +209,7 @@ def _record(note: object) -> dict[str, Any]:
     for key, allowed in (
         ("architecture", tuple(architectures())),
         ("architecture_version", (ARCHITECTURE_VERSION,)),
-        ("role", ROLES),
+        ("role", (*ROLES, RANK)),
         ("value_kind", ("logits", "log_probs")),  # of log_probs the LogSoftmax is not built: logits again
     ):
         if record.get(key) is not None and record[key] not in allowed:

@@ -7,14 +7,13 @@ multiply-accumulates for a 1-s clip of 256 mels and 43 frames.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_cache.errors import UsageError
-from kd_cache.train.layers import Backbone, require_log_mel, rows
+from kd_cache.train.layers import ConvolutionalHead, rows
 
 CHANNELS: Final = (32, 32, 64, 92)
 """Output channels of the four residual blocks; the stem has as many as the first."""
@@ -54,7 +53,7 @@ class ResidualBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class CPResNet(Backbone):
+class CPResNet(ConvolutionalHead):
     """Log-mel [B, T, F] float32 → logits [B, num_classes].
 
     The head is fully convolutional (1×1 convolution to classes, batch norm, global mean), so T and F are free
@@ -65,10 +64,15 @@ class CPResNet(Backbone):
     block, the *head* is ``head``.
     """
 
+    title: ClassVar[str] = "CP-ResNet"
+    least: ClassVar[tuple[int, int]] = (LEAST_FRAMES, LEAST_BINS)
+    sizes: ClassVar[tuple[str, ...]] = ("channels",)
     classifier_prefix: ClassVar[str] = "head."
     neck_prefixes: ClassVar[tuple[str, ...]] = ("block4.",)
 
     def __init__(self, num_classes: int, channels: tuple[int, int, int, int] = CHANNELS) -> None:
+        if odd := [width for width in channels[1:3] if width % 2]:
+            raise ValueError(f"channels of the second and third block must be even, found {odd[0]}")
         super().__init__()
         self.num_classes = num_classes
         self.channels = channels
@@ -83,13 +87,18 @@ class CPResNet(Backbone):
         self.head = nn.Sequential(nn.Conv2d(channels[-1], num_classes, 1, bias=False), nn.BatchNorm2d(num_classes))
 
     @classmethod
-    def sized(cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float) -> Self:
-        if hidden:
-            raise UsageError(
-                "cp_resnet ends in a convolution: it has no hidden layers for --mlp-hidden-dims",
-                hint="Leave it out, or train the head of a City2Scene teacher with it.",
-            )
-        return cls(num_classes, (*CHANNELS[:3], width or CHANNELS[3]))
+    def sized(
+        cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float, **sizes: Any
+    ) -> Self:
+        if width is not None and "channels" in sizes:
+            raise UsageError("--channels says the width of the embedding, and so does --feature-dim: give one of them")
+        if width is not None:
+            sizes = {"channels": (*CHANNELS[:3], width)}
+        return super().sized(num_classes, None, hidden, dropout, **sizes)
+
+    @classmethod
+    def by_sizes(cls, num_classes: int, **sizes: Any) -> Self:
+        return cls(num_classes, sizes.get("channels", CHANNELS))
 
     @classmethod
     def for_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -104,22 +113,9 @@ class CPResNet(Backbone):
         return self.channels[-1]
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """[B, T, F] → the last block's output [B, 92, F', T'].
-
-        Raises TeacherError when the clip is too small for the poolings.
-        """
-        require_log_mel("CP-ResNet", x, LEAST_FRAMES, LEAST_BINS)
-        x = x.transpose(1, 2).unsqueeze(1)  # [B, 1, F, T]
         x = F.max_pool2d(self.stem(x), 2)
         x = F.max_pool2d(self.get_submodule("block1")(x), (2, 1))  # halves frequency, keeps time
         x = F.max_pool2d(self.get_submodule("block2")(x), (2, 1))
         x = self.get_submodule("block3")(x)
         features: Tensor = self.get_submodule("block4")(x)
         return features
-
-    def embed(self, x: Tensor) -> Tensor:
-        """[B, T, F] → [B, 92]: the global mean of the last block's output."""
-        return self.feature_map(x).mean(dim=(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.mean(self.head(self.feature_map(x)), dim=(2, 3))

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.guard import places_of_sample
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.task import Task
 from kd_cache.errors import TeacherError, UsageError
 from kd_cache.score.storage_cost import log_softmax
 from kd_cache.train.clips import Clips, class_names
+from kd_cache.train.division import locations_of
 from kd_cache.train.job import TrainJob
-from kd_cache.train.resampling import Cells, Interval
+from kd_cache.train.resampling import Cells, Interval, draws, interval_of
 from kd_cache.watch import Watcher
 
 GROUPS: Final = ("source", "target", "other", "unseen")
@@ -30,11 +33,11 @@ def evaluated(
     net: nn.Module,
     clips: Clips,
     job: TrainJob,
-    besides: Callable[[np.ndarray, np.ndarray, Sequence[Sample]], Mapping[str, Any]] | None = None,
+    besides: Callable[[np.ndarray, np.ndarray, np.ndarray, Sequence[str]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city.
 
-    ``besides`` says what else is told of their logits, labels and samples.
+    ``besides`` says what else is told of their logits, labels, locations (`places_of`) and device groups.
     """
     settings, data = job.settings, job.data
     labels = clips.labels(settings.label).numpy()
@@ -43,12 +46,29 @@ def evaluated(
         return {"samples": 0}
     logits = score(net, labelled, job.device, settings.batch_size)
     labels = labelled.labels(settings.label).numpy()
+    places, groups = places_of(labelled.samples, data)[0], groups_of(labelled.samples, data.task, data.target)
     return {
         **measure(logits, labels).as_json(),
+        "intervals": intervals(logits, labels, places, settings.seed),
         "class_names": class_names(data.task, settings.label, settings.num_classes),
-        "by": measure_groups(logits, labels, groups_of(labelled.samples, data.task, data.target)),
-        **(besides(logits, labels, labelled.samples) if besides else {}),
+        "by": measure_groups(logits, labels, groups, places, settings.seed),
+        **(besides(logits, labels, places, groups["device_group"]) if besides else {}),
     }
+
+
+def places_of(samples: Sequence[Sample], data: Dataset) -> tuple[np.ndarray, int]:
+    """``[N]`` ints, equal where the location is, and how many rows name none: each of those has one of its own.
+
+    They are numbered by name, so that `intervals` draws the same whatever the order of the rows.
+    """
+    placed = [number for number, sample in enumerate(samples) if places_of_sample(sample, data.task)]
+    found = np.full(len(samples), -1)
+    places = locations_of([samples[number] for number in placed], data.task, data.root)
+    for at, place in enumerate(sorted(places, key=lambda place: place.name)):
+        found[[placed[number] for number in place.samples]] = at
+    alone = sorted(np.flatnonzero(found < 0).tolist(), key=lambda number: samples[number].file)
+    found[alone] = np.arange(len(places), len(places) + len(alone))
+    return found, len(alone)
 
 
 def groups_of(samples: Sequence[Sample], task: Task, target: str) -> dict[str, list[str]]:
@@ -128,6 +148,8 @@ class Metrics:
         confusion: ``[C][C]`` counts, rows are labels, columns are decisions.
         early_exit: for each threshold the share of samples at least as confident (``coverage``) and their accuracy
             (``None`` where there are none).
+        reliability: what ``ece`` is made of: of each bin that holds samples its ``low`` and ``high`` end, ``count``,
+            mean ``confidence`` and ``accuracy``.
     """
 
     samples: int
@@ -140,6 +162,7 @@ class Metrics:
     per_class: list[float | None]
     confusion: list[list[int]]
     early_exit: list[dict[str, float | None]]
+    reliability: list[dict[str, float]]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -183,20 +206,31 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
         per_class=[float(share) if count else None for share, count in zip(recall, occurring, strict=True)],
         confusion=confusion.tolist(),
         early_exit=[_early_exit(confidence, right, threshold) for threshold in THRESHOLDS],
+        reliability=reliability(confidence, right),
     )
 
 
 def measure_groups(
-    logits: np.ndarray, labels: np.ndarray, groups: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Count and figures by group: ``groups`` maps a kind (device, city) to each sample's group of it."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: Mapping[str, Sequence[str]],
+    places: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Count and figures by group: ``groups`` maps a kind (device, city) to each sample's group of it.
+
+    With ``places`` also their ``intervals``.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for kind, of_sample in groups.items():
         names = np.array(of_sample)
         found[kind] = {}
         for name in sorted(set(of_sample)):
-            mine = measure(logits[names == name], labels[names == name])
+            its = names == name
+            mine = measure(logits[its], labels[its])
             found[kind][name] = {"samples": mine.samples} | {figure: getattr(mine, figure) for figure in FIGURES}
+            if places is not None:
+                found[kind][name]["intervals"] = intervals(logits[its], labels[its], places[its], seed)
     return found
 
 
@@ -206,7 +240,16 @@ def intervals(logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: 
     ``places`` ``[N]``: equal where the location is (`kd_cache.train.resampling`). Raises as `measure`.
     """
     measure(logits, labels)  # refuses what cannot be measured
-    return Cells.of(logits, labels, places).intervals(seed)  # type: ignore[arg-type]
+    return Cells.of(logits, labels, places).intervals(seed)
+
+
+def interval_of_mean(values: np.ndarray, places: np.ndarray, seed: int = 0) -> Interval | None:
+    """Where the mean of ``[N]`` values lies with 95 % confidence, drawn as for `intervals`; ``None`` of one place."""
+    names, place = np.unique(places, return_inverse=True)
+    chosen = draws(len(names), seed)
+    return (
+        interval_of((chosen @ np.bincount(place, values)) / (chosen @ np.bincount(place))) if len(names) > 1 else None
+    )
 
 
 def _bins_of_equal_width(confidence: np.ndarray) -> np.ndarray:
@@ -224,6 +267,21 @@ def _calibration_error(confidence: np.ndarray, right: np.ndarray, bins: np.ndarr
     # Of each bin n_b · |accuracy_b − confidence_b| is the absolute sum of what its samples differ by.
     gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
+    """A reliability diagram's bins, as `Metrics` describes them, of ``[N]`` highest probabilities and ``[N]`` bools."""
+    bins = _bins_of_equal_width(confidence)
+    return [
+        {
+            "low": number / BINS,
+            "high": (number + 1) / BINS,
+            "count": int((bins == number).sum()),
+            "confidence": float(confidence[bins == number].mean()),
+            "accuracy": float(right[bins == number].mean()),
+        }
+        for number in np.unique(bins).tolist()
+    ]
 
 
 def _early_exit(confidence: np.ndarray, right: np.ndarray, threshold: float) -> dict[str, float | None]:

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_cache.dataset.dataset import Dataset
-from kd_cache.dataset.guard import places_of_sample
+from kd_cache.dataset.dataset import Dataset, provenances
 from kd_cache.dataset.manifest import Sample
-from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import DataLeakageError, TeacherError, UsageError, listed, shown
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.score.device import numerics
@@ -23,8 +21,8 @@ from kd_cache.score.teacher import Teacher, compare_front_ends
 from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.classes import misplaced
 from kd_cache.train.clips import Clips, class_names
-from kd_cache.train.division import divide, locations_of
-from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, scored
+from kd_cache.train.division import divide
+from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, places_of, scored
 from kd_cache.watch import Watcher
 
 VAL, TEST = "val", "test"
@@ -78,14 +76,14 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
     clips = Clips.read(job.data.features, samples, job.workers, watcher)
     logits = logits_of(job.name, job.teacher, clips, job.device, job.batch_size)
     labels = clips.labels(job.label).numpy()
-    places = places_of(samples, job.data, watcher)
+    places, unplaced = places_of(samples, job.data)
+    if unplaced:
+        watcher.note(
+            f"{unplaced:,} rows name no location: each counts as its own, so the intervals are narrower than they "
+            "should be"
+        )
     groups = groups_of(samples, task, job.data.target)
     groups["scene"] = [_scene(sample, job) for sample in samples]
-    by = measure_groups(logits, labels, groups)
-    for kind, members in groups.items():
-        for group, figures in by[kind].items():
-            mine = np.array(members) == group
-            figures["intervals"] = intervals(logits[mine], labels[mine], places[mine], job.seed)  # type: ignore[assignment]
     return {
         "name": job.name,
         "split": job.split,
@@ -96,7 +94,7 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         **measure(logits, labels).as_json(),
         "intervals": intervals(logits, labels, places, job.seed),
         "class_names": class_names(task, job.label, job.teacher.num_classes),
-        "by": by,
+        "by": measure_groups(logits, labels, groups, places, job.seed),
     }
 
 
@@ -121,7 +119,7 @@ def _labelled(job: EvaluationJob) -> list[Sample]:
 
 def _made_with(job: EvaluationJob, samples: Sequence[Sample], watcher: Watcher) -> dict[str, int | None]:
     """How many of the rows trained the net, and how many chose its epoch; ``None`` where it does not say."""
-    provenance: Provenance | None = getattr(job.teacher, "provenance", None)
+    provenance = provenances({job.name: job.teacher}, job.data, watcher)[job.name]
     if provenance is None:
         watcher.note(f"{shown(job.name)} says nothing of what it was trained on: it may have seen these rows")
         return {"trained_on": None, "chose_epoch": None}
@@ -175,21 +173,6 @@ def logits_of(name: str, teacher: Teacher, clips: Clips, device: torch.device, b
     if why := check.contradiction():
         raise TeacherError(f"the values of {name} {why}")
     return np.log(np.maximum(values, np.finfo(np.float32).tiny)) if kind == "probs" else values
-
-
-def places_of(samples: Sequence[Sample], data: Dataset, watcher: Watcher) -> np.ndarray:
-    """``[N]`` text: each row's location; a row that names none has one of its own."""
-    placed = [number for number, sample in enumerate(samples) if places_of_sample(sample, data.task)]
-    if len(placed) < len(samples):
-        watcher.note(
-            f"{len(samples) - len(placed):,} rows name no location: each counts as its own, so the intervals are "
-            "narrower than they should be"
-        )
-    found = np.array([sample.file for sample in samples], dtype=object)
-    for place in locations_of([samples[number] for number in placed], data.task, data.root):
-        members = [placed[number] for number in place.samples]
-        found[members] = place.name
-    return found.astype(str)
 
 
 def _scene(sample: Sample, job: EvaluationJob) -> str:

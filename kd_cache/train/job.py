@@ -139,8 +139,10 @@ def _threads_or_cudnn(device: torch.device) -> dict[str, Any]:
 
 def run_config(job: TrainJob, stages: Sequence[Stage]) -> dict[str, Any]:
     """Every setting as resolved, for the run's folder."""
-    settings = asdict(job.settings)
-    settings["mlp_hidden_dims"] = list(job.settings.mlp_hidden_dims or ())
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(job.settings).items()
+    }
+    settings["mlp_hidden_dims"] = settings["mlp_hidden_dims"] or []
     del settings["stages"]
     return {
         "settings": settings,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from torch import Tensor, nn
 
-from kd_cache.errors import TeacherError
+from kd_cache.errors import TeacherError, UsageError
 
 
 class Backbone(nn.Module):
@@ -20,14 +20,17 @@ class Backbone(nn.Module):
 
     classifier_prefix: ClassVar[str]
     neck_prefixes: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = ()  # the settings of its own, of `kd_cache.train.settings.SIZES`
     bare_prefixes: ClassVar[tuple[str, ...]] = ()  # what names of published weights that it can start from lack
     num_classes: int
 
     @classmethod
-    def sized(cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float) -> Self:
-        """An untrained net by settings: ``width`` of the embedding, ``hidden`` widths of the classifier.
+    def sized(
+        cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float, **sizes: Any
+    ) -> Self:
+        """An untrained net by settings: ``width`` of the embedding, ``hidden`` widths of the classifier, and ``sizes``.
 
-        Raises `UsageError` for a setting that this architecture does not have.
+        Raises `UsageError` for a setting that this architecture does not have, ``ValueError`` for impossible sizes.
         """
         raise NotImplementedError
 
@@ -49,6 +52,68 @@ class Backbone(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """``[B, T, F]`` → embeddings ``[B, embedding_dim]``."""
         raise NotImplementedError
+
+
+class ConvolutionalHead(Backbone):
+    """A net that ends in a 1×1 convolution to classes and a global mean, so that frames and bins are free."""
+
+    title: ClassVar[str]
+    least: ClassVar[tuple[int, int]] = (1, 1)
+    """Frames and bins that it needs."""
+
+    @classmethod
+    def by_sizes(cls, num_classes: int, **sizes: Any) -> Self:
+        """An untrained net; of ``sizes`` those that are given. Raises ``ValueError`` as `sized`."""
+        raise NotImplementedError
+
+    @classmethod
+    def sized(
+        cls, num_classes: int, width: int | None, hidden: tuple[int, ...] | None, dropout: float, **sizes: Any
+    ) -> Self:
+        if hidden:
+            raise UsageError(
+                f"{cls.title} ends in a convolution: it has no hidden layers for --mlp-hidden-dims",
+                hint="Leave it out, or train the head of a City2Scene teacher with it.",
+            )
+        if width is not None:
+            raise UsageError(f"{cls.title} has no --feature-dim", hint=f"Its width is said by {flags(cls.sizes)}.")
+        return cls.by_sizes(num_classes, **sizes)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """``[B, 1, F, T]`` → ``[B, embedding_dim, F', T']``."""
+        raise NotImplementedError
+
+    def embed(self, x: Tensor) -> Tensor:
+        """``[B, T, F]`` → ``[B, embedding_dim]``: the global mean of the feature map."""
+        return self._mapped(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.get_submodule(self.classifier_prefix[:-1])(self._mapped(x))
+        return logits.mean(dim=(2, 3))
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        require_log_mel(self.title, x, *self.least)
+        return self.feature_map(x.transpose(1, 2).unsqueeze(1))
+
+
+def convolution(
+    inputs: int,
+    outputs: int,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    relu: bool = True,
+) -> nn.Sequential:
+    """Convolution without bias, padded by half its kernel, batch norm, ReLU: [B, C_in, F, T] → [B, C_out, F', T']."""
+    padding = kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else []))
+
+
+def flags(names: Sequence[str]) -> str:
+    """Settings as a command line has them: ``--base-channels, --expansion-rate``."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 _LAYER: Final = re.compile("[0-9]{1,2}", re.ASCII)

@@ -26,7 +26,7 @@ from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import architectures, is_counter
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.freezing import BACKBONE, HEAD, UNUSED, necks_of, parts_of
-from kd_cache.train.layers import mlp
+from kd_cache.train.layers import Backbone, flags, mlp
 from kd_cache.train.settings import BACKBONE as FROM_BACKBONE
 from kd_cache.train.settings import FULL_MODEL, Settings, label_of
 from kd_cache.train.state_dicts import few
@@ -41,16 +41,35 @@ def make_net(settings: Settings, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         if (kind := architectures().get(settings.arch)) is not None:
-            return kind.sized(num_classes, settings.feature_dim, settings.mlp_hidden_dims, settings.dropout)
-        return _own_net(settings.arch, num_classes)
+            return _built_in(kind, settings, num_classes)
+        return _own_net(settings, num_classes)
 
 
-def _own_net(arch: str, num_classes: int) -> nn.Module:
+def _built_in(kind: type[Backbone], settings: Settings, num_classes: int) -> Backbone:
+    _refuse_sizes(settings, kind.sizes)
+    width, hidden, dropout = settings.feature_dim, settings.mlp_hidden_dims, settings.dropout
+    try:
+        return kind.sized(num_classes, width, hidden, dropout, **settings.sizes)
+    except ValueError as error:
+        raise UsageError(f"these sizes make no {settings.arch}: {shown(error)}") from error
+
+
+def _refuse_sizes(settings: Settings, known: Sequence[str]) -> None:
+    if unknown := [name for name in settings.sizes if name not in known]:
+        raise UsageError(
+            f"{shown(settings.arch)} has no {flags(unknown)}; of sizes it has {flags(known) or 'none to give'}",
+            hint="Leave it out, or name another --arch.",
+        )
+
+
+def _own_net(settings: Settings, num_classes: int) -> nn.Module:
+    arch = settings.arch
     if ":" not in arch:
         raise UsageError(
             f"no architecture is called {shown(arch)}; known: {', '.join(architectures())}, module:factory",
             hint="Name a factory of your own as module:factory, or as path/to/file.py:factory.",
         )
+    _refuse_sizes(settings, ())
     factory = resolve_factory(arch)
     with users_code(lambda why: TeacherError(f"the factory {shown(arch)} failed: {why}")):
         net = factory(num_classes)
@@ -232,7 +251,7 @@ def own_code(arch: str, net: nn.Module) -> list[str] | None:
 
     ``None`` for a built-in architecture, which the code version covers.
     """
-    if arch in architectures():
+    if ":" not in arch:
         return None
     return [source_digest(arch, net), weights_digest(net.state_dict())]
 

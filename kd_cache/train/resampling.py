@@ -25,7 +25,8 @@ class Cells:
     """Sums over the samples of one location, group and class each: all that any figure of drawn locations needs.
 
     Attributes:
-        places, groups: ``[M]`` text.
+        places: ``[M]``, numbers or text.
+        groups: ``[M]`` text.
         labels: ``[M]`` int64 in [0, ``classes``).
         sums: ``[M, 4]`` float64: samples, those decided rightly, their log loss, their Brier score.
     """
@@ -38,9 +39,9 @@ class Cells:
 
     @classmethod
     def of(
-        cls, logits: np.ndarray, labels: np.ndarray, places: Sequence[str], groups: Sequence[str] | None = None
+        cls, logits: np.ndarray, labels: np.ndarray, places: np.ndarray, groups: Sequence[str] | None = None
     ) -> Cells:
-        """Of logits ``[N, C]`` and labels ``[N]`` in [0, C)."""
+        """Of logits ``[N, C]``, labels ``[N]`` in [0, C), and locations ``[N]``, equal where they are."""
         labels, count = labels.astype(np.int64), len(labels)
         log_probs = log_softmax(logits.astype(np.float64))
         truth = np.eye(logits.shape[1])[labels]
@@ -53,7 +54,7 @@ class Cells:
             ],
             axis=1,
         )
-        names, place = np.unique(np.asarray(places), return_inverse=True)
+        names, place = np.unique(places, return_inverse=True)
         kinds, group = np.unique(np.asarray(groups or [""] * count), return_inverse=True)
         cells, cell = np.unique(np.stack([place, group, labels], axis=1), axis=0, return_inverse=True)
         sums = np.stack([np.bincount(cell.reshape(-1), column) for column in each.T], axis=1)
@@ -68,7 +69,7 @@ class Cells:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Cells:
         """As `as_json` gave it."""
-        places, groups = (np.array(content[name], dtype=str) for name in ("location", "group"))
+        places, groups = np.array(content["location"]), np.array(content["group"], dtype=str)
         sums = np.array([content[name] for name in _SUMS], dtype=np.float64).T
         return cls(places, groups, np.array(content["label"], np.int64), sums, int(content["classes"]))
 
@@ -87,7 +88,7 @@ class Cells:
         if len(names) < 2:
             return None
         cell, size = place * self.classes + self.labels, len(names) * self.classes
-        chosen = _draws(len(names), seed)
+        chosen = draws(len(names), seed)
         by_class = (np.bincount(cell, column, minlength=size).reshape(len(names), -1) for column in self.sums.T)
         rows, right, loss, brier = (chosen @ sums for sums in by_class)  # [draws, C]
         recall = np.divide(right, rows, out=np.zeros_like(rows), where=rows > 0)
@@ -111,6 +112,6 @@ def interval_of(drawn: np.ndarray) -> Interval:
 
 
 @lru_cache(maxsize=8)
-def _draws(count: int, seed: int) -> np.ndarray:
+def draws(count: int, seed: int) -> np.ndarray:
     """``[draws, count]`` float64: how often each location is in each draw."""
     return np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=DRAWS).astype(np.float64)

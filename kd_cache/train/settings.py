@@ -17,6 +17,8 @@ from kd_cache.score.factory import without_folder
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 ROLES: Final = (SCENE, CITY2SCENE, CITY)
+RANK: Final = "rank"
+"""The role of a net that is no teacher: it learns which of two samples is the better one."""
 SCRATCH, FROZEN, FULL_MODEL, BACKBONE, AUTO = "scratch", "frozen", "full-model", "backbone", "auto"
 PRESETS: Final = (AUTO, SCRATCH, FROZEN, FULL_MODEL, BACKBONE)
 GENTLE: Final = 1e-4
@@ -33,6 +35,8 @@ _PRESETS: Final[Mapping[str, tuple[int, float, tuple[tuple[int, int, float, str,
 stages: level, epochs (of the last one those that are left), learning rate as a multiple of the first, augmentation,
 schedule."""
 _LEVEL_AUGMENT: Final = {2: "off", 1: "moderate", 0: "moderate"}
+SIZES: Final = ("base_channels", "channels_multiplier", "expansion_rate", "channels")
+"""Settings that only some architectures have (their ``sizes``)."""
 NET, STAGES, AUGMENT, OPTIMISER = "Net", "Stages", "Augmentation", "Optimiser"
 """Panels of help."""
 _STAGE_KEYS: Final = ("level", "epochs", "lr", "augment", "schedule")
@@ -40,8 +44,8 @@ _SCHEDULES: Final = ("cosine", "constant")
 
 
 def label_of(role: str) -> str:
-    """Which label a role learns: a city teacher cities, all others scenes."""
-    return "city" if role == CITY else "scene"
+    """Which label a role learns: a city teacher cities, a ranker winners, all others scenes."""
+    return {CITY: "city", RANK: "winner"}.get(role, "scene")
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,14 @@ def widths(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def four_widths(text: str) -> tuple[int, ...]:
+    """``8,8,16,24``. Raises `UsageError`."""
+    found = widths(text)
+    if len(found) != 4:
+        raise UsageError(f"expected four widths such as 8,8,16,24, found {text!r}")
+    return found
+
+
 def _of(panel: str, default: Any, text: str, **more: Any) -> Any:
     """A field that a person can set: what its option says beyond name and type."""
     return field(default=default, metadata={"panel": panel, "help": text, **more})
@@ -156,10 +168,10 @@ def _share(text: str) -> Any:
 class Settings:
     """Everything that decides what a training's weights come to, besides the data.
 
-    ``role`` is one of `ROLES`: what the net is to be, and what its folder is called after. ``epochs`` and ``lr`` are
-    those of a preset, which gives each stage its part; ``stages`` are given one by one, in its place. A ``None`` stands
-    for what the architecture, the preset or the stage's augmentation has of its own. Over few clips averaged weights
-    (``ema``) make validation much less a matter of luck.
+    ``role`` is one of `ROLES`, or `RANK`: what the net is to be, and what its folder is called after. ``epochs`` and
+    ``lr`` are those of a preset, which gives each stage its part; ``stages`` are given one by one, in its place. A
+    ``None`` stands for what the architecture, the preset or the stage's augmentation has of its own. Over few clips
+    averaged weights (``ema``) make validation much less a matter of luck.
     """
 
     role: str
@@ -174,10 +186,27 @@ class Settings:
     arch: str = _of(
         NET,
         "cp_resnet",
-        "cp_resnet, cnn14, or a factory of your own: module:factory, or path/to/file.py:factory.",
+        "cp_mobile, cp_resnet, bc_resnet, tf_sepnet, cnn14, or a factory of your own: module:factory, or "
+        "path/to/file.py:factory.",
         names_code=True,
     )
-    feature_dim: int | None = _of(NET, None, "Width of the embedding.", otherwise="92 or 2048", low=2)
+    base_channels: int | None = _of(
+        NET, None, "Channels that all others follow from (cp_mobile: in eights, bc_resnet, tf_sepnet).",
+        otherwise="32, 40, 64", low=4, high=1024,
+    )  # fmt: skip
+    channels_multiplier: float | None = _of(
+        NET, None, "How much wider each stage is than the one before (cp_mobile).", otherwise="1.8", low=1, high=8
+    )
+    expansion_rate: float | None = _of(
+        NET, None, "How much wider a block is inside (cp_mobile).", otherwise="2.1", low=1, high=16
+    )
+    channels: tuple[int, ...] | None = _of(
+        NET, None, "Channels of the four blocks (cp_resnet).", kind=Any, otherwise="32,32,64,92", metavar="N,N,N,N",
+        parse=four_widths,
+    )  # fmt: skip
+    feature_dim: int | None = _of(
+        NET, None, "Width of the embedding (cp_resnet, cnn14).", otherwise="92 or 2048", low=2
+    )
     mlp_hidden_dims: tuple[int, ...] | None = _of(
         NET, None, "Hidden widths of the classifier (cnn14) or of the scene head.", kind=Any,
         otherwise="1024,1024; a linear scene head", metavar="W,W|none", parse=widths,
@@ -191,7 +220,10 @@ class Settings:
     epochs: int | None = _of(
         STAGES, None, "Of all stages of a preset together.", otherwise="40, 200 of a frozen backbone's head", low=1
     )
-    patience: int = _of(STAGES, 10, "Epochs without a better validation that end a stage; 0 never.", low=0)
+    patience: int | None = _of(
+        STAGES, None, "Epochs without a better validation that end a stage; 0 never.",
+        otherwise="a quarter of the stage's, 10 at least", low=0,
+    )  # fmt: skip
     mixup: float | None = _of(
         AUGMENT, None, "α of mixup (0.1 to 0.4 is usual): clips and labels are blended in pairs.", low=0, high=10
     )
@@ -237,12 +269,21 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """``city`` or ``scene``: what it learns."""
+        """``city``, ``scene`` or ``winner``: what it learns."""
         return label_of(self.role)
 
     @property
     def num_classes(self) -> int:
-        return self.num_cities if self.label == "city" else self.num_scenes
+        return {"city": self.num_cities, "winner": 2}.get(self.label, self.num_scenes)
+
+    def patience_of(self, stage: Stage) -> int:
+        """Epochs without a better validation that end it: a head of 200 epochs may begin slower than a net of 40."""
+        return max(stage.epochs // 4, 10) if self.patience is None else self.patience
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Those of `SIZES` that are given."""
+        return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
 
     def augmentation(self, stage: Stage) -> Augmentation:
         """What a stage's ``augment`` means with these settings."""
@@ -282,7 +323,7 @@ _GROUPS: Final[Mapping[str, Sequence[str]]] = {
     "role": ("role", "num_scenes", "num_cities", "shuffle_labels"),
     "fold": ("val_ratio", "fold", "quick_experiment"),
     "front_end": ("feature_spec",),
-    "architecture": ("arch", "feature_dim", "mlp_hidden_dims", "dropout"),
+    "architecture": ("arch", *SIZES, "feature_dim", "mlp_hidden_dims", "dropout"),
     "augmentation": ("mixup", "time_mask", "freq_mask", "time_roll", "freq_mixstyle", "device_response"),
     "seed": ("seed", "deterministic"),
 }

@@ -178,6 +178,8 @@ class StudentTraining(Training):
                 hint="Pass --num-scenes.",
             )
         refuse_misplaced(cache, self.job.data.task)
+        for told in cache.accuracies:
+            self.watcher.note(told)
         for doubt in cache.doubts(self.job.data.task.cities):
             self.watcher.note(doubt)
         self.said["teachers"] = cache.fingerprints

@@ -73,7 +73,10 @@ there, and an interrupted comparison goes on. `comparison.json`, `.csv` (a row p
 PREDICT = """\
 The file has tabs between `filename`, `scene_label` and one column per class, in the order of the labels: probabilities
 at temperature 1, every number such that it reads back exactly. Names are those of the table less `audio/`; without a
-table each `.npy` is of the `.wav` of its name. A clip without a feature is refused, and so is one listed twice."""
+table each `.npy` is of the `.wav` of its name. A clip without a feature is refused, and so is one listed twice.
+
+Beside it, `<name>.info.json` has the net's MACs and parameters (of a clip as long as the first), and where the table
+has a column of scenes (`scene_label`) accuracy, macro accuracy and log loss on them, by class and by device."""
 
 COMPLEXITY = """\
 A convolution counts its parameters (the bias included) times the positions of its output, every other layer its

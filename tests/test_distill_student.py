@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ import pytest
 import torch
 from conftest import Run, World, kaiming
 from store_fixtures import flip
-from train_fixtures import Listening, scene, settings, town
+from train_fixtures import OWN, Listening, own_net, scene, settings, town
 
 import kd_cache.distill.fitting
 import teachers
 from kd_cache import LogitCache, Provenance, StaleError
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
 from kd_cache.distill import student
 from kd_cache.distill.recipe import Recipe
 from kd_cache.distill.student import StudentJob, StudentTraining, _Taught, train_student
@@ -30,7 +32,7 @@ from kd_cache.train.job import TrainReport
 from kd_cache.train.loop import Loop
 from teachers.cnn14 import CNN14
 
-__all__ = ["scene", "town"]
+__all__ = ["own_net", "scene", "town"]
 COUNTS = ("--num-scenes", 3, "--num-cities", 3)
 QUICK = ("--arch", "cp_resnet", "--channels", "16,16,32,8", "--epochs", 5, "--warmup-epochs", 1, "--batch-size", 8,
          "--ema", 0, "--lr", 0.03, "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)  # fmt: skip
@@ -102,6 +104,27 @@ def test_permuting_the_target_s_scene_labels_changes_no_bit_of_a_student_nor_its
     after = train_student(replace(job(taught, provenance, mode, apply_to="all", epochs=4), resume="fresh"))
     assert weights(after) == weights(before)
     assert after.results["key"] == before.results["key"]
+
+
+def test_labels_of_the_target_that_pass_the_manifest_reach_no_loss(taught: World, scene: Path) -> None:
+    """As if the guard had been got round: the selection itself says that b is of scene 1,000,000."""
+    one = job(taught, teachers.scene(scene).provenance, "label", apply_to="all", loss="dkd")
+    data = one.data
+    wild = tuple(each._replace(scene_label=10**6) if each.device_id == "b" else each for each in data.selection.samples)
+    told = replace(one, data=replace(data, selection=replace(data.selection, samples=wild)), resume="fresh")
+    assert max(sample.scene_label for sample in told.division.train) == 10**6
+    assert weights(train_student(told)) == weights(train_student(one))
+
+
+def test_batches_that_are_added_up_make_the_step_of_one_batch(taught: World, own_net: Callable[[str], str]) -> None:
+    plain = {"arch": own_net(OWN), "optimizer": "sgd", "momentum": 0.0, "warmup_epochs": 0.0, "lr": 0.01, "epochs": 1}
+    count, made = len(job(taught).division.train), []
+    for size, accumulate in ((count, 1), (-(-count // 4), 4)):
+        one = job(taught, mode="scene", apply_to="all", batch_size=size, accumulate=accumulate, **plain)
+        training = StudentTraining(one)
+        made.append(read_weights(training.run().checkpoint).tensors)
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, rtol=0, atol=1e-6)
 
 
 def test_it_learns_from_the_teacher_alone_where_hard_labels_weigh_nothing(taught: World) -> None:
@@ -289,6 +312,14 @@ def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Ru
     with pytest.raises(StaleError, match=file):
         StudentTraining(job(taught, mode="mean"))
     taught.feature(file).write_bytes(kept)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LogitCache, "class_names", {"scene": (*DCASE.scenes[1:], DCASE.scenes[0])})
+        with pytest.raises(UsageError, match="the same classes in another order"):
+            StudentTraining(job(taught, mode="mean"))
+    probs = ("--teacher", "p=test_accuracy:probs", "--only", "p", "--cache-root", "probs")
+    made = run("dump", "--target", "b", "--json-path", taught.json_path, "--num-cities", 3, *probs)
+    assert made.exit_code == 0, made.output
+    assert "probs" in command(run, taught, "--cache-root", "probs", "--teacher-mode", "p", code=2)
     assert "there is no cache" in command(run, taught, "--cache-root", "nowhere", code=3)
     assert "known: mean, probs" in command(run, taught, "--teacher-mode", "attention", code=2)
     with pytest.raises(UsageError, match="the teachers have 3 classes"):

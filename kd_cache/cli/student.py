@@ -15,6 +15,7 @@ from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
 from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
+from kd_cache.distill.subset import listed_samples
 from kd_cache.errors import UsageError, shown
 from kd_cache.options import Target
 from kd_cache.score.device import resolve_device
@@ -64,6 +65,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
     folder = CacheFolder(values["cache_root"] / adaptation(target))
     index = Snapshot(folder).finished()
     data = saved_data(run, saved_in(index), target)
+    table = values["subset_table"]
     job = StudentJob(
         settings=_settings(values, run.recall(saved_in(index).values, {})),
         data=data,
@@ -72,6 +74,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
         cache=folder.path,
         recipe=_recipe(values),
         select=LAST_EPOCH if values["select"] == "last" else MACRO,
+        subset=None if table is None else listed_samples(table, data.manifest),
         provenances=saved_provenances(run, index, target, screen, data) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )

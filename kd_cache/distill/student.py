@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.guard import Selection
 from kd_cache.dataset.manifest import IGNORED, Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.distill.fitting import fit_gate, fit_weights, held_out, singles
@@ -61,6 +62,7 @@ class StudentJob(TrainJob):
         select: the epoch that is kept: of the best macro accuracy on A's held-out locations (`MACRO`), or the last one
             (`LAST_EPOCH`).
         balance: half of each batch is of A, half of the target: of the one with fewer rows they are drawn again.
+        subset: the files that it may use, where they are not all that are permitted.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
@@ -70,6 +72,7 @@ class StudentJob(TrainJob):
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
     select: str = MACRO
     balance: bool = False
+    subset: frozenset[str] | None = None
     own_home: Path | None = None
 
     def __post_init__(self) -> None:
@@ -92,19 +95,38 @@ class StudentJob(TrainJob):
     def division(self) -> Division:
         """A and the target train, held-out locations of A validate. Raises as `divide`."""
         found = self._divided
-        return Division(found.train, found.only([self.data.task.source]).validation, found.place_of)
+        sides = (found.train, found.only([self.data.task.source]).validation)
+        train, validation = (tuple(each for each in side if self.may_use(each)) for side in sides)
+        if not train or not validation:
+            raise UsageError(
+                f"the subset leaves {len(train)} samples to train on and {len(validation)} of A to validate on",
+                hint="Give a larger --subset, or another --val-ratio or --fold.",
+            )
+        return Division(train, validation, found.place_of)
 
     @property
     def unseen(self) -> list[Sample]:
         """Train rows of the target at held-out locations: they neither train nor validate."""
-        return [each for each in self._divided.validation if each.device_id != self.data.task.source]
+        source = self.data.task.source
+        return [each for each in self._divided.validation if each.device_id != source and self.may_use(each)]
 
     @cached_property
     def _divided(self) -> Division:
         data, settings = self.data, self.settings
+        # Of all that is permitted: what is held out from a subset's students is what was held out from the teachers.
         return divide(
             data.selection.samples, task=data.task, ratio=settings.val_ratio, fold=settings.fold, data_root=data.root
         )
+
+    def may_use(self, sample: Sample) -> bool:
+        """Whether it is in the subset."""
+        return self.subset is None or sample.file in self.subset
+
+    @property
+    def selection(self) -> Selection:
+        """What is permitted, of the subset."""
+        found = self.data.selection
+        return replace(found, samples=tuple(filter(self.may_use, found.samples)))
 
 
 class StudentTraining(Training):
@@ -220,12 +242,12 @@ class StudentTraining(Training):
     def _fusion(self, cache: LogitCache) -> str | Fusion:
         mode = self.job.mode
         if mode == "gate":
-            return fit_gate(held_out(cache, self.job.data.selection, self.job.provenances), seed=self.settings.seed)
+            return fit_gate(held_out(cache, self.job.selection, self.job.provenances), seed=self.settings.seed)
         if mode != "fit":
             self._tell_of_unequal(cache)
             return mode
         try:
-            fitted = fit_weights(held_out(cache, self.job.data.selection, self.job.provenances))
+            fitted = fit_weights(held_out(cache, self.job.selection, self.job.provenances))
         except UnfitError as error:
             self.watcher.note(f"the teachers' mean is taken in place of a fit: {error.message}")
             fitted = Weights(dict.fromkeys(cache.teachers, 1 / len(cache.teachers)))
@@ -239,7 +261,7 @@ class StudentTraining(Training):
         if self.job.mode not in ALIKE or len(cache.teachers) < 2:
             return
         try:
-            found = singles(held_out(cache, self.job.data.selection, self.job.provenances))
+            found = singles(held_out(cache, self.job.selection, self.job.provenances))
         except UnfitError:
             return  # nobody knows
         shares = {name: figures["accuracy"] for name, figures in found.items()}

@@ -99,16 +99,13 @@ def test_a_path_that_never_ends_ends_a_command_at_once(run: Run, tmp_path: Path,
 
 def needed(command: Command, hostile: Option, value: str) -> Iterator[object]:
     """The arguments that a command cannot do without, and the hostile one."""
+    named = {"json_path", "target"} - ({"target"} if command.name == "sample-data" else set())
     for each in command.options:
         if each.name == hostile.name:
             given: object = value
         elif each.name == "only" and hostile.name.endswith("_teacher_ckpt"):
             given = hostile.name.removesuffix("_teacher_ckpt")
-        elif (
-            each.default is ...
-            or each.name in ("json_path", "target")
-            or (command.name, each.name) == ("prepare", "table")
-        ):
+        elif each.default is ... or each.name in named or (command.name, each.name) == ("prepare", "table"):
             given = REQUIRED.get(each.name, "cache/A2b")
         else:
             continue

@@ -188,6 +188,14 @@ def changed(name: str, **differences: Any) -> Option:
     return replace(OPTIONS[name], **differences)
 
 
+def targets(**differences: Any) -> Option:
+    """The option ``target`` of a command that takes several; its value is a text with commas."""
+    several = "|".join([*typing.get_args(Target), "b,c", "all"])
+    return changed(
+        "target", parse=several_targets, metavar=several, also=(*OPTIONS["target"].also, "--targets"), **differences
+    )
+
+
 _TABLE = (
     # Data
     Option("target", Target, "Target device; the cache holds the train samples of A and of this device.", DATA,

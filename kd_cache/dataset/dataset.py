@@ -107,8 +107,8 @@ class Dataset:
 
     @property
     def adaptation(self) -> str:
-        """What the cache of this selection is called."""
-        return self.task.adaptation(self.target)
+        """What the cache of this selection is called; what is made of several caches ``A2b+c``."""
+        return self.task.adaptation(self.target.replace(",", "+"))
 
     @cached_property
     def names(self) -> Names:

@@ -7,7 +7,8 @@ teachers were validated on, with the same ratio and fold. Labels of the target a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,14 +46,14 @@ class StudentJob(TrainJob):
     """As `TrainJob`, of the role ``scene``, and:
 
     Attributes:
-        cache: the folder of the cache that its teachers' rows come from.
+        cache: the folder of the cache that its teachers' rows come from, or those of several targets.
         mode: ``ce``, ``fit``, ``gate``, or another mode of `kd_cache.distill.fuse`.
         recipe: the numbers of the objective.
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
-    cache: Path = Path("cache")
+    cache: Path | tuple[Path, ...] = Path("cache")
     mode: str = "fit"
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
@@ -106,9 +107,9 @@ class StudentTraining(Training):
 
     def _opened(self) -> LogitCache:
         mode = self.job.mode
-        cache = LogitCache.open(self.job.cache)
+        cache = opened(self.job, self.watcher)
         if mode in cache.teachers and mode not in MODES:
-            cache = LogitCache.open(self.job.cache, [mode])
+            cache = opened(self.job, Watcher(), [mode])
         if cache.target != self.job.data.target:
             raise UsageError(f"{shown(cache.path)} is no cache for the target {self.job.data.target}")
         if cache.num_classes != self.settings.num_scenes:
@@ -175,6 +176,17 @@ class StudentTraining(Training):
 
     def learner(self, folder: RunFolder) -> Learner:
         return Learner(self.net, self.train, self.validation, objective=_Taught(self))
+
+
+def opened(job: StudentJob, watcher: Watcher, teachers: Sequence[str] | None = None) -> LogitCache:
+    """The cache, or the caches of several targets as one; what there is to say of them is a note."""
+    paths = (job.cache,) if isinstance(job.cache, Path) else job.cache
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        cache = LogitCache.open(paths, teachers)
+    for each in told:
+        watcher.note(str(each.message))
+    return cache
 
 
 class _Taught:

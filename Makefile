@@ -13,10 +13,10 @@ export INSTALLING
 
 .PHONY: demo test faults mutations bench gpu sample-teachers clean
 
-demo: .venv/installed  ## dump the sample's logits, verify them, and let a student read them
+demo: .venv/installed  ## dump the sample's logits, verify them, and compare a student with its twin that has no teacher
 	$(BIN)/kd-cache dump --target b
 	$(BIN)/kd-cache verify --n 100
-	$(BIN)/python docs/student_loop.py
+	$(BIN)/kd-cache student compare --target b --modes fit --seeds 1 --epochs 12 --arch cp_resnet --channels 8,8,16,24
 
 test: .venv/installed-dev  ## the gate: ruff, mypy --strict, every test, one draw of each kind of fault
 	$(BIN)/ruff check .

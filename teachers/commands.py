@@ -9,7 +9,7 @@ from typing import Literal
 
 from kd_cache.commands import Command, Group, Plugin
 from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, changed
-from kd_cache.train.settings import OPTIMISER, STAGES
+from kd_cache.train.settings import OPTIMISER, SIZES, STAGES
 from kd_cache.train.settings import OPTIONS as SETTINGS
 
 START = "Start"
@@ -123,11 +123,14 @@ ALL = Command(
 EXTRACT = Command(
     "train extract",
     "teachers.training_runs:extract",
-    "Embed the permitted train samples with the backbones of teachers, once, for heads that train on them.",
+    "Embed the permitted train samples with backbones of teachers or nets of your own, once, for all that train on "
+    "them.",
     (
         "target",
-        Option("checkpoint", list[str], "The teacher whose backbone embeds; repeatable.", TEACHERS,
+        Option("checkpoint", list[str], "The teacher whose backbone embeds; repeatable.", TEACHERS, [],
                otherwise="name: architecture and weights' digest", metavar="[NAME=]PATH"),
+        changed("teacher", help="A net of your own that embeds, with the value_kind embedding; repeatable. Its code "
+                "runs."),
         *DATASET,
         "rename_map",
         replace(OUTPUT_DIR, help="The embeddings go to its folder embeddings/A2<target>."),
@@ -147,13 +150,60 @@ EXTRACT = Command(
     (0, 1, 2, 3, 4, 5, 6),
 )  # fmt: skip
 
+PAIRS = "Pairs"
+_OF = {option.name: option for option in SETTINGS}
+RANK = Command(
+    "train rank",
+    "teachers.ranking:rank",
+    "Train a ranker: which of two samples is the better one, from pairs that reviewers judged.",
+    (
+        Option("pairs", Path, "CSV, TSV or JSON with a, b, winner, agreement, reviewers, series.", PAIRS),
+        Option("min_agreement", float, "Leave out pairs of which a smaller share of the reviewers agrees.", PAIRS, 0.7,
+               low=0, high=1),
+        Option("min_reviewers", int, "Leave out pairs that fewer have judged.", PAIRS, 2, low=0),
+        Option("ties", Literal["out", "half"], "Leave ties in votes out, or learn from them as half a win for each.",
+               PAIRS, "out"),
+        replace(_OF["val_ratio"], help="The share of the groups of series that is held out for validation.",
+                default=0.15, panel=PAIRS, high=0.5),
+        Option("test_ratio", float, "And for the test at the end.", PAIRS, 0.15, low=0, high=0.5),
+        replace(_OF["fold"], help="Which groups validate: 0, 1, … hold out different ones; test stays.", panel=PAIRS),
+        replace(_OF["quick_experiment"], help="Use only this share of the groups of series; publishes nothing.",
+                panel=PAIRS),
+        replace(EMBEDDINGS, help="Stand on these extracted embeddings (kd-cache train extract); repeatable, side by "
+                "side."),
+        Option("freeze", Literal["none", "partial", "full"] | None, "Without --embeddings: freeze nothing of the "
+               "trunk, all but its neck, or all of it.", START, None, "none"),
+        replace(_OF["arch"], help=f"The trunk, without --embeddings: {_OF['arch'].help}"),
+        *(_OF[each] for each in SIZES),
+        replace(INIT, help="Start the trunk from this checkpoint."),
+        Option("name", str | None, "Of the folder of the run.", OUTPUT, None, "embeddings, or end_to_end"),
+        replace(OUTPUT_DIR, help="The ranker goes to its folder rank/A2<target>/<name>; embeddings are there too."),
+        changed("target", help="The pairs' samples are train samples of A and of this device."), *DATASET, RESUME,
+        replace(_OF["feature_dim"], otherwise="64 over embeddings, else the architecture's"),
+        replace(_OF["mlp_hidden_dims"], help="Hidden widths of the scorer.", otherwise="64"),
+        replace(_OF["dropout"], default=0.1, help="Between the layers of the scorer."),
+        replace(_OF["epochs"], default=40, kind=int, otherwise="", help="At most."),
+        replace(_OF["lr"], otherwise="0.003; 0.0001 of a trunk that was trained before", help="Learning rate."),
+        *(_OF[name] for name in (
+            "patience", "batch_size", "optimizer", "weight_decay", "momentum", "warmup_epochs", "label_smoothing",
+            "ema", "accumulate", "clip", "seed", "deterministic", "precision", "shuffle_labels")),
+        "device", "workers", "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
+    ),
+    "Whole series are held out, and series that share a sample are one group. Swapping a and b gives exactly 1 − P.",
+    (
+        "kd-cache train rank --target b --json-path images/dataset.json --pairs images/pairs.csv --embeddings looks",
+    ),
+    ("pairs", "embeddings", "freeze", "min_agreement", "min_reviewers"),
+    (0, 1, 2, 3, 4, 5, 6),
+)  # fmt: skip
+
 PLUGIN = Plugin(
-    (CITY, CITY2SCENE, SCENE, ALL, EXTRACT),
+    (CITY, CITY2SCENE, SCENE, ALL, EXTRACT, RANK),
     (
         Group(
             "train",
-            "Train teachers: city, City2Scene and scene, each validated by recording location.",
-            ("city", "city2scene", "scene"),
+            "Train teachers (city, City2Scene, scene), each validated by recording location, and rankers.",
+            ("city", "city2scene", "scene", "rank"),
         ),
     ),
 )

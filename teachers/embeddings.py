@@ -12,26 +12,21 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, StaleError, UsageError, shown
 from kd_cache.score.teacher import teacher_fingerprint
-from kd_cache.serve.logit_cache import LogitCache
-from kd_cache.store.cache import CacheFolder
 from kd_cache.store.origin import weights_digest
+from kd_cache.train.embeddings import VALUE_KIND, Embeddings, extracted
 from teachers.loading import LoadedTeacher, load_teacher
 from teachers.two_parts import used_by_embed
-
-FOLDER = "embeddings"
 
 
 class EmbeddingTeacher(nn.Module):
     """A teacher's backbone as something that a dump can score with: ``[B, T, F]`` → embeddings ``[B, D]``."""
 
-    value_kind = "embedding"
+    value_kind = VALUE_KIND
 
     def __init__(self, teacher: LoadedTeacher) -> None:
         super().__init__()
@@ -53,30 +48,28 @@ class EmbeddingTeacher(nn.Module):
 
 @dataclass(frozen=True)
 class Source:
-    """One extracted source: its name, the backbone it was made with, and the SHA-256 of that one's checkpoint."""
+    """One extracted source, and the backbone it was made with."""
 
-    name: str
+    rows: Embeddings
     teacher: LoadedTeacher
-    cache: LogitCache
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Source:
         """Open a source that was extracted, and load its backbone.
 
         Raises:
-            UsageError: there is no such source.
+            UsageError: there is no such source, or it is of a user's own net.
             StaleError: the checkpoint is not the one that it was made with.
             CheckpointError: the checkpoint is gone.
         """
-        index = CacheFolder(folder).index(maps=False) if folder.is_dir() else None
-        if index is None or name not in index.origins:
-            found = ", ".join(index.origins) if index is not None else "none"
-            raise UsageError(
-                f"no embeddings are called {shown(name)} in {shown(folder)} (there: {found})",
-                hint="Run kd-cache train extract first; it says what it calls them.",
-            )
+        index = extracted(folder, name)
         checkpoint = index.record["teachers"][name].get("source", {}).get("checkpoint")
-        if not checkpoint or not Path(checkpoint).is_file():
+        if not checkpoint:
+            raise UsageError(
+                f"the embeddings {shown(name)} are of a net of your own: there is no net that a teacher could stand on",
+                hint="A ranker can (kd-cache train rank); a teacher stands on --checkpoint of kd-cache train extract.",
+            )
+        if not Path(checkpoint).is_file():
             raise CheckpointError(
                 f"the checkpoint of the embeddings {shown(name)} is not there: {shown(checkpoint)}",
                 hint="A teacher on these embeddings needs it. Put it back, or extract again.",
@@ -95,38 +88,12 @@ class Source:
                 f"({origin.fingerprint.difference(now)})",
                 hint="Run kd-cache train extract again.",
             )
-        return cls(name, teacher, LogitCache.open(folder, [name], value_kind=EmbeddingTeacher.value_kind))
-
-    def rows(self, files: Sequence[str], digests: np.ndarray) -> np.ndarray:
-        """``[N, D]`` float32: the embeddings of these files.
-
-        Args:
-            digests: ``[N, 16]`` u1, of the features as they are now.
-
-        Raises:
-            MissingLogitsError: a file that was not extracted.
-            StaleError: a feature that changed since.
-        """
-        rows = self.cache.rows(files)
-        then = self.cache.input_digests(rows)
-        changed = [] if then is None else np.flatnonzero((then[:, 0] != digests).any(axis=1)).tolist()
-        if changed:
-            raise StaleError(
-                f"{len(changed)} features changed since the embeddings {shown(self.name)} were extracted, for example "
-                f"{shown(files[changed[0]])}",
-                hint="Run kd-cache train extract again.",
-            )
-        return self.cache.batch(rows, torch.float32)[:, 0].numpy()
+        return cls(Embeddings.open(folder, name), teacher)
 
 
 def source_name(teacher: LoadedTeacher) -> str:
     """What an extraction is called where nobody says: the architecture, and the start of the weights' digest."""
     return f"{teacher.architecture.replace('+', '_')}-{EmbeddingTeacher(teacher).fingerprint_parts()['weights'][:8]}"
-
-
-def side_by_side(sources: Sequence[Source], files: Sequence[str], digests: np.ndarray) -> np.ndarray:
-    """``[N, ΣD]`` float32: the embeddings of all sources, in their order. Raises as `Source.rows`."""
-    return np.concatenate([source.rows(files, digests) for source in sources], axis=1)
 
 
 def made_with(sources: Sequence[Source]) -> Provenance | None:
@@ -139,4 +106,4 @@ def made_with(sources: Sequence[Source]) -> Provenance | None:
 
 def described(sources: Sequence[Source]) -> list[Any]:
     """What the key of a training keeps of its sources, in their order."""
-    return [[source.name, EmbeddingTeacher(source.teacher).fingerprint_parts()] for source in sources]
+    return [[source.rows.name, EmbeddingTeacher(source.teacher).fingerprint_parts()] for source in sources]

@@ -20,6 +20,7 @@ from kd_cache.score.teacher import compare_front_end
 from kd_cache.train.architectures import architecture_of, architectures
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.clips import Clips
+from kd_cache.train.embeddings import FOLDER, side_by_side
 from kd_cache.train.evaluation import embedded
 from kd_cache.train.freezing import digest_of
 from kd_cache.train.job import TrainJob, TrainReport
@@ -31,7 +32,7 @@ from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE,
 from kd_cache.train.state_dicts import CITY_PREFIX, HEAD_PREFIX
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
-from teachers.embeddings import FOLDER, Source, described, made_with, side_by_side
+from teachers.embeddings import Source, described, made_with
 from teachers.loading import load_teacher
 from teachers.two_parts import City2Scene, SideBySide
 
@@ -133,7 +134,7 @@ class City2SceneTraining(Training):
         net = backbones[0] if len(backbones) == 1 else SideBySide(backbones)
         for source in self.sources:
             if source.teacher.provenance is None:
-                self.watcher.note(f"what the embeddings {shown(source.name)} were made with is not known")
+                self.watcher.note(f"what the embeddings {shown(source.rows.name)} were made with is not known")
         told = f"embeddings of {', '.join(job.embeddings)} in {shown(folder)}, {net.embedding_dim} wide"
         return net, WarmStart(FULL_MODEL, told, key_of(described(self.sources)), made_with(self.sources))
 
@@ -143,7 +144,8 @@ class City2SceneTraining(Training):
         name = f"{which} embeddings"
         if name not in job.shared:
             if self.sources and extracted:
-                rows = side_by_side(self.sources, [sample.file for sample in clips.samples], clips.digests)
+                files = [sample.file for sample in clips.samples]
+                rows = side_by_side([source.rows for source in self.sources], files, clips.digests)
                 job.shared[name] = Clips.of_rows(clips.samples, rows)
             else:
                 job.shared[name] = embedded(backbone, clips, job.device, self.settings.batch_size, self.watcher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from itertools import product
@@ -23,15 +23,16 @@ from kd_cache.dataset.task import DCASE
 from kd_cache.errors import TrainingError, UsageError, shown, worst_exit_code
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob
-from kd_cache.score.teacher import TeacherSpec
+from kd_cache.score.teacher import TeacherSpec, parse_teacher
 from kd_cache.store.index import is_teacher_name
 from kd_cache.train.checkpoint_file import checkpoint_limit
+from kd_cache.train.embeddings import FOLDER, VALUE_KIND
 from kd_cache.train.evaluation import headline
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.nets import embedding_dim, make_net
 from kd_cache.train.run_folder import published
 from kd_cache.train.settings import CITY, CITY2SCENE, SCENE, SIZES, Settings, parse_stage, stages_of
-from teachers.embeddings import FOLDER, EmbeddingTeacher, source_name
+from teachers.embeddings import EmbeddingTeacher, source_name
 from teachers.loading import load_teacher, own_teacher
 from teachers.recipes import is_city2scene, train_teacher
 
@@ -348,28 +349,46 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def extract(run: Run, screen: Screen, target: str, checkpoint: list[str], output_dir: Path) -> Report:
+def extract(
+    run: Run, screen: Screen, target: str, checkpoint: list[str], teacher: list[str], output_dir: Path
+) -> Report:
     """Guard, load, embed, verify."""
+    if not checkpoint and not teacher:
+        raise UsageError("there is nothing to embed with", hint="Pass --checkpoint NAME=PATH, or --teacher NAME=….")
     data = data_of(target, run.values)
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
-        specs, sources = _sources(checkpoint)
+        specs, sources = _sources(checkpoint, teacher)
     code, content = _scored(run, data, specs, sources, screen, cache_root=output_dir / FOLDER, files=False)
     lines = ["", f"Embeddings: {', '.join(f'--embeddings {name}' for name in sources)}"]
     return Report({**content, "embeddings": list(sources)}, lines, code)
 
 
-def _sources(texts: list[str]) -> tuple[list[TeacherSpec], dict[str, Any]]:
+def _sources(checkpoints: list[str], own: list[str]) -> tuple[list[TeacherSpec], dict[str, Any]]:
     """What to embed with: where it is from, and loaded, by name."""
-    specs, found = [], {}
-    for text in texts:
+    specs: list[TeacherSpec] = []
+    found: dict[str, Any] = {}
+    for text in checkpoints:
         name, named, rest = text.partition("=")
         path = Path(rest if named else text).expanduser()
         teacher = load_teacher(path)
         name = name if named else source_name(teacher)
         if not is_teacher_name(name):
             raise UsageError(f"--checkpoint {shown(text)}: {shown(name)} cannot be a name (letters, digits, _ . -)")
-        if name in found:
-            raise UsageError(f"two sources are called {name}; give --checkpoint NAME=PATH another NAME")
+        _refuse_taken(name, found)
         specs.append(TeacherSpec(name, "", path))
         found[name] = EmbeddingTeacher(teacher)
+    for spec in map(parse_teacher, own):
+        _refuse_taken(spec.name, found)
+        found[spec.name] = net = spec.load()
+        if net.value_kind != VALUE_KIND:
+            raise UsageError(
+                f"{shown(spec.name)} gives {net.value_kind}, expected {VALUE_KIND}",
+                hint='Its value_kind says what its vectors are: "embedding", of num_classes numbers each.',
+            )
+        specs.append(spec)
     return specs, found
+
+
+def _refuse_taken(name: str, found: Mapping[str, Any]) -> None:
+    if name in found:
+        raise UsageError(f"two sources are called {name}; give one of them another NAME")

@@ -36,11 +36,13 @@ def two_values(option: Option) -> tuple[str, str]:
     if option.choices:
         first, second = sorted(option.choices, key=lambda choice: choice == option.default)[:2]
         return first, second
-    if option.metavar == "T,F":
-        return "17,18", "18,17"
+    if "," in option.metavar:
+        count = option.metavar.count(",")
+        return "17" + ",18" * count, "18" + ",17" * count
     number = any(kind in (int, float) for kind in (option.bare, *typing.get_args(option.bare)))
     if number or option.parse:
-        return ("0.5", "0.25") if option.high is not None and option.high < 18 else ("17", "18")
+        fractions = ("0.5", "0.25") if option.low is None or option.low < 1 else ("2", "3")
+        return fractions if option.high is not None and option.high < 18 else ("17", "18")
     return "one", "two"
 
 

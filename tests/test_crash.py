@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import TINY, Run, World
 from fault_tools import often
-from store_fixtures import DeadError, dying, rewrite, snapshot
+from store_fixtures import DeadError, dying, md5, rewrite, snapshot
 
 from kd_cache import KDCacheError, LogitCache
 from kd_cache.store.index import read_index
@@ -36,6 +36,7 @@ OTHER_RUN = (
     "environment",
     "manifest",
     "measured",
+    "superseded",
 )
 
 
@@ -67,6 +68,18 @@ def sample_more(world: World, run: Run) -> None:
     del world.rows[0]
     world.write()
     world.write_feature(world.rows[0]["file"], np.ones((12, 20), np.float32))
+
+
+def another_unfinished(world: World, run: Run) -> None:
+    """As `sample_more`; and a dump of the same weights, of features elsewhere, was stopped after it saved some."""
+    sample_more(world, run)
+    for number, file in enumerate(ordered := sorted(world.permitted(), key=md5)):
+        path = world.root / "elsewhere" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.full((12, 20), number, np.float32))
+    (world.root / "elsewhere" / ordered[-1]).write_bytes(b"no array")
+    small = ("--shard-size", 1, "--batch-size", 2)
+    assert run("dump", *DATA, *OWN, "--data-root", "elsewhere", *small).exit_code == 1
 
 
 def one_part(world: World, run: Run) -> None:
@@ -115,6 +128,7 @@ def garbage(world: World, run: Run) -> None:
 
 CASES = {
     "dump": Case(sample_more, ("dump", *DATA, *OWN, "--shard-size", 1), rescores=True),
+    "dump beside another": Case(another_unfinished, ("dump", *DATA, *OWN, "--shard-size", 1), rescores=True),
     "part": Case(one_part, ("dump", *DATA, *OWN, "--shard", "1/2", "--shard-size", 1)),
     "seal": Case(two_parts, ("seal", *DATA)),
     "merge": Case(parts_apart, ("merge", "part0/A2b", "part1/A2b", *DATA)),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, Run, World
-from store_fixtures import DeadError, Rows, md5
+from store_fixtures import DeadError, Rows, md5, name_in_index
 
 from kd_cache import LogitCache, MissingLogitsError, load_cached_logits_batch
 from kd_cache.files import turns
@@ -71,13 +71,48 @@ def another_root(world: World) -> list[object]:
 
 def test_what_an_unfinished_dump_committed_takes_no_row_from_readers(cached: World, dump: Run, world: World) -> None:
     """The wrong data root, stopped after its first commits."""
-    before, packs = served(world), world.packs()
+    before = served(world)
     assert dump(*another_root(world), *SMALL).exit_code == 1
     assert len(world.packs("tiny")) > 1
     assert served(world) == before
     counts = json.loads(dump("--json").stdout)["teachers"]
     assert {name: count["skipped"] for name, count in counts.items()} == {"tiny": 20, "other": 20}
-    assert (served(world), world.packs()) == (before, packs)
+    assert served(world) == before
+
+
+DATA = ("--target", "b", "--json-path", "dataset.json")
+
+
+@pytest.mark.parametrize("publishing", ["dump", "seal", "repair of a view", "repair of a row", "dump of less", "drop"])
+def test_what_an_unfinished_dump_acknowledged_of_features_elsewhere_stays(
+    cached: World, run: Run, dump: Run, world: World, publishing: str
+) -> None:
+    """Whatever is published meanwhile of the features here; then that dump goes on, and nothing is left over."""
+    before = world.packs()
+    elsewhere = another_root(world)
+    assert dump(*elsewhere, *SMALL).exit_code == 1
+    unfinished = world.packs().keys() - before.keys()
+    acknowledged = {file for name in unfinished for file in open_pack(world.cache / "packs" / name).files}
+    assert len(acknowledged) > 2
+    if publishing == "dump of less":
+        world.rows = [row for row in world.rows if row["file"] != min(acknowledged)]
+        acknowledged.remove(min(acknowledged))
+        world.write()
+    if publishing == "repair of a view":
+        world.view("tiny", by_key(world)[0]).unlink()
+    if publishing == "repair of a row":
+        name_in_index(forge_row(world.cache / "packs" / named(world, "other")))
+    command, drop = publishing.split()[0], publishing == "drop"
+    arguments = {"seal": ("--data-root", world.root), "repair": TINY}
+    for _ in range(2):
+        result = run(command, *DATA, *arguments[command]) if command in arguments else dump()
+        assert result.exit_code == 0, result.output
+    assert run("gc", world.cache, "--older-than", 0, *["--drop-unfinished"] * drop).exit_code == 0
+    assert (unfinished <= world.packs().keys()) == (publishing not in ("dump of less", "drop"))
+    np.save(elsewhere[1] / by_key(world)[-1], np.full((12, 20), 19, np.float32))  # type: ignore[operator]
+    counts = json.loads(dump(*elsewhere, "--json").stdout)["teachers"]
+    assert {count["skipped"] for count in counts.values()} == {0 if drop else len(acknowledged)}
+    assert (len(world.packs()), pending(world)) == (2, [])
 
 
 def test_rows_scored_twice_with_other_bits_are_told_of_and_the_named_packs_stay(
@@ -118,8 +153,8 @@ def named(world: World, teacher: str) -> str:
     return pack
 
 
-def forge_row(path: Path) -> None:
-    """The right digest of a pack, and logits that no checksum is of."""
+def forge_row(path: Path) -> Path:
+    """The right digest of a pack, and logits that no checksum is of. Returns the pack in place of that one."""
     from store_fixtures import forge, plain_pack
 
     pack = open_pack(path)
@@ -130,7 +165,19 @@ def forge_row(path: Path) -> None:
         plain_pack(file, rows, pack.origin)  # type: ignore[arg-type]
         file["logits"][0] = 7  # type: ignore[index]
 
-    forge(path.parent, build, teacher=pack.origin.teacher)
+    return forge(path.parent, build, teacher=pack.origin.teacher)
+
+
+def test_the_rows_that_a_repair_leaves_are_those_that_stood(cached: World, run: Run, dump: Run, world: World) -> None:
+    """Not those that an unfinished dump made of other features, whatever its packs are called."""
+    before = served(world)
+    assert dump(*another_root(world), *SMALL).exit_code == 1
+    name_in_index(forge_row(world.cache / "packs" / named(world, "other")))
+    assert run("repair", *DATA, *ONE[:2]).exit_code == 3
+    left = LogitCache.open(world.cache, ["other"])
+    rows = dict(zip(left.files, left.tensor(), strict=True))
+    assert len(rows) == 19
+    assert all(before["other", file] == row.numpy().tobytes() for file, row in rows.items())
 
 
 # -- features that cannot be read just now -----------------------------------------------------------------------------

@@ -10,12 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from safetensors.torch import load_file
 from torch import nn
 
 from kd_cache.dataset import sample_data
 from kd_cache.dataset.manifest import Sample, load_manifest
-from kd_cache.dataset.sample_data import FRAMES, MELS, Clip, features, sample_clips, write_sample
+from kd_cache.dataset.sample_data import (
+    FRAMES,
+    MELS,
+    VERSION,
+    Clip,
+    features,
+    further_clips,
+    sample_clips,
+    write_sample,
+)
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError, UsageError
 from teachers import CNN14, load_teacher
@@ -64,9 +74,10 @@ def test_features_are_z_scored_float16_each_listed_once_and_long_enough_for_cnn1
     assert bool(logits.isfinite().all())
 
 
-def test_a_location_number_names_one_place() -> None:
+@pytest.mark.parametrize("target", [None, "b"])
+def test_a_location_number_names_one_place(target: str | None) -> None:
     cities: dict[int, set[tuple[str, str]]] = {}
-    for clip in sample_clips():
+    for clip in sample_clips(target):
         cities.setdefault(clip.location, set()).add((clip.city, clip.scene))
     assert all(len(found) == 1 for found in cities.values())
 
@@ -159,9 +170,40 @@ def test_weights_are_committed_as_float16_and_loaded_as_float32(checkpoint: str)
     assert {weight.dtype for weight in load_teacher(path).parameters()} == {torch.float32}
 
 
+def test_the_large_sample_has_more_of_its_target_and_of_test_all_at_new_locations() -> None:
+    small, large = sample_clips(), sample_clips("s1")
+    assert set(small) < set(large)
+    more = set(large) - set(small)
+    old, new = ({(clip.city, clip.location) for clip in clips} for clips in (small, more))
+    assert not old & new
+    train, test = ([clip for clip in more if clip.split == split] for split in ("train", "test"))
+    assert (len(train), {clip.device for clip in train}, {clip.is_labelled for clip in train}) == (300, {"s1"}, {False})
+    assert Counter(clip.device for clip in test) == dict.fromkeys(DCASE.devices, 200)
+    assert not {clip.location for clip in train} & {clip.location for clip in test}
+    with pytest.raises(ValueError, match="round 2"):
+        next(further_clips("b", range(2, 4), "test"))
+
+
+def test_the_manifest_names_the_generator_and_no_label_of_an_unlabelled_clip(tmp_path: Path) -> None:
+    clips = [sample_clips()[0], next(further_clips("b", range(3, 4), "train"))._replace(is_labelled=False)]
+    (tmp_path / "dataset.json").write_bytes(sample_data.manifest_bytes(clips))
+    made = load_manifest(tmp_path / "dataset.json")
+    assert [sample.scene_label for sample in made] == [0, None]
+    assert [sample.city_label for sample in made] == [DCASE.cities.index("barcelona")] * 2
+    committed = load_manifest(SAMPLE / "dataset.json")
+    assert committed.front_end == made.front_end == {"name": "kd-cache sample", "version": VERSION, "n_mels": MELS}
+
+
+@pytest.mark.parametrize("options", [("--size", "large"), ("--target", "b")])
+def test_a_large_sample_is_one_of_a_target(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    result = run("sample-data", tmp_path / "out", *options)
+    assert (result.exit_code, "--target" in result.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def two_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_data, "sample_clips", lambda: sample_clips()[:2])
+    monkeypatch.setattr(sample_data, "sample_clips", lambda target: sample_clips(target)[:2])
 
 
 @pytest.mark.usefixtures("two_clips")

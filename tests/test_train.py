@@ -43,7 +43,7 @@ from kd_cache.train.loop import Loop
 from kd_cache.train.nets import make_net, warm_start
 from kd_cache.train.optimiser import Schedule, average, cross_entropy
 from kd_cache.train.pretraining import Pretrained
-from kd_cache.train.settings import Stage, parse_stage
+from kd_cache.train.settings import Settings, Stage, parse_stage
 from kd_cache.train.training import foreseen
 from teachers.cnn14 import CNN14
 from teachers.loading import load_teacher, own_teacher
@@ -828,6 +828,14 @@ def test_each_stage_has_its_own_patience(town: World, monkeypatch: pytest.Monkey
     report, _ = trained(town, "scene", stages=(Stage(0, 1, 0.01), Stage(0, 4, 0.01)), patience=2)
     assert report.results["epochs"] == 5
     assert report.results["best_epoch"] == 1
+
+
+@pytest.mark.parametrize(("epochs", "given", "patience"), [(40, None, 10), (200, None, 50), (200, 0, 0), (3, 7, 7)])
+def test_patience_is_a_quarter_of_a_long_stage_unless_it_is_given(
+    epochs: int, given: int | None, patience: int
+) -> None:
+    # A linear head may get worse for a dozen of its 200 epochs before it gets better.
+    assert Settings("scene", patience=given).patience_of(Stage(2, epochs, 0.01)) == patience
 
 
 def test_batches_that_are_added_up_make_the_step_of_one_batch(town: World, own_net: Callable[[str], str]) -> None:

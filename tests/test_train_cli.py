@@ -179,7 +179,7 @@ def test_a_second_chain_skips_pretraining_and_its_json_says_so_and_nothing_else(
     assert [(one["role"], one["how"]) for one in found] == hows
     assert tensors(trained.root / HEAD) == before
     content = json.loads(result.stdout)
-    assert content.keys() == {"trained", "dumps"}
+    assert content.keys() == {"trained", "dumps", "reports"}
     assert [dump["samples_scored"] for dump in content["dumps"]] == [len(trained.permitted())]
     assert all(Path(report["checkpoint"]).is_file() for report in found)
     assert all(0 <= report["results"]["validation"]["accuracy"] <= 1 for report in found)

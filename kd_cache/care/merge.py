@@ -34,7 +34,7 @@ from kd_cache.store.snapshot import GO_ON, Snapshot
 from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
 
-_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted")
+_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "features_at")
 _CHUNK = 1 << 22
 _BLOCK = 65_536
 

@@ -35,12 +35,13 @@ from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, Stor
 from kd_cache.files.atomic import remove_files
 from kd_cache.keys import keys_of
 from kd_cache.score.dump import DumpJob, dump_logits
-from kd_cache.store.cache import CacheFolder
+from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import write_part
 from kd_cache.store.publish import Change, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
 
 _SCORED_AGAIN = (MISS, CORRUPT, STALE)
@@ -192,7 +193,7 @@ def _take_out(
 
     Until the index stands that names the rest, the cache cannot be opened: better than a wrong row.
     """
-    folder, superfluous = job.audit.snapshot.folder, list[Path]()
+    folder, superfluous = job.audit.snapshot.folder, dict[Path, Path | None]()
     for name, origin in rows.origins.items():
         wrong = report.after.wrong_rows.get(name, set())
         replaced = name in due and name in rows.adopted
@@ -200,22 +201,23 @@ def _take_out(
             report.confirmed[name] = max(0, (report.after.teachers[name].recomputed or 0) - len(wrong))
             report.replaced[name] = len(wrong)
         if name in due and name in every:
-            superfluous += [pack.path for pack in folder.packs([name]).of(origin)]
+            superfluous |= dict.fromkeys(pack.path for pack in folder.packs([name]).of(origin))
         elif not replaced:
-            superfluous += cleaned(folder, origin, wrong)
+            superfluous |= cleaned(folder, origin, job.audit.snapshot.served(name), wrong)
     if not superfluous:
         return
     # First of all: with the next index in place and these still there, a repair that was killed would find their rows.
     remove_files(folder.packs_path, superfluous)
-    selection = job.audit.data.selection
+    selection, named = job.audit.data.selection, job.audit.snapshot.served_paths(rows.origins)
     nothing = np.zeros((len(selection.keys), 16), np.uint8), np.zeros(len(selection.keys), bool)
     change = Change(
         str(rows.record.get("shown_path", folder.path)),
         Wanted.of(selection, *nothing),  # no feature is read: what is not wrong stays
         {},
-        rows.record,
+        {**rows.record, "features_at": job.audit.data.features.place},
         bool(rows.record.get("files", True)),
         missing=rows.record["missing"],
+        standing={teacher_in_name(path): part.name for path, part in superfluous.items() if part and path in named},
         keep_damaged=True,
     )
     publish(job.audit.snapshot, change, watcher)
@@ -316,19 +318,25 @@ def _seal(job: RepairJob, watcher: Watcher) -> None:
     seal_cache(sealing, watcher)
 
 
-def cleaned(folder: CacheFolder, origin: Origin, files: Collection[str] = ()) -> list[Path]:
-    """Write anew the packs of one origin that hold these files' rows, or rows that do not match their checksums.
+def cleaned(
+    folder: CacheFolder, origin: Origin, served: Union | None = None, files: Collection[str] = ()
+) -> dict[Path, Path | None]:
+    """Write anew the packs of one origin that hold rows that do not match their checksums, or the ``served`` rows of
+    these files, or others that were made of the same input.
 
-    Without these rows, and beside the packs that they stand for, which are returned.
+    Without these rows, and beside the packs that they stand for. Returns by each of these what was written, if it was.
     """
-    unwanted = {key.tobytes() for key in keys_of(files)}
-    superfluous = []
+    unwanted: set[bytes] = set()
+    if served is not None and files:
+        at = served.find(keys_of(files))
+        unwanted = {served.keys[row].tobytes() + served.inputs[row].tobytes() for row in at[at >= 0]}
+    superfluous = {}
     for pack in folder.packs([origin.teacher]).of(origin):
-        keep = np.array([key.tobytes() not in unwanted for key in pack.keys])
+        rows = zip(pack.keys, pack.inputs, strict=True)
+        keep = np.array([key.tobytes() + made_of.tobytes() not in unwanted for key, made_of in rows])
         keep[pack.wrong_rows(np.arange(len(pack)))] = False
         if keep.all():
             continue
-        if keep.any():
-            write_part(folder.packs_path, pack, np.flatnonzero(keep))
-        superfluous.append(pack.path)
+        part = write_part(folder.packs_path, pack, np.flatnonzero(keep)) if keep.any() else None
+        superfluous[pack.path] = part
     return superfluous

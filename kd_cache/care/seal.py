@@ -91,6 +91,8 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
     shown_path = job.shown_path or str(current.record.get("shown_path", snapshot.folder.path))
     further = {key: value for key, value in job.record.items() if key not in current.record}
     record = {**current.record, **further, "shown_path": shown_path, **job.data.described}
+    if "settings" in record:  # later commands find there what was read here, wherever the newest dump has read
+        record["settings"] = {**record["settings"], "paths": dict(job.data.paths)}
     change = Change(
         shown_path,
         Wanted.of(selection, inputs[selection.order], known[selection.order]),

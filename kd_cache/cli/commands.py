@@ -317,9 +317,14 @@ SAMPLE_DATA = Command(
     "Generate the synthetic sample: 10 scenes, 10 cities, 9 devices, equal bytes on any machine.",
     (
         Option("out", Path, "Folder to write dataset.json and features/ into.", ARGUMENTS, positional=True),
+        Option("size", Literal["small", "large"],
+               "small is the embedded sample; large has 300 more train clips of a target, without scene labels, and "
+               "1,800 more test clips.", DATA, "small"),
+        changed("target", kind=Target | None, help="The device that the large sample has more clips of.", default=None,
+                otherwise="none: the small sample"),
         "as_json", "debug",
     ),
-    examples=("kd-cache sample-data cache/sample",),
+    examples=("kd-cache sample-data cache/sample", "kd-cache sample-data cache/large-b --size large --target b"),
 )  # fmt: skip
 
 _OF_TRAINING = {option.name: option for option in TRAINING}

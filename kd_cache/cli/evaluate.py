@@ -18,7 +18,7 @@ from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.evaluation_job import EvaluationJob
 from kd_cache.train.evaluation_job import evaluate as evaluated
-from kd_cache.train.settings import CITY, CITY2SCENE, SCENE
+from kd_cache.train.settings import CITY, CITY2SCENE, RANK, SCENE
 
 _KINDS = {"device_group": "Device group", "device": "Device", "city": "City", "scene": "Scene"}
 _COLUMNS = ("Rows", "Accuracy", "95 %", "Macro", "Log loss", "ECE", "Brier")
@@ -55,6 +55,11 @@ def model_spec(text: str) -> TeacherSpec:
     if path.is_file():
         weights = read_weights(path)
         role = weights.record.get("role") or (CITY2SCENE if weights.has_two_parts else SCENE)
+        if role == RANK:
+            raise UsageError(
+                f"{shown(text)} is a ranker, which tells no classes apart",
+                hint="How good it is stands in results.json of its run.",
+            )
         return TeacherSpec(str(role), str(role), path)
     if "=" in text:
         return parse_teacher(text)

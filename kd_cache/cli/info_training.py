@@ -17,8 +17,8 @@ _MOST = 1 << 24
 
 def trained_teachers(outputs: Path) -> list[dict[str, Any]]:
     """The published nets below ``outputs``, or in it, each with what its run measured where that is still there."""
-    places = ("teacher_*/*/best.safetensors", "student/*/*/best.safetensors", "best.safetensors")
-    found = sorted({path for place in places for path in outputs.glob(place)})
+    places = ("teacher_*/*/", "student/*/*/", "rank/*/*/", "")
+    found = sorted({path for place in places for path in outputs.glob(f"{place}best.safetensors")})
     return [_teacher(path) for path in found]
 
 
@@ -75,7 +75,9 @@ def teachers_table(teachers: list[dict[str, Any]]) -> Table:
             ]
         )
     return Table(
-        "Trained teachers and students", ["File", "What", "Trained on", "Validation", "Test, A", "Test, target"], rows
+        "Trained teachers, students and rankers",
+        ["File", "What", "Trained on", "Validation", "Test, A", "Test, target"],
+        rows,
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
@@ -39,8 +38,7 @@ def report(run: Run, screen: Screen, path: Path, output: Path | None) -> Report:
     return Report({"page": str(written), "report": page.content}, [shown(written)])
 
 
-@dataclass(frozen=True)
-class Pages:
+class Pages(NamedTuple):
     """What a command says of the pages that it wrote at its end."""
 
     content: Mapping[str, Any]

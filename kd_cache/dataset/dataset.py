@@ -117,13 +117,14 @@ class Dataset:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What an index says of the data it was made from."""
+        """What an index says of the data it was made from; and a pending record, where their features are."""
         selection = self.selection
         return {
             "adaptation": self.adaptation,
             "num_permitted": len(selection.samples),
             "per_device": selection.per_device,
             "manifest": {"path": str(self.manifest.path), "sha256": self.manifest.digest},
+            "features_at": self.features.place,
             "split_policy": {
                 "selected": [self.task.source, selection.target],
                 "split": "train",

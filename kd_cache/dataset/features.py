@@ -74,6 +74,11 @@ class FeatureSource:
         self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
         self._directories: dict[str, tuple[str, bool]] = {}
 
+    @property
+    def place(self) -> str:
+        """Where the features are, links resolved: elsewhere, files of the same names are others."""
+        return os.path.realpath(self.root)
+
     def read(self, file: str) -> Feature:
         """The whole array, checked and digested.
 

@@ -78,6 +78,10 @@ class PackedFeatures(FeatureSource):
         self.__dict__ |= state
         self._attach()
 
+    @property
+    def place(self) -> str:
+        return os.path.realpath(self.path)
+
     # -- what every source of features does ----------------------------------------------------------------------------
 
     def read(self, file: str) -> Feature:

@@ -22,9 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kd_cache.dataset.manifest import LISTS
+from kd_cache.dataset.manifest import FRONT_END, LISTS
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError, UsageError, listed, shown
+from kd_cache.keys import NO_LABEL
+
+VERSION = 2
+"""Of the generator. Another version makes other clips: what was trained or measured on one says nothing of another."""
 
 MELS = 64
 FRAMES = 48
@@ -32,9 +36,12 @@ FRAMES = 48
 
 SAMPLE_CITIES = tuple(city for city in DCASE.cities if city not in ("amsterdam", "madrid"))
 """The ten cities of the TAU development sets; labels still count in the list of twelve."""
+_PLACES = tuple((scene, city) for scene in DCASE.scenes for city in SAMPLE_CITIES)
 TRAIN_MOMENTS: tuple[tuple[int, int], ...] = ((0, 0), (0, 1), (1, 0))  # of each city and scene: location, segment
 TEST_MOMENTS: tuple[tuple[int, int], ...] = ((2, 0),)
 LOCATIONS = 3  # of each city and scene, numbered through all of them
+UNLABELLED_ROUNDS = range(3, 6)  # the large sample's: in a round, each city and scene has one location more
+TEST_ROUNDS = range(6, 8)
 TRAIN_SHARE = 8  # of twenty combinations of city and scene, how many a target device recorded
 TEST_SHARE = 3  # and how many each device but A did
 
@@ -57,6 +64,7 @@ class Clip(NamedTuple):
     segment: int
     device: str
     split: str
+    is_labelled: bool = True
 
     @property
     def file(self) -> str:
@@ -70,16 +78,34 @@ class Clip(NamedTuple):
         return f"{self.scene}-{self.city}-{self.location}-{self.segment}"
 
 
-def sample_clips() -> tuple[Clip, ...]:
-    """Every clip of the sample, in manifest order: train before test, device A first, then by device."""
-    places = [(scene, city) for scene in DCASE.scenes for city in SAMPLE_CITIES]
-    train = [clip for device in (DCASE.source, *DCASE.targets) for clip in _train_clips(places, device)]
-    test = [clip for device in DCASE.devices for clip in _test_clips(places, device)]
+def sample_clips(target: str | None = None) -> tuple[Clip, ...]:
+    """Every clip of the sample, in manifest order: train before test, device A first, then by device.
+
+    With a ``target`` the large sample's: that device's train has 300 clips more without scene labels, and each device's
+    test 200 more, all of them at locations of their own.
+    """
+    train = [clip for device in (DCASE.source, *DCASE.targets) for clip in _train_clips(device)]
+    test = [clip for device in DCASE.devices for clip in _test_clips(device)]
+    if target is not None:
+        train += [clip._replace(is_labelled=False) for clip in further_clips(target, UNLABELLED_ROUNDS, "train")]
+        test += [clip for device in DCASE.devices for clip in further_clips(device, TEST_ROUNDS, "test")]
     return (*train, *test)
 
 
-def _train_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
-    for number, (scene, city) in enumerate(places):
+def further_clips(device: str, rounds: Iterable[int], split: str) -> Iterator[Clip]:
+    """Clips of which the committed sample has none: in each round one of every city and scene, at a new location.
+
+    Rounds from 8 on are in neither size: benchmarks measure teachers on them. Raises ``ValueError`` for one below 3.
+    """
+    for which in rounds:
+        if which < LOCATIONS:
+            raise ValueError(f"round {which} is of the sample's own locations, expected {LOCATIONS} or more")
+        for number, (scene, city) in enumerate(_PLACES):
+            yield Clip(scene, city, which * len(_PLACES) + number, 0, device, split)
+
+
+def _train_clips(device: str) -> Iterator[Clip]:
+    for number, (scene, city) in enumerate(_PLACES):
         if device == DCASE.source:
             moments = TRAIN_MOMENTS
         elif _recorded(number, device, TRAIN_SHARE):
@@ -90,8 +116,8 @@ def _train_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
             yield Clip(scene, city, number * LOCATIONS + location, segment, device, "train")
 
 
-def _test_clips(places: list[tuple[str, str]], device: str) -> Iterator[Clip]:
-    for number, (scene, city) in enumerate(places):
+def _test_clips(device: str) -> Iterator[Clip]:
+    for number, (scene, city) in enumerate(_PLACES):
         if device == DCASE.source or _recorded(number, device, TEST_SHARE):
             for location, segment in TEST_MOMENTS:
                 yield Clip(scene, city, number * LOCATIONS + location, segment, device, "test")
@@ -115,16 +141,17 @@ def features(clip: Clip) -> npt.NDArray[np.float16]:
     return (np.clip(np.rint(score / _STEP) * _STEP, -_CLIP_AT, _CLIP_AT)).astype("<f2")
 
 
-def write_sample(root: Path) -> None:
+def write_sample(root: Path, target: str | None = None) -> int:
     """Write ``features/*.npy`` and then ``dataset.json``, so that it lists only what is there, under ``root``.
 
-    Writing over an earlier sample is fine: every file gets the same bytes again.
+    Writing over an earlier sample is fine: every file gets the same bytes again. With a ``target`` it is the large
+    sample of that device. Returns how many features there are.
 
     Raises:
         UsageError: ``root`` holds something that is not this sample.
         StoreError: a file cannot be written.
     """
-    clips = sample_clips()
+    clips = sample_clips(target)
     root = Path(root)
     try:
         _refuse_foreign(root, {Path(clip.file).name for clip in clips})
@@ -134,6 +161,7 @@ def write_sample(root: Path) -> None:
         _replace(root / MANIFEST, manifest_bytes(clips))
     except OSError as error:
         raise StoreError(f"cannot write the sample under {shown(root)}: {error}") from error
+    return len(clips)
 
 
 def _refuse_foreign(root: Path, names: set[str]) -> None:
@@ -170,13 +198,14 @@ def manifest_bytes(clips: Iterable[Clip]) -> bytes:
     lists = [
         f"{json.dumps(name)}: [" + ",".join(f"\n{row}" for split, row in rows if split == name) + "]" for name in LISTS
     ]
-    return ("{" + ",\n".join(lists) + "}\n").encode("ascii")
+    made = f"{json.dumps(FRONT_END)}: " + json.dumps({"name": "kd-cache sample", "version": VERSION, "n_mels": MELS})
+    return ("{" + ",\n".join([made, *lists]) + "}\n").encode("ascii")
 
 
 def _row(clip: Clip) -> dict[str, str | int]:
     return {
         "file": clip.file,
-        "scene_label": DCASE.scenes.index(clip.scene),
+        "scene_label": DCASE.scenes.index(clip.scene) if clip.is_labelled else NO_LABEL,
         "city_label": DCASE.cities.index(clip.city),
         "domain": DCASE.domain_of[clip.device],
         "device_id": clip.device,
@@ -204,8 +233,8 @@ def _soundscape(clip: Clip) -> Array:
         0.7 * _scene(scene, clip.moment)
         + _ripple(scene, city, clip.moment)
         + _whistle(city, clip.moment)
-        + 0.8 * _smooth_curve(f"location/{clip.city}-{clip.location}")
-        + 0.8 * _smooth_curve(f"weather/{clip.moment}")
+        + 0.5 * _smooth_curve(f"location/{clip.city}-{clip.location}")
+        + 0.5 * _smooth_curve(f"weather/{clip.moment}")
         + 1.4 * _noise(f"moment/{clip.moment}", FRAMES, MELS)
     )
 
@@ -237,17 +266,17 @@ def _events(scene: int, u: list[float], moment: str) -> Array:
 
 
 def _ripple(scene: int, city: int, moment: str) -> Array:
-    """A grating over the bands: the city sets its spacing, the scene how fast it drifts.
+    """A grating over the bands: the scene is how fast it drifts, and city and scene together are its spacing.
 
-    The two are one pattern, so a network that learns to tell cities has to learn how scenes move: this is what a
-    City2Scene teacher lives on.
+    Each spacing is one of ten cities', by the scene: a network that learns to tell cities has to learn how scenes move.
+    This is what a City2Scene teacher lives on.
     """
     u = _draws(f"city/{SAMPLE_CITIES[city]}", 1)
     v = _draws(f"ripple-in/{moment}", 3)
-    spacing = _spread(city, 3, u[0], 5, 14)
-    # A little more than its own tenth: neighbouring scenes overlap.
-    drift = 0.45 * _spread(scene, 9, 0.5 + 1.12 * (v[0] - 0.5), -1, 1)
-    return 3.5 * (0.3 + 0.7 * v[1]) * _wave(_BAND / spacing + drift * _TIME + v[2])
+    spacing = _spread(3 * city + scene, 1, u[0], 5, 14)
+    # Nearly all of its own tenth: neighbouring scenes are hard to tell apart.
+    drift = 0.45 * _spread(scene, 9, 0.5 + 0.9 * (v[0] - 0.5), -1, 1)
+    return 7 * (0.7 + 0.3 * v[1]) * _wave(_BAND / spacing + drift * _TIME + v[2])
 
 
 def _whistle(city: int, moment: str) -> Array:
@@ -259,17 +288,18 @@ def _whistle(city: int, moment: str) -> Array:
 
 
 def _through_device(heard: Array, clip: Clip) -> Array:
-    """Filter, compression of loud parts, noise floor, and the device's own noise."""
+    """Filter, compression of loud parts, noise floor, and the device's own noise: more of it where it is unseen."""
     if clip.device == DCASE.source:
         return heard + 0.2 * _noise(f"device/{clip.file}", FRAMES, MELS)
     u = _draws(f"device/{clip.device}", 4)
-    filtered = heard + (2 + 1.5 * u[0]) * _smooth_curve(f"response/{clip.device}")
-    slope = 0.2 + 0.4 * u[1]
+    filtered = heard + (1 + u[0]) * _smooth_curve(f"response/{clip.device}")
+    slope = 0.25 + 0.4 * u[1]
     squeezed = np.where(filtered > 1, 1 + slope * (filtered - 1), filtered)
-    floor = 0.8 * u[2] - 0.3
+    floor = 0.8 * u[2] - 0.4
     # A maximum with a soft corner, as noise adds to what is barely louder.
     raised = 0.5 * (squeezed + floor + np.sqrt((squeezed - floor) * (squeezed - floor) + 0.25))
-    return raised + (0.2 + 0.2 * u[3]) * _noise(f"device/{clip.file}", FRAMES, MELS)
+    noise = (2.5 if clip.device in DCASE.unseen else 1) * 0.32 * (1 + u[3])
+    return raised + noise * _noise(f"device/{clip.file}", FRAMES, MELS)
 
 
 def _smooth_curve(name: str) -> Array:
@@ -310,5 +340,5 @@ def _noise(name: str, *shape: int) -> Array:
 
 def _uniform(name: str, count: int) -> Array:
     """``count`` numbers in ``[0, 1)``: the SHAKE-256 stream of the name, four bytes for each."""
-    stream = hashlib.shake_256(f"kd-cache sample 1/{name}".encode()).digest(4 * count)
+    stream = hashlib.shake_256(f"kd-cache sample {VERSION}/{name}".encode()).digest(4 * count)
     return np.frombuffer(stream, dtype="<u4").astype(np.float64) * 2.0**-32

@@ -62,6 +62,12 @@ def read_table(path: Path, columns: dict[str, str], max_bytes: int = MAX_BYTES) 
     Raises:
         ManifestError: it cannot be read, is not such a table, or has no column of file names.
     """
+    header, rows = read_cells(path, max_bytes)
+    return Table(path.name, _places(path, header, columns), rows)
+
+
+def read_cells(path: Path, max_bytes: int = MAX_BYTES) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header of any such table, and its rows with their line in the file. Raises as `read_table`."""
     try:
         text = read_plain(path, max_bytes).decode("utf-8-sig")
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
@@ -70,14 +76,14 @@ def read_table(path: Path, columns: dict[str, str], max_bytes: int = MAX_BYTES) 
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ManifestError(f"cannot read the table {shown(path)}: {shown(reason)}") from error
     if not cells:
-        raise ManifestError(f"the table {shown(path)} is empty; expected a header such as filename, scene_label")
+        raise ManifestError(f"the table {shown(path)} is empty; expected a header of its columns' names")
     (_, header), *rows = cells
     wrong = [f"line {line}: {len(row)} cells" for line, row in rows if len(row) != len(header)]
     if wrong:
         raise ManifestError(
             f"{shown(path)}: {len(wrong)} rows have not the {len(header)} cells of the header\n{listed(wrong)}"
         )
-    return Table(path.name, _places(path, header, columns), rows)
+    return header, rows
 
 
 def _delimiter(text: str) -> str:

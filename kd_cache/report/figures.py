@@ -56,18 +56,19 @@ def bars(series: Mapping[str, Mapping[str, Bar]], x: str, y: str, top: float | N
     """Bars by group (the inner names), side by side by series; those that are not there are left out."""
     groups = list(dict.fromkeys(name for each in series.values() for name in each))
     wide = 0.8 / len(series)
-    with _drawn(max(4.2, min(9, 0.3 * len(groups) * len(series)))) as (axes, svg):
+    step = -(-len(groups) // _NAMED)
+    with _drawn(min(6.0, max(4.2, 0.16 * len(groups)))) as (axes, svg):
         for number, (name, values) in enumerate(series.items()):
             at = [groups.index(group) - 0.4 + wide * (number + 0.5) for group in values]
             axes.bar(
                 at, [each.value for each in values.values()], wide * 0.92, label=label(name),
-                color=SERIES[number % 7], hatch=_HATCHES[number % 7], edgecolor=_PAPER, linewidth=0.5,
+                color=SERIES[number % 7], hatch=_of(_HATCHES, number), edgecolor=_PAPER, linewidth=0.5,
             )  # fmt: skip
             for place, each in zip(at, values.values(), strict=True):
                 if each.interval is not None:
                     ends = [[max(0.0, each.value - each.interval[0])], [max(0.0, each.interval[1] - each.value)]]
                     axes.errorbar([place], [each.value], yerr=ends, color=_INK, capsize=2, linewidth=1)
-        axes.set_xticks(range(len(groups)), [label(group) for group in groups], **_slope(groups))
+        axes.set_xticks(range(0, len(groups), step), [label(group) for group in groups[::step]], **_slope(groups))
         axes.grid(visible=False, axis="x")
         axes.set_ylim(0, top)
         _named(axes, x, y, len(series) > 1)
@@ -97,11 +98,12 @@ def lines(
         for number, (name, line) in enumerate(series.items()):
             style: dict[str, Any] = {"color": SERIES[number % 7], "label": label(name)}
             dashes = _DASHES[number % 4]
+            marker = {"marker": _of(_MARKERS, number), "clip_on": False}
             if line.steps:
                 axes.stairs(line.y, line.x, linestyle=dashes, linewidth=1.5, **style)
             else:
                 few = len(line.x) <= 40 and not plain
-                axes.plot(line.x, line.y, linestyle=dashes, marker=_MARKERS[number % 7] if few else "", **style)
+                axes.plot(line.x, line.y, linestyle=dashes, **style, **(marker if few else {}))
         _named(axes, x, y, unit or len(series) > 1)
     return svg[0]
 
@@ -111,7 +113,7 @@ def matrix(values: Sequence[Sequence[float]], names: Sequence[str], x: str, y: s
     cells, count = np.asarray(values, float), len(names)
     if cells.shape != (count, count):
         raise ValueError(f"expected {count} rows and columns, one for each name, found {list(cells.shape)}")
-    size = max(3.4, min(5.2, 0.34 * count + 1.4))
+    size = max(2.8, min(4.6, 0.27 * count + 1.3))
     with _drawn(size, size * 0.92) as (axes, svg):
         shades = matplotlib.colormaps["viridis"].resampled(40)  # of more, the scale would be a picture
         if count <= _NAMED:
@@ -192,6 +194,11 @@ def _named(axes: Any, x: str, y: str, several: bool) -> None:
     if several:
         handles, _ = axes.get_legend_handles_labels()
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(handles), 3), borderaxespad=0.3)
+
+
+def _of(kinds: Sequence[str], number: int) -> str:
+    """A series' hatch or marker: where colours begin anew, each has another one."""
+    return kinds[(number + number // 7) % 7]
 
 
 def _slope(names: Sequence[str]) -> dict[str, Any]:

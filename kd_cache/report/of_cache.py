@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -87,9 +87,10 @@ def cache_page(
             f"{shown(snapshot.folder.path)} has no list of permitted samples", hint="Run kd-cache seal."
         )
     unions = {name: snapshot.union_of(snapshot.served_pack(name)) for name in index.origins}
-    judged = {name: _judged(union, permitted, provenances.get(name)) for name, union in unions.items()}
     record, labels = index.record, permitted.labels
     name = str(record.get("adaptation", snapshot.folder.path.name))
+    cities = task_of(name).cities
+    judged = {each: _judged(union, permitted, provenances.get(each), cities) for each, union in unions.items()}
     complete = np.logical_and.reduce([each.there for each in judged.values()]) if judged else np.zeros(len(permitted))
     held = _held(record, permitted, complete, samples)
     accuracy = {
@@ -126,7 +127,7 @@ def cache_page(
     return Page(f"Cache {name}", lead, [section for section in sections if section.parts], content)
 
 
-def _judged(union: Union, permitted: Permitted, made: Provenance | None) -> Judged:
+def _judged(union: Union, permitted: Permitted, made: Provenance | None, cities: Collection[str]) -> Judged:
     origin, count = union.origin, len(permitted)
     at = union.find(permitted.keys)
     has_probabilities = origin.value_kind in ("logits", "log_probs", "probs")
@@ -148,7 +149,6 @@ def _judged(union: Union, permitted: Permitted, made: Provenance | None) -> Judg
         kind[(kind != "") & trained] = TRAINED
         if made.complete:
             kind[kind == UNKNOWN] = HELD_OUT
-    cities = task_of("").cities
     classifies = origin.value_kind != "embedding" and not (
         origin.class_names and set(origin.class_names) <= set(cities)
     )

@@ -17,9 +17,18 @@ from kd_cache.report.figures import Bar, Line, bars, lines, matrix
 from kd_cache.report.page import Figure, Page, Section, as_written_by
 from kd_cache.train.evaluation import GROUPS
 from kd_cache.train.run_folder import CONFIG, HISTORY, RESULTS, STEPS
+from kd_cache.train.settings import RANK
 
 _MOST: Final = 1 << 28
-_KINDS: Final = {"device": "Device", "device_group": "Device group", "city": "City", "scene": "Scene"}
+_KINDS: Final = {
+    "device": "Device",
+    "device_group": "Device group",
+    "city": "City",
+    "scene": "Scene",
+    "series": "Series",
+}
+_MOST_BARS: Final = 40
+"""More groups have a table alone."""
 _STEPS_DRAWN: Final = 2000
 """Of more steps only every so many is drawn."""
 
@@ -44,7 +53,7 @@ def _page(folder: Path) -> Page:
     history, steps = _rows(folder / HISTORY), _rows(folder / STEPS)
     results = strict_json(_read(folder / RESULTS)) if (folder / RESULTS).is_file() else None
     distilled = (results or config).get("distillation")
-    what = f"Student ({distilled['mode']})" if distilled else f"{config['settings']['role']} teacher"
+    what = f"Student ({distilled['mode']})" if distilled else _net(config["settings"]["role"])
     sections = []
     if results is None:
         lead = ["This run is not finished: there are no results yet."]
@@ -58,14 +67,23 @@ def _page(folder: Path) -> Page:
     return Page(f"{what[0].upper()}{what[1:]} {config['place']}", lead, sections, content)
 
 
+def _net(role: str) -> str:
+    return "ranker" if role == RANK else f"{role} teacher"
+
+
 def _lead(results: Mapping[str, Any], split: str, measured: Mapping[str, Any] | None) -> list[str]:
     if measured is None:
         return ["No row with a label was measured."]
+    rows, places = results.get("units", ("rows", "locations"))
     lead = [
-        f"{_percent(measured['accuracy'])} of {measured['samples']:,} {split} rows are right"
+        f"{_percent(measured['accuracy'])} of {measured['samples']:,} {split} {rows} are right"
         f"{_span(measured)}; chance is {_percent(results['chance'])}.",
-        f"The epoch that is kept is {results['best_epoch']} of {results['epochs']}, chosen by the validation rows"
-        f" ({results['locations']['validation']:,} locations that were not trained on).",
+        f"The epoch that is kept is {results['best_epoch']} of {results['epochs']}, chosen by the validation {rows}"
+        f" ({results['locations']['validation']:,} {places} that were not trained on).",
+    ]
+    lead += [
+        f"That is {100 * one['better_by']:+.1f} points against guessing {name} ({_percent(one['accuracy'])})."
+        for name, one in measured.get("baselines", {}).items()
     ]
     if results["shuffled_labels"]:
         lead.append("Its labels were shuffled: this is a control, and it should be no better than chance.")
@@ -78,7 +96,7 @@ def _measured(split: str, measured: Mapping[str, Any], *, drawn: bool) -> Sectio
     groups = {name: measured["by"][kind] for kind, name in _KINDS.items() if measured["by"].get(kind)}
     groups = {name: dict(sorted(each.items(), key=lambda item: _order(item[0]))) for name, each in groups.items()}
     if drawn:
-        parts += [_by(name, each) for name, each in groups.items() if len(each) > 1]
+        parts += [_by(name, each) for name, each in groups.items() if 1 < len(each) <= _MOST_BARS]
         shares = [[100 * count / (sum(row) or 1) for count in row] for row in measured["confusion"]]
         told = "Of the rows of each class (down) the share that is named so (across)."
         confusion = matrix(shares, measured["class_names"], "named", "class", "% of the class's rows", 100)

@@ -149,8 +149,11 @@ class Commits:
             self._watcher.saved(done)
 
     def _first_entries(self) -> Mapping[str, Mapping[str, Any]] | None:
-        """What the pending record is to say: before the first pack, it says what is being made."""
-        told, self._is_told = self._is_told, True
+        """What the pending record is to say: before the first pack, it says what is being made.
+
+        It does so again where another dump, which had the rows of until then as well, took it for finished.
+        """
+        told, self._is_told = self._is_told and self._pending.path.exists(), True
         return None if told else self._entries()
 
     def _wait(self) -> None:

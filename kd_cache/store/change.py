@@ -66,6 +66,7 @@ class Change:
         others: further teachers that the cache held, where no index says so.
         entries: further content of the teachers' entries; ``begun`` where the record's is not a teacher's own.
         missing: files that could not be scored, with the reason.
+        standing: by teacher the pack, by its name, that stands for the one that the index names: what was right in it.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
         min_accuracy: the least that each of ``origins`` must reach.
@@ -80,6 +81,7 @@ class Change:
     others: Mapping[str, Origin] = field(default_factory=dict)
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    standing: Mapping[str, str] = field(default_factory=dict)
     replaced: Sequence[Path] = ()
     keep_damaged: bool = False
     min_accuracy: float | None = None

@@ -35,7 +35,8 @@ def current_of(
         StaleError: dumps that had not read each other made a teacher's rows with different weights.
         CorruptError: without an index, packs leave open which rows are current, or a teacher's are all damaged.
     """
-    records = sorted([*([] if index is None else [index]), *pending], key=lambda each: Age.of(each.record))
+    # Of equal age the index is the last: a seal's is as old as the dump that it goes by.
+    records = sorted([*pending, *([] if index is None else [index])], key=lambda each: Age.of(each.record))
     found = Current({}, {}, {}, records[-1].record if records else {})
     for record in records:
         found.missing.update(record.missing)

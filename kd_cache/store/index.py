@@ -63,6 +63,7 @@ _RECORD = {
     "begun": int,
     "generation": int,
     "created": str,
+    "features_at": str,
     "tool": str,
     "files": bool,
     "shown_path": str,
@@ -78,6 +79,7 @@ _RECORD = {
         "sources": _TEXTS,
         "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str], "rename_map": [str]},
     },
+    "superseded": {...: int},
     "teachers": {...: _TEACHER},
 }
 """What an entry of ``kd_cache`` must be, where it is there; others are nobody's business."""

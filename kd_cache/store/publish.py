@@ -38,13 +38,14 @@ from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
 from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.unfinished import Unfinished
 from kd_cache.store.union import Merged, merge_packs
 from kd_cache.store.view import ROW_FILE_NAME, in_the_way, is_row, rows_of, stored_names, view_names, write_view
 from kd_cache.watch import Watcher
 
 _BLOCK = 8192
 _EARLIER = 20
-_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "part")
+_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "part", "features_at", "superseded")
 
 
 def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
@@ -126,6 +127,7 @@ class _Publication:
         found = {} if self.earlier is None else self.earlier.origins
         self.others = {name: each for name, each in {**change.others, **found}.items() if name not in change.origins}
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
+        self.unfinished = Unfinished(self.pending, change, self.earlier)
         self.done = Published()
         self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
@@ -160,6 +162,7 @@ class _Publication:
             "files": change.files,
             "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
             "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
+            **self.unfinished.described(superfluous),
         }
         done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
         if self.snapshot.is_older:
@@ -190,7 +193,8 @@ class _Publication:
         """
         current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
         remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
-        forget(self.folder, self.pending, [index for index in (self.written, self.earlier) if index is not None])
+        indexes = [index for index in (self.written, self.earlier) if index is not None]
+        forget(self.folder, self.unfinished.overtaken(self.pending), indexes)
         if self.change.wanted.known.any():
             for name, count in self.done.unread.items():
                 if count:
@@ -242,10 +246,9 @@ class _Publication:
         required[[self._number[file] for file in missing if file in self._number]] = False
         now = self.snapshot
         for _ in range(100):
-            union = now.union(origin, without=self.change.replaced)
-            result = merge_packs(
-                self.folder.packs_path, union, wanted.keys, wanted.inputs, required, unread=~wanted.known
-            )
+            union = now.union(origin, self.change.replaced, self.change.standing.get(name))
+            inputs, unread = self.unfinished.inputs(union)
+            result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread)
             lost = np.flatnonzero(result.absent & required)
             if len(lost):
                 raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
@@ -253,7 +256,9 @@ class _Publication:
             pack = next((pack for pack in now.packs.good if pack.path == result.path), None)
             if pack is not None or result.path is None:
                 self._count(name, pack, result)
-                return pack, result.merged
+                merged = None if pack is None else now.union_of(pack)
+                kept = self.unfinished.packs(union, merged, self.folder.packs_path)
+                return pack, [path for path in result.merged if path not in kept]
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:

@@ -262,10 +262,13 @@ class Snapshot:
         packs = [pack for pack in self.packs.of(self.finished().origins[name]) if pack.path.name == self._named(name)]
         return self.union_of(*packs) if packs else None
 
-    def union(self, origin: Origin, without: Collection[Path] = ()) -> Union | None:
-        """All rows of one origin that writers know, but those of some packs; ``None`` if there are none."""
+    def union(self, origin: Origin, without: Collection[Path] = (), first: str | None = None) -> Union | None:
+        """All rows of one origin that writers know, but those of some packs; ``None`` if there are none.
+
+        Those of the pack called ``first``, by default the one that the index names, count before others.
+        """
         packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
-        return self.union_of(*packs, first=self._named(origin.teacher)) if packs else None
+        return self.union_of(*packs, first=first or self._named(origin.teacher)) if packs else None
 
     def union_of(self, *packs: Pack, first: str | None = None) -> Union:
         """All rows of packs that share one origin; those of the pack called ``first`` count before others."""

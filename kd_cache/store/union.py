@@ -27,6 +27,7 @@ class Union:
         self.packs = sorted(packs, key=lambda pack: (pack.path.name != first, pack.path.name))
         if not self.packs:
             raise ValueError("a union needs at least one pack")
+        self.first = self.packs[0] if self.packs[0].path.name == first else None
         self._single = len(self.packs) == 1
         self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}
         self.keys = self.packs[0].keys

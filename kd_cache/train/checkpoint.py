@@ -34,7 +34,7 @@ from kd_cache.train.checkpoint_file import (
     read_content,
     with_checksum,
 )
-from kd_cache.train.settings import ROLES
+from kd_cache.train.settings import RANK, ROLES
 from kd_cache.train.state_dicts import CITY_ENTRY, CITY_PREFIX, HEAD_ENTRY, HEAD_PREFIX, choose
 
 STATE_PREFIX: Final = "training_state."
@@ -209,7 +209,7 @@ def _record(note: object) -> dict[str, Any]:
     for key, allowed in (
         ("architecture", tuple(architectures())),
         ("architecture_version", (ARCHITECTURE_VERSION,)),
-        ("role", ROLES),
+        ("role", (*ROLES, RANK)),
         ("value_kind", ("logits", "log_probs")),  # of log_probs the LogSoftmax is not built: logits again
     ):
         if record.get(key) is not None and record[key] not in allowed:

@@ -116,7 +116,7 @@ def subsample(
 
 def locations_of(samples: Sequence[Sample], task: Task, data_root: Path | None = None) -> list[Location]:
     """The samples by location. One that has a field and a telling name ties the two together. Raises as `divide`."""
-    ties = _Ties()
+    ties = Ties()
     plain = Places(data_root).plain if data_root is not None else None
     files: dict[str, str] = {}
     unknown = []
@@ -142,8 +142,8 @@ def locations_of(samples: Sequence[Sample], task: Task, data_root: Path | None =
     return [_location(name, numbers, samples, task) for name, numbers in together.items()]
 
 
-class _Ties:
-    """Names that mean one location (disjoint sets)."""
+class Ties:
+    """Names that belong together, of one location for example (disjoint sets)."""
 
     def __init__(self) -> None:
         self._above: dict[str, str] = {}
@@ -188,7 +188,7 @@ def _in_turn(locations: Iterable[Location], seed: int) -> dict[str, list[Locatio
     Each city begins with another scene, so that few locations of many cities still have all scenes among them.
     """
     of_city: dict[str, list[Location]] = defaultdict(list)
-    for place in sorted(locations, key=lambda place: _chance(place.name, seed)):
+    for place in sorted(locations, key=lambda place: chance_of(place.name, seed)):
         of_city[place.city].append(place)
     found = {}
     for first, city in enumerate(sorted(of_city)):
@@ -203,7 +203,8 @@ def _in_turn(locations: Iterable[Location], seed: int) -> dict[str, list[Locatio
     return found
 
 
-def _chance(name: str, seed: int) -> bytes:
+def chance_of(name: str, seed: int) -> bytes:
+    """What names are put into an order of chance by."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 

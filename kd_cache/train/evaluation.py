@@ -238,8 +238,8 @@ def intervals(
     locations drawn lack of classes does not count in the macro accuracy. Raises as `measure`.
     """
     measure(logits, labels)  # refuses what cannot be measured
-    _, place = np.unique(places, return_inverse=True)
-    count, classes = int(place.max()) + 1, logits.shape[1]
+    place, chosen = _drawn_places(places, seed)
+    count, classes = chosen.shape[1], logits.shape[1]
     if count < 2:
         return None
     labels = labels.astype(np.int64)
@@ -255,7 +255,6 @@ def intervals(
         found: np.ndarray = chosen @ sums.reshape(count, -1)
         return found if of_class else found[:, 0]
 
-    chosen = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=DRAWS).astype(np.float64)
     rows, of_class = drawn(), drawn(of_class=True)
     recall = np.divide(drawn(right, of_class=True), of_class, out=np.zeros_like(of_class), where=of_class > 0)
     figures = {
@@ -264,8 +263,25 @@ def intervals(
         "log_loss": drawn(loss) / rows,
         "brier": drawn(brier) / rows,
     }
-    ends = [(1 - COVERED) / 2, (1 + COVERED) / 2]
-    return {name: tuple(np.quantile(values, ends).tolist()) for name, values in figures.items()}
+    return {name: _ends(values) for name, values in figures.items()}
+
+
+def interval_of_mean(values: np.ndarray, places: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """Where the mean of ``[N]`` values lies with 95 % confidence, drawn as for `intervals`; ``None`` of one place."""
+    place, chosen = _drawn_places(places, seed)
+    return _ends((chosen @ np.bincount(place, values)) / (chosen @ np.bincount(place))) if len(chosen.T) > 1 else None
+
+
+def _drawn_places(places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[N]``: the number of each row's place; ``[draws, places]``: how often each place is drawn."""
+    names, place = np.unique(places, return_inverse=True)
+    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=DRAWS)
+    return place, drawn.astype(np.float64)
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - COVERED) / 2, (1 + COVERED) / 2]).tolist()
+    return low, high
 
 
 def _bins_of_equal_width(confidence: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ class Loop:
     # -- a stage ------------------------------------------------------------------------------------------------------
 
     def _run_stage(self, number: int, stage: Stage) -> None:
-        done, patience = self.progress, self.settings.patience
+        done, patience = self.progress, self.settings.patience_of(stage)
         frozen = Frozen.at(self.net, stage.level)
         if self.averaged is not None:
             frozen.copy_to(self.averaged)

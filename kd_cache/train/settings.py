@@ -17,6 +17,8 @@ from kd_cache.score.factory import without_folder
 
 CITY, CITY2SCENE, SCENE = "city", "city2scene", "scene"
 ROLES: Final = (SCENE, CITY2SCENE, CITY)
+RANK: Final = "rank"
+"""The role of a net that is no teacher: it learns which of two samples is the better one."""
 SCRATCH, FROZEN, FULL_MODEL, BACKBONE, AUTO = "scratch", "frozen", "full-model", "backbone", "auto"
 PRESETS: Final = (AUTO, SCRATCH, FROZEN, FULL_MODEL, BACKBONE)
 GENTLE: Final = 1e-4
@@ -42,8 +44,8 @@ _SCHEDULES: Final = ("cosine", "constant")
 
 
 def label_of(role: str) -> str:
-    """Which label a role learns: a city teacher cities, all others scenes."""
-    return "city" if role == CITY else "scene"
+    """Which label a role learns: a city teacher cities, a ranker winners, all others scenes."""
+    return {CITY: "city", RANK: "winner"}.get(role, "scene")
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,10 @@ def _share(text: str) -> Any:
 class Settings:
     """Everything that decides what a training's weights come to, besides the data.
 
-    ``role`` is one of `ROLES`: what the net is to be, and what its folder is called after. ``epochs`` and ``lr`` are
-    those of a preset, which gives each stage its part; ``stages`` are given one by one, in its place. A ``None`` stands
-    for what the architecture, the preset or the stage's augmentation has of its own. Over few clips averaged weights
-    (``ema``) make validation much less a matter of luck.
+    ``role`` is one of `ROLES`, or `RANK`: what the net is to be, and what its folder is called after. ``epochs`` and
+    ``lr`` are those of a preset, which gives each stage its part; ``stages`` are given one by one, in its place. A
+    ``None`` stands for what the architecture, the preset or the stage's augmentation has of its own. Over few clips
+    averaged weights (``ema``) make validation much less a matter of luck.
     """
 
     role: str
@@ -218,7 +220,10 @@ class Settings:
     epochs: int | None = _of(
         STAGES, None, "Of all stages of a preset together.", otherwise="40, 200 of a frozen backbone's head", low=1
     )
-    patience: int = _of(STAGES, 10, "Epochs without a better validation that end a stage; 0 never.", low=0)
+    patience: int | None = _of(
+        STAGES, None, "Epochs without a better validation that end a stage; 0 never.",
+        otherwise="a quarter of the stage's, 10 at least", low=0,
+    )  # fmt: skip
     mixup: float | None = _of(
         AUGMENT, None, "α of mixup (0.1 to 0.4 is usual): clips and labels are blended in pairs.", low=0, high=10
     )
@@ -264,12 +269,16 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """``city`` or ``scene``: what it learns."""
+        """``city``, ``scene`` or ``winner``: what it learns."""
         return label_of(self.role)
 
     @property
     def num_classes(self) -> int:
-        return self.num_cities if self.label == "city" else self.num_scenes
+        return {"city": self.num_cities, "winner": 2}.get(self.label, self.num_scenes)
+
+    def patience_of(self, stage: Stage) -> int:
+        """Epochs without a better validation that end it: a head of 200 epochs may begin slower than a net of 40."""
+        return max(stage.epochs // 4, 10) if self.patience is None else self.patience
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -50,11 +50,13 @@ class Training:
 
     Attributes:
         code: folders of the recipe's own code, which its keys change with.
+        units: what a row is called, and what rows are kept together by.
         keeps_weights: whether later runs of the same key take the weights from ``<output_dir>/pretrained``.
         inherited: the samples that made what the net starts from, or stands on.
     """
 
     code: ClassVar[tuple[Path, ...]] = ()
+    units: ClassVar[tuple[str, str]] = ("samples", "locations")
     keeps_weights: ClassVar[bool] = False
 
     def __init__(self, job: TrainJob, watcher: Watcher | None = None) -> None:
@@ -169,14 +171,18 @@ class Training:
         clips, count = job.shared["features"], len(job.division.train)
         return clips.part(range(count)), clips.part(range(count, len(clips)))
 
+    def held_out(self) -> Mapping[str, Clips]:
+        """What must have nothing in common with what trains, by its name."""
+        return {"validation": self.validation}
+
     def _tell_of_equal_features(self) -> None:
-        ordered = np.unique(self.train.digests, axis=0)
-        same = int((KeyFinder(np.ascontiguousarray(ordered)).find(self.validation.digests) >= 0).sum())
-        if same:
-            self.watcher.note(
-                f"{same:,} validation features are byte for byte a training sample's, under another location: the "
-                "validation is better than it should be"
-            )
+        ordered = KeyFinder(np.ascontiguousarray(np.unique(self.train.digests, axis=0)))
+        for name, clips in self.held_out().items():
+            if same := int((ordered.find(clips.digests) >= 0).sum()):
+                self.watcher.note(
+                    f"{same:,} {name} features are byte for byte a training sample's, of other {self.units[1]}: the "
+                    f"{name} is better than it should be"
+                )
 
     def _stages(self) -> tuple[Stage, ...]:
         settings = self.settings
@@ -214,10 +220,10 @@ class Training:
         }
 
     def _announce(self) -> None:
-        division = self.job.division
+        division, (rows, places) = self.job.division, self.units
         self.watcher.note(
-            f"{self.title} for {self.job.place}: {len(self.train):,} training samples of "
-            f"{division.train_locations:,} locations, {len(self.validation):,} validation samples of "
+            f"{self.title} for {self.job.place}: {len(self.train):,} training {rows} of "
+            f"{division.train_locations:,} {places}, {len(self.validation):,} validation {rows} of "
             f"{division.validation_locations:,} others; key {self.key[:16]}…"
         )
         if self.start is not None:
@@ -227,12 +233,13 @@ class Training:
             if not self.settings.drop_last:
                 why = "are alone with their shape, and batch norm learns nothing from one"
             self.watcher.note(f"{lost:,} training clips {why}: they are not trained on")
-        seen = None if self.inherited is None else self.inherited.has_trained(s.file for s in self.validation.samples)
-        if seen is not None and seen.any():
-            self.watcher.note(
-                f"{int(seen.sum()):,} validation samples trained what this starts from: the validation is better than "
-                "it should be (give both the same --val-ratio, --fold and --quick-experiment)"
-            )
+        made = self.inherited or Provenance.unknown()
+        for name, clips in self.held_out().items():
+            if seen := int(made.has_trained(sample.file for sample in clips.samples).sum()):
+                self.watcher.note(
+                    f"{seen:,} {name} samples trained what this starts from: the {name} is better than it should be "
+                    "(give both the same --val-ratio, --fold and --quick-experiment)"
+                )
 
     # -- weights that are there already -------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def _stacked(clips: Iterable[Clip]) -> torch.Tensor:
 @torch.no_grad()
 def _accuracy(net: nn.Module, clips: tuple[torch.Tensor, torch.Tensor]) -> float:
     x, labels = clips
-    named = torch.cat([net(part).argmax(dim=1) for part in x.split(100)])
+    named = torch.cat([net(part).argmax(dim=1) for part in torch.split(x, 100)])
     return 100 * float((named == labels).double().mean())
 
 

@@ -125,6 +125,8 @@ def remove_garbage(report: GcReport) -> None:
     """
     folder = CacheFolder(Path(report.cache))
     snapshot = Snapshot(folder)
+    if isinstance(snapshot.trouble, StoreError):  # nothing is known of it, not even that it is damaged
+        raise snapshot.trouble
     sure = snapshot.index is not None and not snapshot.damaged_pending
     if not sure and any(item.kind == PACK for item in report.garbage):
         report.notes.append("the index or a pending record was damaged or removed meanwhile; all packs stay")

@@ -36,7 +36,8 @@ def in_turn(directory: Path) -> Iterator[None]:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open too
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written through it
+            os.close(descriptor)
 
 
 def _is_held(descriptor: int) -> bool:

@@ -16,7 +16,12 @@ export INSTALLING
 demo: .venv/installed  ## dump the sample's logits, verify them, and compare a student with its twin that has no teacher
 	$(BIN)/kd-cache dump --target b
 	$(BIN)/kd-cache verify --n 100
-	$(BIN)/kd-cache student compare --target b --modes fit --seeds 1 --epochs 12 --arch cp_resnet --channels 8,8,16,24
+	$(BIN)/kd-cache sample-data outputs/demo/data --size large --target b
+	$(BIN)/kd-cache dump --target b --json-path outputs/demo/data/dataset.json --cache-root outputs/demo/cache \
+		--city2scene-teacher-ckpt data/sample/teachers/teacher_city2scene/A2b/best.safetensors \
+		--scene-teacher-ckpt data/sample/teachers/teacher_scene/global/best.safetensors
+	$(BIN)/kd-cache student compare --target b --cache-root outputs/demo/cache --output-dir outputs/demo --modes fit \
+		--epochs 15 --arch cp_resnet --channels 8,8,16,24
 
 test: .venv/installed-dev  ## the gate: ruff, mypy --strict, every test, one draw of each kind of fault
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("read", "loader", "dump", "scale", "train", "prepare")
+NAMES = ("read", "loader", "dump", "scale", "train", "student", "prepare")
 
 
 def main() -> int:

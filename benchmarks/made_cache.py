@@ -52,8 +52,8 @@ def make_cache(path: Path, files: Sequence[str], classes: int, inputs: np.ndarra
             return block_of_rows(number, part.start // _BLOCK, part.stop - part.start, classes)
 
         made_by = origin(teacher, classes)
-        write_pack(folder / "packs", made_by, keys, scored, encoded, take, _BLOCK)
-        entries[teacher] = {**origin_entry(made_by), "rows": len(files), "pack": None, "earlier": []}
+        pack = write_pack(folder / "packs", made_by, keys, scored, encoded, take, _BLOCK)
+        entries[teacher] = {**origin_entry(made_by), "rows": len(files), "pack": pack.name, "earlier": []}
     permitted = Permitted.of(keys, np.full(len(files), NO_LABEL)).write(folder)
     record = {"adaptation": "A2b", "files": False, "missing": {}, "manifest": {"sha256": ""}, "teachers": entries}
     record |= {"permitted": {"file": permitted, "count": len(files)}}

@@ -17,8 +17,9 @@ import torch
 from conftest import REPO, SAMPLE, Run, as_if_dumped_in, kaiming
 from typer.testing import CliRunner, Result
 
-from kd_cache import DataLeakageError, LogitCache, StaleError, student_loader, teacher_fingerprint
+from kd_cache import DataLeakageError, LogitCache, StaleError, load_manifest, student_loader, teacher_fingerprint
 from kd_cache.cli import app
+from kd_cache.dataset.manifest import LISTS
 from teachers import load_teacher, save_checkpoint
 
 
@@ -99,7 +100,8 @@ def test_cached_logits_are_the_teachers_own_and_know_the_scene(root: Path) -> No
 
 def test_another_checkpoint_under_the_same_path_is_refused_everywhere_until_it_is_rescored(root: Path) -> None:
     path = root / "data/sample/teachers/teacher_scene/global/best.safetensors"
-    old = teacher_fingerprint(load_teacher(path))
+    made = load_manifest(root / "data/sample/dataset.json").front_end_text
+    old = teacher_fingerprint(load_teacher(path), front_end=made)
     teacher = load_teacher(path)
     state = {name: tensor.clone() for name, tensor in teacher.net.state_dict().items()}
     next(iter(state.values())).mul_(1.5)
@@ -107,7 +109,7 @@ def test_another_checkpoint_under_the_same_path_is_refused_everywhere_until_it_i
     result = invoke("verify", "--n", 20)
     assert result.exit_code == 5
     assert "weights" in result.stdout
-    new = teacher_fingerprint(load_teacher(path))
+    new = teacher_fingerprint(load_teacher(path), front_end=made)
     with pytest.raises(StaleError, match="weights"):
         LogitCache.open("cache/A2b", expect={"scene": new})
     with pytest.raises(StaleError):
@@ -208,7 +210,7 @@ def without_a_feature(root: Path) -> None:
 
 
 def without_a_split(root: Path) -> None:
-    rows = [row for rows in manifest(root).values() for row in rows]
+    rows = [row for split in LISTS for row in manifest(root)[split]]
     del rows[5]["split"]
     write_manifest(root, rows)
 

@@ -78,6 +78,8 @@ def test_names_are_compared_column_by_column(mine: Any, theirs: Any, expected: s
         (SWAPPED, True),
         (DCASE.cities, False),
         (DCASE.cities[::-1], True),
+        (("class0", "class1", "Class0"), True),
+        ((*SCENES, "bus"), True),
     ],
 )
 def test_columns_named_after_the_tasks_labels_stand_where_these_do(found: Any, is_wrong: bool) -> None:
@@ -90,6 +92,13 @@ def test_teachers_whose_columns_are_other_classes_do_not_open_together(tmp_path:
     with pytest.raises(UsageError, match=r"column \d is \w+ of one, \w+ of two"):
         LogitCache.open(path)
     assert LogitCache.open(path, ["two"]).class_names == {"two": tuple(other)}
+
+
+def test_columns_of_one_name_are_refused_when_they_are_opened(tmp_path: Path) -> None:
+    """As an earlier version dumped or adopted them."""
+    path = cache_of(tmp_path / "A2b", one=["bus", "tram", "bus"])
+    with pytest.raises(UsageError, match="one: its columns 0 and 2 are both called bus"):
+        LogitCache.open(path)
 
 
 def test_columns_without_names_beside_named_ones_are_a_warning(tmp_path: Path) -> None:
@@ -111,6 +120,8 @@ def test_a_dump_refuses_another_order_before_it_scores_also_beside_what_is_cache
 def test_columns_in_another_order_than_the_labels_are_refused_at_the_dump(world: World) -> None:
     with pytest.raises(TeacherError, match="column 4 is public_square of the teacher, park of the task"):
         dump(world, one=SWAPPED)
+    with pytest.raises(TeacherError, match="its columns 0 and 9 are both called class0"):
+        dump(world, one=(*OWN[:9], OWN[0]))
     assert not world.cache.exists()
 
 
@@ -136,10 +147,11 @@ def test_merge_and_adopt_refuse_another_order(world: World, run: Run) -> None:
     assert run("export", "first/A2b", "--to", "pt", "--output", "out").exit_code == 0
     adopted = run("adopt", "out/up.pt", *data)
     assert (adopted.exit_code, "down and up have the same classes in another order" in adopted.stderr) == (2, True)
-    described = json.loads((world.root / "out/up.files.json").read_text()) | {"class_names": list(SWAPPED)}
-    (world.root / "out/up.files.json").write_text(json.dumps(described))
-    swapped = run("adopt", "out/up.pt", *data, "--cache-root", "third")
-    assert (swapped.exit_code, "of the task" in swapped.stderr) == (2, True)
+    for wrong, why in ((SWAPPED, "of the task"), ((*OWN[:9], OWN[3]), "its columns 3 and 9 are both called class3")):
+        described = json.loads((world.root / "out/up.files.json").read_text()) | {"class_names": list(wrong)}
+        (world.root / "out/up.files.json").write_text(json.dumps(described))
+        refused = run("adopt", "out/up.pt", *data, "--cache-root", "third")
+        assert (refused.exit_code, why in refused.stderr) == (2, True)
     assert not (world.root / "third").exists()
 
 

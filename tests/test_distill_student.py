@@ -21,6 +21,7 @@ from kd_cache import LogitCache, Provenance, StaleError
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.distill.recipe import Recipe
 from kd_cache.distill.student import StudentJob, StudentTraining, _Taught, train_student
+from kd_cache.distill.subset import listed_samples
 from kd_cache.errors import TrainingError, UsageError
 from kd_cache.score.device import numerics
 from kd_cache.train.checkpoint import read_weights
@@ -192,6 +193,31 @@ def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, sc
     assert dumped.exit_code == 0, dumped.output
     measured = run("evaluate", path, "--json-path", taught.json_path, *COUNTS, "--target", "b", "--json")
     assert json.loads(measured.stdout)["accuracy"] == pytest.approx(taken["results"]["test"]["accuracy"])
+
+
+def test_of_a_subset_nothing_else_trains_validates_or_weighs_the_teachers(taught: World, run: Run, scene: Path) -> None:
+    provenance, table = teachers.scene(scene).provenance, Path("split50.csv")
+    whole = StudentTraining(job(taught, provenance))
+    held = {sample.file for sample in whole.validation.samples}
+    chosen = {*taught.permitted()[::2], *sorted(held)[1:]} - {min(held)}
+    names = [f"audio/{Path(file).stem}.wav" for file in sorted(chosen, reverse=True)]
+    table.write_text("filename\tscene_label\n" + "".join(f"{name}\tbus\n" for name in names))
+    one = replace(job(taught, provenance), subset=listed_samples(table, whole.job.data.manifest))
+    some = StudentTraining(one)
+    assert {sample.file for sample in some.validation.samples} == held & chosen
+    assert {sample.file for sample in some.train.samples} == {s.file for s in whole.train.samples} & chosen
+    assert whole.said["fitted_on"]["rows"] == len(held) == kd_cache.distill.fitting.LEAST
+    assert not some.said["fitted_on"]  # one row too few to fit on
+    assert some.key != whole.key
+    twin = whole.train.samples[0]._replace(file=f"y/{Path(whole.train.samples[0].file).name}")
+    table.write_text(f"filename\n{Path(twin.file).stem}.wav\n")
+    with pytest.raises(UsageError, match=twin.file):
+        listed_samples(table, [*whole.train.samples, twin])
+    for text, says in (("other.wav", "other: no train sample"), ("", "0 of 0 rows"),
+                       (taught.rows[-1]["file"], "no train sample"),  # of test
+                       (names[1], "leaves 1 samples to train on and 0 of A")):  # fmt: skip
+        table.write_text(f"filename\n{text}\n")
+        assert says in command(run, taught, "--subset", table, "--teacher-mode", "ce", code=2)
 
 
 def test_what_made_a_student_is_its_own_rows_and_those_of_the_teachers_that_it_had(taught: World) -> None:

@@ -30,7 +30,7 @@ OTHERS = [REPO / "README.md", *sorted(set((REPO / "docs").glob("*.md")) - {TRAIN
 DOCS = "".join(path.read_text() for path in [*OTHERS, TRAINING])
 
 ELSEWHERE = {
-    "make demo": "each of its commands runs here",
+    "make demo": "each of its commands runs here, the students for fewer epochs",
     "make test": "this test is a part of it",
     "make faults": "minutes; .ci/run runs it",
     "make bench": "minutes",

@@ -644,6 +644,7 @@ def test_of_many_row_files_the_first_are_shown(run: Run, root: Path) -> None:
     [
         (["nowhere"], 3, "there is no cache at nowhere"),
         (["--cache-root", "nowhere"], 3, "there is no cache under nowhere"),
+        (["--cache-root", "/dev/zero/x"], 3, "there is no cache under /dev/zero/x: /dev/zero is no folder\n"),
         (["elsewhere"], 3, "there is no cache at elsewhere"),
         (["--older-than", "-1"], 2, "older-than"),
         (["--older-than", "inf"], 2, "older-than"),

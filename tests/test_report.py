@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import pytest
 import yaml
-from conftest import Run, World
+from conftest import REPO, Run, World
 from test_distill_student import QUICK, taught
 from train_fixtures import scene, town
 
@@ -25,6 +25,7 @@ from kd_cache.report.figures import Line, label, lines
 from kd_cache.report.of_comparison import comparison_page, span
 from kd_cache.report.of_run import run_folder, run_page
 from kd_cache.report.page import Figure, Page, Section
+from kd_cache.store.index import read_index, write_index
 
 __all__ = ["scene", "taught", "town"]
 NAMES = ["<script>alert(1)</script>", "a\"b'&c", "$x^$ \\frac", "ж中\u202e\x1b[31m", "many words and " * 6 + "x" * 90]
@@ -293,3 +294,18 @@ def test_a_browser_cuts_no_text_at_any_width(ran: Path, tmp_path: Path) -> None:
         assert (found[f"{name} 400"], found[f"{name} 1200"]) == ([], [])
     assert any("drawing" in each for each in found["drawing 400"]), "the measure sees what is cut"
     assert found["wide 400"]
+
+
+def test_a_cache_whose_manifest_and_labels_are_gone_has_a_page_too(run: Run, tmp_path: Path) -> None:
+    frozen, bare = REPO / "tests/data/cache-0.1/finished/A2b", tmp_path / "bare/A2b"
+    shutil.copytree(frozen, bare)
+    index = read_index(bare / "cache_index.json")
+    record = {name: value for name, value in index.record.items() if name != "permitted"}
+    write_index(index.path, index.num_samples, index.maps, record)
+    for cache, told in ((frozen, "perhaps trained on"), (bare, "No source row has a label")):
+        shown = run("report", cache, "--output", "old")
+        assert shown.exit_code == 0, shown.output
+        assert shown.stderr.count("not known") == 3
+        page = check(Path("old/report.html").read_text())
+        assert "14 of 14 permitted samples have a row of every teacher" in page.text
+        assert told in page.text

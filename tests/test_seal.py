@@ -373,16 +373,30 @@ def test_an_index_that_another_process_replaces_in_the_same_moment_is_written_ag
 ) -> None:
     """Both looked before either renamed. Who came first looks again before it is done."""
     assert run(*dumping(world, "tiny")).exit_code == 0
-    late = index_bytes(world)
-
-    def overtake() -> None:
-        (world.cache / ".tmp-1-1").write_bytes(late)
-        (world.cache / ".tmp-1-1").replace(world.cache / "cache_index.json")
-
-    with meanwhile(monkeypatch, overtake, after=True) as done:
+    with meanwhile(monkeypatch, overtaking(world), after=True) as done:
         assert run(*dumping(world, "other")).exit_code == 0
     assert done
     both_are_there(world, run)
+
+
+def overtaking(world: World) -> Callable[[], Any]:
+    """Puts the index as it is now in place again."""
+    late, draft = index_bytes(world), world.cache / ".tmp-1-1"
+    return lambda: draft.write_bytes(late) and draft.replace(world.cache / "cache_index.json")
+
+
+def test_a_pack_that_another_process_names_meanwhile_stays_whatever_is_permitted_here(
+    run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (1, 2):
+        assert run(*weighing(world, seed), "--no-files").exit_code == 0
+    overtake = overtaking(world)
+    del world.rows[0]
+    world.write()
+    with meanwhile(monkeypatch, overtake, after=True) as done:
+        assert run(*weighing(world, 1), "--no-files", "--num-verify", 0).exit_code == 0
+    assert done
+    assert len(served(world.cache)) == 20
 
 
 def test_an_index_lost_in_the_last_moment_costs_no_row(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

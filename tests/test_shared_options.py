@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import TINY, Run, World
-from store_fixtures import snapshot
+import torch
+from conftest import REPO, TINY, Run, World
+from store_fixtures import snapshot, two_teachers
+
+from kd_cache.cli.commands import all_commands
+from kd_cache.commands import Command
+from kd_cache.options import Option
 
 DATA = ("--target", "b", "--json-path", "dataset.json")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -42,6 +50,64 @@ def test_json_prints_one_object_and_nothing_else(run: Run, world: World, command
     result = run(*COMMANDS[command], "--json")
     assert result.exit_code == 0, result.output
     assert isinstance(json.loads(result.stdout), dict)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (("gc", "nowhere"), "MissingLogitsError", 3),
+        (("dump", "--target", "b", "--json-path", "nowhere.json"), "ManifestError", 2),
+        (("dump", "--target", "nobody"), "UsageError", 2),
+        (("dump", *DATA, "--unknown"), "UsageError", 2),
+        (("unknown",), "UsageError", 2),
+    ],
+)
+def test_an_error_is_a_document_with_json_too(run: Run, world: World, arguments: Any, kind: str, code: int) -> None:
+    result = run(*arguments, "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["exit_code"], error["kind"]) == (code, code, kind)
+    assert error["message"].split("\n")[0][:40] in " ".join(result.stderr.replace("│", " ").split())
+    assert run(*arguments).stdout == ""
+
+
+PATHS = {(each.name, each.help): (command, each) for command in all_commands()[0].values() for each in command.options}
+PATHS = {key: found for key, found in PATHS.items() if found[1].is_path and key[0] != "allow_outside"}
+REQUIRED = {"target": "b", "to": "npy", "arch": "cp_resnet", "limits": "dcase", "shape": "43,256", "label": "scene"}
+REQUIRED |= {"model": "tiny=tiny_teachers:linear", "layout": "csv", "source": "rows.pt", "folder": "."}
+REQUIRED |= {"json_path": "dataset.json", "table": "train=all.tsv", "out": "out"}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("key", PATHS, ids=lambda key: f"{PATHS[key][0].name} {key[0]}")
+def test_a_path_that_never_ends_ends_a_command_at_once(run: Run, tmp_path: Path, key: tuple[str, str]) -> None:
+    """Every option that names a path, of a command that has it: a pipe nobody writes to, a device without an end."""
+    os.mkfifo("fifo")
+    (tmp_path / "all.tsv").write_text("file\tscene\tdevice\nx.wav\tbus\ta\n")
+    shutil.copy(REPO / "data/sample/dataset.json", tmp_path)
+    two_teachers(tmp_path / "cache/A2b")
+    torch.save(torch.zeros(4, 10), "rows.pt")
+    command, hostile = PATHS[key]
+    for value in ("fifo", "/dev/zero"):
+        arguments = [*command.name.split(), *needed(command, hostile, value)]
+        result = run(*arguments)
+        assert (result.exit_code in (1, 2, 3), result.stdout) == (True, ""), result.output
+        assert value in result.stderr or command.name.startswith(
+            ("train", "student", "report")
+        )  # these say what data lack
+
+
+def needed(command: Command, hostile: Option, value: str) -> Iterator[object]:
+    """The arguments that a command cannot do without, and the hostile one."""
+    for each in command.options:
+        if each.name == hostile.name:
+            given: object = value
+        elif each.name == "only" and hostile.name.endswith("_teacher_ckpt"):
+            given = hostile.name.removesuffix("_teacher_ckpt")
+        elif each.default is ... or each.name == "json_path" or (command.name, each.name) == ("prepare", "table"):
+            given = REQUIRED.get(each.name, "cache/A2b")
+        else:
+            continue
+        yield from [given] if each.positional else [each.flags[0], given]
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])

@@ -125,6 +125,7 @@ def test_a_sample_whose_split_contradicts_its_list_is_leakage(listed: str, says:
         for allow in (False, True):
             message = leak(allow=allow, **lists)
             assert f"odd/one.npy: in the list {listed}, but its split says {says}" in message
+            assert ("write it as the list is called" in message) == (says.lower() == listed)
     elif not repeated:
         assert len(select(manifest(**lists), "b").files) == 2 + (says == "train")
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, shown
+from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, shown
 from kd_cache.files.atomic import TEMPORARY_NAME, store_errors, sync_opened_directory
 from kd_cache.store.cache import CacheFolder, Named, no_cache, no_finished_cache
 from kd_cache.store.index import Index

@@ -49,11 +49,10 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
                 ctx.params.update({name: value for name, value in kwargs.items() if name in ctx.params})
             return command(*args, **kwargs)
         except KDCacheError as error:
-            _print_error(error.message, error.hint)
-            code = error.exit_code
+            message, hint, code = error.message, error.hint, error.exit_code
             cause: BaseException = error
         except KeyboardInterrupt as error:
-            _print_error("interrupted; what was committed is kept, and the same command goes on from there", None)
+            message, hint = "interrupted; what was committed is kept, and the same command goes on from there", None
             code, cause = 130, error
         except (typer.Exit, typer.Abort, Stopped):
             raise
@@ -61,8 +60,11 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
             message = f"unexpected {type(error).__name__}: {shown(error)}"
             if isinstance(error, OSError) and error.filename is not None:
                 message = f"cannot use {shown(error.filename)}: {error.strerror}"
-            _print_error(message, "Run again with --debug to see where.")
-            code, cause = 1, error if isinstance(error, Exception) else RuntimeError(message)
+            hint, code = "Run again with --debug to see where.", 1
+            cause = error if isinstance(error, Exception) else RuntimeError(message)
+        _print_error(message, hint)
+        if kwargs.get("as_json"):
+            print_json_error(message, hint, code, kind=type(cause).__name__)
         if kwargs.get("debug"):
             raise cause
         raise typer.Exit(code)
@@ -75,6 +77,12 @@ def at_home(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(at_home(item) for item in value)
     return home_path(value) if isinstance(value, Path) else value
+
+
+def print_json_error(message: str, hint: str | None, exit_code: int, kind: str) -> None:
+    """What ended a command, for a program: all that is on standard output then."""
+    error = {"kind": kind, "message": message, "hint": hint, "exit_code": exit_code}
+    sys.stdout.write(json.dumps({"error": error}, indent=1) + "\n")
 
 
 def _print_error(message: str, hint: str | None) -> None:

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from kd_cache.cli.commands import all_commands, beside
+from kd_cache.cli.console import print_json_error
 from kd_cache.cli.help import print_command_help, print_group_help
 from kd_cache.cli.running import run_command
 from kd_cache.cli.settings_file import check_environment, read_file
@@ -21,6 +22,7 @@ from kd_cache.errors import UsageError, shown
 from kd_cache.options import PREFIX, Option
 
 PROGRAM = "kd-cache"
+_UnreadableError: Any = typer.BadParameter.__base__  # which typer itself does not export
 SETTINGS = {
     # Those who come from the older script write --cache_root; it means --cache-root.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -137,7 +139,7 @@ def built(name: str) -> Any:
     entry = all_commands()[0][name]
 
     def callback(ctx: typer.Context, **values: Any) -> None:
-        run_command(entry, ctx, values, debug=values.get("debug", False))
+        run_command(entry, ctx, values, as_json=values.get("as_json", False), debug=values.get("debug", False))
 
     given = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     callback.__signature__ = inspect.Signature([*given, *map(parameter, entry.options)])  # type: ignore[attr-defined]
@@ -187,6 +189,16 @@ class TableGroup(TyperGroup):
         except UsageError as error:
             raise typer.BadParameter(error.message) from error
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Errors of a command line that nobody could read are documents too, where ``--json`` stands in it."""
+        words = [*ctx._protected_args, *ctx.args]
+        try:
+            return super().invoke(ctx)
+        except _UnreadableError as error:
+            if not self.prefix and "--json" in words:
+                print_json_error(error.format_message(), None, error.exit_code, "UsageError")
+            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """``student compare …`` is the command of that name, ``student …`` the one it stands beside."""

@@ -32,6 +32,10 @@ only: [scene]
 
 Further variables: {", ".join(f"`{name}`" for name in ENVIRONMENT)} (how much the test suite runs).
 
+With `--json` a command that ends with an error prints `{{"error": {{"kind", "message", "hint", "exit_code"}}}}` on
+standard output (`hint` may be `null`), and the same in words on standard error. What an audit finds is no error: it is
+in the command's own document.
+
 Exit codes: {" · ".join(f"{code} {what}" for code, what in EXIT_CODES.items())}; of several problems, 6 > 4 > 5 > 3.
 """
 

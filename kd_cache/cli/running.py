@@ -18,7 +18,7 @@ from kd_cache.errors import UsageError
 
 
 @reporting_errors
-def run_command(entry: Command, ctx: typer.Context, values: Mapping[str, Any], *, debug: bool) -> None:
+def run_command(entry: Command, ctx: typer.Context, values: Mapping[str, Any], *, as_json: bool, debug: bool) -> None:
     """Run it, show its report, and exit with its status if that is not 0."""
     sources = {name: str(source.name).lower() for name in values if (source := ctx.get_parameter_source(name))}
 
@@ -32,7 +32,7 @@ def run_command(entry: Command, ctx: typer.Context, values: Mapping[str, Any], *
 
     at_last = {name: at_home(value) for name, value in values.items()}
     run = Run(entry, at_last, sources, ctx.meta.get(FILE, {}), read)
-    with Screen(quiet=at_last.get("quiet", False), as_json=at_last.get("as_json", False)) as screen:
+    with Screen(quiet=at_last.get("quiet", False), as_json=as_json) as screen:
         # What a teacher prints is no part of the document.
         with contextlib.redirect_stdout(sys.stderr) if screen.as_json else contextlib.nullcontext():
             report = called(run, screen)

@@ -18,6 +18,7 @@ from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
 from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
+from kd_cache.distill.subset import listed_samples
 from kd_cache.errors import shown
 from kd_cache.score.device import resolve_device
 from kd_cache.store.cache import CacheFolder
@@ -65,6 +66,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
     indexes = {each: Snapshot(folder).finished() for each, folder in folders.items()}
     index = next(iter(indexes.values()))
     data = saved_data(run, saved_in(index), target)
+    table = values["subset_table"]
     job = StudentJob(
         settings=_settings(values, run.recall(saved_in(index).values, {})),
         data=data,
@@ -72,6 +74,7 @@ def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple
         record={"options": run.record(), "paths": dict(data.paths)},
         cache=tuple(folder.path for folder in folders.values()),
         recipe=_recipe(values),
+        subset=None if table is None else listed_samples(table, data.manifest),
         provenances=_provenances(run, indexes, data, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )

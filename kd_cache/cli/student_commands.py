@@ -43,6 +43,9 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
     "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
+    # Not "subset": in a settings file that is the one that prepare reads.
+    Option("subset_table", Path | None, "Use only the train samples that this table lists (split25.csv), in validation "
+           "and fusion too; joined by file name.", DATA, None, "all that are permitted", flag="--subset"),
     Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
            Path("outputs")),
     Option("init", Path | None, "Start from this checkpoint.", RUN, None),

@@ -195,8 +195,10 @@ def device_in_name(file: str, task: Task = DCASE) -> str | None:
 
 
 def _contradictions(manifest: Manifest) -> list[str]:
+    as_listed = " (write it as the list is called, or leave it out)"
     return [
         f"{sample.file}: in the list {sample.listed_in}, but its split says {sample.split}"
+        f"{as_listed if sample.split.strip().casefold() == sample.listed_in else ''}"
         for sample in manifest
         if sample.listed_in is not None and sample.split != sample.listed_in
     ]
@@ -336,16 +338,15 @@ def _outside(provenance: Provenance, selection: Selection) -> np.ndarray:
 
 
 def tell_of_untold(teachers: Mapping[str, Any], watcher: Watcher) -> None:
-    """A note of the teachers that say nothing of what they were made with, and of each that does not say all of it."""
-    silent = [name for name, teacher in teachers.items() if getattr(teacher, "provenance", None) is None]
-    if silent:
-        watcher.note(
-            f"nothing is known of what made {', '.join(map(shown, silent))}: whether a sample that is not permitted "
-            "trained it cannot be checked"
-        )
-    for name, teacher in teachers.items():
+    """A note of each teacher that says nothing of what it was made with, or not all of it."""
+    for name, teacher in teachers.items():  # one by one, as those who look at them again do: nothing is said twice
         provenance: Provenance | None = getattr(teacher, "provenance", None)
-        if provenance is not None and not provenance.complete:
+        if provenance is None:
+            watcher.note(
+                f"nothing is known of what made {shown(name)}: whether a sample that is not permitted trained it "
+                "cannot be checked"
+            )
+        elif not provenance.complete:
             watcher.note(
                 f"{shown(name)} stands on weights that say nothing of what they were trained on: whether those saw a "
                 "sample that is not permitted cannot be checked"

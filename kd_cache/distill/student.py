@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_cache.dataset.manifest import IGNORED
+from kd_cache.dataset.guard import Selection
+from kd_cache.dataset.manifest import IGNORED, Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.distill.fitting import fit_gate, fit_weights, held_out
 from kd_cache.distill.fusion import Fusion, Weights
@@ -50,6 +51,7 @@ class StudentJob(TrainJob):
         mode: ``ce``, ``fit``, ``gate``, or another mode of `kd_cache.distill.fuse`.
         recipe: the numbers of the objective.
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
+        subset: the files that it may use, where they are not all that are permitted.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
@@ -57,6 +59,7 @@ class StudentJob(TrainJob):
     mode: str = "fit"
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
+    subset: frozenset[str] | None = None
     own_home: Path | None = None
 
     @property
@@ -67,10 +70,28 @@ class StudentJob(TrainJob):
     def division(self) -> Division:
         """A and the target train, held-out locations of A validate. Raises as `divide`."""
         data, settings = self.data, self.settings
+        # Of all that is permitted: what is held out from a subset's students is what was held out from the teachers.
         found = divide(
             data.selection.samples, task=data.task, ratio=settings.val_ratio, fold=settings.fold, data_root=data.root
         )
-        return Division(found.train, found.only([data.task.source]).validation, found.place_of)
+        sides = (found.train, found.only([data.task.source]).validation)
+        train, validation = (tuple(each for each in side if self.may_use(each)) for side in sides)
+        if not train or not validation:
+            raise UsageError(
+                f"the subset leaves {len(train)} samples to train on and {len(validation)} of A to validate on",
+                hint="Give a larger --subset, or another --val-ratio or --fold.",
+            )
+        return Division(train, validation, found.place_of)
+
+    def may_use(self, sample: Sample) -> bool:
+        """Whether it is in the subset."""
+        return self.subset is None or sample.file in self.subset
+
+    @property
+    def selection(self) -> Selection:
+        """What is permitted, of the subset."""
+        found = self.data.selection
+        return replace(found, samples=tuple(filter(self.may_use, found.samples)))
 
 
 class StudentTraining(Training):
@@ -142,11 +163,11 @@ class StudentTraining(Training):
     def _fusion(self, cache: LogitCache) -> str | Fusion:
         mode = self.job.mode
         if mode == "gate":
-            return fit_gate(held_out(cache, self.job.data.selection, self.job.provenances), seed=self.settings.seed)
+            return fit_gate(held_out(cache, self.job.selection, self.job.provenances), seed=self.settings.seed)
         if mode != "fit":
             return mode
         try:
-            fitted = fit_weights(held_out(cache, self.job.data.selection, self.job.provenances))
+            fitted = fit_weights(held_out(cache, self.job.selection, self.job.provenances))
         except UnfitError as error:
             self.watcher.note(f"the teachers' mean is taken in place of a fit: {error.message}")
             fitted = Weights(dict.fromkeys(cache.teachers, 1 / len(cache.teachers)))

@@ -12,7 +12,7 @@ from kd_cache.dataset.guard import look_through
 from kd_cache.dataset.manifest import FRONT_END, LISTS, Manifest, parse_manifest
 from kd_cache.dataset.task import Task
 from kd_cache.errors import UsageError, shown
-from kd_cache.files.atomic import make_directory, write_atomic
+from kd_cache.files.atomic import make_directory, open_file, write_atomic
 from kd_cache.prepare.rows import Row
 
 NAME = "dataset.json"
@@ -54,9 +54,13 @@ def guarded(content: bytes, path: Path, task: Task, *, allow_shared_locations: b
 
 
 def refuse_other(path: Path, contents: Collection[bytes], *, overwrite: bool) -> None:
-    """Raise `UsageError` where something else than one of ``contents`` is at ``path``, and may not be replaced."""
+    """Raise `UsageError` where something else than one of ``contents`` is at ``path``, and may not be replaced.
+
+    What is no regular file, such as a device, never may.
+    """
     try:
-        there = path.read_bytes()
+        with open_file(path) as file:
+            there = file.read(max(map(len, contents)) + 1)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -13,14 +13,13 @@ from kd_cache.commands import Table
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import task_of
-from kd_cache.errors import MissingLogitsError, shown
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.report.figures import Bar, Line, bars, lines, matrix
 from kd_cache.report.of_run import calibration, said
 from kd_cache.report.page import Figure, Page, Section
 from kd_cache.score.storage_cost import log_softmax
 from kd_cache.store.accuracy import Accuracy
-from kd_cache.store.permitted import Permitted
+from kd_cache.store.permitted import NO_LABEL, Permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
 from kd_cache.train.evaluation import reliability
@@ -56,8 +55,9 @@ class Judged:
 
     def told(self, kind: str) -> str:
         """What the rows of a kind are to it."""
-        chose = int(self.chose_epoch[self.rows(kind)].sum())
-        return f"held out from training, {chose:,} used to choose the epoch" if kind == HELD_OUT and chose else kind
+        words = {HELD_OUT: "held out from training", TRAINED: "trained on", UNKNOWN: "perhaps trained on: not known"}
+        chose = int(self.chose_epoch[self.rows(kind)].sum()) if kind == HELD_OUT else 0
+        return words[kind] + (f", {chose:,} used to choose the epoch" if chose else "")
 
     def accuracy(self, labels: np.ndarray, kind: str) -> Accuracy:
         mine = self.rows(kind)
@@ -81,12 +81,9 @@ def cache_page(
     Raises:
         MissingLogitsError, CorruptError, StaleError, StoreError: as reading it.
     """
-    index, permitted = snapshot.finished(), snapshot.permitted
-    if permitted is None:
-        raise MissingLogitsError(
-            f"{shown(snapshot.folder.path)} has no list of permitted samples", hint="Run kd-cache seal."
-        )
+    index = snapshot.finished()
     unions = {name: snapshot.union_of(snapshot.served_pack(name)) for name in index.origins}
+    permitted = snapshot.permitted or _without_labels(unions)
     record, labels = index.record, permitted.labels
     name = str(record.get("adaptation", snapshot.folder.path.name))
     cities = task_of(name).cities
@@ -125,6 +122,12 @@ def cache_page(
         "made": {name: value for name, value in record.items() if name != "plan"},
     }
     return Page(f"Cache {name}", lead, [section for section in sections if section.parts], content)
+
+
+def _without_labels(unions: Mapping[str, Union]) -> Permitted:
+    """Of a cache of kd-cache 0.1, which wrote no list of them: every sample that has a row, and no labels."""
+    keys = np.unique(np.concatenate([union.keys for union in unions.values()]), axis=0)
+    return Permitted.of(keys, np.full(len(keys), NO_LABEL))
 
 
 def _judged(union: Union, permitted: Permitted, made: Provenance | None, cities: Collection[str]) -> Judged:
@@ -193,6 +196,8 @@ def _holding(held: Mapping[str, Mapping[str, int | None]]) -> list[str | Table |
             if count is not None:
                 series[name][device] = Bar(count)
         rows.append([device, *("not known" if count is None else f"{count:,}" for count in each.values())])
+    if not rows:
+        return ["Nobody says which devices its samples are of."]
     drawn = bars({name: each for name, each in series.items() if each}, "device", "samples")
     return [
         Figure(drawn, "Coverage by device"),
@@ -234,9 +239,9 @@ def _calibrations(
         / sum(each["count"] for each in mine)
         for name, mine in bins.items()
     }
-    rows = ", ".join(f"{name} by rows {judged[name].best_kind}" for name in bins)
+    rows = "; ".join(f"{name}: rows {judged[name].told(judged[name].best_kind)}" for name in bins)
     diagram = calibration(bins, errors)[0]
-    return [Figure(diagram.svg, diagram.title, f"{diagram.told} {rows[0].upper()}{rows[1:]}.")]
+    return [Figure(diagram.svg, diagram.title, f"{diagram.told} Measured on, of {rows}.")]
 
 
 def _confidences(judged: Mapping[str, Judged], labels: np.ndarray) -> list[str | Table | Figure]:
@@ -245,7 +250,7 @@ def _confidences(judged: Mapping[str, Judged], labels: np.ndarray) -> list[str |
         if each.confidence is None:
             continue
         sides = {f"source, {kind}": each.rows(kind) for kind in (HELD_OUT, TRAINED, UNKNOWN)}
-        sides["target"] = np.flatnonzero(each.there & (labels < 0))
+        sides["without a label"] = np.flatnonzero(each.there & (labels < 0))
         series = {
             side: Line(
                 (100 * edges).tolist(),

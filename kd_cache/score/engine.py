@@ -217,9 +217,10 @@ class Engine:
                 return torch.cat([self._checked(name, part.clone()).clone() for part in parts])
             except _OutOfMemoryError as error:
                 if len(parts[0]) == 1:
+                    why = f" ({text})" if (text := shown(error)) else ""
                     raise TeacherError(
                         f"teacher {name}: there is not enough memory to score one sample of shape "
-                        f"{list(features.shape[1:])} ({shown(error)})"
+                        f"{list(features.shape[1:])}{why}"
                     ) from error
                 self.most_rows = len(parts[0]) // 2
             if self.device.type == "cuda":

@@ -12,7 +12,7 @@ from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import check_of
 from kd_cache.serve.rows import TeacherRows
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.classes import differing_columns
+from kd_cache.store.classes import differing_columns, repeated
 from kd_cache.store.index import Index, read_older_maps
 from kd_cache.store.older import older_pack
 from kd_cache.store.origin import Fingerprint, Origin
@@ -116,6 +116,9 @@ def refuse_mixture(origins: Mapping[str, Origin], value_kind: str) -> None:
         raise UsageError(
             f"these teachers do not fit into one tensor ({each})", hint="Open them separately: teachers=[…]."
         )
+    for name, origin in origins.items():
+        if (why := repeated(origin.class_names)) is not None:
+            raise UsageError(f"{name}: {why}", hint="Dump it again with a name of its own for each column.")
     named = [origin for origin in origins.values() if origin.class_names is not None]
     for origin in named[1:]:
         why = differing_columns(named[0].teacher, named[0].class_names, origin.teacher, origin.class_names)

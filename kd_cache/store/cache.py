@@ -183,9 +183,17 @@ def teacher_in_name(path: Path) -> str:
 
 
 def refuse_file_as_root(root: Path) -> None:
-    """Raise `StoreError` if a file stands where the folder of caches is to be."""
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"the cache root {shown(root)} is a file, expected a folder", hint="Pass --cache-root.")
+    """Raise `StoreError` if a file stands where the folder of caches is to be, or one above it."""
+    if (file := file_in_the_way(root)) is not None:
+        raise StoreError(
+            f"the cache root {shown(root)} is no folder: {shown(file)} is a file", hint="Pass --cache-root."
+        )
+
+
+def file_in_the_way(path: Path) -> Path | None:
+    """What is no folder and stands where this one is to be, or one above it."""
+    there = next((each for each in (path, *path.absolute().parents) if os.path.lexists(each)), path)
+    return None if there.is_dir() else there
 
 
 def no_cache(path: Path, where: str = "at") -> MissingLogitsError:
@@ -199,6 +207,8 @@ def no_cache(path: Path, where: str = "at") -> MissingLogitsError:
     targets = get_args(Target)
     named = path.name.rpartition("2")[2]
     root, target = (path.parent, named) if named in targets else (path, targets[0])
+    if (file := file_in_the_way(root)) is not None:
+        return MissingLogitsError(f"there is no cache {where} {shown(path)}: {shown(file)} is no folder")
     elsewhere = "" if str(root) == "cache" else f" --cache-root {shlex.quote(shown(root))}"
     return MissingLogitsError(
         f"there is no cache {where} {shown(path)}", hint=f"Make one: kd-cache dump --target {target}{elsewhere}"

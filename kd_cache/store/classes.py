@@ -43,8 +43,21 @@ def refuse_other_order(origins: Mapping[str, Origin]) -> None:
                 raise UsageError(why, hint=hint)
 
 
+def repeated(names: Names) -> str | None:
+    """Which columns have one name, as `differing_columns` compares them; ``None`` where each has its own."""
+    first: dict[str, int] = {}
+    for number, name in enumerate(_plain(names or ())):
+        if first.setdefault(name, number) != number:
+            return f"its columns {first[name]} and {number} are both called {_at(names or (), number)}"
+    return None
+
+
 def misplaced(names: Names, *label_sets: Sequence[str]) -> str | None:
-    """How columns named after all labels of a task stand elsewhere than these labels say; ``None`` where none do."""
+    """What is wrong with the names of columns: one is there twice, or those that are named after all labels of a task
+    stand elsewhere than these labels say. ``None`` where nothing is.
+    """
+    if (why := repeated(names)) is not None:
+        return why
     for labels in label_sets:
         if names is not None and set(_plain(labels)) <= set(_plain(names)):
             why = differing_columns("the teacher", names[: len(labels)], "the task", labels)

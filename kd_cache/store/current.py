@@ -95,6 +95,6 @@ def _refuse_forgotten(folder: CacheFolder, packs: PackSet, current: Current) -> 
         names = ", ".join(forgotten)
         raise CorruptError(
             f"{shown(folder.path)} has no index that can be read, and no pack of {names} that can be read",
-            hint=f"Run kd-cache dump with all teachers that the cache is to hold; what is left of {names} goes if they "
-            "are not among them.",
+            hint=f"Run kd-cache dump with all teachers that the cache is to hold. If {names} are not among them, their "
+            "damaged packs go, and their .npy files stay without an index that names them.",
         )

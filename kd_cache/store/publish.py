@@ -203,8 +203,8 @@ class _Publication:
             if left_out := self.done.left_out[name]:
                 what = f"{left_out} rows went, no longer permitted or no longer fresh; it was not asked"
                 self.watcher.note(f"{name}: {what}")
-        self._remove_damaged()
-        if gone := self._remove_forbidden():
+        self._remove_damaged(current)
+        if gone := self._remove_forbidden(current):
             self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
 
     def _withdraw(self, packs: Mapping[str, Pack | None]) -> dict[str, Mapping[str, str]]:
@@ -339,25 +339,28 @@ class _Publication:
         if self.snapshot.saved_plan is None and self.snapshot.plan is not None:
             self.snapshot.plan.save(self.folder.plan_path)
 
-    def _remove_damaged(self) -> None:
-        """Remove damaged packs, but those of teachers that were not asked: somebody may mend them."""
+    def _remove_damaged(self, current: Collection[str]) -> None:
+        """Remove damaged packs, but not ``current`` ones, nor those of teachers not asked: somebody may mend them."""
         if self.change.keep_damaged:
             return
-        current = self.done.packs.values()
         for path in self.snapshot.packs.damaged:
             # Scoring the same rows again gives the same name: then the damaged file has been replaced already.
             if teacher_in_name(path) not in self.others and path.name not in current and not path.is_dir():
                 with store_errors(path, "remove"):
                     path.unlink(missing_ok=True)
 
-    def _remove_forbidden(self) -> int:
-        """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went."""
+    def _remove_forbidden(self, served: Collection[str]) -> int:
+        """Remove superseded packs that hold a sample which is no longer permitted; returns how many rows went.
+
+        Those ``served`` stay: another process's index may name them by now.
+        """
         permitted = KeyFinder(self.change.wanted.keys)
         origins, unfinished = self.origins, protected(self.pending)
         gone = 0
         for pack in self.snapshot.packs.good:
             current = origins.get(pack.origin.teacher)
-            if current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest:
+            same = current is not None and current.fingerprint.digest == pack.origin.fingerprint.digest
+            if same or pack.path.name in served:
                 continue
             kept = np.flatnonzero(permitted.find(pack.keys) >= 0)
             if len(kept) < len(pack):

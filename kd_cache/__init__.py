@@ -15,6 +15,7 @@ if sys.argv[:1] == ["-m"] and " -mkd_cache" in _started_as and not sys.flags.saf
     del sys.path[0]
 
 import importlib  # noqa: E402
+import types  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from kd_cache.care.verify import VerifyJob, verify_cache
     from kd_cache.dataset.features import FeatureSource
     from kd_cache.dataset.guard import Selection, select
+    from kd_cache.dataset.inputs import Inputs
     from kd_cache.dataset.manifest import Manifest, Sample, load_manifest
     from kd_cache.dataset.packed import PackedFeatures
     from kd_cache.dataset.provenance import Provenance
+    from kd_cache.dataset.task import Task
     from kd_cache.errors import (
         CheckpointError,
         CorruptError,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
     from kd_cache.exchange.export import ExportJob, ExportReport, export_logits
     from kd_cache.keys import sample_key
+    from kd_cache.own_data import score, verify
     from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, plan_dump
     from kd_cache.score.teacher import Teacher, teacher_fingerprint
     from kd_cache.serve.attach import CachedDataset
@@ -55,7 +59,20 @@ if TYPE_CHECKING:
     from kd_cache.store.origin import Fingerprint, weights_digest
     from kd_cache.store.view import load_cached_logits_batch
 
+import kd_cache.score as _score  # noqa: E402
+
 __version__ = "0.1.0"
+
+
+class _Callable(types.ModuleType):
+    """The package `kd_cache.score` and, called, the function of that name: two things with one good name."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """`kd_cache.own_data.score`."""
+        return importlib.import_module("kd_cache.own_data").score(*args, **options)
+
+
+_score.__class__ = _Callable
 
 _HOME = {
     "kd_cache.exchange.adopt": ("AdoptJob", "AdoptReport", "adopt_rows"),
@@ -80,6 +97,9 @@ _HOME = {
     ),
     "kd_cache.exchange.export": ("ExportJob", "ExportReport", "export_logits"),
     "kd_cache.dataset.features": ("FeatureSource",),
+    "kd_cache.dataset.inputs": ("Inputs",),
+    "kd_cache.dataset.task": ("Task",),
+    "kd_cache.own_data": ("score", "verify"),
     "kd_cache.store.origin": ("Fingerprint", "weights_digest"),
     "kd_cache.care.gc": ("GcReport", "find_garbage", "remove_garbage"),
     "kd_cache.serve.logit_cache": ("LogitCache",),
@@ -114,6 +134,7 @@ __all__ = [
     "FeatureSource",
     "Fingerprint",
     "GcReport",
+    "Inputs",
     "KDCacheError",
     "LogitCache",
     "Manifest",
@@ -128,6 +149,7 @@ __all__ = [
     "Selection",
     "StaleError",
     "StoreError",
+    "Task",
     "Teacher",
     "TeacherError",
     "TrainingError",
@@ -146,9 +168,11 @@ __all__ = [
     "plan_dump",
     "remove_garbage",
     "sample_key",
+    "score",
     "select",
     "student_loader",
     "teacher_fingerprint",
+    "verify",
     "verify_cache",
     "weights_digest",
 ]

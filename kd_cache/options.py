@@ -16,6 +16,7 @@ from typing import Any, Literal
 from kd_cache.errors import UsageError, shown
 
 Target = Literal["b", "c", "s1", "s2", "s3"]
+TARGETS = typing.get_args(Target)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
 BadSample = Literal["stop", "skip"]
@@ -169,20 +170,6 @@ def batch_size(text: str) -> int | str:
     raise UsageError(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
 
 
-def several_targets(text: str) -> str:
-    """``b``, ``b,c`` or ``all``: targets in the task's order, with commas. Raises `UsageError`."""
-    known: tuple[str, ...] = typing.get_args(Target)
-    if text.casefold() == "all":
-        return ",".join(known)
-    named = [each.strip().casefold() for each in text.split(",")]
-    for each in named:
-        if each not in known:
-            raise UsageError(f"{shown(each)!r} is not one of {', '.join(map(repr, known))}, nor all")
-        if named.count(each) > 1:
-            raise UsageError(f"{shown(text)} names {each} twice")
-    return ",".join(each for each in known if each in named)
-
-
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)
@@ -191,21 +178,26 @@ def changed(name: str, **differences: Any) -> Option:
 def targets(**differences: Any) -> Option:
     """The option ``target`` of a command that takes several; its value is a text with commas."""
     several = "|".join([*typing.get_args(Target), "b,c", "all"])
-    return changed(
-        "target", parse=several_targets, metavar=several, also=(*OPTIONS["target"].also, "--targets"), **differences
-    )
+    return changed("target", metavar=several, also=(*OPTIONS["target"].also, "--targets"), **differences)
 
 
 _TABLE = (
     # Data
-    Option("target", Target, "Target device; the cache holds the train samples of A and of this device.", DATA,
-           also=("--target-name",)),
+    Option("target", str | None, "Target device; the cache holds the train samples of A and of this device.", DATA,
+           None, "needed, but where the task has no domains", also=("--target-name",), metavar="|".join(TARGETS)),
     Option("json_path", Path | None, "Dataset JSON (manifest).", DATA, None, "data/sample/dataset.json",
            recalled=True),
     Option("data_root", Path | None, "Folder that the manifest's files are relative to.", DATA, None,
            "the manifest's folder", recalled=True),
     Option("features", Path | None, "One HDF5 file that holds the features, instead of files below the data root.",
            DATA, None, recalled=True),
+    Option("task", Path | None, "YAML file that says what the data set is: classes, domains, groups, inputs. Later "
+           "commands find it in the cache.", DATA, None, "acoustic scenes under device shift", metavar="FILE"),
+    Option("dataset", str | None, "A map-style data set of your own, in place of a manifest. Its code runs, so it is "
+           "never taken from a cache.", DATA, None, metavar="module:factory|file.py:factory", kept=False,
+           names_code=True),
+    Option("unguarded", bool, "Go on where the task has groups and --dataset does not say which are held out (recorded "
+           "with the cache).", DATA, False, recalled=True),
     Option("num_scenes", int, "Scene classes; checked against the checkpoints and the labels.", DATA, 10, low=1,
            recalled=True),
     Option("num_cities", int, "City classes; checked against the checkpoints and the labels.", DATA, 12, low=1,
@@ -274,6 +266,7 @@ FIRST = ("target", "json_path", "data_root", "city2scene_teacher_ckpt", "scene_t
 
 # Groups that commands have in common.
 DATASET = ("json_path", "data_root", "features", "num_scenes", "num_cities", "allow_shared_locations", "allow_outside")
+OWN_DATA = ("task", "dataset", "unguarded")
 OWN_TEACHERS = ("city2scene_teacher_ckpt", "scene_teacher_ckpt", "teacher")
 DATA_LIMITS = ("max_manifest_bytes", "max_feature_bytes")
 SHOWING = ("as_json", "quiet", "debug")

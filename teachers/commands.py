@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kd_cache.commands import Command, Group, Plugin
-from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, changed
+from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, Target, changed
 from kd_cache.train.settings import OPTIMISER, SIZES, STAGES
 from kd_cache.train.settings import OPTIONS as SETTINGS
 
 START = "Start"
 
 
-TARGET = changed("target", kind=Literal["b", "c", "s1", "s2", "s3", "all"], help="Target device; all for each of them.")
+_CHOICES: dict[str, Any] = {"metavar": "", "otherwise": ""}  # these targets are known; a cache's are its task's
+TARGET = changed(
+    "target",
+    kind=Literal["b", "c", "s1", "s2", "s3", "all"],
+    help="Target device; all for each of them.",
+    default=...,
+    **_CHOICES,
+)
+ONE_TARGET = changed("target", kind=Target, default=..., **_CHOICES)
 ANY_TARGET = changed(
     "target",
     kind=Literal["global", "b", "c", "s1", "s2", "s3", "all"],
     help="A scene teacher learns from A alone: one serves every target.",
     default="global",
+    **_CHOICES,
 )
 CACHE_ROOT = changed("cache_root", panel=OUTPUT)
 OUTPUT_DIR = Option(
@@ -126,7 +135,7 @@ EXTRACT = Command(
     "Embed the permitted train samples with backbones of teachers or nets of your own, once, for all that train on "
     "them.",
     (
-        "target",
+        ONE_TARGET,
         Option("checkpoint", list[str], "The teacher whose backbone embeds; repeatable.", TEACHERS, [],
                otherwise="name: architecture and weights' digest", metavar="[NAME=]PATH"),
         changed("teacher", help="A net of your own that embeds, with the value_kind embedding; repeatable. Its code "
@@ -178,7 +187,7 @@ RANK = Command(
         replace(INIT, help="Start the trunk from this checkpoint."),
         Option("name", str | None, "Of the folder of the run.", OUTPUT, None, "embeddings, or end_to_end"),
         replace(OUTPUT_DIR, help="The ranker goes to its folder rank/A2<target>/<name>; embeddings are there too."),
-        changed("target", help="The pairs' samples are train samples of A and of this device."), *DATASET, RESUME,
+        replace(ONE_TARGET, help="The pairs' samples are train samples of A and of this device."), *DATASET, RESUME,
         replace(_OF["feature_dim"], otherwise="64 over embeddings, else the architecture's"),
         replace(_OF["mlp_hidden_dims"], help="Hidden widths of the scorer.", otherwise="64"),
         replace(_OF["dropout"], default=0.1, help="Between the layers of the scorer."),

@@ -134,7 +134,7 @@ def test_use_fp16_is_another_spelling_of_dtype_fp16(shown: Shown, monkeypatch: p
         ("batch_size: many", "Invalid value for '--batch-size'"),
         ("batch_size: 0", "Invalid value for '--batch-size'"),
         ("target: no", "target must be a text or a number; put it in quotes"),
-        ("target: s4", "'s4' is not one of"),
+        ("dtype: fp8", "'fp8' is not one of"),
         ("cache_root: 2024-01-01", "cache_root must be a text or a number; put it in quotes"),
         ('cache_root: "a\\0b"', "Invalid value for '--cache-root'"),
         # No settings at all
@@ -206,7 +206,7 @@ def test_a_path_that_no_json_can_keep_is_a_usage_error(shown: Shown) -> None:
 
 def test_what_is_recalled_and_what_is_never_written_down() -> None:
     unkept = {option.name for option in commands.all_options() if not option.kept}
-    assert unkept == {"teacher", "shard", "report"}
+    assert unkept == {"teacher", "shard", "dataset", "report"}
     run = Run(commands.SEAL, {"num_scenes": 3, "json_path": None, "features": Path("x")}, {"features": "commandline"})
     saved = run.recall({"num_scenes": 10, "json_path": "relative"}, {"json_path": "/a", "features": "/b"})
     assert saved == {"json_path": "/a", "features": Path("x"), "num_scenes": 10}

@@ -59,8 +59,14 @@ def places(side: Iterable[Sample]) -> set[str]:
     return {each.location or place_in_name(each.file) or "" for each in side}
 
 
-def held_out(samples: Sequence[Sample], ratio: float = 0.25, fold: int = 0, seed: int = 0) -> set[str]:
-    return places(divide(samples, ratio=ratio, fold=fold, seed=seed).validation)
+def held_out(
+    samples: Sequence[Sample],
+    ratio: float = 0.25,
+    fold: int = 0,
+    seed: int = 0,
+    heard: Callable[[Sample], bool] = lambda _: True,
+) -> set[str]:
+    return places(divide(samples, ratio=ratio, fold=fold, seed=seed, heard=heard).validation)
 
 
 def components(samples: Sequence[Sample], root: Path | None = None) -> list[int]:
@@ -419,6 +425,17 @@ def test_target_rows_without_a_scene_do_not_change_what_is_held_out(clips: int) 
         expected = held_out(source, fold=fold)
         assert held_out([*source, *unlabelled], fold=fold) == expected
         assert held_out([*unlabelled, *source], fold=fold) == expected
+
+
+def test_places_that_only_a_target_knows_train_and_change_nothing_in_what_is_held_out() -> None:
+    source = tau(cities=3, scenes=4)
+    new = [
+        sample(f"new-{n}-b.npy", location=f"{city}-{900 + n}", scene=None)._replace(device_id="b", domain=1)
+        for n, city in enumerate(["aachen", "barcelona", "zagreb"] * 40)
+    ]
+    expected = held_out(source)
+    assert held_out([*new, *source]) != expected, "they would move it"
+    assert held_out([*new, *source], heard=lambda each: each.device_id == "A") == expected
 
 
 def two_scenes(first: int, second: int) -> list[Sample]:

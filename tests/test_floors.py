@@ -20,7 +20,7 @@ FLOORS: Mapping[str, int] = {
     "dataset": 3, "store": 3,
     "prepare": 4, "score": 4, "serve": 4,
     "care": 5, "exchange": 5, "train": 5,
-    "distill": 6, "report": 6,
+    "distill": 6, "own_data": 6, "report": 6,
     "cli": 7,
     "__init__": 7,
     "__main__": 8,

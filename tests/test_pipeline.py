@@ -312,7 +312,7 @@ def test_busy_shares_are_parts_of_the_time_over_all_workers() -> None:
 def test_the_largest_batch_that_still_gains_is_chosen(
     rates: dict[int, float], count: int, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size: rates[size])
+    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size, dtype: rates[size])
     assert best_batch_size(Engine({}, CPU), (5, 20), count) == chosen
 
 
@@ -323,13 +323,13 @@ def test_measuring_survives_teachers_that_refuse_or_need_too_much() -> None:
 
 
 def test_a_measured_batch_size_is_kept_by_the_rerun(dump: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size: min(size, 16))
+    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size, dtype: min(size, 16))
     first = dump("--batch-size", "auto")
     assert first.exit_code == 0, first.output
     assert "batch size 16, measured" in first.stderr
     assert json.loads((world.cache / "plan.json").read_bytes())["batch_size"] == 16
     before = world.packs("tiny")
-    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size: size)
+    monkeypatch.setattr(kd_cache.score.planning, "_rate", lambda engine, shape, size, dtype: size)
     again = dump("--batch-size", "auto", "--no-skip-existing")
     assert again.exit_code == 0, again.output
     world.add(90, "A", "train")

@@ -205,6 +205,9 @@ class _Comparison:
 
     def _why_not(self) -> str | None:
         """Why values of the two must not be held against each other."""
+        frames = [cache.frames for cache in self.caches]
+        if frames[0] != frames[1]:
+            return f"A has {frames[0] or 'no'} frames in a row, B {frames[1] or 'none'}"
         classes = [cache.num_classes for cache in self.caches]
         if classes[0] != classes[1]:
             return f"A has {classes[0]} classes, B has {classes[1]}"
@@ -215,7 +218,7 @@ class _Comparison:
         return differing_columns("A", a, "B", b)
 
     def _blocks(self, rows_a: torch.Tensor, rows_b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        size = max(1, self.block_values // self.caches[0].num_classes)
+        size = max(1, self.block_values // self.caches[0].width)
         for start in range(0, len(rows_a), size):
             yield rows_a[start : start + size], rows_b[start : start + size]
 
@@ -233,7 +236,7 @@ class _Comparison:
         measured = _Measured(next((origin.value_kind for origin in self.origins if origin is not None), "logits"))
         self.watcher.stage(f"comparing {self.name}", len(rows_a))
         for part_a, part_b in self._blocks(rows_a, rows_b):
-            a, b = self.caches[0].batch(part_a)[:, 0].numpy(), self.caches[1].batch(part_b)[:, 0].numpy()
+            a, b = self.caches[0].batch(part_a).flatten(1).numpy(), self.caches[1].batch(part_b).flatten(1).numpy()
             for number, was, became in measured.add(a, b):
                 if len(self.found.changed) < MOST_CHANGED:
                     self.found.changed.append(Changed(files[int(part_a[number])], was, became))

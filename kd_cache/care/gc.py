@@ -81,7 +81,7 @@ def is_cache(folder: CacheFolder) -> bool:
 
 
 def caches_below(root: Path, is_named: Named) -> list[CacheFolder]:
-    """The caches under a root, finished or not: its folders that are called as one, with an index or packs.
+    """The caches under a root: its folders that are called as one, with an index or packs, and those with both.
 
     Links are passed over.
 
@@ -90,7 +90,9 @@ def caches_below(root: Path, is_named: Named) -> list[CacheFolder]:
         StoreError: the root cannot be listed.
     """
     paths = _folders(root) if root.is_dir() else []
-    caches = [CacheFolder(path) for path in paths if is_named(path.name) and is_cache(CacheFolder(path))]
+    folders = [CacheFolder(path) for path in paths]
+    others = [folder for folder in folders if folder.index_path.is_file() and folder.packs_path.is_dir()]
+    caches = [folder for folder in folders if folder in others or (is_named(folder.path.name) and is_cache(folder))]
     if not caches:
         raise no_finished_cache(root, is_named)
     return caches

@@ -214,7 +214,8 @@ class _Audit:
         if name not in self.job.teachers:
             return
         teacher = {name: self.job.teachers[name]}
-        tell_of_untold(teacher, self.watcher)
+        if self.job.data.task.is_guarded:
+            tell_of_untold(teacher, self.watcher)
         provenance = provenances(teacher, self.job.data, self.watcher)[name]
         if provenance is None:
             return

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import data_of
+from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.report import missing_lines
 from kd_cache.cli.saved import run_record
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.inputs import named_data
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.errors import shown
 from kd_cache.exchange.adopt import AdoptJob, AdoptReport, adopt_rows
-from kd_cache.options import BadSample, DType, Target, ValueKind
+from kd_cache.exchange.imported import named_files
+from kd_cache.options import BadSample, DType, ValueKind
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class AdoptOptions:
     """What an adoption is told, by the names of its options; data options go to `data_of`."""
 
     source: Path
-    target: Target
+    target: str | None
     cache_root: Path
     name: str | None
     files_list: Path | None
@@ -37,7 +41,7 @@ def adopt(run: Run, screen: Screen) -> Report:
     """Guard, read, join by file name, keep."""
     options = run.to(AdoptOptions)
     # The guard comes first: nothing is read of the source for a manifest that leaks.
-    data = data_of(options.target, run.values)
+    data = _data(run, options, screen)
     job = AdoptJob(
         options.source,
         options.cache_root,
@@ -55,6 +59,15 @@ def adopt(run: Run, screen: Screen) -> Report:
     )
     report = adopt_rows(job, screen)
     return Report(report.as_json(), _lines(report), 3 if report.missing else 0)
+
+
+def _data(run: Run, options: AdoptOptions, screen: Screen) -> Dataset:
+    """What the cache may hold; where nothing is named but a task without a guard, whatever the source names."""
+    task = task_of(run.values)
+    if task == DEFAULT or run.values["json_path"] is not None or run.values["dataset"] is not None:
+        return data_of(options.target, run.values, note=screen.note)
+    task.chosen(options.target)
+    return named_data(task, named_files(options.source, options.files_list, options.max_source_bytes))
 
 
 def _lines(report: AdoptReport) -> list[str | Table]:

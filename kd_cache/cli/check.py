@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from kd_cache.cli.console import Screen
 from kd_cache.cli.guard import guard_notes, guard_table
-from kd_cache.cli.inputs import named
+from kd_cache.cli.inputs import named, task_of
 from kd_cache.commands import Report, Run, Table
 from kd_cache.errors import worst_exit_code
-from kd_cache.options import Target
 from kd_cache.prepare.audit import audit
 from kd_cache.prepare.census import census
 
 
-def check(run: Run, screen: Screen, target: Target | None) -> Report:
+def check(run: Run, screen: Screen, target: str | None) -> Report:
     """Audit the manifest, and show everything that was found."""
-    found = audit(**named(run.values), target=target)
+    task = task_of(run.values)
+    found = audit(**named(run.values, task), target=None if target is None else task.chosen(target))
     for note in (*guard_notes(found.look), *found.notes):
         screen.note(note)
     lines: list[str | Table] = [guard_table(found.manifest)]

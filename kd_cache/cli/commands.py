@@ -22,6 +22,7 @@ from kd_cache.options import (
     MAX_SEED,
     MAX_SOURCE,
     OUTPUT,
+    OWN_DATA,
     OWN_TEACHERS,
     RUN,
     SHOWING,
@@ -46,7 +47,7 @@ _TARGETS = targets(
     "a teacher that serves them all scores a sample once."
 )
 _ANY_TARGET = targets(
-    kind=Target | None, help="Just the caches of these targets.", panel=CACHE, default=None,
+    help="Just the caches of these targets.", panel=CACHE, default=None,
     otherwise="every cache under the root",
 )  # fmt: skip
 _CACHE = Option(
@@ -63,7 +64,7 @@ DUMP = Command(
     "kd_cache.cli.dump:dump",
     "Score the permitted train samples of A and a target with every teacher, and keep the logits.",
     (
-        _TARGETS, *DATASET, "rename_map", "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
+        _TARGETS, *DATASET, *OWN_DATA, "rename_map", "on_bad_sample", *OWN_TEACHERS, "only", "cache_root",
         changed("dtype", stands_for=(("--use-fp16", "fp16"),)),
         "skip_existing", "files",
         Option("num_verify", int, "Random samples to verify afterwards; a failed verification is a failed dump.",
@@ -110,7 +111,7 @@ SEAL = Command(
     "seal",
     "kd_cache.cli.seal:seal",
     "Merge the packs of all dumps into one per teacher, write view and index. Needs no teacher.",
-    ("target", "cache_root", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING),
+    ("target", "cache_root", *DATASET, *OWN_DATA, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING),
     SAVED,
     ("kd-cache seal --target b --cache-root cache/parts",),
     exit_codes=_AUDIT,
@@ -133,7 +134,7 @@ VERIFY = Command(
                flag="--seed", low=0, high=MAX_SEED),
         changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
                 "from 0 to 1)."),
-        "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
+        "cache_root", *DATASET, *OWN_DATA, "rename_map", *OWN_TEACHERS,
         changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
@@ -159,7 +160,7 @@ REPAIR = Command(
         _ANY_TARGET,
         Option("recompute", bool, "Score every sample again first: rows that differ are replaced, adopted rows that "
                "agree are confirmed.", CACHE, False),
-        "cache_root", *DATASET, "rename_map",
+        "cache_root", *DATASET, *OWN_DATA, "rename_map",
         changed("on_bad_sample", kind=BadSample | None, default=None, otherwise="as dumped",
                 help="Stop at a sample that cannot be scored, or skip it and list it as missing."),
         *OWN_TEACHERS, "device", "workers", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
@@ -246,7 +247,7 @@ ADOPT = Command(
         # Not "dtype": in a settings file that is the dump's.
         Option("text_dtype", DType | None, "What the numbers of a .tsv are stored as.", DATA, None, "fp32",
                flag="--dtype"),
-        *DATASET,
+        *DATASET, *OWN_DATA,
         changed("on_bad_sample", help="Stop at a feature that cannot be read or a row that is damaged or not finite, "
                 "or skip it, list it as missing and exit 3."),
         "min_accuracy", "cache_root",
@@ -297,7 +298,7 @@ MERGE = Command(
     (
         Option("sources", list[Path], "Caches of the same target; they are only read.", ARGUMENTS, metavar="SOURCE...",
                positional=True),
-        "target", "cache_root", "only", *DATASET, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING,
+        "target", "cache_root", "only", *DATASET, *OWN_DATA, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING,
     ),
     "Rows that the manifest does not permit are left out. Data options that are not given are those saved with the "
     "cache, or with the first source.",
@@ -320,8 +321,8 @@ SAMPLE_DATA = Command(
         Option("size", Literal["small", "large"],
                "small is the embedded sample; large has 300 more train clips of a target, without scene labels, and "
                "1,800 more test clips.", DATA, "small"),
-        changed("target", kind=Target | None, help="The device that the large sample has more clips of.", default=None,
-                otherwise="none: the small sample"),
+        changed("target", kind=Target | None, metavar="", help="The device that the large sample has more clips of.",
+                default=None, otherwise="none: the small sample"),
         "as_json", "debug",
     ),
     examples=("kd-cache sample-data cache/sample", "kd-cache sample-data cache/large-b --size large --target b"),
@@ -339,7 +340,7 @@ EVALUATE = Command(
                "holds out (of scene labels those of A alone).", DATA, "test"),
         Option("label", Literal["scene", "city"] | None, "What it tells apart.", DATA, None,
                "what the checkpoint says, else scene"),
-        changed("target", kind=Target | None, help="The device that groups call target, and whose rows --split val "
+        changed("target", help="The device that groups call target, and whose rows --split val "
                 "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
         *DATASET, "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
         _OF_TRAINING["batch_size"], "workers",

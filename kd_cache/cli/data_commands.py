@@ -8,7 +8,7 @@ from pathlib import Path
 from kd_cache.cli import notes
 from kd_cache.commands import Command
 from kd_cache.dataset.front_end import FRONT_ENDS, FrontEnd
-from kd_cache.options import DATA, DATA_LIMITS, DATASET, OUTPUT, SHOWING, Option, Target, changed
+from kd_cache.options import DATA, DATA_LIMITS, DATASET, OUTPUT, SHOWING, Option, changed
 
 ARGUMENTS, FEATURES = "Arguments", "Features"
 
@@ -60,9 +60,9 @@ CHECK = Command(
     "kd_cache.cli.check:check",
     "Say everything that is wrong with a manifest: labels, guard, locations, missing files. Needs no teacher.",
     (
-        changed("target", kind=Target | None, help="Look only for the files that the cache of this target needs.",
+        changed("target", help="Look only for the files that the cache of this target needs.",
                 default=None, otherwise="every file of the manifest"),
-        *DATASET, *DATA_LIMITS, "config", *SHOWING,
+        *DATASET, "task", *DATA_LIMITS, "config", *SHOWING,
     ),
     "No feature is read. Exits 3 where files are missing.",
     ("kd-cache check --json-path data/sample/dataset.json", "kd-cache check --target b --json"),

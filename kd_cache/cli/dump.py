@@ -13,7 +13,7 @@ from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.guard import guard_notes, guard_table
-from kd_cache.cli.inputs import data_of
+from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.progress import rate_in_words
 from kd_cache.cli.report import missing_lines, problem_lines, verify_table
@@ -39,7 +39,7 @@ Part = tuple[int, int] | None
 class DumpOptions:
     """What a dump is told, by the names of its options; data options go to `data_of`."""
 
-    target: str
+    target: str | None
     on_bad_sample: BadSample
     num_scenes: int
     num_cities: int
@@ -70,7 +70,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     """Guard, load, score, verify."""
     options = run.to(DumpOptions)
     part, said = part_of(options.shard)
-    datas = _guarded(run, options)
+    datas = _guarded(run, options, screen)
     for data in datas:
         _announce(screen, data)
     if part is not None and len(datas) > 1:
@@ -101,10 +101,11 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     return reports[0] if len(jobs) == 1 else _together(datas, reports)
 
 
-def _guarded(run: Run, options: DumpOptions) -> list[Dataset]:
+def _guarded(run: Run, options: DumpOptions, screen: Screen) -> list[Dataset]:
     """The data of each target: the guard looks at all of them before any teacher is loaded."""
-    first, *others = options.target.split(",")
-    data = data_of(first, run.values)
+    task = task_of(run.values)
+    first, *others = task.several(options.target)
+    data = data_of(first, run.values, task, screen.note)
     shared = run.values["allow_shared_locations"]
     return [data, *(data.for_target(target, allow_shared_locations=shared) for target in others)]
 
@@ -159,7 +160,7 @@ def _job(
 ) -> DumpJob:
     """``loaded`` are teachers that serve several targets."""
     specs = teacher_specs(
-        data.target,
+        data,
         {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
         options.teacher,
         options.only,
@@ -196,10 +197,13 @@ def _job(
 
 def _announce(screen: Screen, data: Dataset) -> None:
     selection = data.selection
+    if not data.task.has_domains:
+        screen.remark(f"{data.task.name}: {len(selection.samples):,} permitted train samples")
     counts = ", ".join(f"{count:,} of {device}" for device, count in selection.per_device.items())
-    screen.remark(
-        f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
-    )
+    if data.task.has_domains:
+        screen.remark(
+            f"{data.task.source} → {selection.target}: {len(selection.samples):,} permitted train samples ({counts})"
+        )
     for note in guard_notes(selection):
         screen.note(note)
 
@@ -270,7 +274,9 @@ def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
 
 def _seal_command(job: DumpJob) -> str:
     root = "" if str(job.cache_root) == "cache" else f" --cache-root {shlex.quote(str(job.cache_root))}"
-    return f"kd-cache seal --target {job.data.target}{root}"
+    task = job.record.get("settings", {}).get("values", {}).get("task")
+    of_task = "" if task is None else f" --task {shlex.quote(task)}"
+    return f"kd-cache seal{f' --target {job.data.target}' if job.data.task.has_domains else ''}{of_task}{root}"
 
 
 def _plan_table(report: DumpReport) -> Table:

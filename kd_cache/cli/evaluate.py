@@ -9,9 +9,9 @@ from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import TASKS
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.errors import UsageError, shown
-from kd_cache.options import Target, home_path
+from kd_cache.options import home_path
 from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
 from kd_cache.train.checkpoint import read_weights
@@ -25,7 +25,7 @@ _COLUMNS = ("Rows", "Accuracy", "95 %", "Macro", "Log loss", "ECE", "Brier")
 
 
 def evaluate(
-    run: Run, screen: Screen, model: str, target: Target | None, label: Literal["scene", "city"] | None
+    run: Run, screen: Screen, model: str, target: str | None, label: Literal["scene", "city"] | None
 ) -> Report:
     """Load, score, measure."""
     values = run.values
@@ -33,7 +33,7 @@ def evaluate(
         spec = model_spec(model)
     limits = (values["num_scenes"], values["num_cities"], values["max_checkpoint_bytes"])
     # The guard first: no code of a user runs over a manifest that leaks.
-    data = data_of(target or TASKS[0].source, values)
+    data = data_of(target or DEFAULT.source, values)
     teacher = load_teachers([spec], *limits, screen)[spec.name]
     label = label or ("city" if getattr(teacher, "role", None) == CITY else "scene")
     refuse_other_classes(spec.name, teacher, label, values)

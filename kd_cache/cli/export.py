@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_cache.cli.console import Screen, size
 from kd_cache.commands import Report, Table
-from kd_cache.dataset.task import is_adaptation
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.errors import UsageError, listed, shown
 from kd_cache.exchange.export import ExportJob, ExportReport, export_logits
 from kd_cache.options import ExportFormat
@@ -26,9 +26,9 @@ def _folder(path: Path | None) -> CacheFolder:
     if path is not None:
         return CacheFolder.at(path)
     root = Path("cache")
-    found = find_caches(root, is_adaptation)
+    found = find_caches(root, DEFAULT.is_adaptation)
     if not found:
-        raise no_finished_cache(root, is_adaptation)
+        raise no_finished_cache(root, DEFAULT.is_adaptation)
     if len(found) > 1:
         raise UsageError(
             f"there are {len(found)} caches under {shown(root)}; say which\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from kd_cache.care.gc import GcReport, caches_below, find_garbage, remove_garbage
 from kd_cache.cli.console import Screen, size
 from kd_cache.commands import Report
-from kd_cache.dataset.task import is_adaptation
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.errors import shown
 from kd_cache.store.cache import CacheFolder
 
@@ -18,7 +18,7 @@ def gc(
     screen: Screen, cache: Path | None, cache_root: Path, older_than: int, drop_unfinished: bool, dry_run: bool
 ) -> Report:
     """Remove what nothing needs, or say what that would be."""
-    folders = caches_below(cache_root, is_adaptation) if cache is None else [CacheFolder(cache)]
+    folders = caches_below(cache_root, DEFAULT.is_adaptation) if cache is None else [CacheFolder(cache)]
     reports = [find_garbage(folder.path, older_than, drop_unfinished=drop_unfinished) for folder in folders]
     for report in reports:  # all was looked at before anything is removed
         if not dry_run:

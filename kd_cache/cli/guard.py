@@ -30,11 +30,13 @@ def guard_table(manifest: Manifest) -> Table:
 
 def guard_notes(seen: Selection | Look) -> Iterator[str]:
     """What the guard could not check, or was told to let pass."""
+    group = seen.task.group
+    word = "recording location" if group == "location" else group
     if seen.located < seen.locatable:
         unknown = seen.locatable - seen.located
         yield (
-            f"{unknown:,} of {seen.locatable:,} train and test rows name no recording location: whether they share one "
+            f"{unknown:,} of {seen.locatable:,} train and test rows name no {word}: whether they share one "
             "cannot be checked"
         )
     if seen.shared_locations:
-        yield f"{len(seen.shared_locations):,} train samples share a location with test, as you allowed"
+        yield f"{len(seen.shared_locations):,} train samples share a {group} with test, as you allowed"

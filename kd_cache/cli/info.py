@@ -10,7 +10,7 @@ from typing import Any
 from kd_cache.cli.console import Screen, size
 from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
 from kd_cache.commands import Report, Table
-from kd_cache.dataset.task import is_adaptation, task_of
+from kd_cache.dataset.task_file import DEFAULT, recorded_task
 from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import PLACES, check_of, choose
@@ -30,9 +30,9 @@ def info(screen: Screen, path: Path) -> Report:
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
-    folders = [CacheFolder(path)] if CacheFolder(path).is_anything else find_caches(path, is_adaptation)
+    folders = [CacheFolder(path)] if CacheFolder(path).is_anything else find_caches(path, DEFAULT.is_adaptation)
     if not folders and not trained and not pretrained:
-        raise no_finished_cache(path, is_adaptation)
+        raise no_finished_cache(path, DEFAULT.is_adaptation)
     described = []
     for folder in folders:
         snapshot = Snapshot(folder, maps=True)
@@ -133,10 +133,12 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
     if pending := snapshot.pending:
         lines.append(f"pending   dumps begun and not sealed: {len(pending)}")
     for name, origin in index.origins.items():
-        warning = near_chance(origin, stored_accuracy(record["teachers"][name]), task_of(index.path.parent.name).cities)
+        warning = near_chance(origin, stored_accuracy(record["teachers"][name]), recorded_task(record).cities)
         lines += [] if warning is None else [f"warning   {warning}"]
     if record["missing"]:
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")
+    if record.get("unguarded"):
+        lines.append(f"unguarded which {recorded_task(record).group} test uses is not known, as you allowed")
     policy = record["split_policy"]
     if policy["shared_locations"]:
         lines.append(f"policy    {policy['shared_locations']:,} train samples share a location with test, as allowed")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from kd_cache.care.merge import MergeJob, MergeReport, merge_caches, records_in
 from kd_cache.cli.console import Screen
+from kd_cache.cli.inputs import folder_of
 from kd_cache.cli.saved import Saved, saved_data, saved_in
 from kd_cache.cli.seal import sealed_lines
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import adaptation
 from kd_cache.errors import CorruptError, MissingLogitsError, shown
-from kd_cache.options import Target
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root
 from kd_cache.store.snapshot import Snapshot
 
@@ -20,7 +19,7 @@ def merge(
     run: Run,
     screen: Screen,
     sources: list[Path],
-    target: Target,
+    target: str | None,
     cache_root: Path,
     only: list[str],
     files: bool | None,
@@ -28,7 +27,7 @@ def merge(
 ) -> Report:
     """Bring the rows of other caches into the target's, and seal it."""
     refuse_file_as_root(cache_root)
-    snapshot = Snapshot(CacheFolder(cache_root / adaptation(target)))
+    snapshot = Snapshot(folder_of(run.values))
     job = MergeJob(
         snapshot,
         saved_data(run, _saved(snapshot, sources[0]), target),

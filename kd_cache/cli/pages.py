@@ -12,7 +12,6 @@ from kd_cache.commands import Report, Run
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.dataset.task import target_in
 from kd_cache.errors import KDCacheError, UsageError, shown
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
@@ -80,7 +79,8 @@ def _page_of_cache(run: Run, folder: CacheFolder, screen: Screen) -> Page:
 
     snapshot = Snapshot(folder, maps=True)
     index = snapshot.finished()
-    return cache_page(snapshot, *_known(run, index, target_in(folder.path.resolve().name), screen))
+    target = saved_in(index).task.target_in(folder.path.resolve().name)
+    return cache_page(snapshot, *_known(run, index, target, screen))
 
 
 def _known(

@@ -9,7 +9,6 @@ from kd_cache.cli.report import problem_lines, verify_table
 from kd_cache.cli.saved import Saved, run_record, saved_data, saved_in, saved_teachers, saved_with
 from kd_cache.cli.verify import chosen_caches
 from kd_cache.commands import Report, Run, Table
-from kd_cache.dataset.task import target_in
 from kd_cache.errors import UsageError, shown, worst_exit_code
 from kd_cache.score.device import environment, resolve_device
 from kd_cache.store.cache import CacheFolder
@@ -28,12 +27,12 @@ def repair(run: Run, screen: Screen) -> Report:
 
 def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
     options = run.values
-    target = target_in(folder.path.name) or folder.path.name
     snapshot = Snapshot(folder, maps=True)
     saved = saved_with(snapshot, screen)
     if snapshot.index is not None:  # a dump that has not finished may have been begun with a wrong data root
         saved = saved_in(snapshot.index)
     _refuse_to_guess(run, folder, saved)
+    target = saved.target(folder)
     data = saved_data(run, saved, target)
     loaded = saved_teachers(run, saved, target, screen)
     device = resolve_device(options["device"])
@@ -59,7 +58,7 @@ def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:
 
 def _refuse_to_guess(run: Run, folder: CacheFolder, saved: Saved) -> None:
     """The sample is no default here: a repair by another manifest would throw everything away."""
-    if "json_path" not in saved.paths and not run.given("json_path"):
+    if "json_path" not in saved.paths and not run.given("json_path") and run.values["dataset"] is None:
         raise UsageError(
             f"nothing in {shown(folder.path)} says which dataset it is of: its index is lost, or names none",
             hint="Pass the dataset JSON with --json-path, and the other options that it was dumped with.",

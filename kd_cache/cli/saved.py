@@ -10,13 +10,17 @@ from typing import Any
 
 import kd_cache
 from kd_cache.cli.console import Screen
-from kd_cache.cli.inputs import data_of
+from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.teachers import BUILT_IN, SAMPLE, default_checkpoint, described, load_teachers, of_target
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset, provenances
+from kd_cache.dataset.features import IN_PYTHON, NAMES_ALONE
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.errors import CheckpointError, shown
+from kd_cache.dataset.task import Task
+from kd_cache.dataset.task_file import DEFAULT, recorded_task
+from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher, teacher_fingerprint
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
 
@@ -34,6 +38,12 @@ class Saved:
     checkpoints: Mapping[str, str]
     built_in: Sequence[str]
     known: Sequence[str]
+    task: Task = DEFAULT
+    made_of: str = ""
+
+    def target(self, folder: CacheFolder) -> str:
+        """Of the cache in this folder, by its name."""
+        return self.task.target_in(folder.path.name) or folder.path.name
 
 
 NOTHING = Saved({}, {}, (), {}, (), ())
@@ -60,11 +70,19 @@ def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]])
     checkpoints = {name: source["checkpoint"] for name, source in sources.items() if "checkpoint" in source}
     known = [name for name, entry in teachers.items() if "source" in entry]
     built_in = [name for name, source in sources.items() if source.get("built_in") and name in BUILT_IN]
-    return Saved(settings.get("values", {}), settings.get("paths", {}), list(teachers), checkpoints, built_in, known)
+    values, paths = settings.get("values", {}), settings.get("paths", {})
+    made_of = record.get("manifest", {}).get("path", "")
+    task = recorded_task(record)
+    return Saved(values, paths, list(teachers), checkpoints, built_in, known, task, made_of)
 
 
-def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
+def saved_data(run: Run, saved: Saved, target: str | None) -> Dataset:
     """Manifest, guard and features. Raises as `data_of`."""
+    if saved.made_of in (IN_PYTHON, NAMES_ALONE) and run.values.get("dataset") is None and not run.given("json_path"):
+        raise UsageError(
+            f"the cache is of {saved.made_of}, and a cache runs no code: what its rows were scored from is not known",
+            hint="Pass --dataset module:factory, or file.py:factory.",
+        )
     # A data root that is given now, and not in the file that serves every command, means the files below it.
     without = {"features"} if run.said("data_root") else set()
     recalled = run.recall(saved.values, {name: path for name, path in saved.paths.items() if name not in without})
@@ -74,7 +92,7 @@ def saved_data(run: Run, saved: Saved, target: str) -> Dataset:
     if not run.given("rename_map"):
         recalled["rename_map"] = saved.paths.get("rename_map", [])
     # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
-    return data_of(target, {**run.values, **recalled})
+    return data_of(target, {**run.values, **recalled}, task_of(run.values) if run.given("task") else saved.task)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,19 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
+from kd_cache.cli.inputs import task_of
 from kd_cache.cli.pages import pages_of
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.dataset.task import adaptation
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
 from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.distill.subset import listed_samples
-from kd_cache.errors import shown
+from kd_cache.errors import UsageError, shown
 from kd_cache.score.device import resolve_device
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
@@ -38,7 +39,7 @@ _GIVEN = {
 _TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
 
 
-def student(run: Run, screen: Screen, target: str, teacher_mode: str) -> Report:
+def student(run: Run, screen: Screen, target: str | None, teacher_mode: str) -> Report:
     """Train one student from one cache."""
     mode = MODES_BEFORE.get(teacher_mode, teacher_mode)
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
@@ -48,7 +49,7 @@ def student(run: Run, screen: Screen, target: str, teacher_mode: str) -> Report:
     return Report({"student": report.as_json(), **pages.content}, [*_lines(report, mode), *pages.lines])
 
 
-def compare(run: Run, screen: Screen, target: str, modes: Any, seeds: int, seed: int) -> Report:
+def compare(run: Run, screen: Screen, target: str | None, modes: Any, seeds: int, seed: int) -> Report:
     """Train students of several modes and seeds, and say what teachers are worth."""
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
         job, teachers = _job(run, screen, target, with_teachers=True)
@@ -59,16 +60,26 @@ def compare(run: Run, screen: Screen, target: str, modes: Any, seeds: int, seed:
     return Report(content, [found.table, "", *found.sentences, *map(shown, files), *pages.lines])
 
 
-def _job(run: Run, screen: Screen, target: str, *, with_teachers: bool) -> tuple[StudentJob, list[str]]:
+def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -> tuple[StudentJob, list[str]]:
     """The training that the options name, but for its mode, and the teachers in the caches of all targets."""
-    values = run.values
-    folders = {each: CacheFolder(values["cache_root"] / adaptation(each)) for each in target.split(",")}
+    values, task = run.values, task_of(run.values)
+    targets = task.several(target)
+    folders = {each: CacheFolder(values["cache_root"] / task.adaptation(each)) for each in targets}
     indexes = {each: Snapshot(folder).finished() for each, folder in folders.items()}
     index = next(iter(indexes.values()))
-    data = saved_data(run, saved_in(index), target)
+    saved = saved_in(index)
+    data = saved_data(run, saved, ",".join(targets) if task.has_domains else None)
+    if data.task.anything:
+        raise UsageError(
+            f"kd-cache student trains nets on features [T, F]; those of {shown(data.task.name)} may be anything",
+            hint="Say inputs: features in its task, or train on LogitCache.attach.",
+        )
+    recalled = run.recall(saved.values, {})
+    if data.task != DEFAULT:
+        recalled["num_scenes"] = next(iter(index.origins.values())).num_classes
     table = values["subset_table"]
     job = StudentJob(
-        settings=_settings(values, run.recall(saved_in(index).values, {})),
+        settings=_settings(values, recalled),
         data=data,
         device=resolve_device(values["device"]),
         record={"options": run.record(), "paths": dict(data.paths)},

@@ -42,7 +42,7 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
     Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
-    "cache_root", *DATASET, "rename_map", *OWN_TEACHERS,
+    "cache_root", *DATASET, "task", "rename_map", *OWN_TEACHERS,
     # Not "subset": in a settings file that is the one that prepare reads.
     Option("subset_table", Path | None, "Use only the train samples that this table lists (split25.csv), in validation "
            "and fusion too; joined by file name.", DATA, None, "all that are permitted", flag="--subset"),

@@ -14,7 +14,7 @@ from kd_cache.cli.inputs import data_of
 from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Failure, Report, Run, Table
 from kd_cache.dataset.dataset import feature_source
-from kd_cache.dataset.task import TASKS
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.complexity import LIMITS
 from kd_cache.distill.complexity import complexity as counted
 from kd_cache.distill.prediction import PredictionJob, files_below, listed_files
@@ -85,7 +85,7 @@ def predict(run: Run, screen: Screen, model: str, features_at: Path, table: Path
     source = feature_source(root, packed, values["allow_outside"], values["max_feature_bytes"])
     files = files_below(features_at) if table is None else listed_files(table, source)
     job = PredictionJob(
-        name, net, source, files, TASKS[0], resolve_device(values["device"]), values["batch_size"], values["workers"]
+        name, net, source, files, DEFAULT, resolve_device(values["device"]), values["batch_size"], values["workers"]
     )
     found = predicted(job, screen)
     content = found.as_tsv().encode()
@@ -107,5 +107,6 @@ def _loaded(model: str, values: Mapping[str, Any], screen: Screen) -> tuple[str,
 
 def _shape(values: Mapping[str, Any]) -> tuple[int, int]:
     """Of the manifest's first train feature."""
-    data = data_of(TASKS[0].source, values)
-    return data.features.shape(data.selection.samples[0].file)
+    data = data_of(DEFAULT.source, values)
+    frames, bins = data.features.shape(data.selection.samples[0].file)
+    return frames, bins

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.console import Screen
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.errors import CheckpointError, UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.score.teacher import Teacher, TeacherSpec, parse_teacher
@@ -21,7 +23,7 @@ _FILES = ("best.safetensors", "best.pth")
 
 
 def teacher_specs(
-    target: str,
+    data: Dataset,
     checkpoints: dict[str, Path | None],
     own: Sequence[str],
     only: Sequence[str],
@@ -31,7 +33,7 @@ def teacher_specs(
     """The teachers to load, built-in ones first.
 
     Args:
-        target: names the folder of the City2Scene checkpoint.
+        data: its target names the folder of the City2Scene checkpoint; of another task nothing is built in.
         checkpoints: of built-in teachers, where given.
         own: ``--teacher`` texts.
         only: names to restrict to.
@@ -43,7 +45,8 @@ def teacher_specs(
     """
     further = [parse_teacher(text) for text in own]
     own_names = [spec.name for spec in further]
-    names = [*(name for name in BUILT_IN if name not in own_names), *own_names]  # one's own replaces a built-in one
+    ours = [name for name in BUILT_IN if data.task == DEFAULT or checkpoints.get(name) is not None]
+    names = [*(name for name in ours if name not in own_names), *own_names]  # one's own replaces a built-in one
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two teachers are called {name}; give --teacher another NAME")
@@ -51,12 +54,14 @@ def teacher_specs(
     if unknown:
         raise UsageError(f"--only names {', '.join(map(shown, unknown))}; the teachers are {', '.join(names)}")
     wanted = set(only) or set(names)
+    if not wanted:
+        raise UsageError(f"no teacher of the task {shown(data.task.name)} is named", hint="Pass --teacher NAME=….")
     built_in = [
-        TeacherSpec(name, factory, checkpoints.get(name) or default_checkpoint(name, target, own_data))
-        for name, factory in BUILT_IN.items()
+        TeacherSpec(name, BUILT_IN[name], checkpoints.get(name) or default_checkpoint(name, data.target, own_data))
+        for name in ours
         if name in wanted and name not in own_names
     ]
-    return of_target(built_in + [spec for spec in further if spec.name in wanted], target)
+    return of_target(built_in + [spec for spec in further if spec.name in wanted], data.target)
 
 
 def of_target(specs: Sequence[TeacherSpec], target: str) -> list[TeacherSpec]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
 from kd_cache.dataset.features import FeatureSource
-from kd_cache.dataset.guard import Selection, select, select_source
+from kd_cache.dataset.guard import Selection, select, selected
 from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from kd_cache.dataset.manifest import Manifest, load_manifest
 from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.renames import Names, Rule, read_rules
 from kd_cache.dataset.task import DCASE, Task
+from kd_cache.dataset.task_file import as_record
 from kd_cache.errors import FeatureError, shown
 from kd_cache.watch import Watcher
 
@@ -31,6 +32,7 @@ class Dataset:
         features: reads what the teachers are given.
         paths: where all of it lies, by the names of the options, absolute: later commands find it there.
         rules: what was called otherwise when the teachers were made (`renames`).
+        unguarded: the task has groups, and nobody knows which of them are held out.
     """
 
     manifest: Manifest
@@ -38,18 +40,19 @@ class Dataset:
     features: FeatureSource
     paths: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[Rule] = ()
+    unguarded: bool = False
 
     @classmethod
     def load(
         cls,
-        target: str,
+        target: str | None,
         json_path: Path,
         data_root: Path | None = None,
         features: Path | None = None,
         *,
         task: Task = DCASE,
-        num_scenes: int = 10,
-        num_cities: int = 12,
+        num_scenes: int | None = None,
+        num_cities: int | None = None,
         allow_shared_locations: bool = False,
         allow_outside: Sequence[Path] = (),
         rename_map: Sequence[str] = (),
@@ -59,7 +62,7 @@ class Dataset:
         """Read a manifest and pass it through the guard, before anything else is touched.
 
         Args:
-            target: the target device; the task's source selects its samples alone.
+            target: the target device; the task's source selects its samples alone. ``None`` where there are none.
             json_path: the manifest.
             data_root: the folder its files are relative to; by default the manifest's own.
             features: one HDF5 file that holds all features; the data root then only says how the manifest's paths are
@@ -68,13 +71,13 @@ class Dataset:
 
         Raises what `load_manifest`, `select`, `FeatureSource`, `PackedFeatures` and `read_rules` raise.
         """
+        target = target if target == task.source else ",".join(task.several(target))
         root = json_path.parent if data_root is None else data_root
         manifest = load_manifest(
             json_path, task=task, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes
         )
         allowed: dict[str, Any] = {"allow_shared_locations": allow_shared_locations, "data_root": root}
-        alone = target == task.source
-        selection = select_source(manifest, **allowed) if alone else select(manifest, target, **allowed)
+        selection = selected(manifest, target, **allowed)
         paths: dict[str, Any] = {
             "json_path": str(json_path.absolute()),
             "data_root": str(root.absolute()),
@@ -84,7 +87,7 @@ class Dataset:
             paths["features"] = str(features.absolute())
         if rename_map:
             paths["rename_map"] = [text if "=" in text else str(Path(text).absolute()) for text in rename_map]
-        source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins)
+        source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins, task.anything)
         return cls(manifest, selection, source, paths, read_rules(rename_map))
 
     def for_target(self, target: str, *, allow_shared_locations: bool = False) -> Dataset:
@@ -123,10 +126,12 @@ class Dataset:
             "adaptation": self.adaptation,
             "num_permitted": len(selection.samples),
             "per_device": selection.per_device,
-            "manifest": {"path": str(self.manifest.path), "sha256": self.manifest.digest},
+            "manifest": {"path": str(self.manifest.path or self.features.told), "sha256": self.manifest.digest},
             "features_at": self.features.place,
+            **as_record(self.task),
+            **({"unguarded": True} if self.unguarded else {}),
             "split_policy": {
-                "selected": [self.task.source, selection.target],
+                "selected": [*dict.fromkeys([self.task.source, selection.target])],
                 "split": "train",
                 "locations_known": [selection.located, selection.locatable],
                 "shared_locations": len(selection.shared_locations),
@@ -135,12 +140,17 @@ class Dataset:
 
 
 def feature_source(
-    root: Path, features: Path | None, allow_outside: Sequence[Path], max_bytes: int, bins: int | None = None
+    root: Path,
+    features: Path | None,
+    allow_outside: Sequence[Path],
+    max_bytes: int,
+    bins: int | None = None,
+    anything: bool = False,
 ) -> FeatureSource:
     """What reads the features: one HDF5 file where it is named, else files below the data root."""
     if features is not None:
-        return PackedFeatures(features, max_bytes, bins)
-    return FeatureSource(root, allow_outside, max_bytes, bins)
+        return PackedFeatures(features, max_bytes, bins, anything)
+    return FeatureSource(root, allow_outside, max_bytes, bins, anything)
 
 
 def provenances(teachers: Mapping[str, Any], data: Dataset, watcher: Watcher) -> dict[str, Provenance | None]:

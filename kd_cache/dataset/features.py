@@ -1,4 +1,6 @@
-"""Feature arrays: one plain ``.npy`` of shape ``[T, F]`` per sample, read strictly and never outside its root.
+"""Inputs: one plain ``.npy`` per sample, read strictly and never outside its root.
+
+A task says what they are: features, floats of shape ``[T, F]`` with one F for all, or any tensor of numbers.
 
 A file is opened once, without following a link out of the data root and without ever blocking on a FIFO; its header is
 parsed by this module (no pickle, no surprises), its size must be exact, its values finite.
@@ -19,7 +21,7 @@ import numpy as np
 import xxhash
 
 from kd_cache.errors import FeatureError, UsageError, listed, shown
-from kd_cache.files.npy import MAX_HEADER, check_size, parse_header, read_array
+from kd_cache.files.npy import FLOATS, MAX_HEADER, NUMBERS, check_size, parse_header, read_array
 
 MAX_BYTES = 1 << 24
 """A feature file above this is refused by default: one second of log-mel takes about 25 kB, and a dump holds dozens."""
@@ -29,7 +31,10 @@ _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 
 
 class Feature(NamedTuple):
-    """One sample's features: ``array`` ``[T, F]`` (float32 or float16 as stored, C order, read-only) and its digest."""
+    """One sample's input as stored, ``array`` (C order, read-only), and its digest.
+
+    Features are ``[T, F]`` of float32 or float16.
+    """
 
     array: np.ndarray
     digest: bytes
@@ -47,6 +52,10 @@ def stat_row(status: os.stat_result) -> StatRow:
     return device, inode, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+IN_PYTHON, NAMES_ALONE = "a data set in Python", "names alone"
+"""What stands in an index for the manifest's path where there is none."""
+
+
 class FeatureSource:
     """Reads the features of manifest files.
 
@@ -55,10 +64,15 @@ class FeatureSource:
         allow_outside: further folders or files that absolute files and links may lead to.
         max_bytes: a larger file is refused unread.
         bins: F of every feature; by default any.
+        anything: an input may have any shape (an axis at least, none empty) and any dtype of `NUMBERS`.
 
     Raises:
         UsageError: the root is not a folder.
     """
+
+    told = IN_PYTHON
+    witness, excuse = "their files' size and times", " (was it written through a memory map?)"
+    """What says that a feature did not change, and how it may be deceived."""
 
     def __init__(
         self,
@@ -66,9 +80,10 @@ class FeatureSource:
         allow_outside: Iterable[str | Path] = (),
         max_bytes: int = MAX_BYTES,
         bins: int | None = None,
+        anything: bool = False,
     ) -> None:
         self.root = Path(root)
-        self.max_bytes, self.bins = max_bytes, bins
+        self.max_bytes, self.bins, self.anything = max_bytes, bins, anything
         if not self.root.is_dir():
             raise UsageError(f"the data root {shown(root)} is not a folder", hint="Pass it with --data-root.")
         self._permitted = tuple(os.path.realpath(path) for path in (root, *allow_outside))
@@ -77,14 +92,14 @@ class FeatureSource:
     @property
     def place(self) -> str:
         """Where the features are, links resolved: elsewhere, files of the same names are others."""
-        return os.path.realpath(self.root)
+        return os.path.realpath(self.root) if hasattr(self, "root") else self.told
 
     def read(self, file: str) -> Feature:
         """The whole array, checked and digested.
 
         Raises:
-            FeatureError: missing, outside the root, not a plain file, malformed, truncated, not ``[T, F]`` of float16
-                or float32, or not finite.
+            FeatureError: missing, outside the root, not a plain file, malformed, truncated, not finite, or not what
+                the task takes (``[T, F]`` of float16 or float32).
         """
         try:
             descriptor, status = self.open(file)
@@ -92,11 +107,15 @@ class FeatureSource:
                 content = _read_all(descriptor, status.st_size, self.max_bytes)
             finally:
                 os.close(descriptor)
-            array = read_array(content)
-            check_array(array, self.bins)
+            array = read_array(content, self._dtypes)
+            check_array(array, self.bins, anything=self.anything)
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
         return Feature(array, input_digest(array))
+
+    @property
+    def _dtypes(self) -> tuple[str, ...]:
+        return NUMBERS if self.anything else FLOATS
 
     def try_read(self, file: str) -> Feature | FeatureError:
         """As `read`, with the error as the result: for those who go on without the sample."""
@@ -145,16 +164,16 @@ class FeatureSource:
         os.close(descriptor)
         _refuse_large(status.st_size, self.max_bytes)
 
-    def shape(self, file: str) -> tuple[int, int]:
-        """``(T, F)`` from the header alone. Raises `FeatureError` as `read` does, but does not look at values."""
+    def shape(self, file: str) -> tuple[int, ...]:
+        """``(T, F)``, or what shape it is, from the header alone: values are not looked at. Raises as `read` does."""
         try:
             descriptor, status = self.open(file)
             try:
-                header = parse_header(os.read(descriptor, MAX_HEADER + 12))
+                header = parse_header(os.read(descriptor, MAX_HEADER + 12), self._dtypes)
                 check_size(header, status.st_size)
             finally:
                 os.close(descriptor)
-            return _frames_and_bins(header.shape)
+            return checked_shape(header.shape, anything=self.anything)
         except (ValueError, OSError) as error:
             raise self._error(file, error) from None
 
@@ -237,21 +256,29 @@ def _other_spellings(file: str) -> Iterator[str]:
         yield from ("/".join(parts[number:]) for number in range(1, len(parts)))
 
 
-def _frames_and_bins(shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) != 2 or 0 in shape:
+def checked_shape(shape: tuple[int, ...], *, anything: bool = False) -> tuple[int, ...]:
+    """The shape; ``ValueError`` for one that an input cannot have."""
+    if anything and (not shape or 0 in shape):
+        raise ValueError(f"its shape is {list(shape)}, expected an axis at least, and none of length 0")
+    if not anything and (len(shape) != 2 or 0 in shape):
         raise ValueError(f"its shape is {list(shape)}, expected [frames, bins] with at least one of each")
-    return shape[0], shape[1]
+    return shape
 
 
-def check_array(array: np.ndarray, bins: int | None = None) -> None:
-    """Raise ``ValueError`` for what is not finite and ``[T, F]``, or has not F = ``bins``."""
-    if _frames_and_bins(array.shape)[1] != (bins or array.shape[1]):
+def check_array(array: np.ndarray, bins: int | None = None, *, anything: bool = False) -> None:
+    """Raise ``ValueError`` for what is not finite, or not ``[T, F]`` with F = ``bins``; for ``anything`` see above."""
+    shape = checked_shape(array.shape, anything=anything)
+    if bins is not None and shape[1:] != (bins,):
+        if len(shape) != 2:
+            raise ValueError(f"its shape is {list(shape)}, the manifest's front end makes [frames, {bins}]")
         turned = "; is it [bins, frames]?" if array.shape[0] == bins else ""
         raise ValueError(f"it has {array.shape[1]} bins, the manifest's front end has {bins}{turned}")
-    if not _is_finite(array):
-        finite = np.isfinite(array)
-        frame, band = divmod(int(finite.argmin()), array.shape[1])
-        raise ValueError(f"its value at frame {frame}, bin {band} is {array[frame, band]}, expected finite numbers")
+    if array.dtype.kind == "f" and not _is_finite(array):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32))
+        place = tuple(map(int, np.unravel_index(int(finite.argmin()), shape)))
+        named = f"frame {place[0]}, bin {place[1]}" if len(place) == 2 else str(list(place))
+        raise ValueError(f"its value at {named} is {array[place]}, expected finite numbers")
 
 
 def _is_finite(array: np.ndarray) -> bool:
@@ -259,9 +286,10 @@ def _is_finite(array: np.ndarray) -> bool:
     if array.itemsize == 2:
         return bool((array.view(np.uint16) & _HALF_EXPONENT).max() < _HALF_EXPONENT)
     # No square is negative: a value that is not finite leaves a sum that is not. For longer ones BLAS starts threads.
-    if array.size <= 8192 and np.vdot(array, array) < np.inf:
+    if array.itemsize == 4 and array.size <= 8192 and np.vdot(array, array) < np.inf:
         return True
-    return bool(np.isfinite(array).all())  # the sum of finite squares may overflow, too
+    with np.errstate(over="ignore"):  # what is too large for float32 is not what a teacher could be given
+        return bool(np.isfinite(array.astype(np.float32)).all())  # the sum of finite squares may overflow, too
 
 
 def _refuse_large(size: int, most: int) -> None:

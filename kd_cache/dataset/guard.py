@@ -111,16 +111,24 @@ def select(
         DataLeakageError: naming the first 20 offending samples and how many there are.
         UsageError: an unknown target, or a selection without samples of A or of the target.
     """
-    if not {*target.split(",")} <= {*manifest.task.targets}:
-        raise UsageError(f"target is {shown(target)!r}, expected one of {', '.join(manifest.task.targets)}")
-    return _guarded(manifest, target, allow_shared_locations, data_root)
+    return _guarded(manifest, ",".join(manifest.task.several(target)), allow_shared_locations, data_root)
 
 
 def select_source(
     manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None
 ) -> Selection:
-    """The train samples of A alone: what a scene teacher learns from. Arguments and errors as for `select`."""
+    """The train samples of A alone: what a scene teacher learns from, and all where a task has no domains.
+
+    Arguments and errors as for `select`.
+    """
     return _guarded(manifest, manifest.task.source, allow_shared_locations, data_root)
+
+
+def selected(manifest: Manifest, target: str | None, **allowed: Any) -> Selection:
+    """`select`, or `select_source` where the source is meant, or the task has no domains."""
+    task = manifest.task
+    target = target if target == task.source else ",".join(task.several(target))
+    return select_source(manifest, **allowed) if target == task.source else select(manifest, target, **allowed)
 
 
 def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data_root: Path | None) -> Selection:
@@ -142,6 +150,7 @@ class Look(NamedTuple):
     located: int
     locatable: int
     shared_locations: tuple[str, ...]
+    task: Task
 
 
 def look_through(manifest: Manifest, *, allow_shared_locations: bool = False, data_root: Path | None = None) -> Look:
@@ -159,12 +168,15 @@ def look_through(manifest: Manifest, *, allow_shared_locations: bool = False, da
         ),
         _violation("train files stand in another split too", _files_in_two_splits(manifest, data_root)),
         _violation(
-            "train samples were recorded at a location that also occurs in test",
+            "train samples were recorded at a location that also occurs in test"
+            if task.group == "location"
+            else f"train samples are of a {task.group} that also occurs in test",
             [] if allow_shared_locations else shared,
             "Move them out of train, or pass --allow-shared-locations if that is intended.",
         ),
     ]
-    return Look([each for each in wrong if each is not None], located, len(train) + len(test), tuple(shared))
+    locatable = 0 if task.group is None else len(train) + len(test)
+    return Look([each for each in wrong if each is not None], located, locatable, tuple(shared), task)
 
 
 def _violation(what: str, wrong: list[str], hint: str | None = None) -> DataLeakageError | None:
@@ -177,21 +189,20 @@ def refuse_outside(selection: Selection, files: Iterable[str]) -> None:
     outside = [file for file in files if file not in permitted]
     if outside:
         raise DataLeakageError(
-            f"{len(outside)} files are not permitted train samples of {selection.task.source} or {selection.target}"
-            f"\n{listed(outside)}"
+            f"{len(outside)} files are not permitted {selection.task.permits(selection.target)}\n{listed(outside)}"
         )
 
 
 def location_in_name(file: str, task: Task = DCASE) -> str | None:
     """``city-location`` of a file named as the task's clips are, else ``None``."""
-    found = task.place_in_name.findall(file)
-    return place_name("-".join(found[-1][:2])) if found else None
+    found = task.group_in(file)
+    return None if found is None else place_name(found)
 
 
 def device_in_name(file: str, task: Task = DCASE) -> str | None:
     """The device of a file named as the task's clips are, else ``None``."""
-    found = task.place_in_name.findall(file)
-    return task.device(found[-1][2].lower()) if found else None
+    found = task.recording_in(file)
+    return None if found is None else task.device(found[2].lower())
 
 
 def _contradictions(manifest: Manifest) -> list[str]:
@@ -273,7 +284,7 @@ def _shared_locations(train: list[Sample], test: list[Sample], task: Task) -> tu
         located += is_located
         common = places & held_out
         if common:
-            shared.append(f"{sample.file}: location {min(common)}")
+            shared.append(f"{sample.file}: {task.group} {min(common)}")
     return located, shared
 
 
@@ -296,9 +307,10 @@ def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -
             splits = Counter(sample.split for sample in manifest)
             found = ", ".join(f"{count:,} in {shown(split)}" for split, count in splits.most_common(10))
             is_spelled = any(sample.split == "train" for sample in manifest)
+            way = "from" if device == source else "to"
+            what = f" of device {device}, so there is nothing to adapt {way}" if manifest.task.has_domains else ""
             raise UsageError(
-                f"the manifest has no train samples of device {device}, so there is nothing to adapt "
-                f"{'from' if device == source else 'to'}; it has {found}",
+                f"the manifest has no train samples{what}; it has {found}",
                 hint="Check --json-path and --target."
                 if is_spelled
                 else "What may be learnt from is in the split train, written exactly so.",
@@ -359,7 +371,7 @@ def refuse_leaking(made: Mapping[str, Provenance | None], manifest: Manifest, se
         if provenance is not None and (found := leaked(provenance, manifest, selection)):
             raise DataLeakageError(
                 f"teacher {shown(name)} was trained or validated on {len(_outside(provenance, selection)):,} samples "
-                f"that are not permitted train samples of {selection.task.source} or {selection.target}\n"
+                f"that are not permitted {selection.task.permits(selection.target)}\n"
                 f"{listed(found)}",
                 hint="Train it on this manifest's permitted samples (kd-cache train), or give the manifest it was made "
                 "with. Where paths were only renamed since: --rename-map OLD=NEW.",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_cache.dataset.front_end import as_text, checked
-from kd_cache.dataset.task import DCASE, Task
+from kd_cache.dataset.task import DCASE, MOST_CLASSES, Task
 from kd_cache.errors import ManifestError, listed, shown
 from kd_cache.files.strict_json import strict_json
 from kd_cache.keys import NO_LABEL
@@ -97,8 +97,8 @@ def load_manifest(
     path: str | Path,
     *,
     task: Task = DCASE,
-    num_scenes: int = 10,
-    num_cities: int = 12,
+    num_scenes: int | None = None,
+    num_cities: int | None = None,
     max_bytes: int = MAX_BYTES,
     faults: list[str] | None = None,
 ) -> Manifest:
@@ -106,8 +106,8 @@ def load_manifest(
 
     Args:
         path: the file.
-        task: which devices there are.
-        num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``.
+        task: which classes, domains and groups there are.
+        num_scenes, num_cities: labels must lie in ``[0, num_scenes)`` and ``[0, num_cities)``; as the task says.
         max_bytes: a larger file is refused unread.
         faults: where given, takes what is wrong with rows, which are left out then; by default the first is raised.
 
@@ -150,8 +150,8 @@ def parse_manifest(
     name: str,
     *,
     task: Task = DCASE,
-    num_scenes: int = 10,
-    num_cities: int = 12,
+    num_scenes: int | None = None,
+    num_cities: int | None = None,
 ) -> tuple[Sample, ...]:
     """The samples in a manifest's bytes; ``name`` is used in messages. Raises as `load_manifest`."""
     return _parsed(raw, _RowReader(name, task, num_scenes, num_cities), None)[0]
@@ -247,11 +247,11 @@ def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:
 class _RowReader:
     """Turns one JSON object into a `Sample`, or says which row is wrong and how."""
 
-    def __init__(self, name: str, task: Task, num_scenes: int, num_cities: int) -> None:
+    def __init__(self, name: str, task: Task, num_scenes: int | None, num_cities: int | None) -> None:
         self.name = name
         self.task = task
-        self.num_scenes = num_scenes
-        self.num_cities = num_cities
+        self.num_scenes = task.num_classes if num_scenes is None else num_scenes
+        self.num_cities = (len(task.cities) or MOST_CLASSES) if num_cities is None else num_cities
 
     def __call__(self, row: Any, in_list: str | None, number: int) -> Sample:
         try:
@@ -270,7 +270,8 @@ class _RowReader:
         domain, device = _domain_and_device(self.task, row)
         scene = _scene_label(row, self.num_scenes)
         split = _split(row, in_list)
-        if scene is None and device == self.task.source and not self.task.held_out.search(split):
+        needed = self.task.has_domains and device == self.task.source and not self.task.held_out.search(split)
+        if scene is None and needed:
             found = next((f"is {row[name]}, which is no label" for name in _SCENE if row.get(name) is not None), "")
             why = found or f"is missing{_meant(row, 'scene_label')}"
             raise ValueError(f"scene_label {why}; samples of the source device {device} need one")
@@ -337,6 +338,8 @@ def _label(field: str, value: Any, classes: int) -> int | None:
 
 
 def _domain_and_device(task: Task, row: dict[str, Any]) -> tuple[int, str]:
+    if not task.has_domains:
+        return 0, task.source
     domain, device = row.get("domain"), row.get("device_id")
     most = len(task.devices) - 1
     if domain is not None and (type(domain) is not int or not 0 <= domain <= most):
@@ -371,8 +374,17 @@ def _location(row: dict[str, Any], task: Task) -> tuple[str | None, tuple[str, .
 
     TAU calls the location ``identifier``. That word may also mean something else, such as a recording: with a number
     in it, it is a location where it begins with a city of the task. Otherwise it is a place all the same: two rows that
-    have it in common were recorded together.
+    have it in common were recorded together. Other tasks have one field for their group.
     """
+    if task.group is None:
+        return None, ()
+    if task.group != "location":
+        group = row.get(task.group)
+        if group is None:
+            return None, ()
+        if type(group) is not int and not (isinstance(group, str) and group.strip()):
+            raise ValueError(f"{task.group} must be a name or a number, found {_kind(group)}")
+        return (place := place_name(str(group))), (place,)
     if row.get("identifier") is None and row.get("location") is None:
         return None, ()
     named = {field: _place(field, row, task) for field in ("identifier", "location") if row.get(field) is not None}

@@ -39,18 +39,21 @@ class PackedFeatures(FeatureSource):
             contiguous, or chunked and perhaps compressed by gzip, with or without shuffle.
         max_bytes: a larger sample is refused unread.
         bins: F of every feature; by default any.
+        anything: samples may have any shape and dtype; ``features`` is then ``[N, …]``.
 
     Raises:
         UsageError: there is no such file.
         FeatureError: it is not an HDF5 file of features, or names a sample twice.
     """
 
-    def __init__(self, path: str | Path, max_bytes: int = MAX_BYTES, bins: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, max_bytes: int = MAX_BYTES, bins: int | None = None, anything: bool = False
+    ) -> None:
         self.path = Path(path).absolute()
-        self.max_bytes, self.bins = max_bytes, bins
+        self.max_bytes, self.bins, self.anything = max_bytes, bins, anything
         self._attach()
         self._version = stat_row(os.fstat(self._descriptor))
-        self._samples = scanned(self.path)
+        self._samples = scanned(self.path, anything=anything)
         with suppress(OSError):  # what was looked through must be what is open here
             if stat_row(self.path.stat()) == self._version:
                 return
@@ -102,7 +105,7 @@ class PackedFeatures(FeatureSource):
         known = here if here == self._version else UNKNOWN
         return np.array([UNKNOWN if row < 0 else known for row in self._rows(files)], np.int64).reshape(-1, 5)
 
-    def shape(self, file: str) -> tuple[int, int]:
+    def shape(self, file: str) -> tuple[int, ...]:
         (row,) = self._rows([file])
         try:
             return self._place(row)[1]
@@ -125,16 +128,16 @@ class PackedFeatures(FeatureSource):
             stored, shape = self._place(row)
             start = int(self._samples.starts[row])
             if stored.chunks is None:
-                size = shape[0] * shape[1] * stored.dtype.itemsize
+                size = math.prod(shape) * stored.dtype.itemsize
                 array = np.ndarray(shape, stored.dtype, self._bytes(start, size))
             else:
                 array = self._assembled(stored, stored.chunks, shape, start, row)
-            check_array(array, self.bins)
+            check_array(array, self.bins, anything=self.anything)
         except (ValueError, OSError, zlib.error) as error:
             return self._error(file, error)
         return Feature(array, input_digest(array))
 
-    def _place(self, row: int) -> tuple[Stored, tuple[int, int]]:
+    def _place(self, row: int) -> tuple[Stored, tuple[int, ...]]:
         """How the sample is stored, and its shape ``(T, F)``. Raises ``ValueError`` for one that cannot be read."""
         if row < 0:
             raise FileNotFoundError(errno.ENOENT, "it is not there")
@@ -147,7 +150,7 @@ class PackedFeatures(FeatureSource):
             raise ValueError(
                 f"it has {size} bytes, expected at most {self.max_bytes}; --max-feature-bytes permits more"
             )
-        return stored, (frames, bins)
+        return stored, (frames, bins) if stored.rest is None else (frames, *stored.rest)
 
     def _bytes(self, start: int, size: int) -> bytes:
         content = os.pread(self._descriptor, size, start)
@@ -159,22 +162,20 @@ class PackedFeatures(FeatureSource):
         return content
 
     def _assembled(
-        self, stored: Stored, chunks: tuple[int, int, int], shape: tuple[int, int], start: int, row: int
+        self, stored: Stored, chunks: tuple[int, ...], shape: tuple[int, ...], start: int, row: int
     ) -> np.ndarray:
-        """``[T, F]`` out of chunks."""
-        several, frames, bins = chunks
+        """``[T, F]``, or of whatever shape, out of chunks."""
+        several, *steps = chunks
         array = np.empty(shape, stored.dtype)
-        number = start
-        for top in range(0, shape[0], frames):
-            for left in range(0, shape[1], bins):
-                chunk = self._chunk(number, stored, chunks)[row % several]
-                place = array[top : top + frames, left : left + bins]
-                place[:] = chunk[: place.shape[0], : place.shape[1]]
-                number += 1
+        grid = [-(-length // step) for length, step in zip(shape, steps, strict=True)]
+        for number, corner in enumerate(np.ndindex(*grid), start):
+            chunk = self._chunk(number, stored, chunks)[row % several]
+            place = array[tuple(slice(at * step, (at + 1) * step) for at, step in zip(corner, steps, strict=True))]
+            place[...] = chunk[tuple(map(slice, place.shape))]
         array.flags.writeable = False
         return array
 
-    def _chunk(self, number: int, stored: Stored, shape: tuple[int, int, int]) -> np.ndarray:
+    def _chunk(self, number: int, stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
         """``[samples, frames, bins]``; one that several samples share is kept for a while.
 
         Without a lock, which a fork might copy while it is held: the worst is that two threads unpack the same.

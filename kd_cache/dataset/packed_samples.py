@@ -25,13 +25,14 @@ class Stored(NamedTuple):
     """How the values of a sample are stored; or ``refused``, why they cannot be read.
 
     ``chunks`` are ``[samples, frames, bins]``, ``None`` where the values lie one after the other; ``filters`` in the
-    order in which they were applied.
+    order in which they were applied. ``rest`` is the shape after the first axis, of samples that are not ``[T, F]``.
     """
 
     dtype: np.dtype[Any] = np.dtype("<f4")
-    chunks: tuple[int, int, int] | None = None
+    chunks: tuple[int, ...] | None = None
     filters: tuple[str, ...] = ()
     refused: str | None = None
+    rest: tuple[int, ...] | None = None
 
 
 class Samples(NamedTuple):
@@ -41,7 +42,7 @@ class Samples(NamedTuple):
         names: the row of each name.
         by_path: the names are paths to datasets, in which HDF5 passes over ``//`` and ``./``.
         starts: ``[N]``, the byte of the first value, or the number of the first chunk.
-        shapes: ``[N, 2]``, frames and bins.
+        shapes: ``[N, 2]``, frames and bins, or the length of the first axis and of all others together.
         stored: ``[N]``, which of ``kinds``.
         chunks: ``[chunks, 3]``: offset, size, and the mask of the filters that were left out.
     """
@@ -94,9 +95,15 @@ class Names:
         return next((name for name, count in counts.items() if count > 1), None)
 
 
-def scanned(path: Path) -> Samples:
+def scanned(path: Path, *, anything: bool = False) -> Samples:
     """What `kd_cache.dataset.packed_scan` says of the file. Raises `FeatureError`."""
-    program = [sys.executable, "-P", str(Path(__file__).with_name("packed_scan.py")), str(path)]
+    program = [
+        sys.executable,
+        "-P",
+        str(Path(__file__).with_name("packed_scan.py")),
+        str(path),
+        *(["any"] if anything else []),
+    ]
     own = {"OPENBLAS_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE", "HDF5_PLUGIN_PRELOAD": "::"}
     done = subprocess.run(program, capture_output=True, check=False, env={**os.environ, **own})  # noqa: S603
     what = f"the features {shown(path)}"
@@ -122,7 +129,10 @@ def _samples(told: Mapping[str, np.ndarray]) -> Samples:
         Stored(refused=str(kind["refused"]))
         if "refused" in kind
         else Stored(
-            np.dtype(kind["dtype"]), None if kind["chunks"] is None else tuple(kind["chunks"]), tuple(kind["filters"])
+            np.dtype(kind["dtype"]),
+            None if kind["chunks"] is None else tuple(kind["chunks"]),
+            tuple(kind["filters"]),
+            rest=None if kind["rest"] is None else tuple(kind["rest"]),
         )
         for kind in json.loads(told["kinds"].tobytes())
     ]

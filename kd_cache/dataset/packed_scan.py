@@ -5,7 +5,8 @@ file here, in a process with little memory and little time, and says names, shap
 by `kd_cache.dataset.packed`, which reads the values without libhdf5.
 
 The samples are either datasets ``[T, F]`` anywhere in the file, called by their names, or the rows of a dataset
-``features`` ``[N, T, F]``, called by a dataset ``files`` ``[N]``.
+``features`` ``[N, T, F]``, called by a dataset ``files`` ``[N]``. With ``any`` as second word, samples may
+have any shape and be integers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ _A_SECOND_OF_BYTES = 2_000_000
 """For so much of the file a second of computing is granted; the smallest datasets take a tenth of that."""
 
 _FLOATS = (("<f4", h5t.IEEE_F32LE), ("<f2", h5t.IEEE_F16LE))
+_NUMBERS = (
+    *_FLOATS, ("<f8", h5t.IEEE_F64LE), ("|u1", h5t.STD_U8LE), ("|i1", h5t.STD_I8LE), ("<i2", h5t.STD_I16LE),
+    ("<i4", h5t.STD_I32LE), ("<i8", h5t.STD_I64LE), ("<u2", h5t.STD_U16LE), ("<u4", h5t.STD_U32LE),
+    ("<u8", h5t.STD_U64LE),
+)  # fmt: skip
+_FRAMES = "[frames, bins] with at least one of each"
 _FILTERS = {h5z.FILTER_SHUFFLE: "shuffle", h5z.FILTER_DEFLATE: "gzip"}
 
 
@@ -41,8 +48,8 @@ class Unfit(Exception):  # noqa: N818 (a finding, not a failure)
 class Findings:
     """What is known of the samples so far: a row for each, and how its values are stored."""
 
-    def __init__(self, user_block: int) -> None:
-        self.user_block = user_block
+    def __init__(self, user_block: int, anything: bool = False) -> None:
+        self.user_block, self.anything = user_block, anything
         self.names: list[bytes] = []
         self.starts: list[int] = []
         self.frames: list[int] = []
@@ -53,13 +60,13 @@ class Findings:
         self.num_chunks = 0
         self.by_path = True
 
-    def add(self, name: bytes, start: int, frames: int, bins: int, kind: int) -> None:
+    def add(self, name: bytes, start: int, shape: tuple[int, ...], kind: int) -> None:
         if len(self.names) == MOST_SAMPLES:
             raise Unfit(f"it holds more than {MOST_SAMPLES} samples")
         self.names.append(name)
         self.starts.append(start)
-        self.frames.append(frames)
-        self.bins.append(bins)
+        self.frames.append(shape[0])
+        self.bins.append(math.prod(shape[1:]))
         self.which.append(kind)
 
     def kind(self, **kind: Any) -> int:
@@ -90,11 +97,11 @@ class Findings:
         np.savez(file, **arrays)
 
 
-def scan(path: str) -> Findings:
+def scan(path: str, anything: bool = False) -> Findings:
     """Look through the file. Raises `Unfit`, and whatever h5py makes of a malformed file."""
     file = h5f.open(path.encode("utf-8", "surrogateescape"), h5f.ACC_RDONLY)
     root = h5g.open(file, b"/")
-    found = Findings(file.get_create_plist().get_userblock())
+    found = Findings(file.get_create_plist().get_userblock(), anything)
     if {b"features", b"files"} <= set(_links(root)):
         _scan_rows(root, found)
     else:
@@ -123,7 +130,7 @@ def _scan_datasets(group: Any, prefix: bytes, found: Findings, above: set[bytes]
     for name, link in _links(group).items():
         full = prefix + name
         if link != h5l.TYPE_HARD:
-            found.add(full, 0, 0, 0, found.kind(refused="it is a link to elsewhere"))
+            found.add(full, 0, (0, 0), found.kind(refused="it is a link to elsewhere"))
             continue
         entry = h5o.open(group, name)
         if isinstance(entry, h5g.GroupID):
@@ -137,12 +144,13 @@ def _scan_one(dataset: Any, name: bytes, found: Findings) -> None:
         if not isinstance(dataset, h5d.DatasetID):
             raise Unfit("it is not a dataset")
         shape = dataset.shape
-        if shape is None or len(shape) != 2 or 0 in shape:
-            raise Unfit(f"its shape is {list(shape or ())}, expected [frames, bins] with at least one of each")
+        if not shape or (len(shape) != 2 and not found.anything) or 0 in shape:
+            expected = "an axis at least, and none of length 0" if found.anything else _FRAMES
+            raise Unfit(f"its shape is {list(shape or ())}, expected {expected}")
         start, kind = _stored(dataset, (1, *shape), found)
     except Unfit as error:
         start, shape, kind = 0, (0, 0), found.kind(refused=str(error))
-    found.add(name, start, shape[0], shape[1], kind)
+    found.add(name, start, shape, kind)
 
 
 def _scan_rows(root: Any, found: Findings) -> None:
@@ -155,21 +163,22 @@ def _scan_rows(root: Any, found: Findings) -> None:
     if not isinstance(dataset, h5d.DatasetID) or not isinstance(files, h5d.DatasetID):
         raise Unfit("its features and files are not both datasets")
     shape = dataset.shape
-    if shape is None or len(shape) != 3 or 0 in shape:
-        raise Unfit(f"the shape of its features is {list(shape or ())}, expected [samples, frames, bins]")
+    if not shape or 0 in shape or (len(shape) < 2 if found.anything else len(shape) != 3):
+        expected = "samples, …" if found.anything else "samples, frames, bins"
+        raise Unfit(f"the shape of its features is {list(shape or ())}, expected [{expected}]")
     names = _names(files, shape[0])
     found.by_path = False
     start, kind = _stored(dataset, shape, found)
-    count, frames, bins = shape
+    count, *sample = shape
     stored = json.loads(list(found.kinds)[kind])
     if stored["chunks"] is None:
-        step = frames * bins * np.dtype(stored["dtype"]).itemsize
+        step = math.prod(sample) * np.dtype(stored["dtype"]).itemsize
         starts = list(range(start, start + count * step, step))
     else:  # the first of the chunks that a row lies in
         rows, across = stored["chunks"][0], math.prod(_grid(shape, stored["chunks"])[1:])
         starts = [start + row // rows * across for row in range(count)]
     for name, first in zip(names, starts, strict=True):
-        found.add(name, first, frames, bins, kind)
+        found.add(name, first, tuple(sample), kind)
 
 
 def _names(files: Any, count: int) -> list[bytes]:
@@ -191,19 +200,24 @@ def _names(files: Any, count: int) -> list[bytes]:
 
 
 def _stored(dataset: Any, shape: tuple[int, ...], found: Findings) -> tuple[int, int]:
-    """Where the values of ``shape`` ``[N, T, F]`` begin (the byte, or the first chunk's number), and their kind."""
+    """Where the values of ``shape`` ``[N, T, F]`` begin (the byte, or the first chunk's number), and their kind.
+
+    Of samples that are not ``[T, F]`` the kind says what comes after the first axis.
+    """
     datatype = dataset.get_type()
-    dtype = next((name for name, known in _FLOATS if datatype.equal(known)), None)
+    dtype = next((name for name, known in (_NUMBERS if found.anything else _FLOATS) if datatype.equal(known)), None)
     if dtype is None:
-        raise Unfit("its dtype is not float32 or float16 (little-endian)")
+        expected = "a number" if found.anything else "float32 or float16"
+        raise Unfit(f"its dtype is not {expected} (little-endian)")
+    rest = None if len(shape) == 3 else list(shape[2:])
     if max(shape) > _MOST_LENGTH:
-        raise Unfit(f"its shape is {list(shape[-2:])}")
+        raise Unfit(f"its shape is {list(shape[1:])}")
     size = math.prod(shape) * np.dtype(dtype).itemsize
     offset = dataset.get_offset()
     if offset is not None:  # contiguous, written, and in this file
         if dataset.get_storage_size() != size:
             raise Unfit("it is not stored whole")
-        return offset, found.kind(dtype=dtype, chunks=None, filters=[])
+        return offset, found.kind(dtype=dtype, chunks=None, filters=[], rest=rest)
     settings = dataset.get_create_plist()
     layout = settings.get_layout()
     if layout != h5d.CHUNKED:
@@ -216,9 +230,9 @@ def _stored(dataset: Any, shape: tuple[int, ...], found: Findings) -> tuple[int,
     if not set(filters) <= set(_FILTERS) or len(set(filters)) != len(filters):
         raise Unfit("it is compressed otherwise than by gzip (with or without shuffle); write it anew")
     chunks = tuple(settings.get_chunk())
-    chunks = chunks if len(dataset.shape) == 3 else (1, *chunks)
+    chunks = chunks if len(dataset.shape) == len(shape) else (1, *chunks)
     first = found.add_chunks(_chunk_table(dataset, shape, chunks))
-    return first, found.kind(dtype=dtype, chunks=chunks, filters=[_FILTERS[number] for number in filters])
+    return first, found.kind(dtype=dtype, chunks=chunks, filters=[_FILTERS[number] for number in filters], rest=rest)
 
 
 def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
@@ -234,7 +248,7 @@ def _chunk_table(dataset: Any, shape: tuple[int, ...], chunks: tuple[int, ...]) 
 
     def keep(chunk: Any) -> None:
         number = 0
-        for at, step, most in zip((0, *chunk.chunk_offset)[-3:], chunks, grid, strict=True):
+        for at, step, most in zip((0, *chunk.chunk_offset)[-len(grid) :], chunks, grid, strict=True):
             if at >= step * most:
                 raise Unfit("it has a chunk outside its shape")
             number = number * most + at // step
@@ -260,7 +274,7 @@ def main() -> None:
     path = sys.argv[1]
     try:
         _limit(Path(path).stat().st_size)
-        found = scan(path)
+        found = scan(path, sys.argv[2:] == ["any"])
     except Unfit as error:
         sys.stdout.write(str(error))
         sys.exit(1)

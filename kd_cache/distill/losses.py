@@ -1,7 +1,8 @@
 """Distillation losses, one number per row.
 
-Each takes ``student`` and ``teacher``, logits ``[B, C]`` (raw, before softmax), and gives ``[B]``. What several rows
-make together (masks, weights, the division by B) is the objective's. Half precision is computed in float32. Everything
+Each takes ``student`` and ``teacher``, logits ``[B, C]`` (raw, before softmax), and gives ``[B]``; of logits
+``[B, L, C]`` of L frames the mean over them. What several rows make together (masks, weights, the division by B) is the
+objective's. Half precision is computed in float32. Everything
 comes from log-probabilities, so that loss and gradient stay finite for any finite logits. ``ls`` and ``lt`` are the
 log-softmax of student and teacher at temperature T; the factor T² keeps the gradient's size where T changes (Hinton et
 al. 2015, arXiv 1503.02531). Every loss raises `UsageError` for logits of other shapes, and for parameters out of range.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from functools import wraps
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,36 +24,62 @@ from kd_cache.errors import UsageError
 FLOOR: Final = 1e-3
 """Spreads below this are taken for it: a constant row has no direction, and would have a gradient without bound."""
 
+Loss = Callable[..., Tensor]
 
+
+def _over_frames(loss: Loss) -> Loss:
+    """Each frame is a row, and has its row's label; a row's loss is the mean over its frames."""
+
+    @wraps(loss)
+    def mean_over_frames(student: Tensor, teacher: Tensor, *labels: Any, **options: Any) -> Tensor:
+        if student.ndim != 3 or teacher.shape != student.shape:
+            return loss(student, teacher, *labels, **options)
+        count, frames = student.shape[:2]
+        each = [label if label is None else label.repeat_interleave(frames) for label in labels]
+        named = {
+            name: value.repeat_interleave(frames) if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
+        return loss(student.flatten(0, 1), teacher.flatten(0, 1), *each, **named).view(count, frames).mean(dim=1)
+
+    return mean_over_frames
+
+
+@_over_frames
 def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """T² KL(t‖s) = T² Σ e^lt (lt − ls): the usual loss of distillation."""
     ls, lt = _log_probs(student, teacher, temperature)
     return temperature**2 * _divergence(lt, ls)
 
 
+@_over_frames
 def soft_ce(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """−T² Σ e^lt ls: cross-entropy with soft targets. The gradient is that of `kl`."""
     ls, lt = _log_probs(student, teacher, temperature)
     return -(temperature**2) * (lt.exp() * ls).sum(dim=1)
 
 
+@_over_frames
 def dcase(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
     """`kl` divided by C: what ``kl_div(reduction="mean")`` makes of it in the recipes of CP-JKU."""
     return kl(student, teacher, temperature=temperature) / student.shape[1]
 
 
+@_over_frames
 def hard(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy with the teacher's decision (pseudo labels): `kl` with a teacher at T → 0."""
     student, teacher = _pair(student, teacher)
     return F.cross_entropy(student, teacher.argmax(dim=1), reduction="none")
 
 
+@_over_frames
 def rkl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """T² KL(s‖t): the student avoids what the teacher holds for impossible."""
     ls, lt = _log_probs(student, teacher, temperature)
     return temperature**2 * _divergence(ls, lt)
 
 
+@_over_frames
 def js(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """T² (KL(t‖m) + KL(s‖m)) / 2 with m = (s + t) / 2; at most T² log 2."""
     ls, lt = _log_probs(student, teacher, temperature)
@@ -59,6 +87,7 @@ def js(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     return temperature**2 * (_divergence(lt, middle) + _divergence(ls, middle)) / 2
 
 
+@_over_frames
 def skew(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, share: float = 0.1) -> Tensor:
     """T² KL(t‖share·t + (1−share)·s) (DistiLLM, Ko et al. 2024, arXiv 2402.03898); 0 < share < 1."""
     if not 0 < share < 1:
@@ -67,6 +96,7 @@ def skew(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, share: f
     return temperature**2 * _divergence(lt, torch.logaddexp(lt + math.log(share), ls + math.log1p(-share)))
 
 
+@_over_frames
 def ab(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alpha: float = 0.9, beta: float = 0.2) -> Tensor:
     """T² times the α-β divergence, α, β > 0 (ABKD, Wang et al. 2025, arXiv 2505.04560).
 
@@ -84,12 +114,14 @@ def ab(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alpha: flo
     return temperature**2 * (own - summed(alpha * lt + beta * ls) / (alpha * beta))
 
 
+@_over_frames
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over classes of the squared difference of centred logits: twice the limit of `kl` at T → ∞."""
     student, teacher = _pair(student, teacher)
     return (_centred(student) - _centred(teacher)).square().mean(dim=1)
 
 
+@_over_frames
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -111,6 +143,7 @@ def dkd(
     return temperature**2 * (alpha * of_label + beta * within)
 
 
+@_over_frames
 def rld(
     student: Tensor,
     teacher: Tensor,
@@ -139,6 +172,7 @@ def rld(
     return alpha * label_temperature**2 * confident + beta * temperature**2 * among
 
 
+@_over_frames
 def nkd(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0, gamma: float = 1.5
 ) -> Tensor:
@@ -156,6 +190,7 @@ def nkd(
     return of_label[:, 0] - gamma * temperature**2 * (lt.exp() * ls).sum(dim=1)
 
 
+@_over_frames
 def wttm(student: Tensor, teacher: Tensor, *, gamma: float = 0.1) -> Tensor:
     """U KL(q‖s) with q = p_t^γ / U and U = Σ p_t^γ; the student at T = 1 (Zheng and Yang 2024, arXiv 2402.11148)."""
     ls, lt = _log_probs(student, teacher, 1.0)
@@ -163,6 +198,7 @@ def wttm(student: Tensor, teacher: Tensor, *, gamma: float = 0.1) -> Tensor:
     return mass[:, 0].exp() * _divergence(gamma * lt - mass, ls)
 
 
+@_over_frames
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -186,6 +222,7 @@ def dist(
     return temperature**2 * torch.where(counted, found, 0)
 
 
+@_over_frames
 def logit_std(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
     """`kl` of standardised logits (Sun et al. 2024, arXiv 2403.01427): scale and shift of a row do not matter.
 
@@ -195,6 +232,7 @@ def logit_std(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> 
     return kl(student, teacher, temperature=temperature)
 
 
+@_over_frames
 def bce(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Σ over classes of the binary cross-entropy with the targets σ(t/T): for multi-label teachers."""
     _refuse_temperature(temperature)

@@ -72,7 +72,13 @@ class StudentJob(TrainJob):
         data, settings = self.data, self.settings
         # Of all that is permitted: what is held out from a subset's students is what was held out from the teachers.
         found = divide(
-            data.selection.samples, task=data.task, ratio=settings.val_ratio, fold=settings.fold, data_root=data.root
+            data.selection.samples,
+            task=data.task,
+            ratio=settings.val_ratio,
+            fold=settings.fold,
+            data_root=data.root,
+            # The teachers' own division: places that only a target knows would move it.
+            heard=lambda sample: sample.device_id == data.task.source,
         )
         sides = (found.train, found.only([data.task.source]).validation)
         train, validation = (tuple(each for each in side if self.may_use(each)) for side in sides)

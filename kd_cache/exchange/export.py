@@ -101,10 +101,10 @@ class _Served:
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """``(start, rows [n, C])``, a few megabytes at a time."""
-        size = max(1, _BLOCK_BYTES // (self.origin.num_classes * self.origin.stored.itemsize))
+        size = max(1, _BLOCK_BYTES // (self.origin.width * self.origin.stored.itemsize))
         for start in range(0, len(self.files), size):
             numbers = np.arange(start, min(start + size, len(self.files)))
-            yield start, self.cache.batch(numbers)[:, 0].numpy()
+            yield start, self.cache.batch(numbers).numpy().reshape(len(numbers), -1)  # of one teacher
 
 
 def export_logits(job: ExportJob, watcher: Watcher | None = None) -> ExportReport:
@@ -151,7 +151,7 @@ def _make_view(job: ExportJob, snapshot: Snapshot, watcher: Watcher) -> ExportRe
     index = snapshot.finished()
     report = ExportReport(job.folder.path, job.to, num_samples=done.num_samples)
     for name, origin in index.origins.items():
-        size = len(row_file_bytes(np.zeros(origin.num_classes, origin.stored)))
+        size = len(row_file_bytes(np.zeros(origin.width, origin.stored)))
         report.teachers.append(Exported(name, done.rows[name], done.rows[name] * size, job.folder.view_path(name)))
     return report
 
@@ -258,7 +258,7 @@ def _save_tensor(path: Path, served: _Served, watcher: Watcher) -> str:
     """
     import torch
 
-    shape = (len(served.files), served.origin.num_classes)
+    shape = (len(served.files), served.origin.width)
     digest = hashlib.sha256()
     with store_errors(path, "write"), temporary_beside(path) as temporary:
         with tempfile.TemporaryFile(dir=path.parent) as raw, temporary.open("xb", buffering=0) as file:
@@ -302,7 +302,7 @@ def _list_pieces(served: _Served, digest: str) -> Iterator[bytes]:
 def _columns(teacher: str, origin: Origin) -> list[str]:
     """The header of the numbers. Raises `UsageError` for names that would be ambiguous."""
     if origin.class_names is None:
-        return [LOGIT_COLUMN.format(number) for number in range(origin.num_classes)]
+        return [LOGIT_COLUMN.format(number) for number in range(origin.width)]
     names = list(origin.class_names)
     if FILE_COLUMN in names or len(set(names)) != len(names):
         raise UsageError(
@@ -321,7 +321,7 @@ def _write_table(path: Path, served: _Served, watcher: Watcher) -> int:
 def _table_pieces(served: _Served, watcher: Watcher) -> Iterator[bytes]:
     columns = _columns(served.origin.teacher, served.origin)
     yield ("\t".join(map(_cell, [FILE_COLUMN, *columns])) + "\n").encode()
-    line = "\t".join(["%s", *[FORMATS[served.origin.dtype]] * served.origin.num_classes]) + "\n"
+    line = "\t".join(["%s", *[FORMATS[served.origin.dtype]] * served.origin.width]) + "\n"
     for start, rows in served.blocks():
         names = map(_cell, served.files[start : start + len(rows)])
         yield "".join([line % (name, *row) for name, row in zip(names, rows.tolist(), strict=True)]).encode()
@@ -364,7 +364,7 @@ def _write_row_files(directory: Path, served: _Served, watcher: Watcher) -> int:
         watcher.note(
             f"{len(others)} files in {shown(directory)} stay, which no earlier export is known to have written"
         )
-    return len(served.files) * len(row_file_bytes(np.zeros(served.origin.num_classes, served.origin.stored)))
+    return len(served.files) * len(row_file_bytes(np.zeros(served.origin.width, served.origin.stored)))
 
 
 def _exported_before(output: Path) -> dict[str, set[str]]:

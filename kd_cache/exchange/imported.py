@@ -68,6 +68,23 @@ class Foreign:
     bad: Mapping[str, KDCacheError] = field(default_factory=dict)
 
 
+class _Everything(frozenset[str]):
+    """Whatever a source names."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def named_files(path: Path, files_list: Path | None = None, max_bytes: int = MOST_BYTES) -> list[str]:
+    """The files whose rows a source holds. Arguments and errors as for `read_source`."""
+    found = read_source(path, _Everything(), files_list=files_list, max_bytes=max_bytes)
+    return list(dict.fromkeys(file for foreign in found for file in foreign.files))
+
+
+def _set(names: Collection[str]) -> Collection[str]:
+    return names if isinstance(names, _Everything) else frozenset(names)
+
+
 def read_source(
     path: Path,
     permitted: Collection[str],
@@ -155,7 +172,7 @@ def _wanted(path: Path, files: Sequence[str], permitted: Collection[str]) -> np.
             f"{shown(path)}: {len(twice)} files have more than one row (counted from 0)\n{listed(twice)}",
             hint="Which one is right? Leave the others out.",
         )
-    allowed = set(permitted)
+    allowed = _set(permitted)
     return np.array([number for number, file in enumerate(files) if file in allowed], np.int64)
 
 
@@ -348,7 +365,7 @@ def _text(path: Path, most: int) -> str:
 
 
 def _read_table(path: Path, permitted: Collection[str], dtype: str) -> Foreign:
-    allowed = set(permitted)
+    allowed = _set(permitted)
     names: list[str] = []
     kept: list[str] = []
     blocks: list[np.ndarray] = []
@@ -427,7 +444,7 @@ def _read_older(folder: CacheFolder, permitted: Collection[str], watcher: Watche
     snapshot = Snapshot(folder)
     if snapshot.is_older:
         maps = read_older_maps(folder.index_path)
-        return [_older(folder, name, paths, set(permitted), watcher) for name, paths in maps.items()]
+        return [_older(folder, name, paths, _set(permitted), watcher) for name, paths in maps.items()]
     if snapshot.trouble is not None:
         raise snapshot.trouble
     if snapshot.index is None:
@@ -438,7 +455,9 @@ def _read_older(folder: CacheFolder, permitted: Collection[str], watcher: Watche
     )
 
 
-def _older(folder: CacheFolder, name: str, paths: Mapping[str, str], permitted: set[str], watcher: Watcher) -> Foreign:
+def _older(
+    folder: CacheFolder, name: str, paths: Mapping[str, str], permitted: Collection[str], watcher: Watcher
+) -> Foreign:
     """One teacher's row files; those of samples that are not permitted are not even opened."""
     wanted = [file for file in paths if file in permitted]
     kept: list[str] = []

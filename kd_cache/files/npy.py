@@ -15,7 +15,9 @@ MAGIC = b"\x93NUMPY"
 MAX_HEADER = 10_000
 MAX_LENGTH = 1 << 28
 MAX_DIMENSIONS = 8
-DTYPES = ("<f4", "<f2")
+FLOATS = ("<f4", "<f2")
+NUMBERS = ("<f4", "<f2", "<f8", "|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8")
+"""Every dtype that torch has, too."""
 _REMARKABLE = re.compile(rb"\\|[0-9](?:and|else|for|if|in|is|not|or)")
 """What makes Python print remarks on the text that it parses: escapes that are none, a number run into a keyword."""
 
@@ -37,9 +39,9 @@ class NpyHeader:
         return self.offset + count * self.dtype.itemsize
 
 
-def read_array(content: bytes) -> np.ndarray:
+def read_array(content: bytes, dtypes: tuple[str, ...] = FLOATS) -> np.ndarray:
     """The array in the bytes of a ``.npy`` file, C order, read-only. Raises ``ValueError`` saying what is wrong."""
-    header = parse_header(content)
+    header = parse_header(content, dtypes)
     check_size(header, len(content))
     if not header.fortran_order:
         return np.ndarray(header.shape, header.dtype, content, header.offset)
@@ -49,7 +51,7 @@ def read_array(content: bytes) -> np.ndarray:
     return array
 
 
-def parse_header(content: bytes) -> NpyHeader:
+def parse_header(content: bytes, dtypes: tuple[str, ...] = FLOATS) -> NpyHeader:
     """Parse a ``.npy`` header (format versions 1 to 3) without trusting it. Raises ``ValueError``."""
     if content[:6] != MAGIC:
         raise ValueError(
@@ -64,11 +66,11 @@ def parse_header(content: bytes) -> NpyHeader:
         raise ValueError(f"its header claims {length} bytes, expected at most {MAX_HEADER}")
     if len(content) < prefix + length:
         raise ValueError("it is truncated within its header")
-    return _parsed(content[prefix : prefix + length], prefix + length)
+    return _parsed(content[prefix : prefix + length], prefix + length, dtypes)
 
 
 @lru_cache(maxsize=1024)  # most files of a data set share their header
-def _parsed(text: bytes, offset: int) -> NpyHeader:
+def _parsed(text: bytes, offset: int, dtypes: tuple[str, ...]) -> NpyHeader:
     try:
         if _REMARKABLE.search(text):
             raise ValueError
@@ -78,8 +80,9 @@ def _parsed(text: bytes, offset: int) -> NpyHeader:
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
         raise ValueError("its header must hold descr, fortran_order and shape, and nothing else")
     descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
-    if not isinstance(descr, str) or descr not in DTYPES:
-        raise ValueError(f"its dtype is not float32 (<f4) or float16 (<f2); convert it when saving ({_said(text)})")
+    if not isinstance(descr, str) or descr not in dtypes:
+        expected = "float32 (<f4) or float16 (<f2)" if dtypes == FLOATS else f"one of {', '.join(dtypes)}"
+        raise ValueError(f"its dtype is not {expected}; convert it when saving ({_said(text)})")
     if type(fortran) is not bool:
         raise ValueError("fortran_order in its header must be True or False")
     sizes = isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS

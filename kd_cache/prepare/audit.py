@@ -10,6 +10,8 @@ from kd_cache.dataset.dataset import feature_source
 from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
 from kd_cache.dataset.guard import Look, look_through
 from kd_cache.dataset.manifest import MAX_BYTES, Manifest, load_manifest
+from kd_cache.dataset.task import Task
+from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.errors import KDCacheError, ManifestError, MissingLogitsError, UsageError, listed
 
 
@@ -30,8 +32,9 @@ def audit(
     features: Path | None = None,
     *,
     target: str | None = None,
-    num_scenes: int = 10,
-    num_cities: int = 12,
+    task: Task = DEFAULT,
+    num_scenes: int | None = None,
+    num_cities: int | None = None,
     allow_shared_locations: bool = False,
     allow_outside: Sequence[Path] = (),
     max_manifest_bytes: int = MAX_BYTES,
@@ -49,10 +52,15 @@ def audit(
     faults: list[str] = []
     root = json_path.parent if data_root is None else data_root
     manifest = load_manifest(
-        json_path, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes, faults=faults
+        json_path,
+        task=task,
+        num_scenes=num_scenes,
+        num_cities=num_cities,
+        max_bytes=max_manifest_bytes,
+        faults=faults,
     )
     look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=root)
-    source = feature_source(root, features, allow_outside, max_feature_bytes)
+    source = feature_source(root, features, allow_outside, max_feature_bytes, anything=task.anything)
     devices = {manifest.task.source, target}
     wanted = [
         sample for sample in manifest if target is None or (sample.split == "train" and sample.device_id in devices)
@@ -76,6 +84,7 @@ def _unlabelled(manifest: Manifest) -> list[str]:
     source = [sample for sample in manifest if sample.split == "train" and sample.device_id == task.source]
     absent = {*range(len(task.scenes))} - {sample.scene_label for sample in source}
     if not source:
-        return [f"there is no train sample of {task.source}: a dump needs some, in the split train, written exactly so"]
+        of = f" of {task.source}" if task.has_domains else ""
+        return [f"there is no train sample{of}: a dump needs some, in the split train, written exactly so"]
     names = ", ".join(task.scenes[label] for label in sorted(absent))
     return [f"no train sample of {task.source} is labelled {names}"] if absent else []

@@ -91,10 +91,10 @@ class RowReader:
         """A list's row, with what the table of all files and the file's name add to it."""
         if meta is not None:
             row = self._filled(row, meta, "say otherwise than the table of all files")
-        named = self.task.place_in_name.findall(row.file)
-        if not named:
+        found = self.task.recording_in(row.file)
+        if found is None:
             return row
-        city, number, device = named[-1]
+        city, number, device = found
         name = Row(row.file, None, self._cities[city.lower()], self.task.device(device.lower()))
         row = self._filled(row, name, "say otherwise than their file's name")
         return row if row.location else row._replace(location=f"{city.lower()}-{number}")

@@ -12,7 +12,7 @@ import numpy as np
 from kd_cache.commands import Table
 from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.dataset.task import task_of
+from kd_cache.dataset.task_file import recorded_task
 from kd_cache.keys import KeyFinder, keys_of
 from kd_cache.report.figures import Bar, Line, bars, lines, matrix
 from kd_cache.report.of_run import calibration, said
@@ -86,7 +86,7 @@ def cache_page(
     permitted = snapshot.permitted or _without_labels(unions)
     record, labels = index.record, permitted.labels
     name = str(record.get("adaptation", snapshot.folder.path.name))
-    cities = task_of(name).cities
+    cities = recorded_task(record).cities
     judged = {each: _judged(union, permitted, provenances.get(each), cities) for each, union in unions.items()}
     complete = np.logical_and.reduce([each.there for each in judged.values()]) if judged else np.zeros(len(permitted))
     held = _held(record, permitted, complete, samples)
@@ -139,7 +139,7 @@ def _judged(union: Union, permitted: Permitted, made: Provenance | None, cities:
     if origin.value_kind != "embedding":
         for start in range(0, len(there), _BLOCK):
             block = there[start : start + _BLOCK]
-            values = union.take(at[block]).astype(np.float64)
+            values = origin.as_clips(union.take(at[block])).astype(np.float64)
             decision[block] = values.argmax(axis=1)
             if has_probabilities:
                 probs = values if origin.value_kind == "probs" else np.exp(log_softmax(values))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from kd_cache.score.engine import Batch, Engine, Scored
+from kd_cache.score.engine import Batch, Engine, Scored, scored_dtype
 from kd_cache.store.plan import Place, Shape
 
 
@@ -23,13 +24,12 @@ class Batcher:
     def __init__(self, engine: Engine, most_bytes: int = _MOST_BYTES, most_samples: int = 1024) -> None:
         self._engine = engine
         self._most = (most_bytes, most_samples)
-        self._open: dict[tuple[Shape, frozenset[str]], list[Batch]] = {}
+        self._open: dict[tuple[Shape, np.dtype[Any], frozenset[str]], list[Batch]] = {}
         self._bytes = self._samples = 0
 
     def add(self, number: int, array: np.ndarray, teachers: frozenset[str], place: Place) -> Iterator[Scored]:
         """Take one sample for these teachers; gives what had to be scored to make room, or has become full."""
-        shape = (array.shape[0], array.shape[1])
-        batches = self._open.setdefault((shape, teachers), [])
+        batches = self._open.setdefault((array.shape, scored_dtype(array), teachers), [])
         batch = next((batch for batch in batches if place.slot not in batch.rows), None)
         if batch is None:
             if len(batches) == self._OPEN:

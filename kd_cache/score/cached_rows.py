@@ -50,7 +50,7 @@ def _check(job: DumpJob, found: Found, name: str, known: Known, files: Sequence[
     for number in held[start : start + _SAMPLES].tolist():
         feature = job.data.features.try_read(files[number])
         if isinstance(feature, Feature) and known.is_first(number, feature.digest):
-            shape = (feature.array.shape[0], feature.array.shape[1])
+            shape = feature.array.shape
             shapes.add(shape)
             if len(shapes) > 1:
                 break  # one shape, one batch

@@ -96,7 +96,8 @@ class _Dump:
         self.good = np.zeros(0, bool)
         selection = job.data.selection
         refuse_leaking(provenances(job.teachers, job.data, watcher), job.data.manifest, selection)
-        tell_of_untold(job.teachers, watcher)
+        if job.data.task.is_guarded:
+            tell_of_untold(job.teachers, watcher)
         compare_front_ends(job.teachers, job.data.manifest, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
@@ -165,7 +166,7 @@ class _Dump:
                 if name in reasons:
                     result.count(reasons[name])
                     origin = self.job.origins[name]
-                    self.report.bytes_planned += origin.num_classes * origin.stored.itemsize
+                    self.report.bytes_planned += origin.width * origin.stored.itemsize
                 else:
                     result.skipped += 1
         self._count_dropped()

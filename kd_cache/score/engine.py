@@ -30,7 +30,7 @@ AHEAD = 2
 class Batch:
     """Samples of one shape on their way through the same teachers, each at its own slot of ``size``.
 
-    ``rows`` maps a slot to the sample's number and its features ``[T, F]``.
+    ``rows`` maps a slot to the sample's number and its input: features ``[T, F]``, or an array of one shape and dtype.
     """
 
     size: int
@@ -184,10 +184,11 @@ class Engine:
         return mark
 
     def _to_device(self, batch: Batch) -> torch.Tensor:
-        """``[size, T, F]`` float32, through pinned memory where there is a GPU (torch keeps and reuses it)."""
+        """``[size, T, F]``, through pinned memory where there is a GPU (torch keeps and reuses it)."""
         filler = next(iter(batch.rows.values()))[1]
         pinned = self.device.type == "cuda"
-        padded = torch.empty((batch.size, *filler.shape), dtype=torch.float32, pin_memory=pinned)
+        dtype = torch.from_numpy(np.empty(0, scored_dtype(filler))).dtype
+        padded = torch.empty((batch.size, *filler.shape), dtype=dtype, pin_memory=pinned)
         into = padded.numpy()
         for slot in range(batch.size):
             into[slot] = batch.rows[slot][1] if slot in batch.rows else filler
@@ -244,16 +245,26 @@ class Engine:
                 f"teacher {name} failed on features of shape {list(features.shape)}: "
                 f"{type(error).__name__}: {shown(error)}"
             ) from error
-        expected = (len(features), self.teachers[name].num_classes)
+        frames = getattr(self.teachers[name], "num_frames", None)
+        row = (self.teachers[name].num_classes,) if frames is None else (frames, self.teachers[name].num_classes)
+        expected = (len(features), *row)
         found = _misfit(logits, expected)
         if found is not None:
-            raise _UnscoredError(f"teacher {name} must return floating-point {list(expected)}, it returned {found}")
-        return logits
+            why = "" if frames is None else "; all rows of a cache have one number of frames: crop or pad the inputs"
+            raise _UnscoredError(
+                f"teacher {name} must return floating-point {list(expected)}, it returned {found}{why}"
+            )
+        return logits if frames is None else logits.reshape(len(features), -1)
 
 
 _MOST_COMPILED = 4096
 _NEVER: Any = None
 """The mark of a device on which every call waits for its end."""
+
+
+def scored_dtype(array: np.ndarray) -> np.dtype[Any]:
+    """What a teacher is given of an input: floats as float32, integers and truth values as they are."""
+    return np.dtype(np.float32) if array.dtype.kind == "f" else array.dtype
 
 
 class _OutOfMemoryError(Exception):
@@ -267,8 +278,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _misfit(logits: Any, expected: tuple[int, int]) -> str | None:
-    """What a teacher returned in place of a plain tensor ``[B, C]`` of numbers; ``None`` where it is one."""
+def _misfit(logits: Any, expected: tuple[int, ...]) -> str | None:
+    """What a teacher returned in place of a plain tensor of this shape; ``None`` where it is one."""
     if not isinstance(logits, torch.Tensor):
         return type(logits).__name__
     if logits.is_nested or logits.layout is not torch.strided or logits.is_meta:

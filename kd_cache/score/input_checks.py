@@ -9,18 +9,25 @@ import numpy as np
 from kd_cache.dataset.features import Feature, FeatureSource, input_digest
 from kd_cache.errors import shown
 from kd_cache.keys import KeyFinder
+from kd_cache.store.plan import Shape
 
 _EXAMPLES = 3
 _MOST_SHAPES = 256
+_ZEROS = ("<f4", "<f2", "|u1")
 
 
 def input_remarks(
-    files: Sequence[str], digests: np.ndarray, shapes: np.ndarray, labels: np.ndarray, source: FeatureSource
+    files: Sequence[str],
+    digests: np.ndarray,
+    shapes: Sequence[Shape],
+    labels: np.ndarray,
+    source: FeatureSource,
 ) -> Iterator[str]:
     """What a person should know of these samples' features.
 
     Args:
-        digests: ``[N, 16]`` u1; ``shapes`` ``[N, 2]``, 0 where unknown; ``labels`` ``[N]``, negative where none is.
+        digests: ``[N, 16]`` u1; ``labels`` ``[N]``, negative where none is.
+        shapes: those that the features have.
     """
     zero = _are_zero(digests, shapes)
     if zero.any():
@@ -44,10 +51,10 @@ def input_remarks(
     )
 
 
-def _are_zero(digests: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+def _are_zero(digests: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
     """``[N]`` bool: the digest is that of zeros. Of many shapes the first ones."""
-    known = np.unique(shapes[shapes[:, 0] > 0], axis=0)[:_MOST_SHAPES].tolist()
-    zeros = sorted({input_digest(np.zeros(shape, kind)) for shape in known for kind in ("<f4", "<f2")})
+    known = sorted(shapes)[:_MOST_SHAPES]
+    zeros = sorted({input_digest(np.zeros(shape, kind)) for shape in known for kind in _ZEROS})
     finder = KeyFinder(np.frombuffer(b"".join(zeros), np.uint8).reshape(-1, 16))
     found: np.ndarray = finder.find(digests) >= 0
     return found

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ import torch
 from kd_cache.dataset.features import FeatureSource
 from kd_cache.errors import FeatureError
 from kd_cache.files.atomic import make_directory
-from kd_cache.score.engine import Engine, is_out_of_memory
+from kd_cache.score.engine import Engine, is_out_of_memory, scored_dtype
 from kd_cache.score.existing import Found
 from kd_cache.score.job import DEFAULT_BATCH, DumpJob
-from kd_cache.store.plan import BatchPlan, Place, Shape
+from kd_cache.store.plan import BatchPlan, Place, Shape, ShapeCodes
 from kd_cache.watch import Watcher
 
 
@@ -38,7 +39,7 @@ class Places:
 
 
 def count_shapes(source: FeatureSource, files: Sequence[str], *, skip_bad: bool) -> dict[Shape, int]:
-    """How many features have each ``(T, F)``, from their headers alone.
+    """How many inputs have each shape, from their headers alone.
 
     With ``skip_bad`` an unreadable feature does not count (the dump reports it); otherwise `FeatureError` is raised.
     """
@@ -72,8 +73,8 @@ GAIN = 1.05
 _SECONDS = 0.3
 
 
-def best_batch_size(engine: Engine, shape: Shape, count: int) -> int:
-    """The batch size for ``count`` samples of ``shape``: 8, 16, 32, … up to 1024, measured with random features.
+def best_batch_size(engine: Engine, shape: Shape, count: int, dtype: Any = np.float32) -> int:
+    """The batch size for ``count`` samples of ``shape``: 8, 16, 32, … up to 1024, measured with random inputs.
 
     Starts at 8 and doubles as long as memory suffices, there are samples to fill the batch, and each doubling scores at
     least 5 % more samples per second with all teachers. Use inside `device.numerics`. Errors of the teachers count as
@@ -82,7 +83,7 @@ def best_batch_size(engine: Engine, shape: Shape, count: int) -> int:
     best, rate = SMALLEST, 0.0
     size = SMALLEST
     while size <= LARGEST and (size == SMALLEST or size < 2 * count):
-        found = _rate(engine, shape, size)
+        found = _rate(engine, shape, size, np.dtype(dtype))
         if found == 0 or found < GAIN * rate:
             break
         best, rate = size, found
@@ -90,10 +91,12 @@ def best_batch_size(engine: Engine, shape: Shape, count: int) -> int:
     return best
 
 
-def _rate(engine: Engine, shape: Shape, size: int) -> float:
+def _rate(engine: Engine, shape: Shape, size: int, dtype: np.dtype[Any]) -> float:
     """Samples per second; 0 where memory is too small, or a teacher refuses."""
     try:
-        features = torch.randn((size, *shape), generator=torch.Generator().manual_seed(0)).to(engine.device)
+        drawn = np.random.default_rng(0).standard_normal((size, *shape)) if dtype.kind == "f" else np.zeros(1)
+        whole = np.broadcast_to(drawn.astype(dtype), (size, *shape))  # of integers only 0 is sure to mean something
+        features = torch.from_numpy(whole.copy()).to(engine.device)
         _score(engine, features)  # the first call prepares what later ones use again
         rounds, began = 0, time.perf_counter()
         while rounds == 0 or time.perf_counter() - began < _SECONDS:
@@ -125,22 +128,23 @@ class Planner:
         self._job, self._found, self._files, self._engine, self._watcher = job, found, files, engine, watcher
         self._plan: BatchPlan | None = None
 
-    def plan_for(self, shape: Shape) -> BatchPlan:
-        """The plan to score a sample of ``shape`` with; it covers the shape unless its number of bins is another."""
+    def plan_for(self, array: np.ndarray) -> BatchPlan:
+        """The plan to score this input with; it covers its shape unless its number of bins is another."""
+        self._dtype = scored_dtype(array)
         if self._plan is None:
-            self._plan = self._saved(shape[1])
+            self._plan = self._saved(array.shape)
         # A shape with other bins is of a bad sample, for which the plan must not grow.
-        if self._plan is None or (shape[1] == self._plan.bins and shape not in self._plan.batches):
+        if self._plan is None or (self._plan.takes(array.shape) and array.shape not in self._plan.batches):
             self._plan = self._make(earlier=self._plan)
         return self._plan
 
-    def _saved(self, bins: int) -> BatchPlan | None:
+    def _saved(self, shape: Shape) -> BatchPlan | None:
         """The plan of the rows that are kept, or that other processes are making; none where there are no such rows."""
         job, found = self._job, self._found
         begun = found.snapshot.packs.good or job.folder.pending_path.exists()
         saved = found.snapshot.again().plan if begun and job.skip_existing else None
         asked = any(known.union is not None for known in found.known.values())
-        if saved is None or (saved.bins != bins and not asked):
+        if saved is None or (not saved.takes(shape) and not asked):
             return None
         if job.batch_size in (None, "auto", saved.batch_size):
             return saved
@@ -155,7 +159,7 @@ class Planner:
         size = self._job.batch_size or DEFAULT_BATCH[self._job.device.type]
         if size == "auto":
             size = earlier.batch_size if earlier else self._measured(counts)
-        plan = BatchPlan.from_counts(counts, size, earlier)
+        plan = BatchPlan.from_counts(counts, size, earlier, anything=self._job.data.features.anything)
         make_directory(self._job.folder.path)
         plan.save(self._job.folder.plan_path)
         return plan
@@ -164,8 +168,8 @@ class Planner:
         if not counts:
             return DEFAULT_BATCH[self._job.device.type]
         shape, count = max(counts.items(), key=lambda item: item[1])
-        size = best_batch_size(self._engine, shape, count)
-        self._watcher.note(f"batch size {size}, measured with features of {shape[0]} × {shape[1]}")
+        size = best_batch_size(self._engine, shape, count, self._dtype)
+        self._watcher.note(f"batch size {size}, measured with features of {' × '.join(map(str, shape))}")
         return size
 
 
@@ -181,8 +185,15 @@ class Ranks:
         self._source, self._files = source, files
         self._places = Places()
         self._at = 0
+        self.codes = ShapeCodes()
         self.shapes = np.zeros((len(files), 2), np.int32)
-        """``[N, 2]``: what is known of the samples' shapes; 0 where nothing is."""
+        """``[N, 2]``: what is known of the samples' shapes, as `ShapeCodes` has them; 0 where nothing is."""
+
+    @property
+    def distinct(self) -> list[Shape]:
+        """Every shape that is known."""
+        found = (self.codes.shape(*code) for code in np.unique(self.shapes, axis=0).tolist())
+        return [shape for shape in found if shape is not None]
 
     def rank(self, number: int, shape: Shape) -> int:
         """The rank of this sample. Ask in ascending order."""
@@ -193,9 +204,13 @@ class Ranks:
 
     def _pass_over(self, number: int) -> None:
         between = self.shapes[self._at : number]
-        for offset in np.flatnonzero(between[:, 0] == 0).tolist():
-            with suppress(FeatureError):
-                between[offset] = self._source.shape(self._files[self._at + offset])
-        known, counts = np.unique(between[between[:, 0] > 0], axis=0, return_counts=True)
-        for (frames, bins), count in zip(known.tolist(), counts.tolist(), strict=True):
-            self._places.pass_over((frames, bins), count)
+        known, inverse, counts = np.unique(between, axis=0, return_inverse=True, return_counts=True)
+        for group, (code, count) in enumerate(zip(known.tolist(), counts.tolist(), strict=True)):
+            if (shape := self.codes.shape(*code)) is not None:
+                self._places.pass_over(shape, count)
+                continue
+            for offset in np.flatnonzero(inverse.reshape(-1) == group).tolist():
+                with suppress(FeatureError):
+                    shape = self._source.shape(self._files[self._at + offset])
+                    self._places.pass_over(shape, 1)
+                    between[offset] = self.codes.code(shape)

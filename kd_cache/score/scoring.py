@@ -25,6 +25,7 @@ from kd_cache.score.reading import Read, read_ahead
 from kd_cache.score.stages import Busy
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.score.value_kind import RowCheck
+from kd_cache.store.plan import Shape, ShapeCodes
 from kd_cache.watch import Watcher
 
 
@@ -94,7 +95,7 @@ class Scoring:
         yield from input_remarks(
             files,
             self.inputs[numbers],
-            self._ranks.shapes[numbers],
+            self._ranks.distinct,
             selection.labels[numbers],
             self._job.data.features,
         )
@@ -130,6 +131,8 @@ class Scoring:
         fresh = self._unchanged.fresh
         self.inputs[fresh], self.readable[fresh] = self._unchanged.digests[fresh], True
         self._ranks.shapes[fresh] = self._unchanged.shapes[fresh]
+        if (self._ranks.shapes[:, 1] < 0).any():
+            self._ranks.codes = ShapeCodes(self._found.snapshot.plan)
         count = int(fresh.sum())
         for report in self._report.teachers.values():
             report.skipped += count
@@ -141,7 +144,8 @@ class Scoring:
         present = [feature for feature in features if isinstance(feature, Feature)]
         digests = np.frombuffer(b"".join([feature.digest for feature in present]), np.uint8).reshape(-1, 16)
         self.inputs[numbers[good]], self.readable[numbers[good]] = digests, True
-        self._ranks.shapes[numbers[good]] = np.array([f.array.shape for f in present], np.int32).reshape(-1, 2)
+        codes = [self._ranks.codes.code(feature.array.shape) for feature in present]
+        self._ranks.shapes[numbers[good]] = np.array(codes, np.int32).reshape(-1, 2)
         reasons = dict(zip(numbers[good].tolist(), self._reasons(numbers[good], digests), strict=True))
         for number, feature in zip(numbers.tolist(), features, strict=True):
             if isinstance(feature, FeatureError):
@@ -160,9 +164,8 @@ class Scoring:
         return reasons
 
     def _place(self, number: int, array: np.ndarray, planner: Planner, batcher: Batcher) -> None:
-        shape = (array.shape[0], array.shape[1])
-        plan = planner.plan_for(shape)
-        if shape[1] != plan.bins:
+        shape, plan = array.shape, planner.plan_for(array)
+        if not plan.takes(shape):
             what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
             self._bad(number, FeatureError(f"feature {shown(self._files[number])} {what}"))
             return
@@ -171,14 +174,14 @@ class Scoring:
         place = plan.place(shape, self._ranks.rank(number, shape))
         self._keep(batcher.add(number, array, frozenset(self._due[number]), place))
 
-    def _refuse_other_bins(self, name: str, number: int, shape: tuple[int, int]) -> None:
+    def _refuse_other_bins(self, name: str, number: int, shape: Shape) -> None:
         """A teacher that says how many bins it was made for must not score swapped axes, which its code may allow."""
         expected = getattr(self._job.teachers[name], "num_bins", None)
-        if expected is not None and expected != shape[1]:
-            swapped = "; its axes are swapped" if shape[0] == expected else ""
+        if expected is not None and shape[1:] != (expected,):
+            swapped = "; its axes are swapped" if shape == (expected, *shape[1:2]) else ""
             raise TeacherError(
                 f"teacher {name} takes features [T, {expected}], but {shown(self._files[number])} is "
-                f"[{shape[0]}, {shape[1]}]{swapped}",
+                f"{list(shape)}{swapped}",
                 hint="Give the features that the teacher was trained on.",
             )
 
@@ -211,7 +214,7 @@ class Scoring:
         with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
             stored = logits.astype(origin.stored)
         good = np.isfinite(logits).all(axis=1)
-        self._checks[name].add(logits[good])
+        self._checks[name].add(origin.as_vectors(logits[good]))
         wrong = self._checks[name].contradiction()
         if wrong is not None:
             raise TeacherError(
@@ -231,11 +234,11 @@ class Scoring:
             message = f"teacher {name}: the logits of {shown(self._files[numbers[row]])} {what}"
             self._bad(numbers[row], TeacherError(message))
         if report.cost is not None:
-            report.cost.add(logits[fits], stored[fits])
+            report.cost.add(origin.as_vectors(logits[fits]), origin.as_vectors(stored[fits]))
         if report.precision_cost is not None and name in scored.exact:
             exact = scored.exact[name]
             compared = good & np.isfinite(exact).all(axis=1)
-            report.precision_cost.add(exact[compared], logits[compared])
+            report.precision_cost.add(origin.as_vectors(exact[compared]), origin.as_vectors(logits[compared]))
 
     def _bad(self, number: int, error: KDCacheError) -> None:
         if not refuse_bad(self._job, self._report, self._files[number], error):

@@ -44,7 +44,7 @@ def refuse_unsteady(
         )
     for company, (ours, place) in (("other samples", _in_other_company(batch)), ("nothing", (batch[:1], 0))):
         try:
-            again = teacher(ours.clone())[place:]  # not compiled: each size would take minutes
+            again = teacher(ours.clone()).flatten(1)[place:]  # not compiled: each size would take minutes
         except Exception:  # noqa: BLE001, S112 (it may take batches of one size only; what it says of ours is heeded)
             continue
         apart = _apart(rows, again, kind)
@@ -59,9 +59,11 @@ def refuse_unsteady(
 def _in_other_company(batch: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The first samples, and where they are now: between others that none of the batch is.
 
-    Before them as well as after: a recurrent layer that runs over the batch hands on what comes before a row.
+    Before them as well as after: a recurrent layer that runs over the batch hands on what comes before a row. Integers
+    only change places: others may be no token.
     """
-    others = batch.roll(1, dims=0).flip(1) * 1.5 + 1
+    others = batch.roll(1, dims=0).flip(1)
+    others = others * 1.5 + 1 if others.is_floating_point() else others
     others = others[_SAMPLES:] if len(batch) > _SAMPLES + 1 else torch.cat([others, others])
     place = len(others) // 2
     return torch.cat([others[:place], batch[:_SAMPLES], others[place:]]), place

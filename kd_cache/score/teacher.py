@@ -21,7 +21,16 @@ from kd_cache.errors import TeacherError, UsageError, listed, shown
 from kd_cache.options import home_path
 from kd_cache.score.factory import resolve_factory, users_code
 from kd_cache.store.index import is_teacher_name
-from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, class_order, weights_digest
+from kd_cache.store.origin import (
+    FORMAT_VERSION,
+    FRAMES,
+    STORED,
+    VALUE_KINDS,
+    Fingerprint,
+    Origin,
+    class_order,
+    weights_digest,
+)
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
@@ -38,7 +47,8 @@ _OURS = ("value_kind", "num_classes", "class_order", "precision", "dtype", "form
 class Teacher(Protocol):
     """The contract.
 
-    Optional on top of it: ``class_names`` (one per class), ``num_bins`` (the F that it was made for), ``to(device)``,
+    Optional on top of it: ``class_names`` (one per class), ``num_bins`` (the F that it was made for), ``num_frames``
+    (the one L of a teacher that scores each frame and returns ``[B, L, C]``), ``to(device)``,
     ``eval()``, ``state_dict()``, and ``provenance``, a `kd_cache.Provenance` of the samples that it was made with:
     where one of them is not permitted, the teacher is refused.
 
@@ -123,9 +133,10 @@ def check_teacher(name: str, teacher: Any) -> None:
     class_names = getattr(teacher, "class_names", None)
     if class_names is not None and not (isinstance(class_names, list | tuple) and all(map(_is_text, class_names))):
         raise TeacherError(f"teacher {name}: class_names must be a list of texts, one per class")
-    bins = getattr(teacher, "num_bins", None)
-    if bins is not None and not (isinstance(bins, Integral) and int(bins) >= 1):
-        raise TeacherError(f"teacher {name}: num_bins must be an integer ≥ 1, or None; found {shown(repr(bins))}")
+    for size in ("num_bins", "num_frames"):
+        found = getattr(teacher, size, None)
+        if found is not None and not (isinstance(found, Integral) and int(found) >= 1):
+            raise TeacherError(f"teacher {name}: {size} must be an integer ≥ 1, or None; found {shown(repr(found))}")
     if not isinstance(getattr(teacher, "provenance", None), Provenance | None):
         raise TeacherError(f"teacher {name}: provenance must be a kd_cache.Provenance, or None")
     teacher_fingerprint(teacher)
@@ -143,6 +154,8 @@ def teacher_fingerprint(
     if front_end is not None:
         parts = {f"own_{part}" if part == FRONT_END else part: text for part, text in parts.items()}
         parts[FRONT_END] = front_end
+    if (frames := getattr(teacher, "num_frames", None)) is not None:
+        parts[FRAMES] = str(int(frames))
     names = getattr(teacher, "class_names", None)
     ours = (
         teacher.value_kind,
@@ -173,7 +186,7 @@ def _own_parts(teacher: Teacher) -> dict[str, str]:
     if not all(_is_text(text) for item in parts.items() for text in item):
         raise TeacherError(f"{who} must map names to texts")
     # A name that kd-cache fills in itself is kept beside its own: whatever a teacher names must count.
-    return {f"own_{part}" if part in _OURS else part: text for part, text in parts.items()}
+    return {f"own_{part}" if part in (*_OURS, FRAMES) else part: text for part, text in parts.items()}
 
 
 def _is_text(value: Any) -> bool:

@@ -169,14 +169,14 @@ def as_noted(source: FeatureSource, files: Sequence[str], digests: np.ndarray, w
         feature = source.try_read(files[number])
         if not isinstance(feature, Feature) or feature.digest != digests[number].tobytes():
             watcher.note(
-                f"feature {shown(files[number])} changed, though its file's size and times are as before (was it "
-                "written through a memory map?); every feature is read"
+                f"feature {shown(files[number])} changed, though {source.witness} are as before{source.excuse}; every "
+                "feature is read"
             )
             return False
     if 0 < len(drawn) < len(files):
         most = 1 - (1 - _CERTAINTY) ** (1 / len(drawn))
         watcher.note(
-            f"{len(files):,} features are unchanged by their files' size and times; {len(drawn)} of them, drawn at "
+            f"{len(files):,} features are unchanged by {source.witness}; {len(drawn)} of them, drawn at "
             f"random, were read and are as noted ({_CERTAINTY:.0%} sure that fewer than {most:.1%} of all differ)"
         )
     return True

@@ -25,6 +25,7 @@ from kd_cache.store.origin import canonical_json, weights_digest
 _CONTRACT = {
     "num_classes",
     "num_bins",
+    "num_frames",
     "value_kind",
     "class_names",
     "provenance",

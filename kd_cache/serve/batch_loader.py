@@ -63,7 +63,7 @@ class BatchLoader:
         self._device = torch.device(device)
         self._tensors = [tensor.to(self._device) for tensor in tensors]
         self._rows = rows
-        size = len(rows) * len(cache.teachers) * cache.num_classes * cache.dtype.itemsize
+        size = len(rows) * len(cache.teachers) * cache.width * cache.dtype.itemsize
         self._table = None
         if self._device.type != "cpu" and size <= DEVICE_TABLE_BYTES:
             self._table = cache.batch(rows).to(self._device)

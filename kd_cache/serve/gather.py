@@ -31,7 +31,7 @@ class Gatherer:
         self._teachers = tables
         self._positions = positions  # where the common rows are among a teacher's own; None where they are the same
         self._is_table = place == "table"
-        self.shape = (count, len(tables), tables[0].num_classes)
+        self.shape = (count, len(tables), tables[0].width)
         self._width = self.shape[1] * self.shape[2]  # values in a row of all teachers
         self.dtype = tables[0].dtype
         self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32

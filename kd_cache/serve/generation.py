@@ -110,9 +110,12 @@ def refuse_mixture(origins: Mapping[str, Origin], value_kind: str) -> None:
                 f"{name} stores {origin.value_kind}, not {value_kind}",
                 hint=f'Pass value_kind="{origin.value_kind}" if your loss works on that, or choose other teachers.',
             )
-    shapes = {name: (origin.num_classes, origin.dtype) for name, origin in origins.items()}
+    shapes = {name: (origin.num_classes, origin.frames, origin.dtype) for name, origin in origins.items()}
     if len(set(shapes.values())) > 1:
-        each = ", ".join(f"{name}: {classes} classes, {dtype}" for name, (classes, dtype) in shapes.items())
+        framed = {name: "" if frames is None else f"{frames} frames of " for name, (_, frames, _) in shapes.items()}
+        each = ", ".join(
+            f"{name}: {framed[name]}{count} classes, {dtype}" for name, (count, _, dtype) in shapes.items()
+        )
         raise UsageError(
             f"these teachers do not fit into one tensor ({each})", hint="Open them separately: teachers=[…]."
         )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from kd_cache.dataset.task import target_in
+from kd_cache.dataset.task_file import DEFAULT, recorded_task
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
 from kd_cache.serve.attach import CachedDataset as CachedDataset
 from kd_cache.serve.attach import Gathered as Gathered
@@ -47,7 +47,10 @@ class LogitCache:
         teachers: their names; the second axis of every batch.
         files: the files that all opened teachers hold.
         num_classes: C.
-        target: the target device of the adaptation, or ``None`` where the folder's name does not say.
+        frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
+        task: what the data set is that was scored.
+        target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
+            no domains, the one that there is.
         misses: how many files without logits were resolved, to be served as NaN (only with ``on_miss="nan"``).
         preloaded: where batches come from: ``table`` (one table in memory) or ``mapped`` (mapped packs, read as rows
             are asked for).
@@ -71,21 +74,22 @@ class LogitCache:
         self._index = index
         self._on_miss = on_miss
         self.teachers = tuple(rows.name for rows in tables)
-        self.num_classes = tables[0].num_classes
+        self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
         self.dtype = tables[0].dtype
         self._resolver = Resolver(path, tables, index)
         self._count = len(self._resolver)
         self.preloaded = choose(
             preload,
-            self._count * len(tables) * self.num_classes * self.dtype.itemsize,
+            self._count * len(tables) * self.width * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
         self._gatherer = Gatherer(tables, self._resolver.positions, self._count, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
+        self.task = DEFAULT if index is None else recorded_task(index.record)
         adaptation = str(path.name if index is None else index.record.get("adaptation", path.name))
-        self.target = target_in(adaptation)
+        self.target = self.task.target_in(adaptation)
 
     @classmethod
     def open(
@@ -169,7 +173,7 @@ class LogitCache:
     def __repr__(self) -> str:
         return (
             f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
-            f"classes={self.num_classes}, dtype={self.dtype})"
+            f"classes={self.num_classes}, {'' if self.frames is None else f'frames={self.frames}, '}dtype={self.dtype})"
         )
 
     @property
@@ -204,7 +208,9 @@ class LogitCache:
 
     @property
     def label_counts(self) -> dict[str, int]:
-        """``num_scenes`` and ``num_cities`` as the dump was given them, for `kd_cache.load_manifest`."""
+        """``num_scenes`` and ``num_cities`` as task or dump say them, for `kd_cache.load_manifest`."""
+        if self.task != DEFAULT:
+            return {"num_scenes": self.task.num_classes}
         values = {} if self._index is None else self._index.record.get("settings", {}).get("values", {})
         return {
             "num_scenes": int(values.get("num_scenes", max(10, self.num_classes))),
@@ -245,6 +251,8 @@ class LogitCache:
     ) -> torch.Tensor:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
+        Of teachers that score each frame they are ``[B, T, L, C]``.
+
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
                 counts.
@@ -257,6 +265,16 @@ class LogitCache:
             rows = self.rows(rows)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
+        if self.frames is None:
+            return self._gathered(rows, dtype, out)
+        whole = (math.prod(rows.shape), len(self.teachers), self.width)
+        logits = self._gathered(rows, dtype, None).view(*whole[:2], self.frames, self.num_classes)
+        return logits if out is None else out.copy_(logits)
+
+    def _gathered(
+        self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`batch` of rows that are vectors of `width` values."""
         if isinstance(rows, torch.Tensor):
             try:
                 logits = self._gatherer.few(rows, out)
@@ -346,7 +364,8 @@ class LogitCache:
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:
-        expected = (math.prod(rows.shape), len(self.teachers), self.num_classes)
+        row = (self.num_classes,) if self.frames is None else (self.frames, self.num_classes)
+        expected = (math.prod(rows.shape), len(self.teachers), *row)
         if out.shape != expected or not out.is_floating_point() or dtype not in (None, out.dtype):
             raise UsageError(
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
@@ -355,7 +374,7 @@ class LogitCache:
     def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
         present = np.flatnonzero(rows >= 0)
         if out is None:
-            shape = (len(rows), len(self.teachers), self.num_classes)
+            shape = (len(rows), len(self.teachers), self.width)
             out = torch.empty(shape, dtype=dtype or self._gatherer.torch_dtype)
         out.fill_(float("nan"))
         out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)

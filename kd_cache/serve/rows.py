@@ -57,7 +57,7 @@ class TeacherRows:
         self._union = union = Union([pack])
         self._permitted = permitted
         self.name = union.origin.teacher
-        self.num_classes = union.origin.num_classes
+        self.num_classes, self.frames, self.width = union.origin.num_classes, union.origin.frames, union.origin.width
         self.dtype = union.origin.stored
         self.signature = pack.path.name
         self.is_lazy = pack.unchecked is not None

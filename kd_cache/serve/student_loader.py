@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd_cache.dataset.dataset import feature_source
 from kd_cache.dataset.features import MAX_BYTES, FeatureSource
-from kd_cache.dataset.guard import refuse_outside, select
+from kd_cache.dataset.guard import refuse_outside, selected
 from kd_cache.dataset.manifest import IGNORED, Manifest, Sample, load_manifest
 from kd_cache.dataset.task import Task
 from kd_cache.errors import StaleError, UsageError, shown
@@ -28,7 +29,7 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FeatureDataset(Dataset[tuple[torch.Tensor, Sample]]):
-    """``(features [T, F] float32, Sample)`` of manifest samples.
+    """``(features [T, F] float32, Sample)`` of manifest samples; integers as they are.
 
     With ``scored`` (``[N, teachers, 16]`` u1, and ``[N]`` bool saying where it counts) a feature that is not the one
     the teachers scored is a `StaleError`.
@@ -56,7 +57,8 @@ class FeatureDataset(Dataset[tuple[torch.Tensor, Sample]]):
             digests = self.scored[0][number].tobytes()
             if digests != feature.digest * (len(digests) // len(feature.digest)):
                 raise _another(sample)
-        features = torch.from_numpy(feature.array.astype(np.float32))
+        array = feature.array
+        features = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else array.dtype))
         return (features if self.transform is None else self.transform(features)), sample
 
 
@@ -67,11 +69,14 @@ def _another(sample: Sample) -> StaleError:
     )
 
 
-def collate_samples(items: list[tuple[torch.Tensor, Sample]]) -> dict[str, Any]:
-    """The batch of `student_loader` without the logits. Shorter features are padded with zeros at their end."""
+def collate_samples(items: list[tuple[torch.Tensor, Sample]], source: int = 0) -> dict[str, Any]:
+    """The batch of `student_loader` without the logits. Shorter features are padded with zeros at their end.
+
+    ``source`` is the number of the source domain.
+    """
     features, samples = zip(*items, strict=True)
     domain = torch.tensor([sample.domain for sample in samples])
-    source_mask = domain == 0
+    source_mask = domain == source
     scene = torch.tensor([_label(sample.scene_label) for sample in samples])
     return {
         "features": torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
@@ -148,24 +153,27 @@ def student_loader(
     cache = cache if isinstance(cache, LogitCache) else LogitCache.open(cache)
     if not isinstance(manifest, Manifest):
         counts = cache.label_counts
-        manifest = load_manifest(manifest, num_scenes=counts["num_scenes"], num_cities=counts["num_cities"])
+        sizes = counts.get("num_scenes"), counts.get("num_cities")
+        manifest = load_manifest(manifest, task=cache.task, num_scenes=sizes[0], num_cities=sizes[1])
     target = _target(cache, target, manifest.task)
     root = Path(data_root).expanduser()
-    selection = select(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)
+    task = manifest.task
+    selection = selected(manifest, target, allow_shared_locations=allow_shared_locations, data_root=root)
     samples: Sequence[Sample] = selection.samples
     if files is not None:
         wanted = list(files)
         refuse_outside(selection, wanted)
         by_file = {sample.file: sample for sample in samples}
         samples = [by_file[file] for file in wanted]
-    refuse_misplaced(cache, manifest.task)
-    for warning in cache.doubts(manifest.task.cities):
+    refuse_misplaced(cache, task)
+    for warning in cache.doubts(task.cities):
         warnings.warn(warning, stacklevel=2)
     scored = _scored(cache, samples) if check_features else None
     packed = None if features is None else Path(features).expanduser()
-    source = feature_source(root, packed, [*map(Path, allow_outside)], max_feature_bytes, manifest.bins)
+    source = feature_source(root, packed, [*map(Path, allow_outside)], max_feature_bytes, manifest.bins, task.anything)
     base = FeatureDataset(source, samples, transform, scored)
-    data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate_samples)
+    collate = partial(collate_samples, source=task.domain_of[task.source])
+    data = cache.attach(base, [sample.file for sample in samples], dtype=dtype, collate=collate)
     return DataLoader(
         data,
         batch_size=batch_size,

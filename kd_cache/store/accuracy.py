@@ -120,7 +120,8 @@ def measure(union: Union | None, permitted: Permitted) -> Accuracy:
     correct, digest = 0, xxhash.xxh3_128()
     for at in range(0, len(labels), _BLOCK):
         block = positions[at : at + _BLOCK]
-        correct += int((union.take(block).argmax(axis=1) == labels[at : at + _BLOCK]).sum())
+        clips = union.origin.as_clips(union.take(block))
+        correct += int((clips.argmax(axis=1) == labels[at : at + _BLOCK]).sum())
         digest.update(np.concatenate([union.keys[block], union.inputs[block]], axis=1).tobytes())
     return Accuracy(correct, len(labels), digest.hexdigest())
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
 
 from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
 from kd_cache.files.atomic import TEMPORARY, store_errors
-from kd_cache.options import Target
+from kd_cache.options import TARGETS
 from kd_cache.store.index import INDEX_NAME, Index, State, index_state, read_index
 from kd_cache.store.names import PACK_NAME
 from kd_cache.store.origin import Origin
@@ -204,9 +203,8 @@ def no_cache(path: Path, where: str = "at") -> MissingLogitsError:
             f"there is no cache {where} {shown(path)}; it holds the caches {names}",
             hint=f"Name one of them: {shown(held[0].path)}",
         )
-    targets = get_args(Target)
     named = path.name.rpartition("2")[2]
-    root, target = (path.parent, named) if named in targets else (path, targets[0])
+    root, target = (path.parent, named) if named in TARGETS else (path, TARGETS[0])
     if (file := file_in_the_way(root)) is not None:
         return MissingLogitsError(f"there is no cache {where} {shown(path)}: {shown(file)} is no folder")
     elsewhere = "" if str(root) == "cache" else f" --cache-root {shlex.quote(shown(root))}"
@@ -233,11 +231,12 @@ def no_finished_cache(root: Path, is_named: Named) -> MissingLogitsError:
 
 
 def find_caches(root: Path, is_named: Named) -> list[CacheFolder]:
-    """The caches under a root: its folders that are called as one and hold an index, by name."""
+    """The caches under a root, by name: its folders that are called as one, or have packs, and hold an index."""
     with store_errors(root, "list"):
         try:
             names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         except FileNotFoundError:
             return []
-    folders = [CacheFolder(root / name) for name in names if is_named(name)]
-    return [folder for folder in folders if folder.index_path.is_file()]
+    folders = [CacheFolder(root / name) for name in names]
+    caches = [folder for folder in folders if is_named(folder.path.name) or folder.packs_path.is_dir()]
+    return [folder for folder in caches if folder.index_path.is_file()]

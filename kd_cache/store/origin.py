@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STORED = {"fp32": "<f4", "fp16": "<f2"}
 VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
+FRAMES = "frames_per_row"
+"""The part of a fingerprint that says how many vectors a row holds, where it is more than a single one."""
 FORMAT_VERSION = 1
 """Version of the bytes on disk. It is a part of every fingerprint: a new format never serves old rows as its own."""
 
@@ -112,7 +114,10 @@ def class_order(names: Iterable[str] | None, num_classes: int) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """What made the rows of a pack; ``dtype`` is ``fp32`` or ``fp16``."""
+    """What made the rows of a pack; ``dtype`` is ``fp32`` or ``fp16``.
+
+    Rows of a teacher that scores each frame are L vectors ``[L, C]``, stored as one of L · C values.
+    """
 
     teacher: str
     fingerprint: Fingerprint
@@ -124,3 +129,22 @@ class Origin:
     @property
     def stored(self) -> np.dtype[Any]:
         return np.dtype(STORED[self.dtype])
+
+    @cached_property
+    def frames(self) -> int | None:
+        """L of rows ``[L, C]``; ``None`` where a row is one vector ``[C]``."""
+        text = self.fingerprint.parts.get(FRAMES, "")
+        return int(text) if text.isascii() and text.isdecimal() and 0 < int(text[:9]) == int(text) else None
+
+    @property
+    def width(self) -> int:
+        """How many values a row has."""
+        return self.num_classes * (self.frames or 1)
+
+    def as_vectors(self, rows: np.ndarray) -> np.ndarray:
+        """``[n, L · C]`` rows as ``[n · L, C]``."""
+        return rows if self.frames is None else rows.reshape(-1, self.num_classes)
+
+    def as_clips(self, rows: np.ndarray) -> np.ndarray:
+        """``[n, C]``: a row's mean over its frames."""
+        return rows if self.frames is None else rows.reshape(len(rows), self.frames, -1).mean(axis=1)

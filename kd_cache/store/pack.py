@@ -225,13 +225,13 @@ def _write_hdf5(
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
         checksums = pack.create_dataset("checksums", (count,), "<u8", track_times=False)
-        logits = pack.create_dataset("logits", (count, origin.num_classes), origin.stored, track_times=False)
+        logits = pack.create_dataset("logits", (count, origin.width), origin.stored, track_times=False)
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
-            if rows.dtype != origin.stored or rows.shape != (part.stop - start, origin.num_classes):
+            if rows.dtype != origin.stored or rows.shape != (part.stop - start, origin.width):
                 raise ValueError(
-                    f"expected {origin.num_classes} classes of {origin.dtype}, found {rows.dtype} {rows.shape}"
+                    f"expected {origin.width} values (classes) of {origin.dtype}, found {rows.dtype} {rows.shape}"
                 )
             logits[part] = rows
             checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows)
@@ -389,17 +389,21 @@ def _read_attributes(path: Path, file: Any) -> dict[str, str]:
     return texts
 
 
-def _origin(path: Path, texts: Mapping[str, str], classes: int) -> Origin:
+def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
     parts, names = json.loads(texts["parts"]), json.loads(texts["class_names"])
     if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
         raise _damaged(path, "its fingerprint's parts are not texts")
     fingerprint = Fingerprint(parts)
     if fingerprint.digest != texts["fingerprint"]:
         raise _damaged(path, "its fingerprint is not that of its parts")
-    if names is not None and (not isinstance(names, list) or len(names) != classes):
+    kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
+    made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept)
+    made = replace(made, num_classes=width // (made.frames or 1))
+    if made.width != width:
+        raise _damaged(path, f"its logits are no {made.frames} frames")
+    if kept is not None and len(kept) != made.num_classes:
         raise _damaged(path, "its class names do not fit its logits")
-    kept = None if names is None else tuple(map(str, names))
-    return Origin(texts["teacher"], fingerprint, texts["value_kind"], classes, texts["dtype"], kept)
+    return made
 
 
 def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any]) -> list[np.ndarray]:

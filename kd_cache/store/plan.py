@@ -1,4 +1,4 @@
-"""The batch plan: one fixed batch size per feature shape, kept with the cache, and a fixed slot for every sample.
+"""The batch plan: one fixed batch size per input shape, kept with the cache, and a fixed slot for every sample.
 
 The last bits of a logit depend on the shape of the batch it was computed in and, for some matrix products, on the row's
 position in it; never on what stands in the other rows. So the size per shape is taken from all permitted samples and
@@ -24,7 +24,7 @@ from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import strict_json
 from kd_cache.store.origin import canonical_json
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 
 _ENTRIES = {"batch_size", "bins", "batches", "digest"}
 
@@ -43,26 +43,39 @@ class Place:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """``batches`` maps ``(T, F)`` to a batch size, at most ``batch_size``; ``bins`` is the F of every feature."""
+    """``batches`` maps a shape, such as ``(T, F)``, to a batch size, at most ``batch_size``.
+
+    ``bins`` is the F of every feature; ``None`` where inputs may have any shape.
+    """
 
     batch_size: int
-    bins: int
+    bins: int | None
     batches: Mapping[Shape, int]
 
     @staticmethod
-    def from_counts(counts: Mapping[Shape, int], batch_size: int, earlier: BatchPlan | None = None) -> BatchPlan:
-        """A plan for so many samples per shape; sizes that ``earlier`` fixed stay as they are."""
+    def from_counts(
+        counts: Mapping[Shape, int], batch_size: int, earlier: BatchPlan | None = None, *, anything: bool = False
+    ) -> BatchPlan:
+        """A plan for so many samples per shape; sizes that ``earlier`` fixed stay as they are.
+
+        With ``anything`` inputs may have any shape, else they are ``[T, F]`` with the F that most have.
+        """
         if not counts:
             raise FeatureError("no feature could be read, so there is nothing to plan", hint="Check --data-root.")
         if batch_size > _MOST_SAMPLES:
             raise UsageError(f"batch_size is {batch_size}, expected at most {_MOST_SAMPLES}")
         per_bins: Counter[int] = Counter()
-        for (_, bins), count in counts.items():
-            per_bins[bins] += count
-        bins = earlier.bins if earlier else per_bins.most_common(1)[0][0]
+        for shape, count in counts.items():
+            per_bins[shape[-1]] += count
+        most = None if anything else per_bins.most_common(1)[0][0]
+        bins = earlier.bins if earlier else most
         size = earlier.batch_size if earlier else batch_size
         fresh = {shape: min(size, 1 << (count - 1).bit_length()) for shape, count in sorted(counts.items())}
         return BatchPlan(size, bins, fresh | (dict(earlier.batches) if earlier else {}))
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether an input of this shape can be scored in this cache: features must have one F."""
+        return self.bins is None or shape[1:] == (self.bins,)
 
     def place(self, shape: Shape, rank: int) -> Place:
         """Where the sample of this rank among those of its shape is computed; alone, if the shape is not planned."""
@@ -75,7 +88,7 @@ class BatchPlan:
         return same and other.batches.items() <= self.batches.items()
 
     def as_json(self) -> dict[str, Any]:
-        sizes = {f"{frames}x{bins}": size for (frames, bins), size in sorted(self.batches.items())}
+        sizes = {"x".join(map(str, shape)): size for shape, size in sorted(self.batches.items())}
         return {"batch_size": self.batch_size, "bins": self.bins, "batches": sizes}
 
     @classmethod
@@ -85,9 +98,9 @@ class BatchPlan:
             most = _positive(content["batch_size"], _MOST_SAMPLES)
             sizes = {}
             for text, size in content["batches"].items():
-                frames, _, bins = text.partition("x")
-                sizes[int(frames), int(bins)] = _positive(size, most)
-            return cls(most, _positive(content["bins"]), sizes)
+                sizes[tuple(map(int, text.split("x")))] = _positive(size, most)
+            bins = content["bins"]
+            return cls(most, None if bins is None else _positive(bins), sizes)
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 
@@ -95,6 +108,32 @@ class BatchPlan:
         """Write it durably, with its digest: a plan with a flipped bit would silently make other last bits."""
         content = self.as_json()
         write_atomic(path, (json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n").encode())
+
+
+class ShapeCodes:
+    """Shapes as two int32 each, as notes and columns keep them: ``(T, F)`` itself; else a hash and minus the rank.
+
+    A hash means the shape that was coded, or is planned; one that two shapes have means none.
+    """
+
+    def __init__(self, plan: BatchPlan | None = None) -> None:
+        self._shapes: dict[tuple[int, int], Shape | None] = {}
+        for shape in {} if plan is None else plan.batches:
+            self.code(shape)
+
+    def code(self, shape: Shape) -> tuple[int, int]:
+        if len(shape) == 2:
+            return shape[0], shape[1]
+        code = (xxhash.xxh32_intdigest(str(shape).encode()) >> 1 | 1, -len(shape))
+        if self._shapes.setdefault(code, shape) != shape:
+            self._shapes[code] = None
+        return code
+
+    def shape(self, first: int, second: int) -> Shape | None:
+        """``None`` where it is not known; ``(0, 0)`` stands for that, too."""
+        if second < 0:
+            return self._shapes.get((first, second))
+        return (first, second) if first else None
 
 
 def load_plan(path: Path) -> BatchPlan | None:

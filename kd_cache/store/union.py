@@ -110,7 +110,7 @@ class Union:
         if self._single:
             self.touch(positions)
             return self.packs[0].logits.take(positions, axis=0)
-        out = np.empty((len(positions), self.origin.num_classes), self.origin.stored)
+        out = np.empty((len(positions), self.origin.width), self.origin.stored)
         self.take_into(positions, out)
         return out
 

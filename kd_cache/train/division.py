@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,7 @@ def divide(
     fold: int = 0,
     seed: int = 0,
     data_root: Path | None = None,
+    heard: Callable[[Sample], bool] = lambda _: True,
 ) -> Division:
     """Hold out about ``ratio`` of each city's locations, spread over the scenes.
 
@@ -73,6 +74,7 @@ def divide(
         samples: permitted train samples.
         ratio: of locations, more than 0 and at most 0.5; every city keeps one at least on either side.
         data_root: the features' folder, so that one file under two names stays on one side.
+        heard: locations without any such sample all train, and change nothing in what is held out of the others.
 
     Raises:
         UsageError: a sample whose location is not known, or a city or scene with too few locations.
@@ -82,7 +84,7 @@ def divide(
         raise UsageError(f"the validation ratio is {ratio}, expected more than 0 and at most 0.5")
     chosen: set[str] = set()
     locations = locations_of(samples, task, data_root)
-    by_city = _in_turn(locations, seed)
+    by_city = _in_turn([one for one in locations if any(heard(samples[number]) for number in one.samples)], seed)
     for city, mine in by_city.items():
         if len(mine) < 2:
             raise UsageError(

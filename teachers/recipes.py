@@ -27,7 +27,8 @@ from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Learner
 from kd_cache.train.nets import Standardised, WarmStart, embedding_dim, make_head, make_net, warm_start
 from kd_cache.train.pretraining import key_of
-from kd_cache.train.run_folder import Progress, RunFolder
+from kd_cache.train.progress import Progress
+from kd_cache.train.run_folder import RunFolder
 from kd_cache.train.settings import CITY, CITY2SCENE, FROZEN, FULL_MODEL, SCENE, Settings
 from kd_cache.train.state_dicts import CITY_PREFIX, HEAD_PREFIX
 from kd_cache.train.training import Training

@@ -14,6 +14,7 @@ import torch
 from conftest import Run, World
 from store_fixtures import Rows, make_cache, md5, origin, rewrite, snapshot
 
+from kd_cache import LogitCache, Provenance
 from kd_cache.dataset.guard import select
 from kd_cache.dataset.manifest import load_manifest
 from kd_cache.store.accuracy import Accuracy, changed_labels, measure, stored_accuracy
@@ -60,6 +61,14 @@ def clear(ckpt: Path | None) -> Bins:
 def dull(ckpt: Path | None) -> Bins:
     """Wrong where the other one is right: it names the scene that speaks the least."""
     return Bins(-1.0)
+
+
+def learnt(ckpt: Path | None) -> Bins:
+    """As ``clear``; the files in its checkpoint trained it."""
+    made = Bins()
+    assert ckpt is not None
+    made.provenance = Provenance.of(ckpt.read_text().splitlines())
+    return made
 
 
 def many(ckpt: Path | None) -> Bins:
@@ -172,6 +181,34 @@ def test_a_dump_stores_the_accuracy_on_labelled_source_rows(dump: Run, world: Wo
     assert dump(*options, teachers=BOTH).exit_code == 0
     for name, (correct, rows) in expected.items():
         assert entry(world, name)["accuracy"] == {"correct": correct, "rows": rows}
+
+
+def test_what_a_teacher_is_worth_on_rows_that_did_not_train_it_comes_first_everywhere(
+    dump: Run, verify: Run, run: Run, world: World
+) -> None:
+    labelled = [row["file"] for row in world.rows if row["device_id"] == "A" and row["split"] == "train"]
+    wrong = [file for number, file in enumerate(labelled) if number % 4 == 3]
+    right = [file for file in labelled if file not in wrong]
+    (world.root / "made.txt").write_text("\n".join(right[:7]))
+    own = ("--teacher", f"clear=test_accuracy:learnt,ckpt={world.root / 'made.txt'}", "--only", "clear")
+    on = "clear: accuracy on labelled source rows"
+    says = [f"{on} that it did not train on: 40.00 % (2 of 5)", f"{on}: 75.00 % (9 of 12)"]
+    told = dump(teachers=own)
+    assert "\n".join(says) in told.stdout, told.output
+    assert entry(world)["held_out"] == {"correct": 2, "rows": 5}
+    assert LogitCache.open(world.cache).accuracies == says
+    assert "40.00 % of 5 held out from its training; 75.00 % of 12" in " ".join(run("info").stdout.split())
+    assert "\n".join(says) in verify(teachers=own).stdout
+    (one,) = json.loads(verify("--json", teachers=own).stdout)["caches"]
+    result = one["teachers"]["clear"]
+    assert (result["held_out"], result["accuracy"]) == ({"correct": 2, "rows": 5}, {"correct": 9, "rows": 12})
+    dump(teachers=DULL)  # another teacher's dump, and a seal, keep what they cannot know
+    assert run("seal", "--target", "b").exit_code == 0
+    assert entry(world)["held_out"] == {"correct": 2, "rows": 5}
+    assert "held_out" not in entry(world, "dull")
+    say(world, wrong[0], 0)  # scored by one that says nothing of itself: no row is known to be held out
+    assert dump().exit_code == 0
+    assert "held_out" not in entry(world)
 
 
 def test_rows_of_the_target_do_not_count_with_a_label_or_without(dump: Run, verify: Run, world: World) -> None:

@@ -67,6 +67,15 @@ def test_the_interval_decides_not_the_share(correct: int, rows: int, classes: in
     assert (warning is not None) == is_flagged
 
 
+@pytest.mark.parametrize(
+    ("apart", "says"), [((3, 30), "that it did not train on is 10.00 %"), ((1, 10), ""), ((15, 30), "")]
+)
+def test_what_it_knows_by_heart_does_not_hide_that_it_guesses(apart: tuple[int, int], says: str) -> None:
+    warning = near_chance(origin("scene"), Accuracy(280, 300), DCASE.cities, Accuracy(*apart))
+    assert (warning is not None) == bool(says)
+    assert says in (warning or "")
+
+
 @pytest.mark.parametrize(("correct", "rows", "low", "high"), [(53, 300, 0.1377, 0.2239), (0, 10, 0, 0.2775)])
 def test_the_interval_is_wilsons(correct: int, rows: int, low: float, high: float) -> None:
     assert Accuracy(correct, rows).interval == pytest.approx((low, high), abs=1e-4)

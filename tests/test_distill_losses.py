@@ -200,6 +200,24 @@ def test_dist_is_pearson_s_correlation_of_rows_and_of_columns_among_the_rows_tha
     near(dist(student, teacher, alone)[3], dist(student, teacher, gamma=0)[3])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["KDLoss", "DISTLoss", "LogitStdKDLoss"])
+def test_losses_are_those_of_torchdistill(name: str, temperature: float) -> None:
+    published = pytest.importorskip("torchdistill.losses.mid_level", reason="torchdistill, the oracle, is missing")
+    student, teacher, labels = case(8)
+    ours, called, more = {
+        # With alpha 0 or None theirs leaves out T² and beta, so cross-entropy has to be in it.
+        "KDLoss": (kl, "temperature", {"alpha": 0.3}),
+        "LogitStdKDLoss": (logit_std, "temperature", {"alpha": 0.3}),
+        "DISTLoss": (dist, "tau", {}),
+    }[name]
+    theirs = getattr(published, name)(".", "output", ".", "output", **{called: temperature, **more})
+    found = ours(student, teacher, temperature=temperature).mean()
+    if more:
+        found = 0.3 * F.cross_entropy(student, labels) + 0.7 * found
+    near(theirs({".": {"output": student}}, {".": {"output": teacher}}, labels), found, 2e-6)
+
+
 # -- numbers that published code does not survive ---------------------------------------------------------------------
 
 EXTREME = torch.tensor(

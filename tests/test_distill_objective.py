@@ -216,6 +216,9 @@ def test_a_threshold_does_not_make_steps_smaller_once_weights_are_scaled() -> No
     assert objective.scale_weights(teacher, is_source) == pytest.approx(float(sure.sum() / (~is_source).sum()))
     expected = kl(student, fuse(teacher, "mean"))[sure].mean() * (~is_source).sum() / B
     near(objective(student, teacher, labels, is_source), float(expected))
+    raw = DistillLoss(weighting="threshold", confidence_threshold=0.7, alpha=1, raw_weights=True)
+    mean = raw.scale_weights(teacher, is_source)
+    near(raw(student, teacher, labels, is_source), mean * float(expected))
     with pytest.raises(UsageError, match="threshold at 1 leaves none"):
         DistillLoss(weighting="threshold", confidence_threshold=1).scale_weights(teacher, is_source)
 

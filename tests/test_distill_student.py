@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ import pytest
 import torch
 from conftest import Run, World, kaiming
 from store_fixtures import flip
-from train_fixtures import Listening, scene, settings, town
+from train_fixtures import OWN, Listening, own_net, scene, settings, town
 
 import kd_cache.distill.fitting
 import teachers
 from kd_cache import LogitCache, Provenance, StaleError
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.task import DCASE
+from kd_cache.distill import student
 from kd_cache.distill.recipe import Recipe
 from kd_cache.distill.student import StudentJob, StudentTraining, _Taught, train_student
 from kd_cache.distill.subset import listed_samples
@@ -26,9 +30,10 @@ from kd_cache.errors import TrainingError, UsageError
 from kd_cache.score.device import numerics
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.job import TrainReport
+from kd_cache.train.loop import Loop
 from teachers.cnn14 import CNN14
 
-__all__ = ["scene", "town"]
+__all__ = ["own_net", "scene", "town"]
 COUNTS = ("--num-scenes", 3, "--num-cities", 3)
 QUICK = ("--arch", "cp_resnet", "--channels", "16,16,32,8", "--epochs", 5, "--warmup-epochs", 1, "--batch-size", 8,
          "--ema", 0, "--lr", 0.03, "--time-roll", 0, "--freq-mixstyle", 0, "--device-response", 0)  # fmt: skip
@@ -46,7 +51,9 @@ def taught(town: World, run: Run, scene: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def job(world: World, provenance: Provenance | None = None, mode: str = "fit", **changed: Any) -> StudentJob:
     recipe = Recipe(**{name: changed.pop(name) for name in list(changed) if name in Recipe.__dataclass_fields__})
+    own = {name: changed.pop(name) for name in list(changed) if name in StudentJob.__dataclass_fields__}
     return StudentJob(
+        **own,
         settings=settings("scene", **{"batch_size": 8, "epochs": 4, "warmup_epochs": 1, **changed}),
         data=Dataset.load("b", world.json_path, num_scenes=3, num_cities=3),
         output_dir=world.root / "outputs",
@@ -71,7 +78,7 @@ def command(run: Run, world: World, *more: object, code: int = 0) -> Any:
 
 def test_interrupted_after_any_epoch_it_ends_in_the_same_bytes(taught: World, scene: Path) -> None:
     provenance = teachers.scene(scene).provenance
-    one = job(taught, provenance, mixup=0.3, ramp_epochs=2)
+    one = job(taught, provenance, mixup=0.3, ramp_epochs=2, balance=True)
     whole = train_student(replace(one, output_dir=taught.root / "whole"))
     content = whole.checkpoint.read_bytes()
     for stop in (1, 2):
@@ -100,6 +107,27 @@ def test_permuting_the_target_s_scene_labels_changes_no_bit_of_a_student_nor_its
     assert after.results["key"] == before.results["key"]
 
 
+def test_labels_of_the_target_that_pass_the_manifest_reach_no_loss(taught: World, scene: Path) -> None:
+    """As if the guard had been got round: the selection itself says that b is of scene 1,000,000."""
+    one = job(taught, teachers.scene(scene).provenance, "label", apply_to="all", loss="dkd")
+    data = one.data
+    wild = tuple(each._replace(scene_label=10**6) if each.device_id == "b" else each for each in data.selection.samples)
+    told = replace(one, data=replace(data, selection=replace(data.selection, samples=wild)), resume="fresh")
+    assert max(sample.scene_label for sample in told.division.train) == 10**6
+    assert weights(train_student(told)) == weights(train_student(one))
+
+
+def test_batches_that_are_added_up_make_the_step_of_one_batch(taught: World, own_net: Callable[[str], str]) -> None:
+    plain = {"arch": own_net(OWN), "optimizer": "sgd", "momentum": 0.0, "warmup_epochs": 0.0, "lr": 0.01, "epochs": 1}
+    count, made = len(job(taught).division.train), []
+    for size, accumulate in ((count, 1), (-(-count // 4), 4)):
+        one = job(taught, mode="scene", apply_to="all", batch_size=size, accumulate=accumulate, **plain)
+        training = StudentTraining(one)
+        made.append(read_weights(training.run().checkpoint).tensors)
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, rtol=0, atol=1e-6)
+
+
 def test_it_learns_from_the_teacher_alone_where_hard_labels_weigh_nothing(taught: World) -> None:
     report = train_student(job(taught, mode="scene", alpha=1.0, apply_to="all", epochs=6))
     assert report.results["test"]["accuracy"] > 0.6
@@ -114,7 +142,7 @@ def test_it_learns_from_the_teacher_alone_where_hard_labels_weigh_nothing(taught
 def test_a_training_without_the_rows_scrambled_teaches_nothing(taught: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control to the test above: were rows joined to other clips, it would not learn."""
     rows = StudentTraining._rows
-    monkeypatch.setattr(StudentTraining, "_rows", lambda self, cache: rows(self, cache).roll(7, 0))
+    monkeypatch.setattr(StudentTraining, "_rows", lambda self, *of: rows(self, *of).roll(7, 0))
     with suppress(TrainingError):  # nothing was learnt
         report = train_student(job(taught, mode="scene", alpha=1.0, apply_to="all", epochs=6))
         assert report.results["test"]["accuracy"] < 0.6
@@ -163,18 +191,22 @@ def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: W
             {}, {"mode": "ce"}, {"mode": "mean"}, {"mode": "weights:scene=2"}, {"mode": "weights:scene=3"},
             {"alpha": 0.4}, {"loss": "dkd"}, {"loss": "dkd", "options": {"beta": 2.0}}, {"temperature": 2.0},
             {"apply_to": "all"}, {"normalise": "mask"}, {"weighting": "pmax"}, {"keep_ce": True}, {"seed": 1},
+            {"weighting": "pmax", "raw_weights": True}, {"balance": True}, {"select": "last"},
         )
     }  # fmt: skip
-    assert len(keys) == 14
+    assert len(keys) == 17
     assert StudentTraining(job(taught, None)).key not in keys
 
 
 def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, scene: Path) -> None:
-    taken = command(run, taught, "--recipe", "city2scene", "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6)
+    older = ("--recipe", "city2scene", "--kd-warmup-epochs", 0)
+    taken = command(run, taught, *older, "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6,
+                    "--select", "last")  # fmt: skip
     assert taken["place"] == "A2b"
     assert taken["results"]["distillation"]["recipe"]["normalise"] == "mask"
     assert taken["results"]["distillation"]["recipe"]["alpha"] == 0.6
     assert "recipe city2scene: loss kl" in taken["notes"]
+    assert taken["results"]["distillation"]["select"] == "last"
     assert "a distilled row weighs" in taken["notes"]
     path = Path("outputs/student/A2b/mean/best.safetensors")
     assert Path(taken["checkpoint"]) == path
@@ -241,6 +273,63 @@ def test_where_nobody_knows_the_teachers_rows_fit_is_the_mean_and_says_so(taught
     assert taken["results"]["distillation"]["weights"] == {"scene": 1.0}
 
 
+@pytest.mark.parametrize(("select", "kept", "epochs"), [("macro_accuracy", 3, 4), ("last", 5, 5)])
+def test_the_kept_epoch_has_the_best_macro_accuracy_and_least_loss_or_is_the_last(
+    taught: World, monkeypatch: pytest.MonkeyPatch, select: str, kept: int, epochs: int
+) -> None:
+    told = iter([(0.9, 0.5, 0.9), (0.5, 0.7, 0.8), (0.5, 0.7, 0.7), (1.0, 0.6, 0.75), (0.1, 0.1, 0.9)])
+    names = ("accuracy", "macro_accuracy", "log_loss")
+    monkeypatch.setattr(Loop, "_validated", lambda self: dict(zip(names, next(told), strict=True)))
+    report = train_student(job(taught, mode="ce", epochs=5, patience=1, select=select))
+    assert (report.results["best_epoch"], report.results["epochs"]) == (kept, epochs)
+    assert report.results["distillation"]["select"] == select
+    assert report.run is not None
+    last = read_weights(report.run / "last.safetensors").tensors
+    same = all(torch.equal(tensor, last[name]) for name, tensor in read_weights(report.checkpoint).tensors.items())
+    assert same == (select == "last")
+
+
+def test_it_says_how_often_it_decides_as_its_teachers_do_where_neither_was_trained(taught: World, scene: Path) -> None:
+    one = job(taught, mode="scene", fold=1, val_ratio=0.5)
+    report = train_student(one)
+    files = [sample.file for sample in one.unseen]
+    assert files
+    assert not {*files} & {sample.file for sample in (*one.division.train, *one.division.validation)}
+    assert all(file.endswith("-b.npy") for file in files)
+    net, said = teachers.scene(report.checkpoint), LogitCache.open(taught.cache).batch(files)[:, 0].argmax(1)
+    own = net(torch.stack([torch.from_numpy(np.load(taught.feature(file))) for file in files])).argmax(1)
+    assert report.results["agreement"] == {"rows": len(files), "share": float((own == said).double().mean())}
+    assert train_student(replace(one, mode="ce")).results["agreement"] is None
+
+
+def test_it_warns_of_validation_rows_and_teachers_that_cannot_be_trusted(
+    taught: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation = [sample.file for sample in job(taught).division.validation]
+    for made, count in ((Provenance.of(validation[:2]), 2), (Provenance.of([]), 0), (None, None)):
+        training = StudentTraining(job(taught, made, "mean", loss="dkd"), watcher := Listening())
+        assert training.said["validation_that_trained"] == {"scene": count}
+        training._announce()
+        assert watcher.told("2 of 3 validation samples trained") == (count == 2)
+        assert watcher.told("dkd needs a label: for rows of the target the teachers' decision stands for it")
+    told = {"good": {"accuracy": 0.9}, "poor": {"accuracy": 0.65}, "fair": {"accuracy": 0.75}}
+    monkeypatch.setattr(student, "singles", lambda rows: told)
+    monkeypatch.setattr(student, "held_out", lambda *of: None)
+    training._tell_of_unequal(SimpleNamespace(teachers=(*told,)))
+    assert [note for note in watcher.notes if "count alike" in note] == [
+        "poor is right on 65.0% of the rows that are held out from training, good on 90.0%: under mean both count "
+        "alike (fit weighs them)"
+    ]
+    balanced = StudentTraining(job(taught, mode="ce", balance=True), watcher)
+    of_a = int(balanced.is_source.sum())
+    assert balanced.said["drawn"] == {"source": 1, "target": of_a / (len(balanced.train) - of_a)}
+    assert watcher.told("an epoch draws each clip of A 1 times, each of b ")
+    with pytest.raises(UsageError, match="half of a batch of 7"):
+        job(taught, balance=True, batch_size=7)
+    with pytest.raises(UsageError, match="the rows of a whole batch, and --accumulate 2"):
+        job(taught, loss="dist", accumulate=2)
+
+
 def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Run) -> None:
     file = next(file for file in taught.permitted() if file.endswith("-b.npy"))
     kept = taught.feature(file).read_bytes()
@@ -249,12 +338,22 @@ def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Ru
     with pytest.raises(StaleError, match=file):
         StudentTraining(job(taught, mode="mean"))
     taught.feature(file).write_bytes(kept)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LogitCache, "class_names", {"scene": (*DCASE.scenes[1:], DCASE.scenes[0])})
+        with pytest.raises(UsageError, match="the same classes in another order"):
+            StudentTraining(job(taught, mode="mean"))
+    probs = ("--teacher", "p=test_accuracy:probs", "--only", "p", "--cache-root", "probs")
+    made = run("dump", "--target", "b", "--json-path", taught.json_path, "--num-cities", 3, *probs)
+    assert made.exit_code == 0, made.output
+    assert "probs" in command(run, taught, "--cache-root", "probs", "--teacher-mode", "p", code=2)
     assert "there is no cache" in command(run, taught, "--cache-root", "nowhere", code=3)
     assert "known: mean, probs" in command(run, taught, "--teacher-mode", "attention", code=2)
     with pytest.raises(UsageError, match="the teachers have 3 classes"):
         StudentTraining(job(taught, num_scenes=4))
     assert "expected a temperature such as 4" in command(run, taught, "--temperature", "hot", code=2)
     assert "each parameter once" in command(run, taught, "--loss-option", "beta", code=2)
+    for older in (("--recipe", "city2scene"), ("--kd-ramp-epochs", 2)):
+        assert "are --kd-warmup-epochs" in " ".join(command(run, taught, *older, code=2).split())
     assert "the loss kl has no option beta" in command(run, taught, "--loss-option", "beta=2", code=2)
     with pytest.raises(UsageError, match="no cache for the target c"):
         StudentTraining(replace(job(taught), data=replace(job(taught).data, selection=replace(

@@ -125,6 +125,50 @@ def test_predictions_are_the_nets_probabilities_of_every_clip(run: Run, town: Wo
     assert Path("packed.tsv").read_bytes() == Path("submission.tsv").read_bytes()
 
 
+def validated(path: Path, clips: set[str], classes: list[str]) -> list[dict[str, str]]:
+    """The rules of the 2024 challenge's validator."""
+    rows = rows_of(path)
+    names = [row["filename"] for row in rows]
+    assert list(rows[0]) == ["filename", "scene_label", *classes]
+    assert all(name.endswith(".wav") and "/" not in name for name in names)
+    assert len(names) == len(set(names))
+    assert set(names) == clips
+    assert all(row["scene_label"] in classes for row in rows)
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in classes)
+    return rows
+
+
+def test_predictions_pass_the_validator_and_say_what_the_net_costs_and_is_worth(
+    run: Run, town: World, scene: Path
+) -> None:
+    test = [row for row in town.rows if row["split"] == "test"]
+    classes, table = list(teachers.scene(scene).class_names), Path("labelled.csv")
+    of_file = {f"{Path(row['file']).stem}.wav": row for row in test}
+    cells = [f"audio/{name}\t{classes[row['scene_label']]}\t{row['device_id']}" for name, row in of_file.items()]
+    table.write_text("\n".join(["filename\tscene_label\tsource_label", *cells, "audio/" + "x.wav\t\tb"]) + "\n")
+    np.save(town.root / "x/x.npy", np.load(town.feature(test[0]["file"])))
+    args = ("student", "predict", scene, *HERE, "--features", town.root / "x", "--table", table)
+    told = run(*args)
+    assert told.exit_code == 0, told.output
+    rows = validated(Path("submission.tsv"), {*of_file, "x.wav"}, classes)
+    right = {row["filename"]: row["scene_label"] == classes[of_file[row["filename"]]["scene_label"]]
+             for row in rows if row["filename"] in of_file}  # fmt: skip
+    info = json.loads(Path("submission.info.json").read_text())
+    counted = complexity(teachers.scene(scene), (12, 20))
+    assert (info["MACs"], info["Params"]) == (counted.macs, counted.parameters)
+    found = info["test"]
+    assert (found["samples"], found["accuracy"]) == (len(test), pytest.approx(sum(right.values()) / len(test)))
+    of_b = [right[name] for name, row in of_file.items() if row["device_id"] == "b"]
+    assert found["device_wise"]["b"]["accuracy"] == pytest.approx(sum(of_b) / len(of_b))
+    assert found["class_wise"].keys() == set(classes)
+    losses = [-np.log(float(row[classes[of_file[row["filename"]]["scene_label"]]])) for row in rows
+              if row["filename"] in of_file]  # fmt: skip
+    assert found["log_loss"] == pytest.approx(np.mean(losses))
+    table.write_text(f"filename,scene_label\n{next(iter(of_file))},elsewhere\n")
+    refused = run(*args)
+    assert (refused.exit_code, "of a scene that the net does not know" in " ".join(refused.stderr.split())) == (2, True)
+
+
 def test_what_cannot_be_predicted_is_refused(run: Run, town: World, scene: Path) -> None:
     x = town.root / "x"
     Path("mine.tsv").write_text("mine")

@@ -31,6 +31,7 @@ from kd_cache import (
     TrainingError,
     UsageError,
 )
+from kd_cache.dataset.manifest import Sample
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.keys import keys_of
 from kd_cache.score.device import training_numerics
@@ -38,6 +39,7 @@ from kd_cache.score.teacher import teacher_fingerprint
 from kd_cache.train import pretraining
 from kd_cache.train.augment import Mixed
 from kd_cache.train.checkpoint import read_record, read_weights, save_checkpoint
+from kd_cache.train.clips import Clips
 from kd_cache.train.job import TrainReport
 from kd_cache.train.loop import Loop
 from kd_cache.train.nets import make_net, warm_start
@@ -828,6 +830,27 @@ def test_each_stage_has_its_own_patience(town: World, monkeypatch: pytest.Monkey
     report, _ = trained(town, "scene", stages=(Stage(0, 1, 0.01), Stage(0, 4, 0.01)), patience=2)
     assert report.results["epochs"] == 5
     assert report.results["best_epoch"] == 1
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [2, 4, 10])
+def test_balanced_batches_are_half_and_half_and_draw_the_fewer_again(size: int, drop_last: bool) -> None:
+    shapes, is_source = [(4, 2)] * 12 + [(3, 2)] * 5, np.array([True] * 9 + [False] * 3 + [True] * 5)
+    sample = Sample("x", 0, 0, -1, "A", "train", None, None)
+    clips = Clips([sample] * 17, shapes, np.zeros((17, 16), np.uint8), None, None)
+    batches = clips.balanced(size, torch.Generator().manual_seed(0), is_source, drop_last=drop_last)
+    drawn = np.bincount(np.concatenate(batches), minlength=17)
+    for rows in batches:
+        assert len(rows) >= 2
+        assert len(rows) == size or not drop_last
+        assert (rows < 12).all() or (rows >= 12).all()  # of one shape
+        if rows[0] < 12:
+            assert 2 * is_source[rows].sum() == len(rows)
+    if not drop_last:
+        assert drawn.tolist() == [1] * 9 + [3] * 3 + [1] * 5
+    assert drawn[9:12].max() - drawn[9:12].min() <= 1
+    again = clips.balanced(size, torch.Generator().manual_seed(0), is_source, drop_last=drop_last)
+    assert all(np.array_equal(*pair) for pair in zip(batches, again, strict=True))
 
 
 @pytest.mark.parametrize(("epochs", "given", "patience"), [(40, None, 10), (200, None, 50), (200, 0, 0), (3, 7, 7)])

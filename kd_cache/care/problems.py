@@ -32,7 +32,10 @@ class Problem:
 
 @dataclass
 class TeacherResult:
-    """Counts over the checked samples of one teacher; ``None`` where a check was not made."""
+    """Counts over the checked samples of one teacher; ``None`` where a check was not made.
+
+    ``accuracy`` is of all labelled source rows, ``held_out`` of those that did not train it.
+    """
 
     checked: int = 0
     hits: int = 0
@@ -45,6 +48,8 @@ class TeacherResult:
     recomputed: int | None = None
     bit_exact: int = 0
     deviation: float = 0.0
+    accuracy: dict[str, int] | None = None
+    held_out: dict[str, int] | None = None
 
 
 @dataclass

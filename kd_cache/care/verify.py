@@ -41,7 +41,7 @@ from kd_cache.keys import keys_of
 from kd_cache.score.planning import places_of
 from kd_cache.score.reading import read_ahead
 from kd_cache.score.teacher import Teacher, teacher_fingerprint
-from kd_cache.store.accuracy import alarm, below, changed_labels, near_chance, stored_accuracy
+from kd_cache.store.accuracy import alarm, below, changed_labels, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import teacher_in_name
 from kd_cache.store.classes import misplaced
 from kd_cache.store.index import Index
@@ -205,7 +205,12 @@ class _Audit:
         low = below(name, now, self.job.min_accuracy)
         if low is not None:
             self._problem(UNCHECKED, name, ALL_ROWS, low, TEACHER)
-        warning = near_chance(index.origins[name], now, self.job.data.task.cities)
+        entry = index.record["teachers"][name]
+        # What trained it only its dump knew; of other rows than those its figure would not be.
+        apart = stored_apart(entry) if now.measured == entry.get("measured") else None
+        result = self.report.teachers[name]
+        result.accuracy, result.held_out = now.as_json(), None if apart is None else apart.as_json()
+        warning = near_chance(index.origins[name], now, self.job.data.task.cities, apart)
         if warning is not None:
             self.report.notes.append(warning)
 

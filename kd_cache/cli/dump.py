@@ -28,7 +28,7 @@ from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, lenders, plan_dumps, refuse_unfit
 from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import Teacher, TeacherSpec
-from kd_cache.store.accuracy import Accuracy
+from kd_cache.store.accuracy import Accuracy, in_words, stored_apart
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root
 from kd_cache.store.snapshot import Snapshot
 
@@ -253,9 +253,7 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             f"; {done.num_samples:,} samples complete"
         )
         for name, kept in done.accuracy.items():
-            if kept["rows"]:
-                accuracy = Accuracy(kept["correct"], kept["rows"])
-                lines.append(f"{name}: accuracy on labelled source rows: {accuracy}")
+            lines += in_words(name, Accuracy.from_json(kept), stored_apart({"held_out": done.held_out.get(name)}))
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():

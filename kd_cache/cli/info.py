@@ -14,7 +14,7 @@ from kd_cache.dataset.task_file import DEFAULT, recorded_task
 from kd_cache.errors import UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.serve.placement import PLACES, check_of, choose
-from kd_cache.store.accuracy import near_chance, stored_accuracy
+from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder, find_caches, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.snapshot import Snapshot
@@ -98,7 +98,11 @@ def _accuracy(entry: dict[str, Any]) -> str:
     accuracy = stored_accuracy(entry)
     if entry["value_kind"] == "embedding":
         return "no classes"
-    return f"{accuracy.share} of {accuracy.rows:,} labelled source rows" if accuracy and accuracy.rows else "not known"
+    if not accuracy or not accuracy.rows:
+        return "not known"
+    of_all = f"{accuracy.share} of {accuracy.rows:,} labelled source rows"
+    apart = stored_apart(entry)
+    return of_all if apart is None else f"{apart.share} of {apart.rows:,} held out from its training; {of_all}"
 
 
 def _checkpoint(entry: dict[str, Any]) -> str:
@@ -133,7 +137,8 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
     if pending := snapshot.pending:
         lines.append(f"pending   dumps begun and not sealed: {len(pending)}")
     for name, origin in index.origins.items():
-        warning = near_chance(origin, stored_accuracy(record["teachers"][name]), recorded_task(record).cities)
+        entry, cities = record["teachers"][name], recorded_task(record).cities
+        warning = near_chance(origin, stored_accuracy(entry), cities, stored_apart(entry))
         lines += [] if warning is None else [f"warning   {warning}"]
     if record["missing"]:
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")

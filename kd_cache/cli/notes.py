@@ -61,8 +61,10 @@ the recipe.
 
 COMPARE = """\
 It ends with accuracy over all devices and by device group, mean and standard deviation over the seeds, the difference
-to `ce` of each seed, and a sentence: a mode is called better (or worse) where all seeds agree, or where a coin's would
-agree as much in at most 5 % of cases; else, and of fewer than three seeds, it is no more than luck.
+to `ce` of each seed, and a sentence. Beside the mean difference stands where it lies with 95 % over 1,000 draws of the
+test locations, both students on the same draws, for these seeds; the CSV has it of each seed. A mode is called better
+(or worse) where all seeds agree, or where a coin's would agree as much in at most 5 % of cases; else, and of fewer than
+three seeds, it is no more than luck.
 
 Each run is kept in `outputs/student/A2b/compare-<digest>/<mode>/seed-<n>/`. The digest is that of everything that they
 have in common (data, rows of the teachers, recipe, settings, code), so more `--modes` or `--seeds` join those that are
@@ -71,7 +73,10 @@ there, and an interrupted comparison goes on. `comparison.json`, `.csv` (a row p
 PREDICT = """\
 The file has tabs between `filename`, `scene_label` and one column per class, in the order of the labels: probabilities
 at temperature 1, every number such that it reads back exactly. Names are those of the table less `audio/`; without a
-table each `.npy` is of the `.wav` of its name. A clip without a feature is refused, and so is one listed twice."""
+table each `.npy` is of the `.wav` of its name. A clip without a feature is refused, and so is one listed twice.
+
+Beside it, `<name>.info.json` has the net's MACs and parameters (of a clip as long as the first), and where the table
+has a column of scenes (`scene_label`) accuracy, macro accuracy and log loss on them, by class and by device."""
 
 COMPLEXITY = """\
 A convolution counts its parameters (the bias included) times the positions of its output, every other layer its

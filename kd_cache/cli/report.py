@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kd_cache.commands import Failure, Table
 from kd_cache.errors import shown
+from kd_cache.store.accuracy import in_words, stored_accuracy, stored_apart
 
 if TYPE_CHECKING:
     from kd_cache.care.problems import TeacherResult, VerifyReport
@@ -27,6 +28,13 @@ def verify_table(report: VerifyReport) -> Table:
     what = "all" if report.everything else f"{report.checked:,} of"
     title = f"{shown(report.cache)}: {what} {report.promised:,} permitted samples, seed {report.seed}"
     return Table(title, ["", *report.teachers], rows)
+
+
+def accuracy_lines(report: VerifyReport) -> list[str]:
+    """What each teacher is worth now."""
+    known = {name: result for name, result in report.teachers.items() if result.accuracy is not None}
+    told = ((name, stored_accuracy(vars(result)), stored_apart(vars(result))) for name, result in known.items())
+    return [line for each in told for line in in_words(*each)]
 
 
 def problem_lines(report: VerifyReport, most: int = 20) -> list[Failure]:

@@ -28,6 +28,7 @@ from kd_cache.store.names import MODES_BEFORE
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainReport
+from kd_cache.train.progress import LAST_EPOCH, MACRO
 from kd_cache.train.settings import SCENE, Settings
 
 _GIVEN = {
@@ -36,7 +37,7 @@ _GIVEN = {
     "kd_warmup_epochs": "warmup_epochs", "kd_ramp_epochs": "ramp_epochs",
 }  # fmt: skip
 """Options, and the fields of a recipe that they are."""
-_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard")
+_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard", "balance")
 
 
 def student(run: Run, screen: Screen, target: str | None, teacher_mode: str) -> Report:
@@ -63,6 +64,7 @@ def compare(run: Run, screen: Screen, target: str | None, modes: Any, seeds: int
 def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -> tuple[StudentJob, list[str]]:
     """The training that the options name, but for its mode, and the teachers in the caches of all targets."""
     values, task = run.values, task_of(run.values)
+    _refuse_ambiguous(run)
     targets = task.several(target)
     folders = {each: CacheFolder(values["cache_root"] / task.adaptation(each)) for each in targets}
     indexes = {each: Snapshot(folder).finished() for each, folder in folders.items()}
@@ -85,6 +87,7 @@ def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -
         record={"options": run.record(), "paths": dict(data.paths)},
         cache=tuple(folder.path for folder in folders.values()),
         recipe=_recipe(values),
+        select=LAST_EPOCH if values["select"] == "last" else MACRO,
         subset=None if table is None else listed_samples(table, data.manifest),
         provenances=_provenances(run, indexes, data, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
@@ -106,14 +109,24 @@ def _together(made: Sequence[Provenance | None]) -> Provenance | None:
     return functools.reduce(Provenance.together, told) if len(told) == len(made) else None
 
 
+def _refuse_ambiguous(run: Run) -> None:
+    """What the older pipeline calls --warmup-epochs is the distillation's; here it is the learning rate's."""
+    is_older = run.values["recipe"] == "city2scene" or run.values["kd_ramp_epochs"] is not None
+    if is_older and run.said("warmup_epochs") and run.values["kd_warmup_epochs"] is None:
+        raise UsageError(
+            "--warmup-epochs may be meant in two ways: it is the learning rate's; epochs without distillation, which "
+            "older pipelines call so, are --kd-warmup-epochs",
+            hint="Give --kd-warmup-epochs too (0 where there are to be none).",
+        )
+
+
 def _recipe(values: Mapping[str, Any]) -> Recipe:
     given = {field: values[name] for name, field in _GIVEN.items() if values[name] is not None}
     if values["temperature"] is not None:
         given["temperature"], given["temperature_end"] = values["temperature"]
     if values["loss_option"]:
         given["options"] = parse_options(values["loss_option"])
-    if values["keep_ce"]:
-        given["keep_ce"] = True
+    given |= {name: True for name in ("keep_ce", "raw_weights") if values[name]}
     return replace(RECIPES[values["recipe"]], **given)
 
 
@@ -138,6 +151,16 @@ def _lines(report: TrainReport, mode: str) -> Sequence[str | Table]:
     columns = ["Student", "", "Validation", "Test", "Macro", "Source", "Target", "Other", "Unseen", "Chance"]
     lines: list[str | Table] = [Table("Accuracy on locations that were not trained on", columns, [row])]
     lines.append(f"{shown(report.checkpoint)}")
+    for name, count in results["distillation"].get("validation_that_trained", {}).items():
+        lines.append(
+            f"{'not known how many' if count is None else count} of {validation['samples']} validation rows "
+            f"trained {shown(name)}"
+        )
+    if (agreement := results["agreement"]) is not None:
+        lines.append(
+            f"it decides as its teachers do on {percent(agreement['share'])} of {agreement['rows']:,} rows of "
+            "the target at held-out locations"
+        )
     if mode != CE:
         lines.append("What the teachers are worth: kd-cache student compare")
     return lines

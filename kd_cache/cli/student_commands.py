@@ -39,9 +39,15 @@ _TAUGHT: tuple[str | Option, ...] = (
            "Weigh a row by the teachers' confidence.", KD_WEIGHT, None, "none"),
     Option("confidence_threshold", float | None, "Of --kd-weighting threshold.", KD_WEIGHT, None, "0", low=0,
            high=1),
+    Option("raw_weights", bool, "Leave those weights as they are; else they are divided by their mean.", KD_WEIGHT,
+           False),
+    Option("balance", bool, "Half of each batch is of A, half of the target; the fewer are drawn again.", KD_WEIGHT,
+           False),
     Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
     Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
+    Option("select", Literal["best", "last"], "Keep the epoch with the best macro accuracy on held-out locations of A "
+           "(of equals the one with the least log loss), or the last one.", RUN, "best"),
     "cache_root", *DATASET, "task", "rename_map", *OWN_TEACHERS,
     # Not "subset": in a settings file that is the one that prepare reads.
     Option("subset_table", Path | None, "Use only the train samples that this table lists (split25.csv), in validation "

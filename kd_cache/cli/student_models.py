@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from kd_cache.cli.console import Screen
+from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.evaluate import model_spec, refuse_other_classes
 from kd_cache.cli.inputs import data_of
 from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Failure, Report, Run, Table
 from kd_cache.dataset.dataset import feature_source
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.complexity import LIMITS
 from kd_cache.distill.complexity import complexity as counted
-from kd_cache.distill.prediction import PredictionJob, files_below, listed_files
+from kd_cache.distill.prediction import PredictionJob, files_below, labels_of, listed_files, worth
 from kd_cache.distill.prediction import predict as predicted
 from kd_cache.errors import TeacherError, UsageError, shown
 from kd_cache.files.atomic import make_directory, write_atomic
@@ -25,6 +27,7 @@ from kd_cache.prepare.dataset_json import refuse_other
 from kd_cache.score.device import resolve_device
 from kd_cache.score.teacher import Teacher
 from kd_cache.train.checkpoint_file import checkpoint_limit
+from kd_cache.train.clips import class_names
 from kd_cache.train.nets import make_net
 from kd_cache.train.settings import CITY, SCENE, SIZES, Settings
 
@@ -84,18 +87,36 @@ def predict(run: Run, screen: Screen, model: str, features_at: Path, table: Path
     packed, root = (None, features_at) if is_folder else (features_at, features_at.parent)
     source = feature_source(root, packed, values["allow_outside"], values["max_feature_bytes"])
     files = files_below(features_at) if table is None else listed_files(table, source)
+    classes = class_names(DEFAULT, "scene", net.num_classes)
+    labels = {} if table is None else labels_of(table, classes)
+    info = _cost(net, source, files)  # on the CPU, before it goes elsewhere
     job = PredictionJob(
         name, net, source, files, DEFAULT, resolve_device(values["device"]), values["batch_size"], values["workers"]
     )
     found = predicted(job, screen)
-    content = found.as_tsv().encode()
-    refuse_other(output, {content}, overwrite=values["overwrite"])
+    if (figures := worth(found, labels)) is not None:
+        info["test"] = figures
+    beside = output.with_name(f"{output.stem}.info.json")
+    written = {output: found.as_tsv().encode(), beside: (json.dumps(info, indent=1) + "\n").encode()}
+    for path, content in written.items():
+        refuse_other(path, {content}, overwrite=values["overwrite"])
     make_directory(output.parent)
-    write_atomic(output, content)
-    return Report(
-        {"model": model, "output": str(output), "clips": len(files), "class_names": list(found.class_names)},
-        [f"{shown(output)}: {len(files):,} clips, {len(found.class_names)} classes"],
-    )
+    for path, content in written.items():
+        write_atomic(path, content)
+    told = {"model": model, "output": str(output), "clips": len(files), "class_names": classes, "info": info}
+    lines = [f"{shown(output)}: {len(files):,} clips, {len(classes)} classes", shown(beside)]
+    if figures is not None:
+        of, right = figures["samples"], percent(figures["accuracy"])
+        lines.append(f"accuracy on the {of:,} clips that the table has a scene of: {right}")
+    return Report(told, lines)
+
+
+def _cost(net: Any, source: FeatureSource, files: Mapping[str, str]) -> dict[str, Any]:
+    """MACs and parameters, for a clip of the first one's shape; nothing of a net whose layers cannot be counted."""
+    if not isinstance(net, nn.Module) or not files:
+        return {}
+    found = counted(net, source.shape(next(iter(files.values()))))
+    return {"MACs": found.macs, "Params": found.parameters, "shape": list(found.shape)}
 
 
 def _loaded(model: str, values: Mapping[str, Any], screen: Screen) -> tuple[str, Teacher]:

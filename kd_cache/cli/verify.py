@@ -8,7 +8,7 @@ from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, state_problem, verify_cache
 from kd_cache.cli.console import Screen
 from kd_cache.cli.inputs import task_of
-from kd_cache.cli.report import problem_lines, verify_table
+from kd_cache.cli.report import accuracy_lines, problem_lines, verify_table
 from kd_cache.cli.saved import saved_data, saved_in, saved_teachers
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task_file import DEFAULT, recorded_task
@@ -27,7 +27,7 @@ def verify(run: Run, screen: Screen, verify_seed: int | None) -> Report:
         for note in report.notes:
             screen.note(note)
         lines += [verify_table(report)] if report.teachers else []
-        lines += [*problem_lines(report), ""]
+        lines += [*accuracy_lines(report), *problem_lines(report), ""]
     code = worst_exit_code(report.exit_code for report in reports)
     return Report({"exit_code": code, "seed": drawn, "caches": [report.as_json() for report in reports]}, lines, code)
 

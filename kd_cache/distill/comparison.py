@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from kd_cache.commands import Table
 from kd_cache.distill.fusion import FITTED, fusion_of
 from kd_cache.distill.objective import CE
@@ -26,6 +28,7 @@ from kd_cache.files.atomic import make_directory, write_atomic
 from kd_cache.train.evaluation import FIGURES, GROUPS
 from kd_cache.train.job import FRESH
 from kd_cache.train.pretraining import key_of
+from kd_cache.train.resampling import DRAWS, Cells, Interval, interval_of
 from kd_cache.train.run_folder import finished
 from kd_cache.watch import Watcher
 
@@ -51,6 +54,20 @@ class StudentRun:
         groups = measured.get("by", {}).get("device_group", {})
         found = {name: measured[name] for name in FIGURES if name in measured}
         return found | {group: groups[group]["accuracy"] for group in GROUPS if group in groups}
+
+    def drawn(self, split: str) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+        """Those of the figures that locations decide, of each draw of locations, and which locations there are."""
+        content = ((self.results or {}).get(split) or {}).get("by_location")
+        if content is None:
+            return {}
+        cells = Cells.from_json(content)
+        parts = {"": cells, **{group: cells.of_group(group) for group in GROUPS}}
+        found = {}
+        for group, part in parts.items():
+            for figure, values in (part.drawn() or {}).items():
+                if not group or figure == _RANKED:
+                    found[group or figure] = (tuple(sorted(set(part.places.tolist()))), values)
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,13 +98,30 @@ class Comparison:
         pairs = zip(self.values(mode, figure), self.values(CE, figure), strict=True)
         return [None if one is None or twin is None else one - twin for one, twin in pairs]
 
+    @cached_property
+    def _drawn(self) -> dict[tuple[str, int], dict[str, tuple[tuple[int, ...], np.ndarray]]]:
+        return {(run.mode, run.seed): run.drawn(self.split) for run in self.runs}
+
+    def intervals(self, mode: str, figure: str = _RANKED) -> list[Interval | None]:
+        """Of each seed's difference, and last of their mean: 95 % over draws of the locations, the same for both."""
+        pairs = [(self._drawn[mode, seed].get(figure), self._drawn[CE, seed].get(figure)) for seed in self.seeds]
+        apart = [one[1] - twin[1] if one and twin and one[0] == twin[0] else None for one, twin in pairs]
+        known = [each for each in apart if each is not None]
+        mean = np.mean(known, axis=0) if len(known) == len(apart) else None
+        return [None if each is None else interval_of(each) for each in (*apart, mean)]
+
+    def _difference(self, mode: str, figure: str) -> dict[str, Any]:
+        *by_seed, of_mean = self.intervals(mode, figure)
+        spread = _spread(self.differences(mode, figure))
+        return {**spread, "interval": of_mean, "intervals_by_seed": by_seed}
+
     def as_json(self) -> dict[str, Any]:
         modes = {}
         for mode in self.modes:
             modes[mode] = {
                 figure: {
                     **_spread(self.values(mode, figure)),
-                    **({} if mode == CE else {"difference": _spread(self.differences(mode, figure))}),
+                    **({} if mode == CE else {"difference": self._difference(mode, figure)}),
                 }
                 for figure in (*FIGURES, *GROUPS)
             }
@@ -108,9 +142,12 @@ class Comparison:
         for mode in self.modes:
             cells = [_mean_sd(self.values(mode, name)) for name in (_RANKED, "macro_accuracy", *GROUPS)]
             apart = self.differences(mode)
-            told = ["–", "–"] if mode == CE else [_points(_spread(apart)["mean"]), " ".join(map(_points, apart))]
+            told = ["–"] * 3
+            if mode != CE:
+                sure = self.intervals(mode)[-1]
+                told = [_points(_spread(apart)["mean"]), _between(sure), " ".join(map(_points, apart))]
             rows.append([mode, *cells, *told])
-        columns = ["Student", "All", "Macro", *(group.capitalize() for group in GROUPS), f"− {CE}", "by seed"]
+        columns = ["Student", "All", "Macro", *(group.capitalize() for group in GROUPS), f"− {CE}", "95 %", "by seed"]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         title = f"Accuracy on {self.split}, mean ± sd over {seeds}, and the difference to {CE}"
         return Table(title, columns, rows)
@@ -126,6 +163,10 @@ class Comparison:
                 f"Were teachers worth nothing, all {count} seeds would agree in {100 * chance(count, 0):.2g} % of "
                 "such comparisons: more --seeds say more."
             )
+        if any(self.intervals(mode)[-1] for mode in self.modes if mode != CE):
+            found.append(
+                f"95 %: of the mean difference of these seeds, over {DRAWS:,} draws of the {self.split} locations."
+            )
         if self.split != "test":
             found.append("There are no test rows: these figures are of the rows that chose the epochs.")
         return found
@@ -140,13 +181,16 @@ class Comparison:
 
     def _csv(self) -> str:
         text = io.StringIO()
-        columns = ["mode", "seed", *FIGURES, *GROUPS, "difference", "failure"]
+        columns = ["mode", "seed", *FIGURES, *GROUPS, "difference", "difference_low", "difference_high", "failure"]
         out = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         out.writeheader()
         apart = {mode: dict(zip(self.seeds, self.differences(mode), strict=True)) for mode in self.modes}
+        sure = {mode: dict(zip(self.seeds, self.intervals(mode)[:-1], strict=True)) for mode in self.modes}
         for run in self.runs:
             about = {"mode": run.mode, "seed": run.seed, "failure": run.failure}
-            out.writerow({**about, **run.figures(self.split), "difference": apart[run.mode][run.seed]})
+            low, high = sure[run.mode][run.seed] or ("", "")
+            ends = {"difference_low": low, "difference_high": high}
+            out.writerow({**about, **run.figures(self.split), "difference": apart[run.mode][run.seed], **ends})
         return text.getvalue()
 
     def _markdown(self) -> str:
@@ -236,6 +280,10 @@ def _mean_sd(values: Sequence[float | None]) -> str:
 
 def _points(difference: float | None) -> str:
     return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def _between(interval: Interval | None) -> str:
+    return "–" if interval is None else " to ".join(map(_points, interval))
 
 
 def _row(cells: Sequence[str]) -> str:

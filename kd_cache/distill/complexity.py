@@ -37,7 +37,7 @@ LIMITS: Final[Mapping[str, Limits]] = {"dcase": Limits(128_000, 30_000_000)}
 class Complexity:
     """Of one clip ``[T, F]``. Buffers, as the statistics of batch norm are, do not count."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     parameters: int
     macs: int
 
@@ -59,7 +59,7 @@ class Complexity:
         return {**asdict(self), "shape": list(self.shape), "bytes": self.memory}
 
 
-def complexity(net: nn.Module, shape: tuple[int, int]) -> Complexity:
+def complexity(net: nn.Module, shape: tuple[int, ...]) -> Complexity:
     """Count ``net``, which is called once with zeros ``[1, T, F]`` in evaluation mode. Raises `TeacherError`."""
     counted: list[int] = []
 
@@ -71,7 +71,7 @@ def complexity(net: nn.Module, shape: tuple[int, int]) -> Complexity:
     was_training = net.training
     hooks = [layer.register_forward_hook(count) for layer in net.modules()]
     try:
-        failed = f"it cannot be called with features [1, {shape[0]}, {shape[1]}]"
+        failed = f"it cannot be called with features [1, {', '.join(map(str, shape))}]"
         with users_code(lambda why: TeacherError(f"{failed}: {why}")), torch.inference_mode():
             net.eval()(torch.zeros(1, *shape))
     finally:

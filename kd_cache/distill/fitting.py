@@ -116,11 +116,17 @@ def fit_weights(rows: HeldOut) -> Weights:
         if mine.any():  # fewer than five locations leave folds empty
             beta = likeliest(logits[~mine], rows.labels[~mine]) if not mine.all() else _even(logits)
             apart[mine] = (logits[mine] * beta[:, None]).sum(dim=1)
-    singles = {name: logits[:, number] for number, name in enumerate(rows.teachers)}
-    judged = _judged({**singles, "mean": logits.mean(dim=1), "fit": apart}, rows.labels)
+    judged = {**singles(rows), **_judged({"mean": logits.mean(dim=1), "fit": apart}, rows.labels)}
     beta = likeliest(logits, rows.labels)
     measured = {"rows": len(rows), "chose_epoch": rows.chose_epoch, **judged}
     return Weights(dict(zip(rows.teachers, beta.tolist(), strict=True)), measured)
+
+
+def singles(rows: HeldOut) -> dict[str, Any]:
+    """Log loss and accuracy of each teacher. Raises `UnfitError` for fewer than 20 rows."""
+    _refuse_few(rows)
+    logits = rows.logits.double()
+    return _judged({name: logits[:, number] for number, name in enumerate(rows.teachers)}, rows.labels)
 
 
 def fit_gate(rows: HeldOut, *, seed: int = 0, steps: int = 200, lr: float = 3e-3, decay: float = 0.1) -> Gate:

@@ -173,7 +173,8 @@ class DistillLoss(nn.Module):
     def scale_weights(self, teacher: Tensor, source_mask: Tensor, labels: Tensor | None = None) -> float:
         """Divide the confidence weights by their mean over these rows, all that an epoch distils; returns that mean.
 
-        So a threshold does not make steps smaller. ``teacher`` ``[N, K, C]``; ``source_mask``, ``labels`` ``[N]``.
+        So a threshold does not make steps smaller; with ``raw_weights`` nothing is divided. ``teacher`` ``[N, K, C]``;
+        ``source_mask``, ``labels`` ``[N]``.
         Raises `UsageError` where no row has any weight.
         """
         self._scale = 1.0
@@ -187,7 +188,7 @@ class DistillLoss(nn.Module):
                 f"{self.recipe.confidence_threshold:g} leaves none",
                 hint="Lower the confidence threshold.",
             )
-        self._scale = mean
+        self._scale = 1.0 if self.recipe.raw_weights else mean
         return mean
 
     def _soft(self, teacher: Tensor | None, labels: Tensor | None, source_mask: Tensor) -> _Soft | None:

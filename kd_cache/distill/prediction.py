@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from kd_cache.score.storage_cost import log_softmax
 from kd_cache.score.teacher import Teacher
 from kd_cache.store.classes import misplaced
 from kd_cache.train.clips import Clips, class_names
+from kd_cache.train.evaluation import measure, measure_groups
 from kd_cache.train.evaluation_job import logits_of
 from kd_cache.watch import Watcher
 
@@ -60,6 +61,54 @@ class Predictions:
         for name, scene, row in zip(self.names, decided, self.probabilities.tolist(), strict=True):
             out.writerow([name, self.class_names[scene], *map(repr, row)])
         return text.getvalue()
+
+
+def labels_of(table: Path, classes: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """The class and the device (or "not known") of each clip of a table that has a scene there.
+
+    Raises:
+        ManifestError: no table.
+        UsageError: a scene that is none of the classes.
+    """
+    read = read_table(table, {})
+    if "scene" not in read.columns:
+        return {}
+    number_of, found, wrong = {name: number for number, name in enumerate(classes)}, {}, []
+    for _, row in read.rows:
+        name, scene = row[read.columns["file"]].removeprefix(AUDIO), row[read.columns["scene"]]
+        if not scene:
+            continue
+        if scene not in number_of:
+            wrong.append(f"{name}: {scene}")
+            continue
+        device = row[read.columns["device"]] if "device" in read.columns else "not known"
+        found[name] = (number_of[scene], device)
+    if wrong:
+        raise UsageError(
+            f"{len(wrong):,} clips of {shown(table)} are of a scene that the net does not know\n{listed(wrong)}",
+            hint=f"It knows {', '.join(classes)}.",
+        )
+    return found
+
+
+def worth(found: Predictions, labels: Mapping[str, tuple[int, str]]) -> dict[str, Any] | None:
+    """Figures of all labelled clips, by class and by device; ``None`` without labels."""
+    known = [number for number, name in enumerate(found.names) if name in labels]
+    if not known:
+        return None
+    scenes, devices = zip(*(labels[found.names[number]] for number in known), strict=True)
+    # A probability of 0 would have a loss without bound.
+    logits = np.log(np.maximum(found.probabilities[known], np.finfo(np.float64).tiny))
+    truth = np.array(scenes)
+    groups = {"class_wise": [found.class_names[scene] for scene in scenes], "device_wise": list(devices)}
+    of_all = measure(logits, truth)
+    figures = {name: getattr(of_all, name) for name in ("samples", "accuracy", "macro_accuracy", "log_loss")}
+    by = measure_groups(logits, truth, groups)
+    kept = ("samples", "accuracy", "log_loss")
+    return figures | {
+        kind: {group: {name: each[name] for name in kept} for group, each in of_kind.items()}
+        for kind, of_kind in by.items()
+    }
 
 
 def predict(job: PredictionJob, watcher: Watcher) -> Predictions:

@@ -29,6 +29,7 @@ class Recipe:
             row many times as heavy as a source row where a batch has few of them.
         weighting: what a row's distillation is multiplied by, of the fused teacher at T = 1: ``pmax`` its highest
             probability, ``threshold`` whether that reaches ``confidence_threshold``, ``entropy`` 1 − H / log C.
+        raw_weights: those weights as they are; else `DistillLoss.scale_weights` divides them by their mean.
         warmup_epochs: epochs without distillation; over the next ``ramp_epochs`` its weight grows to α in a line.
         keep_ce: hard labels have the weight 1 at all times, so that the loss keeps its scale after a warm-up.
     """
@@ -42,6 +43,7 @@ class Recipe:
     normalise: str = "batch"
     weighting: str = "none"
     confidence_threshold: float = 0.0
+    raw_weights: bool = False
     warmup_epochs: int = 0
     ramp_epochs: int = 0
     keep_ce: bool = False

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from kd_cache.dataset.guard import Selection
 from kd_cache.dataset.manifest import IGNORED, Sample
 from kd_cache.dataset.provenance import Provenance
-from kd_cache.distill.fitting import fit_gate, fit_weights, held_out
-from kd_cache.distill.fusion import Fusion, Weights
+from kd_cache.distill.fitting import fit_gate, fit_weights, held_out, singles
+from kd_cache.distill.fusion import Fusion, Weights, fuse
+from kd_cache.distill.losses import NEED_LABELS
 from kd_cache.distill.objective import CE, DistillLoss
 from kd_cache.distill.recipe import Recipe
 from kd_cache.errors import StaleError, UnfitError, UsageError, listed, shown
@@ -32,14 +33,22 @@ from kd_cache.store.names import MODES
 from kd_cache.train.augment import Mixed
 from kd_cache.train.clips import Clips
 from kd_cache.train.division import Division, divide
+from kd_cache.train.evaluation import evaluated, score
 from kd_cache.train.job import TrainJob, TrainReport
 from kd_cache.train.loop import Learner
 from kd_cache.train.nets import WarmStart
+from kd_cache.train.progress import MACRO
+from kd_cache.train.resampling import Cells
 from kd_cache.train.run_folder import RunFolder
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
 
 FOLDER: Final = "student"
+ALIKE: Final = ("mean", "probs")
+UNEQUAL: Final = 0.2
+"""A teacher that is worse by more than this share of the rows is warned of where all count alike."""
+_MEASURED: Final = ("fitted_on", "validation_that_trained")
+"""What is said of a student that its weights do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class StudentJob(TrainJob):
         mode: ``ce``, ``fit``, ``gate``, or another mode of `kd_cache.distill.fuse`.
         recipe: the numbers of the objective.
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
+        select: the epoch that is kept: of the best macro accuracy on A's held-out locations (`MACRO`), or the last one
+            (`LAST_EPOCH`).
+        balance: half of each batch is of A, half of the target: of the one with fewer rows they are drawn again.
         subset: the files that it may use, where they are not all that are permitted.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
@@ -59,8 +71,22 @@ class StudentJob(TrainJob):
     mode: str = "fit"
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
+    select: str = MACRO
+    balance: bool = False
     subset: frozenset[str] | None = None
     own_home: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe.loss == "dist" and self.settings.accumulate > 1:
+            raise UsageError(
+                f"the loss dist compares the rows of a whole batch, and --accumulate {self.settings.accumulate} would "
+                "cut it",
+                hint="Give a larger --batch-size in its place, or another loss.",
+            )
+        if self.balance and self.settings.batch_size % 2:
+            raise UsageError(
+                f"half of a batch of {self.settings.batch_size} cannot be of A: --balance needs an even one"
+            )
 
     @property
     def home(self) -> Path:
@@ -69,9 +95,27 @@ class StudentJob(TrainJob):
     @cached_property
     def division(self) -> Division:
         """A and the target train, held-out locations of A validate. Raises as `divide`."""
+        found = self._divided
+        sides = (found.train, found.only([self.data.task.source]).validation)
+        train, validation = (tuple(each for each in side if self.may_use(each)) for side in sides)
+        if not train or not validation:
+            raise UsageError(
+                f"the subset leaves {len(train)} samples to train on and {len(validation)} of A to validate on",
+                hint="Give a larger --subset, or another --val-ratio or --fold.",
+            )
+        return Division(train, validation, found.place_of)
+
+    @property
+    def unseen(self) -> list[Sample]:
+        """Train rows of the target at held-out locations: they neither train nor validate."""
+        source = self.data.task.source
+        return [each for each in self._divided.validation if each.device_id != source and self.may_use(each)]
+
+    @cached_property
+    def _divided(self) -> Division:
         data, settings = self.data, self.settings
         # Of all that is permitted: what is held out from a subset's students is what was held out from the teachers.
-        found = divide(
+        return divide(
             data.selection.samples,
             task=data.task,
             ratio=settings.val_ratio,
@@ -80,14 +124,6 @@ class StudentJob(TrainJob):
             # The teachers' own division: places that only a target knows would move it.
             heard=lambda sample: sample.device_id == data.task.source,
         )
-        sides = (found.train, found.only([data.task.source]).validation)
-        train, validation = (tuple(each for each in side if self.may_use(each)) for side in sides)
-        if not train or not validation:
-            raise UsageError(
-                f"the subset leaves {len(train)} samples to train on and {len(validation)} of A to validate on",
-                hint="Give a larger --subset, or another --val-ratio or --fold.",
-            )
-        return Division(train, validation, found.place_of)
 
     def may_use(self, sample: Sample) -> bool:
         """Whether it is in the subset."""
@@ -104,6 +140,7 @@ class StudentTraining(Training):
     """One student, from chance or a checkpoint."""
 
     code = (Path(__file__).parent,)
+    stands_on = "what this starts from, or a teacher"
     job: StudentJob
 
     def _refuse_unlabelled(self) -> None:
@@ -118,19 +155,44 @@ class StudentTraining(Training):
     def build(self) -> tuple[nn.Module, WarmStart | None]:
         net, start = super().build()
         self.teachers: Tensor | None = None
-        self.said: dict[str, Any] = {"mode": self.job.mode, "recipe": asdict(self.job.recipe), "teachers": {}}
+        job = self.job
+        self.said: dict[str, Any] = {
+            "mode": job.mode, "recipe": asdict(job.recipe), "select": job.select, "balance": job.balance,
+            "teachers": {},
+        }  # fmt: skip
+        if job.balance:
+            self._tell_of_balance()
         fusion: str | Fusion = CE
         names: tuple[str, ...] = ()
-        if self.job.mode != CE:
+        if job.mode != CE:
             cache = self._opened()
-            self.teachers, names = self._rows(cache), cache.teachers
+            self.teachers, names = self._rows(cache, self.train), cache.teachers
+            self.unseen = self._unseen()
+            self.told_unseen = self._rows(cache, self.unseen)
             fusion = self._fusion(cache)
             for name in names:
-                self.inherit(self.job.provenances.get(name))
-        self.objective = DistillLoss(fusion, teachers=names, recipe=self.job.recipe)
+                self.inherit(job.provenances.get(name))
+            self.said["validation_that_trained"] = {name: self._validation_that_trained(name) for name in names}
+            if job.recipe.loss in NEED_LABELS and job.recipe.apply_to != "source":
+                self.watcher.note(
+                    f"{job.recipe.loss} needs a label: for rows of the target the teachers' decision stands for it"
+                )
+        self.objective = DistillLoss(fusion, teachers=names, recipe=job.recipe)
         if self.teachers is not None and self.job.recipe.weighting != "none":
             self.said["mean_weight"] = self.objective.scale_weights(self.teachers, self.is_source, self.train.scenes)
         return net, start
+
+    def _tell_of_balance(self) -> None:
+        is_source, size, drop_last = self.is_source.numpy(), self.settings.batch_size, self.settings.drop_last
+        batches = self.train.balanced(size, torch.Generator(), is_source, drop_last=drop_last)
+        drawn = np.bincount(np.concatenate([np.empty(0, np.int64), *batches]), minlength=len(is_source))
+        a, b = (float(drawn[side].mean()) for side in (is_source, ~is_source))
+        self.said["drawn"] = {"source": a, "target": b}
+        task = self.job.data.task
+        self.watcher.note(
+            f"balanced batches: an epoch draws each clip of {task.source} {a:.3g} times, each of "
+            f"{self.job.data.target} {b:.3g} times"
+        )
 
     def _opened(self) -> LogitCache:
         mode = self.job.mode
@@ -145,19 +207,37 @@ class StudentTraining(Training):
                 hint="Pass --num-scenes.",
             )
         refuse_misplaced(cache, self.job.data.task)
+        for told in cache.accuracies:
+            self.watcher.note(told)
+        for doubt in cache.doubts(self.job.data.task.cities):
+            self.watcher.note(doubt)
         self.said["teachers"] = cache.fingerprints
         return cache
 
-    def _rows(self, cache: LogitCache) -> Tensor:
-        """``[N, K, C]`` float32: the teachers' logits of the clips that train, which are the ones they scored.
+    def _unseen(self) -> Clips:
+        """What the student and its teachers are compared on; nothing is chosen by it."""
+        job = self.job
+        if "unseen" not in job.shared:
+            job.shared["unseen"] = Clips.read(job.data.features, job.unseen, job.workers, self.watcher)
+        return job.shared["unseen"]
+
+    def _validation_that_trained(self, name: str) -> int | None:
+        """How many of the validation rows trained a teacher; ``None`` where it does not say."""
+        made = self.job.provenances.get(name)
+        if made is None or not made.complete:
+            return None
+        return int(made.has_trained(sample.file for sample in self.validation.samples).sum())
+
+    def _rows(self, cache: LogitCache, clips: Clips) -> Tensor:
+        """``[N, K, C]`` float32: the teachers' logits of clips, which are the ones they scored.
 
         Raises `StaleError` for a feature that changed since, `MissingLogitsError` for one without a row.
         """
-        files = [sample.file for sample in self.train.samples]
+        files = [sample.file for sample in clips.samples]
         rows = cache.rows(files)
         scored = cache.input_digests(rows)
         if scored is not None:
-            changed = np.flatnonzero((scored != self.train.digests[:, None]).any(axis=(1, 2))).tolist()
+            changed = np.flatnonzero((scored != clips.digests[:, None]).any(axis=(1, 2))).tolist()
             if changed:
                 raise StaleError(
                     f"{len(changed)} features are not those that the teachers scored\n"
@@ -171,6 +251,7 @@ class StudentTraining(Training):
         if mode == "gate":
             return fit_gate(held_out(cache, self.job.selection, self.job.provenances), seed=self.settings.seed)
         if mode != "fit":
+            self._tell_of_unequal(cache)
             return mode
         try:
             fitted = fit_weights(held_out(cache, self.job.selection, self.job.provenances))
@@ -179,8 +260,25 @@ class StudentTraining(Training):
             fitted = Weights(dict.fromkeys(cache.teachers, 1 / len(cache.teachers)))
         self.said |= {"weights": dict(fitted.of), "fitted_on": dict(fitted.measured)}
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in fitted.of.items())
-        self.watcher.note(f"weights of the teachers: {weights}")
+        self.watcher.note(f"weights of the teachers: {weights}{_judged(fitted.measured)}")
         return fitted
+
+    def _tell_of_unequal(self, cache: LogitCache) -> None:
+        """Where all count alike, a poor teacher spoils what a good one says."""
+        if self.job.mode not in ALIKE or len(cache.teachers) < 2:
+            return
+        try:
+            found = singles(held_out(cache, self.job.selection, self.job.provenances))
+        except UnfitError:
+            return  # nobody knows
+        shares = {name: figures["accuracy"] for name, figures in found.items()}
+        best = max(shares, key=shares.__getitem__)
+        for name, share in shares.items():
+            if shares[best] - share > UNEQUAL:
+                self.watcher.note(
+                    f"{name} is right on {share:.1%} of the rows that are held out from training, {best} on "
+                    f"{shares[best]:.1%}: under {self.job.mode} both count alike (fit weighs them)"
+                )
 
     @property
     def title(self) -> str:
@@ -190,7 +288,7 @@ class StudentTraining(Training):
         rows = b"" if self.teachers is None else self.teachers.numpy().tobytes()
         made = self.job.provenances if self.job.mode != CE else {}
         told = {name: None if each is None else each.digest for name, each in made.items()}
-        said = {name: value for name, value in self.said.items() if name != "fitted_on"}
+        said = {name: value for name, value in self.said.items() if name not in _MEASURED}
         return {"distillation": {**said, "rows": hashlib.sha256(rows).hexdigest(), "provenances": told}}
 
     @cached_property
@@ -202,7 +300,30 @@ class StudentTraining(Training):
         return {**super()._facts, "distillation": self.said}
 
     def learner(self, folder: RunFolder) -> Learner:
-        return Learner(self.net, self.train, self.validation, objective=_Taught(self))
+        is_source = self.is_source.numpy() if self.job.balance else None
+        more: dict[str, Any] = {"is_source": is_source, "select": self.job.select}
+        return Learner(self.net, self.train, self.validation, objective=_Taught(self), **more)
+
+    def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
+        return evaluated(best, clips, self.job, self._by_location)
+
+    def _by_location(
+        self, logits: np.ndarray, labels: np.ndarray, places: np.ndarray, groups: Sequence[str]
+    ) -> dict[str, Any]:
+        """What a comparison of students on drawn locations needs."""
+        return {"by_location": Cells.of(logits, labels, places, groups).as_json()}
+
+    def _figures(self, best: nn.Module) -> dict[str, Any]:
+        return {**super()._figures(best), "agreement": self._agreement(best)}
+
+    def _agreement(self, best: nn.Module) -> dict[str, Any] | None:
+        """How often the student decides as the fused teachers do, on clips of the target that neither trained on."""
+        if self.teachers is None or not len(self.unseen):
+            return None
+        logits = score(best, self.unseen, self.job.device, self.settings.batch_size)
+        nobody = torch.full((len(logits),), IGNORED)
+        fused = fuse(self.told_unseen, self.objective.fusion or CE, labels=nobody)
+        return {"rows": len(logits), "share": float((logits.argmax(axis=1) == fused.argmax(dim=1).numpy()).mean())}
 
 
 def opened(job: StudentJob, watcher: Watcher, teachers: Sequence[str] | None = None) -> LogitCache:
@@ -240,6 +361,18 @@ class _Taught:
             logits, teachers, self._labels[at], self._is_source[at], partner=mixed.partner, share=mixed.share
         )
         return loss
+
+
+def _judged(measured: Mapping[str, Any]) -> str:
+    """What the fit knows of each teacher, of the mean and of itself, in words."""
+    figures = {name: each for name, each in measured.items() if isinstance(each, Mapping)}
+    if not figures:
+        return ""
+    told = "; ".join(f"{name} {each['log_loss']:.3f}, {each['accuracy']:.1%}" for name, each in figures.items())
+    return (
+        f"; log loss and accuracy on {measured['rows']:,} rows that are held out from training "
+        f"({measured['chose_epoch']:,} of them chose a teacher's epoch): {told}"
+    )
 
 
 def train_student(job: StudentJob, watcher: Watcher | None = None) -> TrainReport:

@@ -25,7 +25,7 @@ from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
-from kd_cache.store.accuracy import Accuracy, near_chance
+from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord
@@ -270,17 +270,23 @@ class _Dump:
             entries=self._entries(),
             missing=self.report.missing,
             replaced=replaced,
+            trained=self._trained(),
             min_accuracy=self.job.min_accuracy,
         )
         published = publish(self.found.snapshot, change, self.watcher)
         for name, origin in self.job.origins.items():
-            kept = published.accuracy[name]
-            accuracy = Accuracy(kept["correct"], kept["rows"])
-            warning = near_chance(origin, accuracy, self.job.data.task.cities)
+            told = {"accuracy": published.accuracy[name], "held_out": published.held_out.get(name)}
+            warning = near_chance(origin, stored_accuracy(told), self.job.data.task.cities, stored_apart(told))
             if warning is not None:
                 self.watcher.note(warning)
         self.report.snapshot = self.found.snapshot.again(maps=True)
         return published
+
+    def _trained(self) -> dict[str, np.ndarray]:
+        """What trained each teacher that says all of it."""
+        said = {name: getattr(teacher, "provenance", None) for name, teacher in self.job.teachers.items()}
+        known = {name: made for name, made in said.items() if made is not None and made.complete}
+        return {name: self.job.data.names.recognised(made).provenance.trained for name, made in known.items()}
 
     @property
     def _shown_path(self) -> str:

@@ -30,7 +30,7 @@ from kd_cache.serve.joined import joined, teachers_of_all
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
-from kd_cache.store.accuracy import near_chance, stored_accuracy
+from kd_cache.store.accuracy import in_words, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Fingerprint, Origin
@@ -203,8 +203,18 @@ class LogitCache:
         if index is None:
             return []
         entries = index.record["teachers"]
-        found = (near_chance(index.origins[name], stored_accuracy(entries[name]), cities) for name in self.teachers)
+        told = [(index.origins[name], entries[name]) for name in self.teachers]
+        found = (near_chance(made, stored_accuracy(entry), cities, stored_apart(entry)) for made, entry in told)
         return [warning for warning in found if warning is not None]
+
+    @property
+    def accuracies(self) -> list[str]:
+        """How often each opened teacher names the scene of labelled source rows, a line each: first of those that it
+        did not train on, where the dump knew that.
+        """
+        entries = {} if self._index is None else self._index.record["teachers"]
+        told = [(name, entries[name]) for name in self.teachers if name in entries]
+        return [line for name, one in told for line in in_words(name, stored_accuracy(one), stored_apart(one))]
 
     @property
     def label_counts(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from kd_cache.store.permitted import Permitted
 from kd_cache.store.union import Union
 
 _BLOCK = 65_536
+_ENOUGH = 20
+ON_ALL = "labelled source rows"
+ON_APART = "labelled source rows that it did not train on"
 LIKELY_CAUSES = (
     "Likely causes: another class order, another front end or normalisation than it was trained with, swapped axes "
     "([F, T] for [T, F]), or random weights"
@@ -53,27 +56,45 @@ class Accuracy:
     def __str__(self) -> str:
         return f"{self.share} ({self.correct:,} of {self.rows:,})"
 
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Accuracy:
+        return cls(int(kept["correct"]), int(kept["rows"]))
+
     def as_json(self) -> dict[str, int]:
         return {"correct": self.correct, "rows": self.rows}
 
 
-def near_chance(origin: Origin, accuracy: Accuracy | None, cities: Collection[str]) -> str | None:
+def in_words(name: str, accuracy: Accuracy | None, apart: Accuracy | None) -> list[str]:
+    """What a teacher is worth: first on rows that it did not train on, where that is known (``apart``), then on all."""
+    told = {ON_APART: apart, ON_ALL: accuracy}
+    return [f"{name}: accuracy on {on}: {found}" for on, found in told.items() if found is not None and found.rows]
+
+
+def near_chance(
+    origin: Origin, accuracy: Accuracy | None, cities: Collection[str], apart: Accuracy | None = None
+) -> str | None:
     """The warning of a teacher that is hardly better than guessing; ``None`` where it may well be better.
+
+    What it trained on it may know by heart: ``apart``, its accuracy on the other rows, counts too if they are enough.
 
     It is where even the upper end of the interval is at most two and a half times chance, and at most 15 % of the way
     from chance to one: 23.5 % of ten classes. 17.7 % of 300 rows, which features with swapped axes gave, reach up to
     22.4 %; the weakest teachers in use are above 40 %. Teachers of ``cities`` have no accuracy on scenes.
     """
-    if accuracy is None or not accuracy.rows or origin.num_classes < 2:
+    if origin.num_classes < 2 or (origin.class_names and set(origin.class_names) <= set(cities)):
         return None
-    if origin.class_names and set(origin.class_names) <= set(cities):
-        return None
+    if apart is not None and apart.rows >= _ENOUGH and (told := _near_chance(origin, apart, ON_APART)) is not None:
+        return told
+    return None if accuracy is None or not accuracy.rows else _near_chance(origin, accuracy, ON_ALL)
+
+
+def _near_chance(origin: Origin, accuracy: Accuracy, on: str) -> str | None:
     chance = 1 / origin.num_classes
     low, high = accuracy.interval
     if high > min(2.5 * chance, chance + 0.15 * (1 - chance)):
         return None
     return (
-        f"{origin.teacher} is hardly better than guessing: its accuracy on labelled source rows is {accuracy}, at 95 % "
+        f"{origin.teacher} is hardly better than guessing: its accuracy on {on} is {accuracy}, at 95 % "
         f"between {100 * low:.1f} and {100 * high:.1f} %; chance is {100 * chance:.1f} %. {LIKELY_CAUSES}"
     )
 
@@ -106,12 +127,37 @@ def changed_labels(then: Permitted, now: Permitted) -> list[tuple[bytes, int, in
 def stored_accuracy(entry: Mapping[str, Any]) -> Accuracy | None:
     """What a teacher's index entry says; ``None`` where it says nothing."""
     kept = entry.get("accuracy")
-    return None if kept is None else Accuracy(int(kept["correct"]), int(kept["rows"]), str(entry.get("measured", "")))
+    return None if kept is None else replace(Accuracy.from_json(kept), measured=str(entry.get("measured", "")))
 
 
-def measure(union: Union | None, permitted: Permitted) -> Accuracy:
-    """Accuracy of the rows of a union over the permitted samples that have a label and a row."""
-    labelled = np.flatnonzero(permitted.labels >= 0)
+def stored_apart(entry: Mapping[str, Any]) -> Accuracy | None:
+    """As `stored_accuracy`, on the rows that the teacher did not train on; ``None`` where that was not known."""
+    kept = entry.get("held_out")
+    return None if kept is None else Accuracy.from_json(kept)
+
+
+def measured_apart(
+    union: Union | None, permitted: Permitted, trained: np.ndarray | None, now: Accuracy, before: Mapping[str, Any]
+) -> dict[str, dict[str, int]]:
+    """The word ``held_out`` of an entry. Where nobody says what trained the teacher (``trained`` are keys), it is
+    what the earlier entry of this fingerprint says of the very same rows.
+    """
+    if trained is None:
+        kept = before.get("held_out") if before.get("measured") == now.measured else None
+        return {} if kept is None else {"held_out": kept}
+    apart = measure(union, permitted, trained)
+    return {"held_out": apart.as_json()} if apart.rows else {}
+
+
+def measure(union: Union | None, permitted: Permitted, trained: np.ndarray | None = None) -> Accuracy:
+    """Accuracy of the rows of a union over the permitted samples that have a label and a row.
+
+    ``trained``: keys ``[N, 16]``, ascending, of samples that do not count.
+    """
+    counted = permitted.labels >= 0
+    if trained is not None:
+        counted &= KeyFinder(trained).find(permitted.keys) < 0
+    labelled = np.flatnonzero(counted)
     if union is None or not len(labelled) or union.origin.value_kind == "embedding":
         return Accuracy(0, 0)
     labels = permitted.labels[labelled]

@@ -69,6 +69,7 @@ class Change:
         standing: by teacher the pack, by its name, that stands for the one that the index names: what was right in it.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
+        trained: by teacher the keys of the samples that trained it, where it says so.
         min_accuracy: the least that each of ``origins`` must reach.
         hint: what to do where rows are missing.
     """
@@ -84,6 +85,7 @@ class Change:
     standing: Mapping[str, str] = field(default_factory=dict)
     replaced: Sequence[Path] = ()
     keep_damaged: bool = False
+    trained: Mapping[str, np.ndarray] = field(default_factory=dict)
     min_accuracy: float | None = None
     hint: str = ANOTHER_MANIFEST
 
@@ -91,7 +93,8 @@ class Change:
 @dataclass
 class Published:
     """What publishing did; ``rows``, ``left_out``, ``unread`` (kept, though nobody could read their features now),
-    ``packs`` and ``accuracy`` by teacher. ``missing``: the change's, as far as some teacher lacks a row of the file.
+    ``packs``, ``accuracy`` and ``held_out`` by teacher. ``missing``: the change's, as far as some teacher lacks a row
+    of the file.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -104,3 +107,4 @@ class Published:
     view_removed: int = 0
     packs: dict[str, str] = field(default_factory=dict)
     accuracy: dict[str, dict[str, int]] = field(default_factory=dict)
+    held_out: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, listed
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.files.turns import in_turn
 from kd_cache.keys import KeyFinder
-from kd_cache.store.accuracy import refuse_below
+from kd_cache.store.accuracy import measured_apart, refuse_below
 from kd_cache.store.cache import CacheFolder, teacher_in_name
 from kd_cache.store.change import Change as Change
 from kd_cache.store.change import Published as Published
@@ -165,6 +165,7 @@ class _Publication:
             **self.unfinished.described(superfluous),
         }
         done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
+        done.held_out = {name: entry["held_out"] for name, entry in record["teachers"].items() if "held_out" in entry}
         if self.snapshot.is_older:
             self.watcher.note(keep_older_index(self.folder.index_path))
         written = write_index(self.folder.index_path, done.num_samples, maps, record, state=self.snapshot.state)
@@ -303,6 +304,9 @@ class _Publication:
             "pack": None if pack is None else pack.path.name,
             "accuracy": accuracy.as_json(),
             "measured": accuracy.measured,
+            **measured_apart(
+                union, self.change.wanted.permitted, self.change.trained.get(name), accuracy, before if same else {}
+            ),
             "earlier": _earlier_parts(before, origin),
         }
 

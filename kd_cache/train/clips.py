@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
@@ -128,18 +129,27 @@ class Clips:
         ``drop_last`` leaves out what does not fill a batch; otherwise a single clip joins another batch of its shape,
         because batch norm learns nothing from one. A clip that is alone with its shape is left out (`left_out`).
         """
-        batches = []
+        cut = [_cut_up(mine, batch_size, chance, drop_last=drop_last) for mine in self._by_shape()]
+        return _in_any_order(chain.from_iterable(cut), chance)
+
+    def balanced(
+        self, batch_size: int, chance: torch.Generator, is_source: np.ndarray, *, drop_last: bool
+    ) -> list[np.ndarray]:
+        """As `shuffled`, but half of each batch (of an even size) are rows that ``is_source`` ``[N]`` bool says and
+        half are others: those that are fewer are drawn again, once all of them were. Of a shape that only one side has,
+        batches are of that side.
+        """
+        batches: list[np.ndarray] = []
         for mine in self._by_shape():
-            order = mine[torch.randperm(len(mine), generator=chance).numpy()]
-            cut = _cut(order, batch_size)
-            if len(order) == 1 < batch_size:
+            sides = [mine[is_source[mine]], mine[~is_source[mine]]]
+            count = max(map(len, sides))
+            if count == len(mine):
+                batches += _cut_up(mine, batch_size, chance, drop_last=drop_last)
                 continue
-            if drop_last:
-                cut = [rows for rows in cut if len(rows) == batch_size]
-            elif len(cut) > 1 and len(cut[-1]) == 1:
-                cut[-2:] = [np.concatenate(cut[-2:])]
-            batches += cut
-        return [batches[at] for at in torch.randperm(len(batches), generator=chance).tolist()]
+            halves = [_cut(_drawn(side, count, chance), batch_size // 2) for side in sides]
+            both = [np.concatenate(pair) for pair in zip(*halves, strict=True)]
+            batches += [rows for rows in both if len(rows) == batch_size or not drop_last]
+        return _in_any_order(batches, chance)
 
     def left_out(self, batch_size: int, *, drop_last: bool) -> int:
         """How many clips are in no batch of `shuffled`, ever: too few have their shape."""
@@ -213,6 +223,31 @@ def _labels(found: list[int | None]) -> Tensor:
 
 def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _cut_up(mine: np.ndarray, size: int, chance: torch.Generator, *, drop_last: bool) -> list[np.ndarray]:
+    """Batches of the clips of one shape, as `Clips.shuffled` says."""
+    order = _drawn(mine, len(mine), chance)
+    cut = _cut(order, size)
+    if len(order) == 1 < size:
+        return []
+    if drop_last:
+        return [rows for rows in cut if len(rows) == size]
+    if len(cut) > 1 and len(cut[-1]) == 1:
+        cut[-2:] = [np.concatenate(cut[-2:])]
+    return cut
+
+
+def _drawn(rows: np.ndarray, count: int, chance: torch.Generator) -> np.ndarray:
+    """So many of the rows by chance: none of them more than once more often than another."""
+    rounds = [torch.randperm(len(rows), generator=chance).numpy() for _ in range(math.ceil(count / len(rows)))]
+    found: np.ndarray = rows[np.concatenate(rounds)[:count]]
+    return found
+
+
+def _in_any_order(batches: Iterable[np.ndarray], chance: torch.Generator) -> list[np.ndarray]:
+    every = list(batches)
+    return [every[at] for at in torch.randperm(len(every), generator=chance).tolist()]
 
 
 def class_names(task: Task, what: str, count: int) -> list[str]:

@@ -22,14 +22,23 @@ from kd_cache.score.storage_cost import log_softmax
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.division import locations_of
 from kd_cache.train.job import TrainJob
+from kd_cache.train.resampling import Cells, Interval, draws, interval_of
 from kd_cache.watch import Watcher
 
 GROUPS: Final = ("source", "target", "other", "unseen")
 """Devices by what they are to the teacher: source, target, others of the training sets, never trained on."""
 
 
-def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
-    """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city."""
+def evaluated(
+    net: nn.Module,
+    clips: Clips,
+    job: TrainJob,
+    besides: Callable[[np.ndarray, np.ndarray, np.ndarray, Sequence[str]], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Metrics over the clips that have a label, as JSON values: of all, and by device, device group and city.
+
+    ``besides`` says what else is told of their logits, labels, locations (`places_of`) and device groups.
+    """
     settings, data = job.settings, job.data
     labels = clips.labels(settings.label).numpy()
     labelled = clips.part(np.flatnonzero(labels >= 0).tolist())
@@ -43,6 +52,7 @@ def evaluated(net: nn.Module, clips: Clips, job: TrainJob) -> dict[str, Any]:
         "intervals": intervals(logits, labels, places, settings.seed),
         "class_names": class_names(data.task, settings.label, settings.num_classes),
         "by": measure_groups(logits, labels, groups, places, settings.seed),
+        **(besides(logits, labels, places, groups["device_group"]) if besides else {}),
     }
 
 
@@ -224,64 +234,22 @@ def measure_groups(
     return found
 
 
-DRAWS: Final = 1000
-COVERED: Final = 0.95
-
-
-def intervals(
-    logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0
-) -> dict[str, tuple[float, float]] | None:
+def intervals(logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0) -> dict[str, Interval] | None:
     """Where accuracy, macro accuracy, log loss and Brier score lie with 95 % confidence; ``None`` of a single place.
 
-    ``places`` ``[N]`` ints: whole locations are drawn with replacement (1,000 draws; Efron 1979), because the clips of
-    one location are right and wrong together: drawn one by one they would claim more certainty than there is. What the
-    locations drawn lack of classes does not count in the macro accuracy. Raises as `measure`.
+    ``places`` ``[N]``: equal where the location is (`kd_cache.train.resampling`). Raises as `measure`.
     """
     measure(logits, labels)  # refuses what cannot be measured
-    place, chosen = _drawn_places(places, seed)
-    count, classes = chosen.shape[1], logits.shape[1]
-    if count < 2:
-        return None
-    labels = labels.astype(np.int64)
-    log_probs = log_softmax(logits.astype(np.float64))
-    right = (logits.argmax(axis=1) == labels).astype(np.float64)
-    loss = -log_probs[np.arange(len(labels)), labels]
-    brier = ((np.exp(log_probs) - np.eye(classes)[labels]) ** 2).sum(axis=1)
-
-    def drawn(values: np.ndarray | None = None, of_class: bool = False) -> np.ndarray:
-        """Sums over each draw's locations, ``[draws]``, or by class ``[draws, C]``."""
-        cell = place * classes + labels if of_class else place
-        sums = np.bincount(cell, values, minlength=count * (classes if of_class else 1))
-        found: np.ndarray = chosen @ sums.reshape(count, -1)
-        return found if of_class else found[:, 0]
-
-    rows, of_class = drawn(), drawn(of_class=True)
-    recall = np.divide(drawn(right, of_class=True), of_class, out=np.zeros_like(of_class), where=of_class > 0)
-    figures = {
-        "accuracy": drawn(right) / rows,
-        "macro_accuracy": recall.sum(axis=1) / (of_class > 0).sum(axis=1),
-        "log_loss": drawn(loss) / rows,
-        "brier": drawn(brier) / rows,
-    }
-    return {name: _ends(values) for name, values in figures.items()}
+    return Cells.of(logits, labels, places).intervals(seed)
 
 
-def interval_of_mean(values: np.ndarray, places: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+def interval_of_mean(values: np.ndarray, places: np.ndarray, seed: int = 0) -> Interval | None:
     """Where the mean of ``[N]`` values lies with 95 % confidence, drawn as for `intervals`; ``None`` of one place."""
-    place, chosen = _drawn_places(places, seed)
-    return _ends((chosen @ np.bincount(place, values)) / (chosen @ np.bincount(place))) if len(chosen.T) > 1 else None
-
-
-def _drawn_places(places: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """``[N]``: the number of each row's place; ``[draws, places]``: how often each place is drawn."""
     names, place = np.unique(places, return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=DRAWS)
-    return place, drawn.astype(np.float64)
-
-
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - COVERED) / 2, (1 + COVERED) / 2]).tolist()
-    return low, high
+    chosen = draws(len(names), seed)
+    return (
+        interval_of((chosen @ np.bincount(place, values)) / (chosen @ np.bincount(place))) if len(names) > 1 else None
+    )
 
 
 def _bins_of_equal_width(confidence: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ from kd_cache.train.clips import Clips
 from kd_cache.train.evaluation import measure, score
 from kd_cache.train.freezing import Frozen, trainable_parameters
 from kd_cache.train.optimiser import Schedule, average, class_weights, cross_entropy, make_optimiser, restore, state_of
-from kd_cache.train.run_folder import Progress, RunFolder, Step
+from kd_cache.train.progress import ACCURACY, Progress
+from kd_cache.train.run_folder import RunFolder, Step
 from kd_cache.train.settings import Augmentation, Settings, Stage
 from kd_cache.watch import Watcher
 
@@ -58,6 +59,9 @@ class Learner:
         is_warm: the weights were trained before; losses are compared with theirs.
         random_loss: the validation loss of random weights; the best epoch must be below it.
         objective: what is minimised in place of cross-entropy.
+        is_source: ``[N]`` bool: which training clips are one half of each batch, the others being the other half;
+            ``None``: batches are of all clips alike.
+        select: what the epoch that is kept is chosen by (`Progress.select`).
     """
 
     net: nn.Module
@@ -67,6 +71,8 @@ class Learner:
     is_warm: bool = False
     random_loss: float | None = None
     objective: Objective | None = None
+    is_source: np.ndarray | None = None
+    select: str = ACCURACY
 
 
 class Loop:
@@ -85,8 +91,8 @@ class Loop:
         self.net, self.train, self.validation = learner.net, learner.train, learner.validation
         self.settings, self.stages, self.device = settings, stages, device
         self._keeper, self._watcher, self._is_warm = keeper, watcher, learner.is_warm
-        self._objective = learner.objective
-        self.progress = Progress(random_loss=learner.random_loss)
+        self._objective, self._is_source = learner.objective, learner.is_source
+        self.progress = Progress(random_loss=learner.random_loss, select=learner.select)
         self.averaged = copy.deepcopy(self.net) if settings.ema else None
         self._resumed: Mapping[str, Tensor] = {}
         self._call: nn.Module = torch.compile(self.net) if settings.compile else self.net  # type: ignore[assignment]
@@ -130,7 +136,8 @@ class Loop:
         optimiser = make_optimiser(self.net, stage, self.settings)
         if self._resumed:
             restore(optimiser, self._scaler, self._resumed)
-        self._watcher.stage(f"{self._name}stage {number + 1}", (stage.epochs - done.epoch) * len(self.train))
+        clips = sum(map(len, self._batches(torch.Generator())))
+        self._watcher.stage(f"{self._name}stage {number + 1}", (stage.epochs - done.epoch) * clips)
         # Looked at before an epoch, not after: a run that was killed in between must stop where it would have stopped.
         while done.epoch < stage.epochs and not (patience and done.since_best >= patience):
             self._run_epoch(number, stage, frozen, optimiser)
@@ -198,7 +205,11 @@ class Loop:
 
     def _batches(self, chance: torch.Generator) -> list[np.ndarray]:
         settings = self.settings
-        batches = self.train.shuffled(settings.batch_size, chance, drop_last=settings.drop_last)
+        size, drop_last = settings.batch_size, settings.drop_last
+        if self._is_source is None:
+            batches = self.train.shuffled(size, chance, drop_last=drop_last)
+        else:
+            batches = self.train.balanced(size, chance, self._is_source, drop_last=drop_last)
         if not batches:
             raise UsageError(
                 f"no batch of {settings.batch_size} clips of one shape is full, and --drop-last (--compile) leaves out "
@@ -291,7 +302,7 @@ class Loop:
 
     def _refuse_unlearnt(self) -> None:
         done = self.progress
-        if done.best is None or done.best[0] or self.settings.shuffle_labels:
+        if done.best is None or done.has_learnt or self.settings.shuffle_labels:
             return
         lowest = min(row["val_log_loss"] for row in done.history)
         told = (

@@ -25,7 +25,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -53,6 +53,7 @@ from kd_cache.train.checkpoint import (
 )
 from kd_cache.train.checkpoint_file import RECORD_ENTRY, read_content
 from kd_cache.train.job import TrainJob, TrainReport
+from kd_cache.train.progress import Progress
 from kd_cache.watch import Watcher
 
 BEST, BEST_HEAD, LAST, CONFIG, HISTORY, STEPS, RESULTS = (
@@ -82,71 +83,6 @@ EPOCH_COLUMNS: Final = (
     "seconds",
 )
 """What is told of each epoch."""
-
-Rank = tuple[bool, float, float]
-
-
-@dataclass
-class Progress:
-    """Where a training is: epochs done in the current stage, and what was measured so far.
-
-    ``best`` is the `rank` of the epoch that is kept. ``stage_best`` and ``stage_loss`` are the best rank and the lowest
-    loss of the stage, ``since_best`` the epochs since either improved: over few clips accuracy moves in steps.
-    ``averaged`` counts the steps that are in the averaged weights.
-    """
-
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0
-    best: Rank | None = None
-    stage_best: Rank | None = None
-    stage_loss: float | None = None
-    since_best: int = 0
-    averaged: int = 0
-    random_loss: float | None = None
-    start_loss: float | None = None
-    diverging: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    frozen: list[str] = field(default_factory=list)
-    drifted: list[str] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Progress:
-        """Raises ``TypeError`` for what is no progress."""
-        found = cls(**content)
-        for name in ("best", "stage_best"):
-            rank = getattr(found, name)
-            setattr(found, name, None if rank is None else tuple(rank))
-        return found
-
-    def add(self, measured: dict[str, Any]) -> bool:
-        """Count an epoch; whether it is the best so far."""
-        self.history.append(measured)
-        rank, loss = self.rank(measured), measured["val_log_loss"]
-        self.since_best += 1
-        if self.stage_loss is None or loss < self.stage_loss:
-            self.stage_loss, self.since_best = loss, 0
-        if self.stage_best is None or rank > self.stage_best:
-            self.stage_best, self.since_best = rank, 0
-        is_best = self.best is None or rank > self.best
-        if is_best:
-            self.best = rank
-        return is_best
-
-    def end_stage(self) -> None:
-        self.stage, self.epoch, self.step, self.since_best = self.stage + 1, 0, 0, 0
-        self.stage_best = self.stage_loss = None
-
-    @property
-    def best_epoch(self) -> int:
-        """Counted over all stages, from 1; 0 before there is any."""
-        ranks = [self.rank(row) for row in self.history]
-        return ranks.index(max(ranks)) + 1 if ranks else 0
-
-    def rank(self, measured: Mapping[str, Any]) -> Rank:
-        """An epoch's validation: below random weights' loss or not, accuracy, −log loss. The higher the better."""
-        loss = measured["val_log_loss"]
-        return self.random_loss is None or loss < self.random_loss, measured["val_accuracy"], -loss
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ from kd_cache.train.job import FRESH, TrainJob, TrainReport, checkpoint_record, 
 from kd_cache.train.loop import Learner, Loop
 from kd_cache.train.nets import WarmStart, make_net, own_code, warm_start
 from kd_cache.train.pretraining import Pretrained, code_version, key_of
-from kd_cache.train.run_folder import BEST, Last, Progress, RunFolder, published
+from kd_cache.train.progress import Progress
+from kd_cache.train.run_folder import BEST, Last, RunFolder, published
 from kd_cache.train.settings import AUTO, FULL_MODEL, GENTLE, SCRATCH, Settings, Stage, stages_of
 from kd_cache.watch import Watcher
 
@@ -50,12 +51,14 @@ class Training:
 
     Attributes:
         code: folders of the recipe's own code, which its keys change with.
+        stands_on: what made a training besides its own rows, for a person.
         units: what a row is called, and what rows are kept together by.
         keeps_weights: whether later runs of the same key take the weights from ``<output_dir>/pretrained``.
         inherited: the samples that made what the net starts from, or stands on.
     """
 
     code: ClassVar[tuple[Path, ...]] = ()
+    stands_on: ClassVar[str] = "what this starts from"
     units: ClassVar[tuple[str, str]] = ("samples", "locations")
     keeps_weights: ClassVar[bool] = False
 
@@ -237,8 +240,8 @@ class Training:
         for name, clips in self.held_out().items():
             if seen := int(made.has_trained(sample.file for sample in clips.samples).sum()):
                 self.watcher.note(
-                    f"{seen:,} {name} samples trained what this starts from: the {name} is better than it should be "
-                    "(give both the same --val-ratio, --fold and --quick-experiment)"
+                    f"{seen:,} of {len(clips):,} {name} samples trained {self.stands_on}: the {name} is better than it "
+                    "should be (give both the same --val-ratio, --fold and --quick-experiment)"
                 )
 
     # -- weights that are there already -------------------------------------------------------------------------------

@@ -175,6 +175,12 @@ def changed(name: str, **differences: Any) -> Option:
     return replace(OPTIONS[name], **differences)
 
 
+def targets(**differences: Any) -> Option:
+    """The option ``target`` of a command that takes several; its value is a text with commas."""
+    several = "|".join([*typing.get_args(Target), "b,c", "all"])
+    return changed("target", metavar=several, also=(*OPTIONS["target"].also, "--targets"), **differences)
+
+
 _TABLE = (
     # Data
     Option("target", str | None, "Target device; the cache holds the train samples of A and of this device.", DATA,

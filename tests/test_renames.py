@@ -185,7 +185,21 @@ def test_the_product_s_own_teachers_serve_renamed_features(run: Run, town: World
     assert record["settings"]["paths"].get("rename_map", []) == list(rule[1:])
     for command in (
         ("verify", "--all"),  # the rule is recalled from the cache
-        ("student", "--target", "b", "--epochs", 1, "--feature-dim", 8, "--batch-size", 8, "--lr", 0.03),
+        (
+            "student",
+            "--target",
+            "b",
+            "--arch",
+            "cp_resnet",
+            "--epochs",
+            1,
+            "--feature-dim",
+            8,
+            "--batch-size",
+            8,
+            "--lr",
+            0.03,
+        ),
         ("evaluate", scene, "--target", "b", *data, *rule, "--split", "val", "--val-ratio", 0.3),
     ):
         result = run(*command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
-from test_provenance import from_file
+from store_fixtures import Rows, make_cache, names, origin
+from test_provenance import from_file, row
 from tiny_teachers import Linear
+from train_fixtures import add_clip, scene, town
 
+from kd_cache import LogitCache, MissingLogitsError, StaleError, UsageError, student_loader
 from kd_cache.dataset.task import DCASE
-from kd_cache.errors import UsageError
 from kd_cache.store.index import read_index
+from kd_cache.train.checkpoint import read_weights
 
-__all__ = ["from_file"]
+__all__ = ["from_file", "scene", "town"]
 SEEN: dict[str, Counter[bytes]] = {}
 """By teacher: how often it was given each feature."""
 STOP: list[int] = []
@@ -224,3 +228,96 @@ def test_a_part_is_of_one_target(several: Any, world: World) -> None:
     assert "one target" in several("b,c", "--shard", "0/2", code=2).stderr
     assert "takes one value" in several("b", "--target", "c", code=2).stderr
     assert not (world.root / "cache").exists()
+
+
+# -- served together ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_several_caches_are_served_as_one(several: Any, world: World, preload: bool) -> None:
+    several("b,c")
+    paths = [world.root / f"cache/A2{target}" for target in "bc"]
+    with pytest.warns(UserWarning, match=r"own is not the same teacher in .*A2c as in .*A2b \(weights\)"):
+        cache = LogitCache.open(paths, preload=preload)
+    alone = [LogitCache.open(path) for path in paths]
+    everyone = sorted({*world.permitted(), *world.permitted("c")})
+    assert (sorted(cache.files), cache.target, cache.teachers) == (everyone, "b,c", ("shared", "own"))
+    of_b = set(world.permitted())
+    expected = torch.cat([alone[file not in of_b].batch([file]) for file in everyone])
+    assert torch.equal(cache.batch(everyone), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(cache)).batch(everyone), expected)  # noqa: S301 (our own)
+    digests = cache.input_digests(cache.rows(everyone))
+    assert digests is not None
+    assert [digest.tobytes() for digest in digests[:, 0]] == [
+        world.data().features.read(file).digest for file in everyone
+    ]
+    assert cache.fingerprints["own"] == "+".join(each.fingerprints["own"] for each in alone)
+    assert cache.fingerprints["shared"] == alone[0].fingerprints["shared"]
+    with pytest.raises(MissingLogitsError, match="not in the cache"):
+        cache.rows([row(world, "A", "test")])
+    shared_alone = LogitCache.open(paths, ["shared"])
+    loader = student_loader(world.json_path, world.root, shared_alone, 64, shuffle=False)
+    (batch,) = [each for each in loader if each["features"].shape[1] == 24] or list(loader)
+    assert {*batch["device_id"]} == {"A", "b", "c"}
+    assert (batch["scene_label"][batch["target_mask"]] == -100).all()
+    for wrong in ([], [paths[0], paths[0]], [paths[0], world.root / "none"]):
+        with pytest.raises((UsageError, MissingLogitsError)):
+            LogitCache.open(wrong)
+
+
+def test_other_rows_of_one_teacher_are_refused_and_named(several: Any, world: World) -> None:
+    several("b,c")
+    changed = world.permitted()[3]
+    world.write_feature(changed, np.ones((12, 20), np.float32))
+    several("c")
+    paths = [world.root / f"cache/A2{target}" for target in "bc"]
+    with pytest.raises(StaleError, match=f"shared: 1 samples .*{changed}: its feature changed"):
+        LogitCache.open(paths, ["shared"])
+    files, made_by = names(3), {"scene": origin("scene")}
+    rows, other = Rows.of(files), Rows.of(files)
+    other.logits[1] += 1e-6
+    made = [
+        make_cache(world.root / place / "A2b", {"scene": each}, made_by).path
+        for place, each in (("1", rows), ("2", rows), ("3", other))
+    ]
+    assert sorted(LogitCache.open(made[:2]).files) == files
+    with pytest.raises(StaleError, match=f"scene: 1 samples .*{other.files[1]}: they differ by up to"):
+        LogitCache.open([made[0], made[2]])
+
+
+def test_one_student_learns_from_the_caches_of_several_targets(run: Run, town: World, scene: Path) -> None:
+    for kind in range(3):
+        add_clip(town, kind, kind, 1, "c", "train")
+        add_clip(town, kind, kind, 9, "c", "test")
+    data = ("--json-path", town.write().json_path, "--num-scenes", 3, "--num-cities", 3)
+    dumped = run("dump", "--targets", "b,c", *data, "--scene-teacher-ckpt", scene, "--only", "scene", "--no-files")
+    assert dumped.exit_code == 0, dumped.output
+    quick = (
+        "--arch",
+        "cp_resnet",
+        "--epochs",
+        1,
+        "--channels",
+        "16,16,32,8",
+        "--batch-size",
+        8,
+        "--lr",
+        0.03,
+        "--json",
+    )
+    result = run("student", "--targets", "c,b", "--teacher-mode", "scene", *quick)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)["student"]
+    assert report["checkpoint"] == "outputs/student/A2b+c/scene/best.safetensors"
+    by_device = report["results"]["test"]["by"]
+    assert {"A", "b", "c", "s4"} <= by_device["device"].keys()
+    samples = {name: by_device["device_group"][name]["samples"] for name in ("source", "target", "unseen")}
+    assert samples == {"source": 9, "target": 9 + 3, "unseen": 9}
+    made = read_weights(Path(report["checkpoint"])).provenance
+    assert made is not None
+    learnt = [each["file"] for each in town.rows if each["split"] == "train"]
+    trained = {file[-5] for file, is_so in zip(learnt, made.has_trained(learnt), strict=True) if is_so}
+    assert trained == {"a", "b", "c"}
+    compared = run("student", "compare", "--target", "b,c", "--modes", "scene", "--seeds", 1, *quick)
+    assert compared.exit_code == 0, compared.output
+    assert "A2b+c" in json.loads(compared.stdout)["folder"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -37,19 +36,18 @@ from kd_cache.options import (
     ValueKind,
     batch_size,
     changed,
+    targets,
 )
 from kd_cache.train.settings import OPTIONS as TRAINING
 
 SAVED = "Data options that are not given are taken from what the dumps saved with the cache."
 ARGUMENTS = "Arguments"
-_SEVERAL = "|".join([*typing.get_args(Target), "b,c", "all"])
-_TARGETS = changed(
-    "target", metavar=_SEVERAL, help="Target device; the cache holds the train "
-    "samples of A and of this device. Several, or all: a cache of each; a teacher that serves them all scores a sample "
-    "once.",
-)  # fmt: skip
-_ANY_TARGET = changed(
-    "target", metavar=_SEVERAL, help="Just the caches of these targets.", panel=CACHE, default=None,
+_TARGETS = targets(
+    help="Target device; the cache holds the train samples of A and of this device. Several, or all: a cache of each; "
+    "a teacher that serves them all scores a sample once."
+)
+_ANY_TARGET = targets(
+    help="Just the caches of these targets.", panel=CACHE, default=None,
     otherwise="every cache under the root",
 )  # fmt: skip
 _CACHE = Option(

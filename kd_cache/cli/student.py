@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
-from kd_cache.cli.inputs import folder_of
+from kd_cache.cli.inputs import task_of
 from kd_cache.cli.pages import pages_of
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run, Table
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
@@ -19,6 +22,7 @@ from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.distill.subset import listed_samples
 from kd_cache.errors import UsageError, shown
 from kd_cache.score.device import resolve_device
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
 from kd_cache.store.names import MODES_BEFORE
 from kd_cache.store.snapshot import Snapshot
@@ -49,22 +53,24 @@ def student(run: Run, screen: Screen, target: str | None, teacher_mode: str) -> 
 def compare(run: Run, screen: Screen, target: str | None, modes: Any, seeds: int, seed: int) -> Report:
     """Train students of several modes and seeds, and say what teachers are worth."""
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
-        job, index = _job(run, screen, target, with_teachers=True)
-        found = compared(job, modes or ["mean", "fit", *index.origins], range(seed, seed + seeds), screen)
+        job, teachers = _job(run, screen, target, with_teachers=True)
+        found = compared(job, modes or ["mean", "fit", *teachers], range(seed, seed + seeds), screen)
     files = [str(path) for path in found.write()]
     pages = pages_of([found.folder], screen, wanted=run.values["report"])
     content = {**found.as_json(), "files": files, **pages.content}
     return Report(content, [found.table, "", *found.sentences, *map(shown, files), *pages.lines])
 
 
-def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -> tuple[StudentJob, Index]:
-    """The training that the options name, but for its mode, and the cache's index."""
-    values = run.values
+def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -> tuple[StudentJob, list[str]]:
+    """The training that the options name, but for its mode, and the teachers in the caches of all targets."""
+    values, task = run.values, task_of(run.values)
     _refuse_ambiguous(run)
-    folder = folder_of(values)
-    index = Snapshot(folder).finished()
+    targets = task.several(target)
+    folders = {each: CacheFolder(values["cache_root"] / task.adaptation(each)) for each in targets}
+    indexes = {each: Snapshot(folder).finished() for each, folder in folders.items()}
+    index = next(iter(indexes.values()))
     saved = saved_in(index)
-    data, target = saved_data(run, saved, target), saved.target(folder)
+    data = saved_data(run, saved, ",".join(targets) if task.has_domains else None)
     if data.task.anything:
         raise UsageError(
             f"kd-cache student trains nets on features [T, F]; those of {shown(data.task.name)} may be anything",
@@ -79,17 +85,28 @@ def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -
         data=data,
         device=resolve_device(values["device"]),
         record={"options": run.record(), "paths": dict(data.paths)},
-        cache=folder.path,
+        cache=tuple(folder.path for folder in folders.values()),
         recipe=_recipe(values),
         select=LAST_EPOCH if values["select"] == "last" else MACRO,
         subset=None if table is None else listed_samples(table, data.manifest),
-        provenances=saved_provenances(run, index, target, screen, data) if with_teachers else {},
+        provenances=_provenances(run, indexes, data, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
     )
     if values["recipe"] != "default":
         told = ", ".join(f"{name} {value}" for name, value in asdict(job.recipe).items())
         screen.note(f"recipe {values['recipe']}: {told}")
-    return job, index
+    return job, [name for name in index.origins if all(name in each.origins for each in indexes.values())]
+
+
+def _provenances(run: Run, indexes: Mapping[str, Index], data: Dataset, screen: Screen) -> dict[str, Provenance | None]:
+    """Of each teacher what it says in every cache, together: it may be another one for each target."""
+    made = [saved_provenances(run, index, target, screen, data) for target, index in indexes.items()]
+    return {name: _together([each.get(name) for each in made]) for name in made[0]}
+
+
+def _together(made: Sequence[Provenance | None]) -> Provenance | None:
+    told = [each for each in made if each is not None]
+    return functools.reduce(Provenance.together, told) if len(told) == len(made) else None
 
 
 def _refuse_ambiguous(run: Run) -> None:

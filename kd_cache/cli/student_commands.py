@@ -10,7 +10,7 @@ from kd_cache.cli import notes
 from kd_cache.commands import Command
 from kd_cache.distill.recipe import parse_modes, parse_temperature
 from kd_cache.errors import UsageError, shown
-from kd_cache.options import DATA, DATA_LIMITS, DATASET, LIMITS, OUTPUT, OWN_TEACHERS, RUN, SHOWING, Option
+from kd_cache.options import DATA, DATA_LIMITS, DATASET, LIMITS, OUTPUT, OWN_TEACHERS, RUN, SHOWING, Option, targets
 from kd_cache.train.settings import OPTIONS as TRAINING
 from kd_cache.train.settings import SIZES
 
@@ -64,6 +64,9 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("tensorboard", bool, "Also log for TensorBoard (pip install tensorboard).", OUTPUT, False),
     "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
 )  # fmt: skip
+_TARGETS = targets(
+    help="Target device, whose cache teaches. Of several one student learns, from all of their caches.",
+)
 _TAUGHT_NOTE = (
     "Validated on locations of A that are held out; test is measured once, at the end. Labels of the target are never "
     "looked at. Data options that are not given are those saved with the cache."
@@ -73,7 +76,7 @@ STUDENT = Command(
     "student",
     "kd_cache.cli.student:student",
     "Train a student on A and a target: hard labels of A, and the teachers of a cache.",
-    ("target", _MODE, *_TAUGHT),
+    (_TARGETS, _MODE, *_TAUGHT),
     _TAUGHT_NOTE,
     (
         "kd-cache student --target b --arch cp_resnet --epochs 3",
@@ -90,7 +93,7 @@ COMPARE = Command(
     "kd_cache.cli.student:compare",
     "Say what teachers are worth: students of several modes and seeds, against a twin without teachers.",
     (
-        "target",
+        _TARGETS,
         Option("modes", Any, "Modes as of --teacher-mode; ce is always among them.", KD, None,
                "mean, fit, and each teacher alone", metavar="MODE,…", parse=parse_modes),
         Option("seeds", int, "How many seeds, from --seed on.", KD, 3, low=1, high=1000),

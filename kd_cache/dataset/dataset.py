@@ -71,7 +71,7 @@ class Dataset:
 
         Raises what `load_manifest`, `select`, `FeatureSource`, `PackedFeatures` and `read_rules` raise.
         """
-        target = target if target == task.source else task.chosen(target)
+        target = target if target == task.source else ",".join(task.several(target))
         root = json_path.parent if data_root is None else data_root
         manifest = load_manifest(
             json_path, task=task, num_scenes=num_scenes, num_cities=num_cities, max_bytes=max_manifest_bytes
@@ -110,8 +110,8 @@ class Dataset:
 
     @property
     def adaptation(self) -> str:
-        """What the cache of this selection is called."""
-        return self.task.adaptation(self.target)
+        """What the cache of this selection is called; what is made of several caches ``A2b+c``."""
+        return self.task.adaptation(self.target.replace(",", "+"))
 
     @cached_property
     def names(self) -> Names:

@@ -30,7 +30,7 @@ _PATH_MAX = 4096
 
 @dataclass(frozen=True)
 class Selection:
-    """The permitted samples for one target, in manifest order, and what the guard could check.
+    """The permitted samples for a target (or several: ``b,c``) in manifest order, and what the guard could check.
 
     ``located`` counts the train and test rows whose location is known, ``locatable`` all of them; ``shared_locations``
     lists what ``allow_shared_locations`` let pass.
@@ -93,7 +93,7 @@ class Selection:
     def per_device(self) -> dict[str, int]:
         """Permitted samples by device, the source first."""
         counts = Counter(sample.device_id for sample in self.samples)
-        return {device: counts[device] for device in (self.task.source, self.target)}
+        return {device: counts[device] for device in (self.task.source, *self.target.split(","))}
 
 
 def select(
@@ -103,7 +103,7 @@ def select(
 
     Args:
         manifest: all samples; the checks look at every row, whatever the target.
-        target: one of b, c, s1, s2, s3.
+        target: one of b, c, s1, s2, s3, or several with commas between.
         allow_shared_locations: let a location stand in both train and test; nothing else is relaxed.
         data_root: the features' folder, so that an absolute path and a relative one can be seen to be one file.
 
@@ -111,7 +111,7 @@ def select(
         DataLeakageError: naming the first 20 offending samples and how many there are.
         UsageError: an unknown target, or a selection without samples of A or of the target.
     """
-    return _guarded(manifest, manifest.task.chosen(target), allow_shared_locations, data_root)
+    return _guarded(manifest, ",".join(manifest.task.several(target)), allow_shared_locations, data_root)
 
 
 def select_source(
@@ -127,7 +127,7 @@ def select_source(
 def selected(manifest: Manifest, target: str | None, **allowed: Any) -> Selection:
     """`select`, or `select_source` where the source is meant, or the task has no domains."""
     task = manifest.task
-    target = target if target == task.source else task.chosen(target)
+    target = target if target == task.source else ",".join(task.several(target))
     return select_source(manifest, **allowed) if target == task.source else select(manifest, target, **allowed)
 
 
@@ -136,9 +136,8 @@ def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data
     look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=data_root)
     if look.violations:
         raise look.violations[0]
-    chosen = tuple(
-        sample for sample in manifest if sample.split == "train" and sample.device_id in (task.source, target)
-    )
+    devices = (task.source, *target.split(","))
+    chosen = tuple(sample for sample in manifest if sample.split == "train" and sample.device_id in devices)
     _refuse_empty(chosen, manifest, target)
     _refuse_collisions(chosen)
     return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
@@ -303,7 +302,7 @@ def places_of_sample(sample: Sample, task: Task = DCASE) -> set[str]:
 
 def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -> None:
     source = manifest.task.source
-    for device in (source, target):
+    for device in (source, *target.split(",")):
         if not any(sample.device_id == device for sample in chosen):
             splits = Counter(sample.split for sample in manifest)
             found = ", ".join(f"{count:,} in {shown(split)}" for split, count in splits.most_common(10))

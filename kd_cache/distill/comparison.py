@@ -22,10 +22,9 @@ import numpy as np
 from kd_cache.commands import Table
 from kd_cache.distill.fusion import FITTED, fusion_of
 from kd_cache.distill.objective import CE
-from kd_cache.distill.student import StudentJob, StudentTraining
+from kd_cache.distill.student import StudentJob, StudentTraining, opened
 from kd_cache.errors import TrainingError, shown
 from kd_cache.files.atomic import make_directory, write_atomic
-from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.train.evaluation import FIGURES, GROUPS
 from kd_cache.train.job import FRESH
 from kd_cache.train.pretraining import key_of
@@ -208,7 +207,7 @@ def compare(job: StudentJob, modes: Sequence[str], seeds: Sequence[int], watcher
     """
     watcher = watcher or Watcher()
     modes = list(dict.fromkeys([CE, *modes]))
-    cache = LogitCache.open(job.cache)
+    cache = opened(job, watcher)
     for mode in modes:
         if mode not in (CE, *FITTED):
             fusion_of(mode, cache.teachers)  # refused now, not after the first students are trained

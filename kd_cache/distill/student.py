@@ -7,6 +7,7 @@ teachers were validated on, with the same ratio and fold. Labels of the target a
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -55,7 +56,7 @@ class StudentJob(TrainJob):
     """As `TrainJob`, of the role ``scene``, and:
 
     Attributes:
-        cache: the folder of the cache that its teachers' rows come from.
+        cache: the folder of the cache that its teachers' rows come from, or those of several targets.
         mode: ``ce``, ``fit``, ``gate``, or another mode of `kd_cache.distill.fuse`.
         recipe: the numbers of the objective.
         provenances: by teacher what it says of its training; ``None`` where it says nothing.
@@ -66,7 +67,7 @@ class StudentJob(TrainJob):
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
     """
 
-    cache: Path = Path("cache")
+    cache: Path | tuple[Path, ...] = Path("cache")
     mode: str = "fit"
     recipe: Recipe = field(default_factory=Recipe)
     provenances: Mapping[str, Provenance | None] = field(default_factory=dict)
@@ -195,9 +196,9 @@ class StudentTraining(Training):
 
     def _opened(self) -> LogitCache:
         mode = self.job.mode
-        cache = LogitCache.open(self.job.cache)
+        cache = opened(self.job, self.watcher)
         if mode in cache.teachers and mode not in MODES:
-            cache = LogitCache.open(self.job.cache, [mode])
+            cache = opened(self.job, Watcher(), [mode])
         if cache.target != self.job.data.target:
             raise UsageError(f"{shown(cache.path)} is no cache for the target {self.job.data.target}")
         if cache.num_classes != self.settings.num_scenes:
@@ -323,6 +324,17 @@ class StudentTraining(Training):
         nobody = torch.full((len(logits),), IGNORED)
         fused = fuse(self.told_unseen, self.objective.fusion or CE, labels=nobody)
         return {"rows": len(logits), "share": float((logits.argmax(axis=1) == fused.argmax(dim=1).numpy()).mean())}
+
+
+def opened(job: StudentJob, watcher: Watcher, teachers: Sequence[str] | None = None) -> LogitCache:
+    """The cache, or the caches of several targets as one; what there is to say of them is a note."""
+    paths = (job.cache,) if isinstance(job.cache, Path) else job.cache
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        cache = LogitCache.open(paths, teachers)
+    for each in told:
+        watcher.note(str(each.message))
+    return cache
 
 
 class _Taught:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from kd_cache.serve.attach import CachedDataset as CachedDataset
 from kd_cache.serve.attach import Gathered as Gathered
 from kd_cache.serve.gather import Gatherer
 from kd_cache.serve.generation import look, older_rows, refuse_mixture, refuse_unexpected
+from kd_cache.serve.joined import joined, teachers_of_all
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
 from kd_cache.store.accuracy import in_words, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
-from kd_cache.store.origin import Fingerprint
+from kd_cache.store.origin import Fingerprint, Origin
 from kd_cache.store.pack import CHECKS
 from kd_cache.store.snapshot import Snapshot
 
@@ -92,7 +94,7 @@ class LogitCache:
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         teachers: Sequence[str] | None = None,
         expect: Mapping[str, str | Fingerprint] | None = None,
         *,
@@ -105,7 +107,8 @@ class LogitCache:
         """Open ``cache/A2b``: what its index names, nothing else. Every byte is checked before it is believed.
 
         Args:
-            path: the cache's folder, or the ``cache_index.json`` in it.
+            path: the cache's folder, or the ``cache_index.json`` in it; of several targets a list of caches, which are
+                served as one. Rows of A must agree in them, or it says which teacher differs.
             teachers: which to open, in this order; all by default.
             expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
             value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
@@ -121,7 +124,8 @@ class LogitCache:
         Raises:
             MissingLogitsError: no cache there, an unfinished one, a teacher it does not hold, or a pack that is gone.
             CorruptError: a damaged index or pack.
-            StaleError: a fingerprint other than expected, naming the parts that differ.
+            StaleError: a fingerprint other than expected, naming the parts that differ; several caches that have other
+                rows of one teacher for a sample.
             UsageError: teachers of different size, dtype or class order together, or another value kind.
         """
         if on_miss not in ("raise", "nan"):
@@ -129,6 +133,9 @@ class LogitCache:
         if verify not in ("auto", *CHECKS):
             raise UsageError(f"verify is {verify!r}, expected auto, {', '.join(CHECKS)}")
         checked(preload)
+        if not isinstance(path, str | Path):
+            further = {"value_kind": value_kind, "verify": verify, "strict": strict, "expect": expect}
+            return _opened_together([Path(each) for each in path], teachers, on_miss, preload, further)
         path = Path(path).expanduser()
         folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
@@ -179,6 +186,10 @@ class LogitCache:
         """``{teacher: sha256}``, as ``expect`` takes them; empty for a cache of an older script."""
         origins = {} if self._index is None else self._index.origins
         return {name: origins[name].fingerprint.digest for name in self.teachers if name in origins}
+
+    @property
+    def _origins(self) -> dict[str, Origin]:
+        return {} if self._index is None else {name: self._index.origins[name] for name in self.teachers}
 
     @property
     def class_names(self) -> dict[str, tuple[str, ...] | None]:
@@ -378,6 +389,70 @@ class LogitCache:
         out.fill_(float("nan"))
         out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)
         return out
+
+
+class JoinedCache(LogitCache):
+    """The caches of several targets as one. ``paths`` are theirs; ``target`` names all targets, with commas."""
+
+    def __init__(
+        self, caches: Sequence[LogitCache], on_miss: str, verify: str, preload: bool | str, *, in_worker: bool = False
+    ) -> None:
+        self.caches, self.paths = tuple(caches), tuple(cache.path for cache in caches)
+        indexes = [cache._index for cache in caches if cache._index is not None]
+        tables, differing = joined(
+            [cache._rows_of for cache in caches], [index.origins for index in indexes], self.paths
+        )
+        if not in_worker:
+            for told in differing:
+                warnings.warn(told, stacklevel=4)
+        missing = {file: reason for index in indexes for file, reason in index.missing.items()}
+        whole = replace(indexes[0], record={**indexes[0].record, "missing": missing})
+        super().__init__(
+            Path(" + ".join(map(str, self.paths))), tables, whole, on_miss, verify, preload, in_worker=in_worker
+        )
+        targets = [cache.target for cache in caches]
+        self.target = None if None in targets else ",".join(map(str, targets))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """``{teacher: sha256}``; of one that is not the same in all caches theirs in that order, ``+`` between."""
+        each = [cache.fingerprints for cache in self.caches]
+        return {name: "+".join(dict.fromkeys(found[name] for found in each)) for name in self.teachers}
+
+    def doubts(self, cities: Collection[str] = ()) -> list[str]:
+        return list(dict.fromkeys(doubt for cache in self.caches for doubt in cache.doubts(cities)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen_together, (self.caches, *self._opened_with)
+
+
+def _opened_together(
+    paths: Sequence[Path],
+    teachers: Sequence[str] | None,
+    on_miss: str,
+    preload: bool | str,
+    further: Mapping[str, Any],
+) -> LogitCache:
+    if not paths:
+        raise UsageError("no cache is named")
+    if len(paths) == 1:
+        return LogitCache.open(paths[0], teachers, on_miss=on_miss, preload=preload, **further)
+    folders = [CacheFolder.at(path.expanduser()) for path in paths]
+    origins = [Snapshot(folder).finished().origins for folder in folders]
+    held, only_some = teachers_of_all(origins, [folder.path for folder in folders])
+    if teachers is None and only_some:
+        warnings.warn(f"{', '.join(only_some)} left out: not all of the caches hold rows of them", stacklevel=3)
+    # Their own tables are never made: the joined one is.
+    caches = [
+        LogitCache.open(f.path, held if teachers is None else teachers, preload=False, **further) for f in folders
+    ]
+    each = {f"{name} in {cache.path}": origin for cache in caches for name, origin in cache._origins.items()}
+    refuse_mixture(each, further["value_kind"])
+    return JoinedCache(caches, on_miss, further["verify"], preload)
+
+
+def _reopen_together(caches: Sequence[LogitCache], on_miss: str, verify: str, preload: bool | str) -> LogitCache:
+    return JoinedCache(caches, on_miss, verify, preload, in_worker=True)
 
 
 def _reopen(

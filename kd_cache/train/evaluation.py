@@ -84,7 +84,7 @@ def group_of(sample: Sample, task: Task, target: str) -> str:
     """One of `GROUPS`."""
     if sample.device_id == task.source:
         return "source"
-    if sample.device_id == target:
+    if sample.device_id in target.split(","):
         return "target"
     return "unseen" if sample.device_id in task.unseen else "other"
 

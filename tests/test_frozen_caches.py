@@ -170,12 +170,12 @@ def test_the_older_scripts_cache_is_adopted_to_its_digests(copy: Path, run: Run)
 # -- fingerprints of built-in teachers ---------------------------------------------------------------------------------
 
 SAMPLE_TEACHERS = {
-    "teacher_scene/global": "08b3b831307a024d266b7db7ce6a5ed3846f95614e30814ed937683c416cfbe7",
-    "teacher_city2scene/A2b": "086724a9abfbf58faba764e32f9c3f9d19e345954027eef7fd6e9f0ee58c35ad",
-    "teacher_city2scene/A2c": "0aa0d0328950a7d7c85e9de12a66943de8c8952732975963659f2cf63d2d6f2f",
-    "teacher_city2scene/A2s1": "41e2ed5b0fcceb8ca673a16f700be3c1fc7d8ab5486ff946a3c6e8b35d833c12",
-    "teacher_city2scene/A2s2": "8fd4f4eb14c533374b2197cecc8f38c7f94dc354c21e4c1ca131f3a15b53e768",
-    "teacher_city2scene/A2s3": "cc89d37f8fe1744f7004b67fceb7ba2d9b86766314f2021c22a2139c2eb084eb",
+    "teacher_scene/global": "a78a092ba5607d1d39927bae59d99921a63cafac8678b06fc2129254088cd4f4",
+    "teacher_city2scene/A2b": "f1298a0852f30c5bd9c1d9c95eef0e240553dfc69217b6350906b573f23557a6",
+    "teacher_city2scene/A2c": "74d3af84ae74b6d0a74a10f2328d36787a6ecf284250dbf4ffb011b3fb62301a",
+    "teacher_city2scene/A2s1": "4414694410babbca2fc2be95f68645980d6370cbfc5e131b8b6e6130c019c5a3",
+    "teacher_city2scene/A2s2": "c15d505e6825cd0d0ee0b5fd92344896d1bac4c1cfcf8399263eb79a341a956d",
+    "teacher_city2scene/A2s3": "6602b23c210e935a087921572b523bc4411129e587154d1de7fc5cc9ddb9a211",
 }
 
 

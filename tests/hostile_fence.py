@@ -67,17 +67,17 @@ def command(*args: object) -> Work:
 
     def work() -> dict[str, Any]:
         kinds: list[str] = []
-        genuine = console._print_error
+        genuine = console._tell_error
 
-        def noting(message: str, hint: str | None) -> None:
-            kinds.append(type(sys.exc_info()[1]).__name__)
-            genuine(message, hint)
+        def noting(kind: str, *told: Any, **how: Any) -> None:
+            kinds.append(kind)
+            genuine(kind, *told, **how)
 
-        console._print_error = noting
+        console._tell_error = noting
         try:
             result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="kd-cache")
         finally:
-            console._print_error = genuine
+            console._tell_error = genuine
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return {

@@ -62,9 +62,7 @@ def reporting_errors(command: Callable[P, R]) -> Callable[P, R]:
                 message = f"cannot use {shown(error.filename)}: {error.strerror}"
             hint, code = "Run again with --debug to see where.", 1
             cause = error if isinstance(error, Exception) else RuntimeError(message)
-        _print_error(message, hint)
-        if kwargs.get("as_json"):
-            print_json_error(message, hint, code, kind=type(cause).__name__)
+        _tell_error(type(cause).__name__, message, hint, code, as_json=bool(kwargs.get("as_json")))
         if kwargs.get("debug"):
             raise cause
         raise typer.Exit(code)
@@ -77,6 +75,12 @@ def at_home(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(at_home(item) for item in value)
     return home_path(value) if isinstance(value, Path) else value
+
+
+def _tell_error(kind: str, message: str, hint: str | None, code: int, *, as_json: bool) -> None:
+    _print_error(message, hint)
+    if as_json:
+        print_json_error(message, hint, code, kind)
 
 
 def print_json_error(message: str, hint: str | None, exit_code: int, kind: str) -> None:

@@ -85,7 +85,8 @@ class CPMobile(ConvolutionalHead):
             self.stages.add_module(f"s{stage + 1}", blocks)
         self.feed_forward = nn.Sequential(nn.Conv2d(inputs, num_classes, 1, bias=False), nn.BatchNorm2d(num_classes))
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
+            # Without storage there is nothing to draw, and torch would load its compiler for it: two seconds.
+            if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
 
     @classmethod

@@ -26,6 +26,7 @@ from kd_cache.options import ENVIRONMENT, FIRST, OPTIONS, Option
 pytestmark = pytest.mark.usefixtures("nowhere")
 
 TABLE = tuple(commands.all_commands()[0].values())  # those of teachers among them
+NAMES = {option.name for command in TABLE for option in command.options}
 EVERY = [(command, option) for command in TABLE for option in command.options if not option.positional]
 
 
@@ -82,7 +83,7 @@ def test_command_line_over_environment_over_file_over_default(
         assert len(values) == 1, f"{name}: every spelling means the same"
         if has_file:
             for key in {*option.spellings} - {*dict(option.switches)}:
-                if key == name or key not in OPTIONS:
+                if key == name or key not in NAMES:
                     config(f"{key.replace('_', '-')}: {first}" if option.is_switch else f"{key}: '{first}'")
                     assert (repr(found()[0]), found()[1]) == (values.copy().pop(), "DEFAULT_MAP"), key
         monkeypatch.setenv(option.envvar, second)

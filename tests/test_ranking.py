@@ -344,8 +344,8 @@ def test_what_trained_and_is_tested_too_is_said(here: Path) -> None:
     training = RankTraining(replace(job, init=here / "init.safetensors"), heard := Listening())
     training._announce()
     assert heard.told("1 test features are byte for byte a training sample's, of other series: the test is better")
-    assert heard.told("1 test samples trained what this starts from")
-    assert heard.told("1 validation samples trained what this starts from")
+    assert heard.told("test samples trained what this starts from")
+    assert heard.told("validation samples trained what this starts from")
 
 
 @pytest.mark.parametrize("sources", [("scene", "looks"), ()], ids=["frozen", "end to end"])

@@ -17,12 +17,27 @@ from kd_cache.store.snapshot import Snapshot
 
 def repair(run: Run, screen: Screen) -> Report:
     """Verify, mend, verify again; the second verification's status counts."""
-    reports = [_repair_one(run, folder, screen) for folder in chosen_caches(run, screen)]
+    reports = [_repair_one(run, folder, screen) for folder in _repairable(run, screen)]
     code = worst_exit_code(report.after.exit_code for report in reports)
     for note in [note for report in reports for note in report.after.notes]:
         screen.note(note)
     content = {"exit_code": code, "caches": [report.as_json() for report in reports]}
     return Report(content, [line for report in reports for line in _lines(report)], code)
+
+
+def _repairable(run: Run, screen: Screen) -> list[CacheFolder]:
+    """The caches that were named; of all under a root those that a command line can score again."""
+    folders = chosen_caches(run, screen)
+    if run.values["target"] is not None or len(folders) == 1 or run.given("json_path"):
+        return folders
+    found = []
+    for folder in folders:
+        index = Snapshot(folder).index
+        if index is not None and not {"json_path", "dataset"} & {*saved_in(index).paths}:
+            screen.note(f"{folder.path} was scored from Python and is passed over: kd_cache.score repairs it")
+        else:
+            found.append(folder)
+    return found
 
 
 def _repair_one(run: Run, folder: CacheFolder, screen: Screen) -> RepairReport:

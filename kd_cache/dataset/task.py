@@ -110,7 +110,7 @@ class Task:
         named = [self._spelled(each.strip()) for each in text.split(",")]
         for each in named:
             if each not in self.targets:
-                raise UsageError(f"{shown(each)!r} is not one of {', '.join(map(repr, self.targets))}, nor all")
+                raise UsageError(f"target is {shown(each)!r}, expected one of {', '.join(self.targets)}, or all")
             if named.count(each) > 1:
                 raise UsageError(f"{shown(text)} names {each} twice")
         return [each for each in self.targets if each in named]

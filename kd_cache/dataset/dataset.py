@@ -116,7 +116,7 @@ class Dataset:
     @cached_property
     def names(self) -> Names:
         """Finds samples that teachers know under other names."""
-        return Names(self.manifest, self.features, self.rules)
+        return Names(self.manifest, self.features, self.rules, self.selection.finder)
 
     @property
     def described(self) -> dict[str, Any]:

@@ -80,17 +80,28 @@ class Recognised(NamedTuple):
 class Names:
     """Finds a manifest's rows by what a teacher keeps of its samples. Features are read once, and only if needed."""
 
-    def __init__(self, manifest: Manifest, features: FeatureSource, rules: Sequence[Rule]) -> None:
+    def __init__(
+        self, manifest: Manifest, features: FeatureSource, rules: Sequence[Rule], permitted: KeyFinder
+    ) -> None:
         self._files = [row.file for row in manifest]
-        self._keys = keys_of(self._files)
-        self._finder = KeyFinder(self._keys[sorted_order(self._keys)])
-        self._features, self._rules = features, rules
+        self._features, self._rules, self._permitted = features, rules, permitted
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return keys_of(self._files)
+
+    @cached_property
+    def _finder(self) -> KeyFinder:
+        return KeyFinder(self._keys[sorted_order(self._keys)])
 
     def recognised(self, made: Provenance, distrusted: np.ndarray | None = None) -> Recognised:
         """``distrusted`` ``[n, 16]`` u1 are keys that are another sample's by now, though the manifest lists them."""
         keys = made.keys
+        doubted = distrusted is not None and len(distrusted) > 0
+        if not doubted and (self._permitted.find(keys) >= 0).all():
+            return Recognised(made, 0, 0)  # as nearly always: the manifest's other rows are not looked at
         unlisted = self._finder.find(keys) < 0
-        if distrusted is not None and len(distrusted):
+        if distrusted is not None and doubted:
             unlisted |= KeyFinder(distrusted[sorted_order(distrusted)]).find(keys) >= 0
         if not unlisted.any() or (made.inputs is None and not self._rules):
             return Recognised(made, 0, 0)

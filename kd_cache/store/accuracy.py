@@ -35,12 +35,15 @@ LIKELY_CAUSES = (
 class Accuracy:
     """``correct`` of ``rows`` labelled source rows have their scene as largest class.
 
-    ``measured`` tells these rows from others: the digest of their keys and of the features that were scored.
+    ``measured`` tells these rows from others: the digest of their keys and of the features that were scored. ``of``
+    are their numbers among the permitted samples, and ``right`` which of them are correct, where they were counted.
     """
 
     correct: int
     rows: int
     measured: str = field(default="", compare=False)
+    of: np.ndarray | None = field(default=None, compare=False, repr=False)
+    right: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def share(self) -> str:
@@ -137,39 +140,34 @@ def stored_apart(entry: Mapping[str, Any]) -> Accuracy | None:
 
 
 def measured_apart(
-    union: Union | None, permitted: Permitted, trained: np.ndarray | None, now: Accuracy, before: Mapping[str, Any]
+    permitted: Permitted, trained: np.ndarray | None, now: Accuracy, before: Mapping[str, Any]
 ) -> dict[str, dict[str, int]]:
     """The word ``held_out`` of an entry. Where nobody says what trained the teacher (``trained`` are keys), it is
     what the earlier entry of this fingerprint says of the very same rows.
     """
-    if trained is None:
+    if trained is None or now.of is None or now.right is None:
         kept = before.get("held_out") if before.get("measured") == now.measured else None
         return {} if kept is None else {"held_out": kept}
-    apart = measure(union, permitted, trained)
-    return {"held_out": apart.as_json()} if apart.rows else {}
+    apart = now.right[KeyFinder(trained).find(permitted.keys[now.of]) < 0]
+    return {"held_out": Accuracy(int(apart.sum()), len(apart)).as_json()} if len(apart) else {}
 
 
-def measure(union: Union | None, permitted: Permitted, trained: np.ndarray | None = None) -> Accuracy:
-    """Accuracy of the rows of a union over the permitted samples that have a label and a row.
-
-    ``trained``: keys ``[N, 16]``, ascending, of samples that do not count.
-    """
-    counted = permitted.labels >= 0
-    if trained is not None:
-        counted &= KeyFinder(trained).find(permitted.keys) < 0
-    labelled = np.flatnonzero(counted)
+def measure(union: Union | None, permitted: Permitted) -> Accuracy:
+    """Accuracy of the rows of a union over the permitted samples that have a label and a row."""
+    labelled = np.flatnonzero(permitted.labels >= 0)
     if union is None or not len(labelled) or union.origin.value_kind == "embedding":
         return Accuracy(0, 0)
     labels = permitted.labels[labelled]
     positions = union.find(permitted.keys[labelled])
-    labels, positions = labels[positions >= 0], positions[positions >= 0]
-    correct, digest = 0, xxhash.xxh3_128()
+    there = positions >= 0
+    labelled, labels, positions = labelled[there], labels[there], positions[there]
+    right, digest = np.zeros(len(labels), bool), xxhash.xxh3_128()
     for at in range(0, len(labels), _BLOCK):
         block = positions[at : at + _BLOCK]
         clips = union.origin.as_clips(union.take(block))
-        correct += int((clips.argmax(axis=1) == labels[at : at + _BLOCK]).sum())
+        right[at : at + _BLOCK] = clips.argmax(axis=1) == labels[at : at + _BLOCK]
         digest.update(np.concatenate([union.keys[block], union.inputs[block]], axis=1).tobytes())
-    return Accuracy(correct, len(labels), digest.hexdigest())
+    return Accuracy(int(right.sum()), len(right), digest.hexdigest(), labelled, right)
 
 
 def alarm(now: Accuracy, entry: Mapping[str, Any]) -> str | None:

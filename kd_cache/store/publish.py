@@ -305,7 +305,7 @@ class _Publication:
             "accuracy": accuracy.as_json(),
             "measured": accuracy.measured,
             **measured_apart(
-                union, self.change.wanted.permitted, self.change.trained.get(name), accuracy, before if same else {}
+                self.change.wanted.permitted, self.change.trained.get(name), accuracy, before if same else {}
             ),
             "earlier": _earlier_parts(before, origin),
         }

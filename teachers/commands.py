@@ -92,7 +92,7 @@ CITY = Command(
     "teachers.training_runs:train_city",
     "Train a city classifier on A and the target: city labels only.",
     _training(_ONLY_A_HEAD),
-    examples=("kd-cache train city --target b --epochs 10",),
+    examples=("kd-cache train city --target b --channels 8,8,16,24 --epochs 20",),
     first=_FIRST,
     exit_codes=(0, 1, 2, 6),
 )
@@ -125,7 +125,7 @@ ALL = Command(
     "Train the chain for a target (city, City2Scene, scene), then dump and verify its cache.",
     _training((CITY_TEACHER, EMBEDDINGS, SWEEP, INIT)),
     "A settings file may have a section for each teacher (city, city2scene, scene) and one for all of them (train).",
-    ("kd-cache train all --target b --epochs 10 --cache-root cache/trained",),
+    ("kd-cache train all --target b --channels 8,8,16,24 --epochs 20 --cache-root cache/trained",),
     ("output_dir", "arch", "epochs"),
     (0, 1, 2, 3, 4, 5, 6),
 )

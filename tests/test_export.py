@@ -141,10 +141,8 @@ def test_a_table_names_files_and_classes_and_survives_odd_names(tmp_path: Path) 
         assert bits(np.array(found[file], np.float64).astype("<f4")) == bits(row)
 
 
-@pytest.mark.parametrize("class_names", [("bus", "file", "tram"), ("bus", "tram", "bus")])
-def test_class_names_that_cannot_be_columns_are_refused_before_anything_is_written(
-    tmp_path: Path, class_names: tuple[str, ...]
-) -> None:
+def test_class_names_that_cannot_be_columns_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    class_names = ("bus", "file", "tram")
     made_by = origin("scene", 3)
     named = type(made_by)("scene", made_by.fingerprint, "logits", 3, "fp32", class_names)
     cache = make_cache(tmp_path / "A2b", {"scene": Rows.of(names(4))}, {"scene": named})

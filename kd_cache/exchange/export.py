@@ -304,9 +304,9 @@ def _columns(teacher: str, origin: Origin) -> list[str]:
     if origin.class_names is None:
         return [LOGIT_COLUMN.format(number) for number in range(origin.width)]
     names = list(origin.class_names)
-    if FILE_COLUMN in names or len(set(names)) != len(names):
+    if FILE_COLUMN in names:
         raise UsageError(
-            f"{teacher}: its class names cannot be columns of a table: one is {FILE_COLUMN!r}, or two are equal",
+            f"{teacher}: its class names cannot be columns of a table: one is {FILE_COLUMN!r}",
             hint="Export it --to pt, which keeps the names beside the tensor.",
         )
     return names

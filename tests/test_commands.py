@@ -66,34 +66,49 @@ def on_command_line(option: Option, flag: str, text: str) -> list[str]:
 def test_command_line_over_environment_over_file_over_default(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    has_file = "config" in {option.name for option in command.options}
-    for option in command.options:
-        if option.positional or option.name == "config" or option.default is ...:
-            continue
-        first, second = two_values(option)
-        name = option.name
+    """Of all options at once, in the first spelling of each, then in the second, …: to parse takes its time."""
+    others = [each for each in command.options if each.name != "config"]
+    options = [each for each in others if not each.positional and each.default is not ...]
+    first, second = ({each.name: two_values(each)[turn] for each in options} for turn in (0, 1))
+    flags = {each.name: [flag for flag in each.flags if flag[:5] != "--no-"] for each in options}
+    keys = {
+        each.name: [
+            key for key in sorted({*each.spellings} - {*dict(each.switches)}) if key == each.name or key not in NAMES
+        ]
+        for each in options
+    }
 
-        def found(*args: str, name: str = name) -> tuple[Any, str]:
-            ctx = resolve(command, *args)
-            return ctx.params[name], ctx.get_parameter_source(name).name
+    def found(*args: str) -> tuple[dict[str, Any], dict[str, str]]:
+        ctx = resolve(command, *args)
+        names = [each.name for each in options]
+        return {name: ctx.params[name] for name in names}, {n: ctx.get_parameter_source(n).name for n in names}
 
-        assert found() == (option.default if not option.is_list else tuple(option.default), "DEFAULT") or option.is_list
-        from_line = {flag: found(*on_command_line(option, flag, first)) for flag in option.flags if flag[:5] != "--no-"}
-        values = {repr(value) for value, _ in from_line.values()}
-        assert len(values) == 1, f"{name}: every spelling means the same"
-        if has_file:
-            for key in {*option.spellings} - {*dict(option.switches)}:
-                if key == name or key not in NAMES:
-                    config(f"{key.replace('_', '-')}: {first}" if option.is_switch else f"{key}: '{first}'")
-                    assert (repr(found()[0]), found()[1]) == (values.copy().pop(), "DEFAULT_MAP"), key
-        monkeypatch.setenv(option.envvar, second)
-        from_environment, source = found()
-        assert source == "ENVIRONMENT"
-        assert repr(from_environment) not in values
-        if args := on_command_line(option, option.flags[0], first):
-            assert repr(found(*args)[0]) in values
-        monkeypatch.delenv(option.envvar)
-        Path("kd-cache.yaml").unlink(missing_ok=True)
+    def line(turn: int) -> list[str]:
+        spelled = {name: each[min(turn, len(each) - 1)] for name, each in flags.items()}
+        return [word for each in options for word in on_command_line(each, spelled[each.name], first[each.name])]
+
+    values, sources = found()
+    assert set(sources.values()) <= {"DEFAULT"}
+    assert all(values[each.name] == each.default for each in options if not each.is_list)
+    on_line = found(*line(0))[0]
+    for turn in range(1, max(map(len, flags.values()), default=0)):
+        assert repr(found(*line(turn))[0]) == repr(on_line), "every spelling means the same"
+    for turn in range(max(map(len, keys.values())) if len(others) < len(command.options) else 0):
+        told = {each.name: keys[each.name][min(turn, len(keys[each.name]) - 1)] for each in options}
+        texts = {each.name: first[each.name] if each.is_switch else f"'{first[each.name]}'" for each in options}
+        config("\n".join(f"{key.replace('_', '-')}: {texts[name]}" for name, key in told.items()))
+        values, sources = found()
+        assert {name: repr(value) for name, value in values.items()} == {n: repr(v) for n, v in on_line.items()}
+        assert set(sources.values()) == {"DEFAULT_MAP"}
+    for each in options:
+        monkeypatch.setenv(each.envvar, second[each.name])
+    values, sources = found()
+    assert set(sources.values()) <= {"ENVIRONMENT"}
+    assert not [name for name, value in values.items() if repr(value) == repr(on_line[name])]
+    values, sources = found(*line(0))
+    for each in options:
+        if on_command_line(each, flags[each.name][0], first[each.name]):
+            assert repr(values[each.name]) == repr(on_line[each.name]), each.name
 
 
 @pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)

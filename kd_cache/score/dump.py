@@ -95,7 +95,8 @@ class _Dump:
         self.begun = time.time_ns()
         self.good = np.zeros(0, bool)
         selection = job.data.selection
-        refuse_leaking(provenances(job.teachers, job.data, watcher), job.data.manifest, selection)
+        self.provenances = provenances(job.teachers, job.data, watcher)
+        refuse_leaking(self.provenances, job.data.manifest, selection)
         if job.data.task.is_guarded:
             tell_of_untold(job.teachers, watcher)
         compare_front_ends(job.teachers, job.data.manifest, watcher)
@@ -284,9 +285,8 @@ class _Dump:
 
     def _trained(self) -> dict[str, np.ndarray]:
         """What trained each teacher that says all of it."""
-        said = {name: getattr(teacher, "provenance", None) for name, teacher in self.job.teachers.items()}
-        known = {name: made for name, made in said.items() if made is not None and made.complete}
-        return {name: self.job.data.names.recognised(made).provenance.trained for name, made in known.items()}
+        known = {name: made for name, made in self.provenances.items() if made is not None and made.complete}
+        return {name: made.trained for name, made in known.items()}
 
     @property
     def _shown_path(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -128,10 +129,13 @@ class Elsewhere:
     lenders: Sequence[CacheFolder] = ()
     planned: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
+    @cached_property
+    def _packs(self) -> list[Pack]:
+        return [pack for folder in self.lenders for pack in Snapshot(folder).packs.good]
+
     def lent(self, origin: Origin) -> list[Pack]:
         """Packs of rows made by just this."""
-        packs = [pack for folder in self.lenders for pack in Snapshot(folder).packs.of(origin)]
-        return [pack for pack in packs if pack.origin == origin]
+        return [pack for pack in self._packs if pack.origin == origin]
 
     def promised(self, origin: Origin, keys: np.ndarray) -> np.ndarray | None:
         """``[N]`` bool, of which of these keys rows will be there."""

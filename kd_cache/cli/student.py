@@ -55,7 +55,7 @@ def compare(run: Run, screen: Screen, target: str | None, modes: Any, seeds: int
     with checkpoint_limit(run.values["max_checkpoint_bytes"]):
         job, teachers = _job(run, screen, target, with_teachers=True)
         found = compared(job, modes or ["mean", "fit", *teachers], range(seed, seed + seeds), screen)
-    files = [str(path) for path in found.write()]
+    files = [str(path) for path in found.files]
     pages = pages_of([found.folder], screen, wanted=run.values["report"])
     content = {**found.as_json(), "files": files, **pages.content}
     return Report(content, [found.table, "", *found.sentences, *map(shown, files), *pages.lines])

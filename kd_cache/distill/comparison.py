@@ -171,13 +171,16 @@ class Comparison:
             found.append("There are no test rows: these figures are of the rows that chose the epochs.")
         return found
 
-    def write(self) -> list[Path]:
-        """``comparison.json``, ``.csv`` (a row per mode and seed) and ``.md``. Raises `StoreError`."""
-        texts = {"json": json.dumps(self.as_json(), indent=1) + "\n", "csv": self._csv(), "md": self._markdown()}
-        paths = [self.folder / f"comparison.{kind}" for kind in texts]
-        for path, text in zip(paths, texts.values(), strict=True):
+    @property
+    def files(self) -> list[Path]:
+        """What `write` writes: ``comparison.json``, ``.csv`` (a row per mode and seed) and ``.md``."""
+        return [self.folder / f"comparison.{kind}" for kind in ("json", "csv", "md")]
+
+    def write(self) -> None:
+        """Raises `StoreError`."""
+        texts = (json.dumps(self.as_json(), indent=1) + "\n", self._csv(), self._markdown())
+        for path, text in zip(self.files, texts, strict=True):
             write_atomic(path, text.encode())
-        return paths
 
     def _csv(self) -> str:
         text = io.StringIO()

@@ -175,15 +175,8 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
         UsageError: no samples, or a label that is no class.
         TeacherError: logits that are not finite.
     """
-    if not len(labels):
-        raise UsageError("there are no samples to measure")
+    _refuse_unmeasurable(logits, labels)
     samples, classes = logits.shape
-    if labels.shape != (samples,):
-        raise UsageError(f"expected one label per row of logits: {samples} rows, labels {list(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UsageError(f"labels must lie in [0, {classes}), found {labels.min()} to {labels.max()}")
-    if not np.isfinite(logits).all():
-        raise TeacherError("the logits to measure are not finite")
     labels = labels.astype(np.int64)  # narrower ones would overflow below
     log_probs = log_softmax(logits.astype(np.float64))
     probs = np.exp(log_probs)
@@ -208,6 +201,19 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
         early_exit=[_early_exit(confidence, right, threshold) for threshold in THRESHOLDS],
         reliability=reliability(confidence, right),
     )
+
+
+def _refuse_unmeasurable(logits: np.ndarray, labels: np.ndarray) -> None:
+    """Raises as `measure`."""
+    if not len(labels):
+        raise UsageError("there are no samples to measure")
+    samples, classes = logits.shape
+    if labels.shape != (samples,):
+        raise UsageError(f"expected one label per row of logits: {samples} rows, labels {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UsageError(f"labels must lie in [0, {classes}), found {labels.min()} to {labels.max()}")
+    if not np.isfinite(logits).all():
+        raise TeacherError("the logits to measure are not finite")
 
 
 def measure_groups(
@@ -239,7 +245,7 @@ def intervals(logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: 
 
     ``places`` ``[N]``: equal where the location is (`kd_cache.train.resampling`). Raises as `measure`.
     """
-    measure(logits, labels)  # refuses what cannot be measured
+    _refuse_unmeasurable(logits, labels)
     return Cells.of(logits, labels, places).intervals(seed)
 
 

@@ -27,7 +27,7 @@ from kd_cache.errors import CorruptError, UsageError, listed, shown
 from kd_cache.options import home_path
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, dump_logits
-from kd_cache.score.module_teacher import as_teacher
+from kd_cache.score.module_teacher import as_teacher, kept_modes
 from kd_cache.score.teacher import Teacher
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store.cache import CacheFolder
@@ -89,7 +89,6 @@ def score(
     """
     told: dict[str, Any] = {"task": task, "target": target, "unguarded": unguarded}
     ready = _ready(dataset, teachers, keys, cache, value_kind, watcher or _Warnings(), **told)
-    modes = _modes(ready.teachers)
     job = DumpJob(
         cache_root=ready.folder.parent,
         data=ready.data,
@@ -107,11 +106,8 @@ def score(
             "settings": {"values": {}, "sources": {}, "paths": {}},
         },
     )
-    try:
-        report = dump_logits(job, ready.watcher)
-    finally:
-        for part, was_training in modes.items():
-            part.training = was_training
+    with kept_modes(each for each in ready.teachers.values() if isinstance(each, torch.nn.Module)):
+        report = dump_logits(job, ready.watcher)  # which puts all into evaluation mode
     snapshot = report.snapshot or Snapshot(job.folder)
     found = verify_cache(_audit(ready, snapshot, _VERIFIED), ready.watcher)
     if wrong := [problem for problem in found.problems if problem.file not in report.missing]:
@@ -139,12 +135,6 @@ def verify(
     told: dict[str, Any] = {"task": task, "target": target, "unguarded": unguarded}
     ready = _ready(dataset, teachers, keys, cache, value_kind, watcher or _Warnings(), **told)
     return verify_cache(_audit(ready, Snapshot(CacheFolder(ready.folder), maps=True), n), ready.watcher)
-
-
-def _modes(teachers: Mapping[str, Teacher]) -> dict[torch.nn.Module, bool]:
-    """Which modules are in training mode: a dump puts all into evaluation mode."""
-    nets = [each for each in teachers.values() if isinstance(each, torch.nn.Module)]
-    return {part: part.training for net in nets for part in net.modules()}
 
 
 def _audit(ready: _Scored, snapshot: Snapshot, n: int | None) -> VerifyJob:

@@ -92,7 +92,7 @@ class FeatureSource:
     @property
     def place(self) -> str:
         """Where the features are, links resolved: elsewhere, files of the same names are others."""
-        return os.path.realpath(self.root) if hasattr(self, "root") else self.told
+        return os.path.realpath(self.root)
 
     def read(self, file: str) -> Feature:
         """The whole array, checked and digested.

@@ -70,6 +70,10 @@ class InputSource(FeatureSource):
         self._distinct: set[tuple[int, ...]] = set()
         self._turn = threading.RLock()
 
+    @property
+    def place(self) -> str:
+        return self.told
+
     def read(self, file: str) -> Feature:
         """The input, checked and digested. Raises `FeatureError`."""
         with self._turn:
@@ -139,6 +143,10 @@ class NoInputs(FeatureSource):
 
     def __init__(self) -> None:
         self.max_bytes, self.bins, self.anything = MAX_BYTES, None, True
+
+    @property
+    def place(self) -> str:
+        return self.told
 
     def read(self, file: str) -> Feature:
         """Nothing, and a digest of zeros."""

@@ -19,6 +19,7 @@ from kd_cache.report.of_run import calibration, said
 from kd_cache.report.page import Figure, Page, Section
 from kd_cache.score.storage_cost import log_softmax
 from kd_cache.store.accuracy import Accuracy
+from kd_cache.store.origin import Origin
 from kd_cache.store.permitted import NO_LABEL, Permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
@@ -106,7 +107,7 @@ def cache_page(
         Section("What it holds", _holding(held)),
         Section("How good its teachers are", [*_accuracies(judged, accuracy), *_calibrations(judged, bins)]),
         Section("How sure they are, and whether they agree", [*_confidences(judged, labels), *_agreement(judged)]),
-        Section("What storing and computing in fewer bits cost", [_costs(record["teachers"])]),
+        Section("What storing and computing in fewer bits cost", [_costs(record["teachers"], index.origins)]),
         Section("What made it", _made(record)),
     ]
     content = {
@@ -277,11 +278,11 @@ def _agreement(judged: Mapping[str, Judged]) -> list[str | Table | Figure]:
     return [Figure(drawn, "Agreement of the teachers", told), Table("Agreement", ["", *names], rows)]
 
 
-def _costs(entries: Mapping[str, Mapping[str, Any]]) -> Table:
+def _costs(entries: Mapping[str, Mapping[str, Any]], origins: Mapping[str, Origin]) -> Table:
     rows = []
     for name, entry in entries.items():
         costs = [said(entry.get(cost) or {}) for cost in ("storage_cost", "precision_cost")]
-        size = entry["num_classes"] * np.dtype({"fp16": "f2"}.get(entry["dtype"], "f4")).itemsize
+        size = origins[name].width * origins[name].stored.itemsize
         rows.append([name, entry["dtype"], f"{size:,}", costs[0], entry["parts"]["precision"], costs[1]])
     columns = ["Teacher", "Stored as", "Bytes a row", "Its cost", "Computed in", "Its cost against fp32"]
     return Table("", columns, rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,25 @@ def as_teacher(
     return given  # type: ignore[no-any-return]
 
 
+@contextmanager
+def kept_modes(nets: Iterable[nn.Module]) -> Iterator[None]:
+    """Leave every module of some nets in training or evaluation mode, as it was."""
+    modes = {part: part.training for net in nets for part in net.modules()}
+    try:
+        yield
+    finally:
+        for part, was_training in modes.items():
+            part.training = was_training
+
+
 def _wrapped(
     name: str, net: nn.Module, example: np.ndarray, value_kind: str, note: Callable[[str], None]
 ) -> ModuleTeacher:
     batch = torch.from_numpy(example.astype(scored_dtype(example))[None])
     where = next((each.device for each in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    modes = {part: part.training for part in net.modules()}
     failed = f"teacher {name} failed on an input of {list(example.shape)}"
-    with users_code(lambda why: TeacherError(f"{failed}: {why}")), torch.inference_mode():
+    with kept_modes([net]), users_code(lambda why: TeacherError(f"{failed}: {why}")), torch.inference_mode():
         out = net.eval()(batch.to(where))
-    for part, was_training in modes.items():
-        part.training = was_training
     if not isinstance(out, torch.Tensor) or out.ndim not in (2, 3) or len(out) != 1:
         found = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise TeacherError(

@@ -143,7 +143,8 @@ def _pack_rows(
     check = check_of(verify, preload, sum(_size(path) for path in snapshot.served_paths(origins)))
     tables: list[TeacherRows] = []
     for name in origins:
-        tables.append(TeacherRows(snapshot.served_pack(name, check), permitted, tables[0] if tables else None))
+        (pack,) = snapshot.served_packs(name, check)
+        tables.append(TeacherRows(pack, permitted, tables[0] if tables else None))
     return tables
 
 

@@ -21,7 +21,7 @@ class JoinedRows(TeacherRows):
         packs = [part._union.packs[0] for part in parts]
         super().__init__(packs[0])
         self._parts = parts
-        self._union = Union(packs, packs[0].path.name)
+        self._union = Union(packs, [packs[0].path.name])
         of_pack = {id(pack): part for pack, part in zip(packs, parts, strict=True)}
         served = np.zeros(len(self._union), bool)
         for number, pack in enumerate(self._union.packs):

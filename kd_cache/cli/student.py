@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
-from kd_cache.cli.inputs import task_of
+from kd_cache.cli.inputs import own_features, task_of
 from kd_cache.cli.pages import pages_of
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run, Table
@@ -88,6 +88,7 @@ def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -
         cache=tuple(folder.path for folder in folders.values()),
         recipe=_recipe(values),
         select=LAST_EPOCH if values["select"] == "last" else MACRO,
+        own_features=own_features(values, data.task),
         subset=None if table is None else listed_samples(table, data.manifest),
         provenances=_provenances(run, indexes, data, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},

@@ -21,6 +21,8 @@ from train_fixtures import OWN, Listening, own_net, scene, settings, town
 import kd_cache.distill.fitting
 import teachers
 from kd_cache import LogitCache, Provenance, StaleError
+from kd_cache.cli.student import _recipe
+from kd_cache.cli.student_commands import STUDENT
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.task import DCASE
@@ -198,6 +200,14 @@ def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: W
     }  # fmt: skip
     assert len(keys) == 17
     assert StudentTraining(job(taught, None)).key not in keys
+
+
+@pytest.mark.parametrize(
+    ("given", "ramp"), [({}, 20), ({"kd_ramp_epochs": 3}, 3), ({"kd_warmup_epochs": 2}, 0), ({"loss": "kl"}, 0)]
+)
+def test_on_the_command_line_the_weight_of_dkd_grows_as_published(given: dict[str, Any], ramp: int) -> None:
+    plain = {option.name: option.default for option in STUDENT.options}
+    assert _recipe({**plain, "loss": "dkd", **given}).ramp_epochs == ramp
 
 
 def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, scene: Path) -> None:

@@ -17,7 +17,7 @@ from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
-from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
+from kd_cache.distill.recipe import DKD_RAMP, RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.distill.subset import listed_samples
 from kd_cache.errors import UsageError, shown
@@ -128,7 +128,10 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
     if values["loss_option"]:
         given["options"] = parse_options(values["loss_option"])
     given |= {name: True for name in ("keep_ce", "raw_weights") if values[name]}
-    return replace(RECIPES[values["recipe"]], **given)
+    recipe = replace(RECIPES[values["recipe"]], **given)
+    if recipe.loss == "dkd" and not {"warmup_epochs", "ramp_epochs"} & given.keys():
+        return replace(recipe, ramp_epochs=DKD_RAMP)
+    return recipe
 
 
 def _settings(values: Mapping[str, Any], recalled: Mapping[str, Any]) -> Settings:

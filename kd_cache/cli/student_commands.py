@@ -44,7 +44,8 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("balance", bool, "Half of each batch is of A, half of the target; the fewer are drawn again.", KD_WEIGHT,
            False),
     Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
-    Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
+    Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None,
+           "0; of dkd 20, where no warm-up is given either", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
     Option("select", Literal["best", "last"], "Keep the epoch with the best macro accuracy on held-out locations of A "
            "(of equals the one with the least log loss), or the last one.", RUN, "best"),

@@ -342,7 +342,10 @@ EVALUATE = Command(
                "what the checkpoint says, else scene"),
         changed("target", help="The device that groups call target, and whose rows --split val "
                 "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
-        *DATASET, "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
+        *DATASET,
+        changed("student_features", help="Features of a student that was trained on its own: a folder of .npy "
+                "files, or one HDF5 file.", otherwise="the manifest's"),
+        "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
         _OF_TRAINING["batch_size"], "workers",
         changed("seed", help="Of the draws that intervals come from."),
         *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,

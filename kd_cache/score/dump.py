@@ -99,7 +99,7 @@ class _Dump:
         refuse_leaking(self.provenances, job.data.manifest, selection)
         if job.data.task.is_guarded:
             tell_of_untold(job.teachers, watcher)
-        compare_front_ends(job.teachers, job.data.manifest, watcher)
+        compare_front_ends(job.teachers, job.data, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
         self.found = find_rows(job, watcher, elsewhere)

@@ -64,6 +64,7 @@ _RECORD = {
     "generation": int,
     "created": str,
     "features_at": str,
+    "inputs": str,
     "tool": str,
     "files": bool,
     "shown_path": str,

@@ -79,6 +79,7 @@ _RECORD = {
     "generation": int,
     "created": str,
     "features_at": str,
+    "inputs": str,
     "tool": str,
     "files": bool,
     "shown_path": str,

@@ -22,6 +22,7 @@ from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.view import without_files
 from kd_cache.watch import Watcher
 
 
@@ -85,6 +86,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         watcher.note(error.message)
     current = snapshot.current(watcher)
     snapshot.refuse_wrong_joins(current.origins)
+    without_files(current.origins, job.files)
     inputs, known = _digests(job, current, watcher)
     if not known.any():
         raise nothing_readable(len(known))

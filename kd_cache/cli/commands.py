@@ -135,7 +135,7 @@ VERIFY = Command(
         changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
                 "from 0 to 1)."),
         "cache_root", *DATASET, *OWN_DATA, "rename_map", *OWN_TEACHERS,
-        changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
+        changed("dtype", kind=str | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
         "device", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
-from kd_cache.cli.console import Screen, size
+from kd_cache.cli.console import Screen, cost_in_words, size
 from kd_cache.cli.guard import guard_notes, guard_table
 from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.parts import part_of
@@ -22,7 +22,7 @@ from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import UsageError, shown, worst_exit_code
-from kd_cache.options import BadSample, DType, Precision
+from kd_cache.options import BadSample, Precision
 from kd_cache.prepare.census import census
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, lenders, plan_dumps, refuse_unfit
@@ -49,7 +49,7 @@ class DumpOptions:
     only: list[str]
     max_checkpoint_bytes: int
     cache_root: Path
-    dtype: DType
+    dtype: str
     skip_existing: bool
     files: bool | None
     num_verify: int
@@ -257,17 +257,13 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():
-        lines += _cost_line(f"{name}: storing as fp16", result.cost)
+        lines += _cost_line(f"{name}: storing as {job.dtype}", result.cost)
         lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
     return [*lines, *missing_lines(report.missing)]
 
 
 def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
-    if measured is None or not measured.rows:
-        return []
-    cost = measured.as_json()
-    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
-    return [f"{what}, over {cost['rows']:,} rows: {told}"]
+    return [] if measured is None or not measured.rows else [f"{what}, {cost_in_words(measured.as_json())}"]
 
 
 def _seal_command(job: DumpJob) -> str:

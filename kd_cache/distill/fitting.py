@@ -64,7 +64,8 @@ class HeldOut:
             places += [place.name] * len(mine)
         self.files = [sample.file for sample in samples]
         self.labels = torch.tensor([sample.scene_label for sample in samples], dtype=torch.int64)
-        self.logits = cache.batch(cache.rows(self.files), torch.float32)
+        logits = cache.batch(cache.rows(self.files), torch.float32)
+        self.logits: Tensor = logits if cache.topk is None else logits.dense()
         number_of = {name: number for number, name in enumerate(dict.fromkeys(places))}
         self.places = np.array([number_of[name] for name in places], np.int64)
         keys = keys_of(self.files)

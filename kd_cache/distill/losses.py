@@ -21,12 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_cache.errors import UsageError
-from kd_cache.serve.topk import TopK
+from kd_cache.serve.topk import NOTHING, TopK
 
 FLOOR: Final = 1e-3
 """Spreads below this are taken for it: a constant row has no direction, and would have a gradient without bound."""
-NOTHING: Final = -1e4
-"""Log-probabilities of a teacher's below this are taken for it: 0 · −∞ would be no number."""
 
 Loss = Callable[..., Tensor]
 

@@ -51,7 +51,8 @@ class JoinedRows(TeacherRows):
             return
         here, first = self._served[other][:1], self._first[at[other]][:1]
         changed = (self._union.inputs[here] != self._union.inputs[first]).any()
-        by = np.abs(self._union.take(here).astype(np.float64) - self._union.take(first)).max()
+        one, other_row = (self._union.take(at) for at in (here, first))
+        by = np.inf if self.topk else np.abs(one.astype(np.float64) - other_row).max()
         why = "its feature changed between their dumps" if changed else f"they differ by up to {by:.2g}"
         raise StaleError(
             f"{self.name}: {len(np.unique(at[other])):,} samples have other rows in one of "

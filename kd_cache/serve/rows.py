@@ -58,7 +58,7 @@ class TeacherRows:
         self._permitted = permitted
         self.name = union.origin.teacher
         self.num_classes, self.frames, self.width = union.origin.num_classes, union.origin.frames, union.origin.width
-        self.dtype = union.origin.stored
+        self.dtype, self.topk = union.origin.stored, union.origin.topk
         self.signature = pack.path.name
         self.is_lazy = pack.unchecked is not None
         self._kept: np.ndarray | None

@@ -14,6 +14,9 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from kd_cache.store.topk import TopKCodec, at_temperature
 
+NOTHING = -1e4
+"""Log-probabilities below this are taken for it where they are weighed: 0 · −∞ would be no number."""
+
 
 @dataclass(frozen=True, eq=False)
 class TopK:
@@ -32,11 +35,11 @@ class TopK:
     num_classes: int
 
     @classmethod
-    def of(cls, rows: np.ndarray, codec: TopKCodec) -> TopK:
-        """Of ``[…, W]`` u1 rows as they are stored."""
+    def of(cls, rows: np.ndarray, codec: TopKCodec, dtype: torch.dtype = torch.float32) -> TopK:
+        """Of ``[…, W]`` u1 rows as they are stored; ``dtype`` is that of ``log_probs``."""
         split = codec.split(rows)
         log_probs, rest = (torch.from_numpy(split[name].astype(np.float32)) for name in ("log_probs", "rest"))
-        return cls(torch.from_numpy(split["ids"].astype(np.int64)), log_probs, rest, codec.classes)
+        return cls(torch.from_numpy(split["ids"].astype(np.int64)), log_probs.to(dtype), rest, codec.classes)
 
     def softened(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """``[…, K]`` and ``[…]`` log-probabilities at a temperature: of the ids, and of all others together.
@@ -57,9 +60,15 @@ class TopK:
         each = rest - math.log(self.num_classes - self.ids.shape[-1])
         return each.unsqueeze(-1).repeat(*[1] * each.ndim, self.num_classes).scatter_(-1, self.ids, inside)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``ids``, ``log_probs`` and ``rest``."""
+        return self.ids, self.log_probs, self.rest
+
     def map(self, change: Callable[[Tensor], Any]) -> TopK:
         """The same change of each of the three tensors."""
-        return TopK(change(self.ids), change(self.log_probs), change(self.rest), self.num_classes)
+        ids, log_probs, rest = map(change, self.tensors)
+        return TopK(ids, log_probs, rest, self.num_classes)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,9 +86,7 @@ class TopK:
     @staticmethod
     def stack(rows: Sequence[TopK]) -> TopK:
         """Rows of one shape as one batch, as ``torch.stack`` does."""
-        ids, log_probs, rest = (
-            torch.stack([getattr(row, name) for row in rows]) for name in ("ids", "log_probs", "rest")
-        )
+        ids, log_probs, rest = map(torch.stack, zip(*(row.tensors for row in rows), strict=True))
         return TopK(ids, log_probs, rest, rows[0].num_classes)
 
 

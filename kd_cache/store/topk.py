@@ -12,7 +12,6 @@ At another temperature nobody could tell how much the others have: it is kept fo
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -20,18 +19,18 @@ from typing import Any, Final
 import numpy as np
 
 from kd_cache.errors import UsageError, shown
+from kd_cache.options import TOPK
 
 TEMPERATURES: Final = (1.0, 2.0, 4.0)
 LEAST_CLASSES: Final = 512
 """With fewer classes half precision is small enough, and a thousand times more exact."""
-_NAME = re.compile(r"topk:([1-9][0-9]{0,9})\Z")
-_BLOCK = 1 << 21
+BLOCK = 1 << 21
 """So many values are worked on together, in float64."""
 
 
 def k_of(dtype: str) -> int | None:
     """K of ``topk:K``; ``None`` for anything else."""
-    found = _NAME.match(dtype)
+    found = TOPK.match(dtype)
     return None if found is None else int(found[1])
 
 
@@ -86,7 +85,7 @@ class TopKCodec:
         A log-probability below −65,504 is −inf in the row.
         """
         rows = np.empty((len(logits), self.width), np.uint8)
-        step = max(1, _BLOCK // self.classes)
+        step = max(1, BLOCK // self.classes)
         for start in range(0, len(logits), step):
             part = slice(start, start + step)
             with np.errstate(over="ignore"):  # what is too far below for the format has no probability in it

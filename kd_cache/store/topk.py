@@ -54,12 +54,15 @@ class TopKCodec:
     k: int
     classes: int
 
+    def __str__(self) -> str:
+        return f"topk:{self.k}"
+
     def refusal(self) -> str | None:
         """Why there are no such rows; ``None`` where there are."""
         if self.classes < LEAST_CLASSES:
-            return f"topk:{self.k} is for {LEAST_CLASSES} classes and more, found {self.classes}"
+            return f"{self} is for {LEAST_CLASSES} classes and more, found {self.classes}"
         if not 0 < self.k < self.classes:
-            return f"topk:{self.k} keeps {self.k} of {self.classes} classes, expected fewer than all"
+            return f"{self} keeps {self.k} of {self.classes} classes, expected fewer than all"
         return None
 
     @cached_property

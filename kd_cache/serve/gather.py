@@ -119,11 +119,12 @@ class Gatherer:
     def most_probable(self, rows: np.ndarray, codec: TopKCodec, dtype: torch.dtype | None) -> TopK:
         """Top-k rows ``[B, T]``; those of a miss, -1, are NaN."""
         missed = rows < 0
-        stored = np.zeros((len(rows), *self.shape[1:]), np.uint8)
-        if missed.any():
-            stored[~missed] = self.fresh(rows[~missed], None).numpy()
-        else:
+        if not missed.any():
+            stored = np.empty((len(rows), *self.shape[1:]), np.uint8)
             self._into(rows, stored)
+            return TopK.of(stored, codec, dtype or torch.float32)
+        stored = np.zeros((len(rows), *self.shape[1:]), np.uint8)
+        stored[~missed] = self.fresh(rows[~missed], None).numpy()
         found = TopK.of(stored, codec, dtype or torch.float32)
         for values in (found.log_probs, found.rest):
             values[torch.from_numpy(missed)] = float("nan")

@@ -20,6 +20,7 @@ TARGETS = typing.get_args(Target)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
 BadSample = Literal["stop", "skip"]
+InputsAre = Literal["unchanged", "read", "as-scored"]
 ValueKind = Literal["logits", "log_probs", "probs", "sigmoid"]
 ExportFormat = Literal["npy", "pt", "tsv"]
 

@@ -64,16 +64,23 @@ def own_features(options: Mapping[str, Any], task: Task) -> FeatureSource | None
 
 
 def data_of(
-    target: str | None, options: Mapping[str, Any], task: Task | None = None, note: Note = lambda _: None
+    target: str | None,
+    options: Mapping[str, Any],
+    task: Task | None = None,
+    note: Note = lambda _: None,
+    *,
+    absent: bool = False,
 ) -> Dataset:
     """Read the manifest, or take the data set in Python, and pass it through the guard.
+
+    ``absent``: no feature is asked for; they need not be at hand.
 
     Raises as `Dataset.load` and `own_data`.
     """
     task = task or task_of(options)
     factory = options.get("dataset")
     if factory is None:
-        return Dataset.load(target, **named(options, task))
+        return Dataset.load(target, **named(options, task), absent=absent)
     made = resolve_factory(factory)
     with users_code(lambda why: UsageError(f"the factory {shown(factory)} of the data set failed: {why}")):
         dataset = made()

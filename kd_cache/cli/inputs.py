@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.teachers import SAMPLE
-from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.dataset import Dataset, feature_source
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.inputs import own_data
 from kd_cache.dataset.task import Task
 from kd_cache.dataset.task_file import DEFAULT, load_task
@@ -48,6 +49,18 @@ def named(options: Mapping[str, Any], task: Task) -> dict[str, Any]:
             raise UsageError(f"no data of the task {shown(task.name)} is named", hint="Pass --json-path or --dataset.")
         found |= {"num_scenes": None, "num_cities": None}
     return {**found, "task": task}
+
+
+def source_at(place: Path, options: Mapping[str, Any], *, anything: bool = False) -> FeatureSource:
+    """Features in a folder, or in one HDF5 file, that no manifest is about. Raises as `feature_source`."""
+    packed, root = (None, place) if place.is_dir() else (place, place.parent)
+    return feature_source(root, packed, options["allow_outside"], options["max_feature_bytes"], anything=anything)
+
+
+def own_features(options: Mapping[str, Any], task: Task) -> FeatureSource | None:
+    """The student's own features; ``None`` where it is given those of its teachers."""
+    place = options["student_features"]
+    return None if place is None else source_at(place, options, anything=task.anything)
 
 
 def data_of(

@@ -99,11 +99,11 @@ class _Dump:
         refuse_leaking(self.provenances, job.data.manifest, selection)
         if job.data.task.is_guarded:
             tell_of_untold(job.teachers, watcher)
-        compare_front_ends(job.teachers, job.data.manifest, watcher)
+        compare_front_ends(job.teachers, job.data, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
         self.found = find_rows(job, watcher, elsewhere)
-        self.part = _part(job, len(self.files))
+        self.part = part_range(job, len(self.files))
         self.has_view = self._wants_view()
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(
@@ -324,8 +324,11 @@ class _Dump:
         return entries
 
 
-def _part(job: DumpJob, size: int) -> range:
-    """The samples to score, by number: neighbours in key order, so that few batches are shared between parts."""
+def part_range(job: DumpJob, size: int) -> range:
+    """The samples to score, by number: neighbours in key order, so that few batches are shared between parts.
+
+    Raises `UsageError` for a part that is none, and for what cannot be asked of a part.
+    """
     number, count = job.part or (0, 1)
     if not 0 <= number < count:
         raise UsageError(f"part {number} of {count} does not exist; the first is 0/{count}")

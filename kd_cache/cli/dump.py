@@ -38,7 +38,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     refuse_odd(options)
     # On a cluster the driver does everything, whatever started it.
     part, said = part_of(options.shard) if options.ray is None else (None, "")
-    datas = _guarded(run, options, screen)
+    datas = _guarded(run, options, screen, part)
     for data in datas:
         _announce(screen, data)
     if (part is not None or options.ray is not None) and len(datas) > 1:
@@ -73,11 +73,15 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     return reports[0] if len(jobs) == 1 else _together(datas, reports)
 
 
-def _guarded(run: Run, options: DumpOptions, screen: Screen) -> list[Dataset]:
-    """The data of each target: the guard looks at all of them before any teacher is loaded."""
+def _guarded(run: Run, options: DumpOptions, screen: Screen, part: Part) -> list[Dataset]:
+    """The data of each target: the guard looks at all of them before any teacher is loaded.
+
+    It has done so already where a part finds the table of the samples.
+    """
     task = task_of(run.values)
     first, *others = task.several(options.target)
-    data = data_of(first, run.values, task, screen.note)
+    tables = None if part is None or others else CacheFolder(options.cache_root / task.adaptation(first)).pending_path
+    data = data_of(first, run.values, task, screen.note, tables=tables)
     shared = run.values["allow_shared_locations"]
     return [data, *(data.for_target(target, allow_shared_locations=shared) for target in others)]
 

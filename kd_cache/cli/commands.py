@@ -10,6 +10,7 @@ from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.cli.data_commands import CHECK, PREPARE
+from kd_cache.cli.remote_commands import PULL, PUSH, PUSH_TO
 from kd_cache.cli.student_commands import COMPARE, COMPLEXITY, PREDICT, STUDENT
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
@@ -85,6 +86,7 @@ DUMP = Command(
                "that RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT name.",
                RUN, None, "everything", metavar="i/n|env",
                kept=False),
+        PUSH_TO,
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,
@@ -381,7 +383,7 @@ REPORT = Command(
 )  # fmt: skip
 
 COMMANDS = (
-    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
+    DUMP, VERIFY, INFO, SEAL, MERGE, PUSH, PULL, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
     COMPLEXITY, EVALUATE, REPORT, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 

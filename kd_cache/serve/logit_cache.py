@@ -78,14 +78,14 @@ class LogitCache:
         self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
         self.dtype = tables[0].dtype
         self._resolver = Resolver(path, tables, index)
-        self._count = len(self._resolver)
+        self._row_numbers = self._resolver.numbers
         self.preloaded = choose(
             preload,
-            self._count * len(tables) * self.width * self.dtype.itemsize,
+            len(self) * len(tables) * self.width * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
-        self._gatherer = Gatherer(tables, self._resolver.positions, self._count, self.preloaded)
+        self._gatherer = Gatherer(tables, self._resolver.positions, self._row_numbers, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
         self.task = DEFAULT if index is None else recorded_task(index.record)
@@ -186,7 +186,7 @@ class LogitCache:
     @property
     def files(self) -> list[str]:
         """Files that every opened teacher holds, ordered by key. (Built when asked for.)"""
-        return self._resolver.files(np.arange(len(self)))
+        return self._resolver.files(self._row_numbers.all())
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -235,7 +235,15 @@ class LogitCache:
         }
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._row_numbers)
+
+    def all_rows(self) -> torch.Tensor:
+        """Rows of all `files`, in their order: int64 ``[N]``.
+
+        They are ``torch.arange(len(cache))`` where a teacher's rows lie in one pack. Else each pack's rows count from a
+        multiple of 4,096, and the numbers left between packs are no rows.
+        """
+        return torch.from_numpy(self._row_numbers.all())
 
     def rows(self, files: Iterable[str]) -> torch.Tensor:
         """Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
@@ -319,7 +327,7 @@ class LogitCache:
         unknown = [name for name in wanted if name not in self.teachers]
         if unknown:
             raise MissingLogitsError(f"not opened: {', '.join(map(shown, unknown))}; open: {', '.join(self.teachers)}")
-        logits = self.batch(torch.arange(len(self)) if files is None else self.rows(files))
+        logits = self.batch(self.all_rows() if files is None else self.rows(files))
         if wanted != self.teachers:
             logits = logits[:, [self.teachers.index(name) for name in wanted]]
         return logits.to(device)
@@ -376,8 +384,13 @@ class LogitCache:
             return numbers
         # As unsigned numbers the negative ones are the largest: one look finds both ends.
         unsigned = (numbers - first if first else numbers).view(np.uint64)
-        if np.maximum.reduce(unsigned) >= self._count - first:
-            raise IndexError(f"rows must lie in [0, {self._count}), found {numbers.min()} to {numbers.max()}")
+        limit = self._row_numbers.limit
+        if np.maximum.reduce(unsigned) >= limit - first:
+            raise IndexError(f"rows must lie in [0, {limit}), found {numbers.min()} to {numbers.max()}")
+        if self._row_numbers.has_holes:
+            hole = self._row_numbers.first_hole(numbers if first == 0 else numbers[numbers >= 0])
+            if hole is not None:
+                raise IndexError(f"{hole} is no row: it lies between two packs; all_rows() gives the numbers of rows")
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:

@@ -26,7 +26,9 @@ VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
 FRAMES = "frames_per_row"
 """The part of a fingerprint that says how many vectors a row holds, where it is more than a single one."""
 FORMAT_VERSION = 1
-"""Version of the bytes on disk. It is a part of every fingerprint: a new format never serves old rows as its own."""
+"""Version of what a number means. It is a part of every fingerprint: with another, every row is scored again."""
+FILE_VERSION = 2
+"""Version of the packs and records that are written. All up to it are read; a row's fingerprint is the same in each."""
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         parts.run()
     sealing = SealJob(
         Snapshot(job.folder), data, files=options.files, workers=options.workers,
-        inputs="read" if options.reread else "unchanged", record=record,
-        shown_path=f"{options.cache_root}/{job.folder.path.name}",
+        inputs="read" if options.reread else "unchanged",
+        record=record, shown_path=f"{options.cache_root}/{job.folder.path.name}",
     )  # fmt: skip
     sealed = seal_cache(sealing, screen)
     report = DumpReport(

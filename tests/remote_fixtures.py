@@ -43,6 +43,8 @@ class Web:
             status, headers["Content-Range"] = 206, f"bytes {start}-{start + len(body) - 1}/{len(content)}"
         if fault == "stall":
             time.sleep(0.5)
+        if fault == "hang":
+            time.sleep(5)
         return _send(handler, status, headers, body, cut=fault == "close")
 
 

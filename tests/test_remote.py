@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,15 +204,16 @@ def test_a_folder_with_rows_of_its_own_is_not_pulled_over(pushed: tuple[MadeCach
         pull_cache(url, copy)
 
 
-class Rival(Watcher):
-    """Pushes another cache while one is being sent."""
+class Meanwhile(Watcher):
+    """Does something while files are on their way."""
 
-    def __init__(self, path: Path, url: str) -> None:
-        self.path, self.url = path, url
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
 
     def stage(self, name: str, total: int, unit: str = "samples") -> None:
-        assert (name, unit) == ("sending", "MB")
-        assert push_cache(self.path, self.url).index == "sent"
+        assert name in ("sending", "fetching")
+        assert unit == "MB"
+        self.act()
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
@@ -225,9 +230,40 @@ def test_of_two_pushes_at_once_one_wins(made: MadeCache, tmp_path: Path, scheme:
     if not is_first:
         shutil.copy(rival / "remote.json", other.path)
     with pytest.raises(StaleError, match=r"another push .* was quicker") as caught:
-        push_cache(made.path, url, Rival(other.path, url))
+        push_cache(made.path, url, Meanwhile(lambda: push_cache(other.path, url)))
     assert caught.value.exit_code == 5
     assert right(LogitCache.open(url), other)
+
+
+def test_two_pulls_at_once_are_one_and_a_dump_meanwhile_is_not_lost(
+    pushed: tuple[MadeCache, str, Path], tmp_path: Path
+) -> None:
+    made, url, _ = pushed
+    folder = tmp_path / "other"
+    assert pull_cache(url, folder, Meanwhile(lambda: pull_cache(url, folder))).finished
+    assert right(LogitCache.open(folder), made)
+    index = made.path / "cache_index.json"
+    with pytest.raises(StaleError, match="changed while it was pulled"):
+        pull_cache(url, tmp_path / "third", Meanwhile(lambda: shutil.copy(index, tmp_path / "third")))
+    assert (tmp_path / "third/cache_index.json").read_bytes() == index.read_bytes()
+
+
+def test_a_signal_is_heard_while_a_server_is_waited_for(pushed: tuple[MadeCache, str, Path], tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    made, _, store = pushed
+    with served(store) as web:
+        web.faults.append("hang")
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            pull_cache(web.url, tmp_path / "other")
+        assert time.monotonic() - began < 4
+    with pytest.raises(KeyboardInterrupt):
+        push_cache(made.path, f"memory://{tmp_path}", Meanwhile(interrupt))
+    with pytest.raises(StoreError, match="cannot read"):
+        in_memory(tmp_path).put_file("a", tmp_path, Watcher())
 
 
 def test_an_answer_that_was_lost_is_no_lost_race(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,21 +10,25 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kd_cache.errors import StoreError, UsageError, shown
+from kd_cache.files.atomic import store_errors
 from kd_cache.files.turns import in_turn
 from kd_cache.remote.store import PIECE, ChangedError, Entry, Found
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta
+    from obstore import GetOptions, ObjectMeta, PutResult
     from obstore.store import ObjectStore as AnyStore
+
+T = TypeVar("T")
 
 _AT_ONCE = 4
 """Pieces that are sent at the same time."""
@@ -61,17 +65,18 @@ class ObjectStore:
     def head(self, name: str) -> Entry | None:
         with self._errors("look at", name):
             try:
-                return _entry(self._by.head(self._store, name))
+                return _entry(_heard(lambda: self._by.head(self._store, name)))
             except FileNotFoundError:
                 return None
 
     def get(self, name: str, most: int, unless: str | None = None) -> Found | None:
         with self._errors("read", name):
             try:
-                result = self._by.get(self._store, name, options={} if unless is None else {"if_none_match": unless})
+                options: GetOptions = {} if unless is None else {"if_none_match": unless}
+                result = _heard(lambda: self._by.get(self._store, name, options=options))
                 if (size := result.meta["size"]) > most:
                     raise StoreError(f"{self._named(name)} has {size} bytes, expected at most {most}")
-                return Found(bytes(result.bytes()), result.meta["e_tag"])
+                return Found(_heard(lambda: bytes(result.bytes())), result.meta["e_tag"])
             except FileNotFoundError:
                 return None
             except self._by.exceptions.NotModifiedError:
@@ -81,8 +86,8 @@ class ObjectStore:
         with self._errors("read", name):
             try:
                 same: GetOptions = {} if etag is None else {"if_match": etag}
-                result = self._by.get(self._store, name, options={"range": (start, stop), **same})
-                content = bytes(result.bytes())
+                options: GetOptions = {"range": (start, stop), **same}
+                content = _heard(lambda: bytes(self._by.get(self._store, name, options=options).bytes()))
             except FileNotFoundError as error:
                 raise ChangedError(f"{self._named(name)} is gone") from error
         if len(content) != stop - start:
@@ -90,15 +95,23 @@ class ObjectStore:
         return content
 
     def put_file(self, name: str, path: Path, watcher: Watcher) -> None:
-        with self._errors("write", name), _Counted(path, watcher) as file:
-            self._by.put(self._store, name, file, chunk_size=PIECE, max_concurrency=_AT_ONCE)
+        with store_errors(path, "read"):
+            counted = _Counted(path, watcher)
+        with self._errors("write", name), counted as file:
+            try:
+                _heard(lambda: self._by.put(self._store, name, file, chunk_size=PIECE, max_concurrency=_AT_ONCE))
+            except Exception:
+                if file.failure is not None:  # obstore makes an error of its own of it
+                    raise file.failure from None
+                raise
 
     def put_if(self, name: str, content: bytes, etag: str | None) -> str | None:
         with self._errors("write", name):
             if etag is not None and self.url.startswith("file:"):
                 return self._replaced_in_folder(name, content, etag)
             mode: Any = "create" if etag is None else {"e_tag": etag}
-            return self._by.put(self._store, name, content, mode=mode)["e_tag"]
+            result: PutResult = _heard(lambda: self._by.put(self._store, name, content, mode=mode))
+            return result["e_tag"]
 
     def _replaced_in_folder(self, name: str, content: bytes, etag: str) -> str | None:
         """A file system replaces a file on no condition: whoever pushes to a folder waits for the one who does."""
@@ -110,12 +123,12 @@ class ObjectStore:
 
     def list(self) -> list[Entry]:
         with self._errors("list"):
-            return [_entry(meta) for batch in self._by.list(self._store) for meta in batch]
+            return _heard(lambda: [_entry(meta) for batch in self._by.list(self._store) for meta in batch])
 
     def delete(self, name: str) -> None:
         with self._errors("remove", name):
             try:
-                self._by.delete(self._store, name)
+                _heard(lambda: self._by.delete(self._store, name))
             except FileNotFoundError:
                 return
 
@@ -134,6 +147,25 @@ class ObjectStore:
             raise ChangedError(f"{self._named(name)} is another by now") from error
         except (self._by.exceptions.BaseError, OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"cannot {doing} {self._named(name)}: {_cause(error)}") from error
+
+
+def _heard(call: Callable[[], T]) -> T:
+    """Call it on a thread of its own: obstore hears no signal while it waits, and it may wait for minutes."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 (it is raised below)
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _opened(url: str, *, writing: bool) -> AnyStore:
@@ -184,9 +216,15 @@ class _Counted(io.FileIO):
 
     def __init__(self, path: Path, watcher: Watcher) -> None:
         super().__init__(path)
-        self._watcher = watcher
+        self._path, self._watcher = path, watcher
+        self.failure: BaseException | None = None
 
     def read(self, size: int | None = -1, /) -> bytes | Any:
-        piece = super().read(-1 if size is None else size)
-        self._watcher.advance(len(piece or b""))
+        try:
+            with store_errors(self._path, "read"):
+                piece = super().read(-1 if size is None else size)
+            self._watcher.advance(len(piece or b""))
+        except BaseException as error:
+            self.failure = error
+            raise
         return piece

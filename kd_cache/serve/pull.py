@@ -93,7 +93,7 @@ class _Pull:
 
     def _held(self) -> Index | None:
         try:
-            return self.folder.index()
+            return self.folder.index(maps=False)
         except CorruptError as error:
             self.watcher.note(f"{error.message}; the one at the URL takes its place")
             return None

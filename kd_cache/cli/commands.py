@@ -10,6 +10,7 @@ from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.cli.data_commands import CHECK, PREPARE
+from kd_cache.cli.remote_commands import PULL, PUSH, PUSH_TO
 from kd_cache.cli.student_commands import COMPARE, COMPLEXITY, PREDICT, STUDENT
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
@@ -86,6 +87,7 @@ DUMP = Command(
                "that RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT name.",
                RUN, None, "everything", metavar="i/n|env",
                kept=False),
+        PUSH_TO,
         Option("ray", str | None,
                "Score the parts as tasks of a Ray cluster, and seal them: a running one, one started here, or the one "
                "whose head is there (pip install kd-cache[ray]).", RUN, None, "this process does everything",
@@ -409,7 +411,7 @@ REPORT = Command(
 )  # fmt: skip
 
 COMMANDS = (
-    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
+    DUMP, VERIFY, INFO, SEAL, MERGE, PUSH, PULL, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
     COMPLEXITY, EVALUATE, REPORT, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 

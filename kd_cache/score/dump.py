@@ -29,6 +29,7 @@ from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord, notes_beside
+from kd_cache.store.preamble import Span
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.union import merge_packs
 from kd_cache.store.view import without_files
@@ -103,8 +104,9 @@ class _Dump:
         compare_front_ends(job.teachers, job.data, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
-        self.found = find_rows(job, watcher, elsewhere)
         self.part = part_range(job, len(self.files))
+        own = None if job.part is None else Span.of(self.keys[self.part.start : self.part.stop])
+        self.found = find_rows(job, watcher, elsewhere, own)
         self.has_view = self._wants_view()
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(

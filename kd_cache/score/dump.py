@@ -182,7 +182,7 @@ class _Dump:
 
     def run(self) -> DumpReport:
         from kd_cache.score.cached_rows import check_unknown_code
-        from kd_cache.score.commits import Commits
+        from kd_cache.score.commits import Commits, merge_commits
         from kd_cache.score.scoring import Scoring
         from kd_cache.score.stages import Busy
 
@@ -205,6 +205,8 @@ class _Dump:
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
             scoring.remember(notes_beside(self.pending.path))  # a seal need not read again what its parts have read
+            own = slice(self.part.start, self.part.stop)
+            merge_commits(self.found.snapshot, self.job.origins, self.keys[own], scoring.inputs[own])
             return self.report
         if self.part and not scoring.readable.any():
             raise nothing_readable(len(self.part))

@@ -36,12 +36,31 @@ PREFIX = "KD_CACHE_"
 SETTINGS_FILE = Path("kd-cache.yaml")
 """Read where it is in the working folder and no other is named."""
 
-ENVIRONMENT = ("KD_CACHE_FAULTS", "KD_CACHE_FULL_TESTS")
-"""Variables that are no options: how much the test suite runs."""
+MIRROR, OFFLINE = "KD_CACHE_MIRROR", "KD_CACHE_OFFLINE"
+ENVIRONMENT = {
+    MIRROR: "where copies of caches that were opened at an URL are kept",
+    OFFLINE: "1: such a copy is used as it is, without asking the store",
+    "KD_CACHE_FAULTS": "how much the test suite runs",
+    "KD_CACHE_FULL_TESTS": "how much the test suite runs",
+}
+"""Variables that are no options, and what each says."""
+SCHEMES = ("s3", "gs", "az", "https", "http", "file", "memory")
+_URL = re.compile(rf"({'|'.join(SCHEMES)}):/")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an URL, or was one before it was taken for a path, which has a ``/`` less."""
+    return bool(_URL.match(text))
 
 
 def home_path(path: str | Path) -> Path:
-    """The path, a ``~`` at its start replaced. Raises `UsageError` where nobody is called so."""
+    """The path, a ``~`` at its start replaced. Raises `UsageError` where nobody is called so, and for an URL."""
+    if is_url(text := str(path)):
+        url = text if "://" in text else text.replace(":/", "://", 1)
+        raise UsageError(
+            f"{shown(url)} is an URL, expected a path on this machine",
+            hint=f"kd-cache pull {shown(url)} CACHE brings a cache here; kd-cache push CACHE {shown(url)} sends it.",
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

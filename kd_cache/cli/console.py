@@ -129,9 +129,9 @@ class Screen(Watcher):
         else:
             self._shown(message, kind, file, line, *more)
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, unit: str = "samples") -> None:
         self._close()
-        self._progress = Progress(name, total)
+        self._progress = Progress(name, total, unit=unit)
         self._logged = time.monotonic()
         if not self.quiet and self.stderr.is_terminal:
             self._live = Live(self._progress, console=self.stderr, transient=True, refresh_per_second=4)

@@ -48,6 +48,7 @@ class DumpOptions:
     shard_size: int
     shard_seconds: float
     shard: str | None
+    push: str | None
     ray: str | None
     ray_gpus: float | None
     parts: int | None

@@ -27,6 +27,7 @@ from kd_cache.serve.attach import Gathered as Gathered
 from kd_cache.serve.gather import Gatherer
 from kd_cache.serve.generation import look, older_rows, refuse_mixture, refuse_unexpected
 from kd_cache.serve.joined import joined, teachers_of_all
+from kd_cache.serve.mirror import local_copy
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
@@ -104,12 +105,15 @@ class LogitCache:
         verify: str = "auto",
         preload: bool | str = "auto",
         strict: bool = False,
+        offline: bool | None = None,
     ) -> LogitCache:
         """Open ``cache/A2b``: what its index names, nothing else. Every byte is checked before it is believed.
 
         Args:
             path: the cache's folder, or the ``cache_index.json`` in it; of several targets a list of caches, which are
-                served as one. Rows of A must agree in them, or it says which teacher differs.
+                served as one. Rows of A must agree in them, or it says which teacher differs. An URL such as
+                ``s3://bucket/A2b`` is pulled into a mirror on this disk (``KD_CACHE_MIRROR``) and opened there; nothing
+                is asked of the store afterwards.
             teachers: which to open, in this order; all by default.
             expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
             value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
@@ -121,8 +125,10 @@ class LogitCache:
                 ``preloaded`` says what it came to.
                 For a table on an accelerator see `tensor`.
             strict: refuse a cache that holds fewer rows than its index promises, instead of a warning.
+            offline: of an URL, use the mirror as it is; by default what ``KD_CACHE_OFFLINE`` says.
 
         Raises:
+            StoreError: the store at an URL cannot be reached in time.
             MissingLogitsError: no cache there, an unfinished one, a teacher it does not hold, or a pack that is gone.
             CorruptError: a damaged index or pack.
             StaleError: a fingerprint other than expected, naming the parts that differ; several caches that have other
@@ -136,8 +142,9 @@ class LogitCache:
         checked(preload)
         if not isinstance(path, str | Path):
             further = {"value_kind": value_kind, "verify": verify, "strict": strict, "expect": expect}
-            return _opened_together([Path(each) for each in path], teachers, on_miss, preload, further)
-        path = Path(path).expanduser()
+            paths = [local_copy(each, offline=offline) for each in path]
+            return _opened_together(paths, teachers, on_miss, preload, further)
+        path = local_copy(path, offline=offline)
         folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
         if snapshot.is_older:
@@ -457,7 +464,7 @@ def _opened_together(
         raise UsageError("no cache is named")
     if len(paths) == 1:
         return LogitCache.open(paths[0], teachers, on_miss=on_miss, preload=preload, **further)
-    folders = [CacheFolder.at(path.expanduser()) for path in paths]
+    folders = [CacheFolder.at(path) for path in paths]
     origins = [Snapshot(folder).finished().origins for folder in folders]
     held, only_some = teachers_of_all(origins, [folder.path for folder in folders])
     if teachers is None and only_some:

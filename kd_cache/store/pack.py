@@ -280,10 +280,11 @@ def _seal_user_block(file: io.FileIO, keys: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def open_pack(path: Path, check: str = "full") -> Pack:
+def open_pack(path: Path, check: str = "full", name: str | None = None) -> Pack:
     """Open a pack and check its structure.
 
     Args:
+        name: what it will be called, where it still has a temporary name.
         check: ``full`` compares the digest of every byte at once; ``lazy`` leaves that, and `Pack.touch` compares the
             checksums of rows when they are first read; ``off`` compares none.
 
@@ -293,7 +294,7 @@ def open_pack(path: Path, check: str = "full") -> Pack:
         FileNotFoundError: it is not there (any more).
     """
     try:
-        return _open_checked(path, path.name, check)
+        return _open_checked(path, name or path.name, check)
     except (FileNotFoundError, KDCacheError):
         raise
     except OSError as error:

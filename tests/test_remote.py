@@ -368,6 +368,10 @@ def test_what_is_damaged_here_is_not_pushed_and_is_pulled_again(
     flipped(tmp_path / "other/cache_index.json", 999)
     assert pull_cache(url, tmp_path / "other").files == 1
     assert right(LogitCache.open(tmp_path / "other"), made)
+    flipped(sorted(LogitCache.open(url).path.glob("packs/*"))[1], 5000)  # in the mirror
+    with pytest.raises(CorruptError):
+        LogitCache.open(url, offline=True)
+    assert right(LogitCache.open(url), made)
     pack = sorted((made.path / "packs").iterdir())[0]
     flipped(pack, 5000)
     (store / "packs" / pack.name).unlink()
@@ -457,6 +461,19 @@ def test_a_loader_with_workers_reads_with_the_server_gone(
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_be_written_is_pushed_all_the_same(
+    made: MadeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise StoreError("cannot write remote.json: Read-only file system")
+
+    monkeypatch.setattr(kd_cache.exchange.push, "write_upstream", read_only)
+    watcher, notes = Watcher(), list[str]()
+    watcher.note = notes.append  # type: ignore[method-assign]
+    assert push_cache(made.path, f"memory://{tmp_path}", watcher).index == "sent"
+    assert "needs --replace" in notes[0]
 
 
 def test_a_cache_goes_over_an_url_whole(cached: World, run: Run) -> None:

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import TINY, Run, World
-from remote_fixtures import served
+from remote_fixtures import FakeHub, served
 from store_fixtures import MadeCache, Rows, forks, names, two_teachers
 from torch.utils.data import DataLoader
 
 import kd_cache.exchange.push
+import kd_cache.remote.hub
 import kd_cache.remote.objects
 from kd_cache import LogitCache
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError
@@ -78,7 +80,21 @@ def in_memory(tmp_path: Path) -> RemoteStore:
     return open_store(checked_url(f"memory://{tmp_path}"), writing=True)
 
 
-@pytest.mark.parametrize("opened", [in_folder, in_memory])
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    made = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.setattr(kd_cache.remote.hub.HubStore, "_ranged", lambda *asked: made.ranged(*asked))
+    monkeypatch.setattr(kd_cache.remote.hub, "PATIENCE", Patience(1, 1, 5, 0.001))
+    return made
+
+
+def in_hub(_: Path) -> RemoteStore:
+    return open_store("hf://datasets/me/rows/kd/A2b", writing=True)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("opened", [in_folder, in_memory, in_hub])
 def test_what_every_store_does(opened: Callable[[Path], RemoteStore], tmp_path: Path) -> None:
     store = opened(tmp_path)
     assert store.head("a") is None
@@ -112,7 +128,7 @@ def test_what_every_store_does(opened: Callable[[Path], RemoteStore], tmp_path: 
         store.get("packs/a.h5", 99)
     for _ in range(2):
         store.delete("packs/a.h5")
-    with pytest.raises(ChangedError, match="is gone"):
+    with pytest.raises(ChangedError, match=r"packs/a\.h5 .*gone"):
         store.get_range("packs/a.h5", 0, 9, entry.etag)
 
 
@@ -141,6 +157,37 @@ def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert checked_url("file://store/A2b/") == checked_url(f"file://{tmp_path}/x/../store/A2b")
     assert checked_url("s3://bucket/kd/A2b/") == "s3://bucket/kd/A2b"
+
+
+def test_a_cache_in_a_repository_of_the_hub(hub: FakeHub, made: MadeCache) -> None:
+    url = "hf://datasets/me/rows/kd/A2b"
+    hub.busy = 4
+    assert push_cache(made.path, url).index == "sent"
+    assert right(LogitCache.open(url), made)
+    assert push_cache(made.path, url).index == "same"
+    with pytest.raises(StoreError, match=r"cannot look at hf://datasets/me/other/kd/A2b/cache_index\.json: 404"):
+        push_cache(made.path, "hf://datasets/me/other/kd/A2b")
+    hub.busy = 5
+    with pytest.raises(StoreError, match="503"):
+        LogitCache.open(url)
+    hub.busy = 0
+    with pytest.raises(UsageError, match="names no folder of a repository"):
+        open_store("hf://me/rows")
+    # A commit of something else in between is no lost race; one of the same file is.
+    store, commit = in_hub(Path()), hub.create_commit
+    other = huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=b"x")
+
+    def between(**asked: Any) -> Any:
+        hub.create_commit = commit  # type: ignore[method-assign]
+        commit([other], "", None, repo_id="me/rows", repo_type="dataset")
+        return commit(**asked)
+
+    hub.create_commit = between  # type: ignore[method-assign]
+    assert store.put_if("new", b"1", None) is not None
+    other.path_in_repo = "kd/A2b/newer"
+    hub.create_commit = between  # type: ignore[method-assign]
+    with pytest.raises(ChangedError, match="newer is another by now"):
+        store.put_if("newer", b"1", None)
 
 
 # -- push and pull ----------------------------------------------------------------------------------------------------

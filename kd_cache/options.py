@@ -20,6 +20,8 @@ Target = Literal["b", "c", "s1", "s2", "s3"]
 TARGETS = typing.get_args(Target)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
+TOPK = re.compile(r"topk:([1-9][0-9]{0,9})\Z")
+"""What rows of the K most probable classes are stored as."""
 BadSample = Literal["stop", "skip"]
 InputsAre = Literal["unchanged", "read", "as-scored"]
 ValueKind = Literal["logits", "log_probs", "probs", "sigmoid"]
@@ -191,6 +193,14 @@ def batch_size(text: str) -> int | str:
     raise UsageError(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
 
 
+def storage_type(text: str) -> str:
+    """``fp32``, ``fp16`` or ``topk:K``."""
+    named = text.lower()
+    if named in typing.get_args(DType) or TOPK.match(named):
+        return named
+    raise UsageError(f"expected fp32, fp16, or topk:K for the K most probable classes, found {text!r}")
+
+
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)
@@ -248,7 +258,9 @@ _TABLE = (
     Option("only", list[str], "Use this teacher only; repeatable.", TEACHERS, [], metavar="NAME"),
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),
-    Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
+    Option("dtype", str, "How logits are stored: whole, or of 512 classes and more the K most probable and what the "
+           "others share. fp16 and topk report the KL that they cost.", CACHE, "fp32", metavar="fp32|fp16|topk:K",
+           parse=storage_type),
     Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
            off=True),
     Option("files", bool | None, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, None,

@@ -249,3 +249,9 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+def cost_in_words(cost: Mapping[str, Any]) -> str:
+    """What a teacher's ``storage_cost`` or ``precision_cost`` says."""
+    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
+    return f"over {cost['rows']:,} rows: {told}"

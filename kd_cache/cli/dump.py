@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
-from kd_cache.cli.console import Screen, size
+from kd_cache.cli.console import Screen, cost_in_words, size
 from kd_cache.cli.dump_job import DumpOptions, Part, job_of, loaded_with, specs_of
 from kd_cache.cli.guard import guard_notes, guard_table
 from kd_cache.cli.inputs import data_of, task_of
@@ -41,7 +41,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     refuse_odd(options)
     # On a cluster the driver does everything, whatever started it.
     part, said = part_of(options.shard) if options.ray is None else (None, "")
-    datas = _guarded(run, options, screen)
+    datas = _guarded(run, options, screen, part)
     for data in datas:
         _announce(screen, data)
     if (part is not None or options.ray is not None) and len(datas) > 1:
@@ -100,11 +100,15 @@ def _pushed(job: DumpJob, url: str | None, code: int, screen: Screen) -> dict[st
     return {"push": done.as_json()}
 
 
-def _guarded(run: Run, options: DumpOptions, screen: Screen) -> list[Dataset]:
-    """The data of each target: the guard looks at all of them before any teacher is loaded."""
+def _guarded(run: Run, options: DumpOptions, screen: Screen, part: Part) -> list[Dataset]:
+    """The data of each target: the guard looks at all of them before any teacher is loaded.
+
+    It has done so already where a part finds the table of the samples.
+    """
     task = task_of(run.values)
     first, *others = task.several(options.target)
-    data = data_of(first, run.values, task, screen.note)
+    tables = None if part is None or others else CacheFolder(options.cache_root / task.adaptation(first)).pending_path
+    data = data_of(first, run.values, task, screen.note, tables=tables)
     shared = run.values["allow_shared_locations"]
     return [data, *(data.for_target(target, allow_shared_locations=shared) for target in others)]
 
@@ -226,17 +230,13 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():
-        lines += _cost_line(f"{name}: storing as fp16", result.cost)
+        lines += _cost_line(f"{name}: storing as {job.dtype}", result.cost)
         lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
     return [*lines, *missing_lines(report.missing)]
 
 
 def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
-    if measured is None or not measured.rows:
-        return []
-    cost = measured.as_json()
-    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
-    return [f"{what}, over {cost['rows']:,} rows: {told}"]
+    return [] if measured is None or not measured.rows else [f"{what}, {cost_in_words(measured.as_json())}"]
 
 
 def _seal_command(job: DumpJob) -> str:

@@ -43,6 +43,10 @@ and Brier score, of all rows and by device group (source, target, other, unseen)
 has the confusion, the accuracy per class and what an early exit at a confidence would give as well. Values may be
 logits, log probabilities or probabilities. Where a group is always right, its interval is 100 – 100: few rows.
 
+`--against cache/A2b` measures that cache's teachers on the same rows: how much better the net is than each, with an
+interval from the same draws of locations for both. `--csv` writes rows and accuracy of each device and class; the JSON
+has them too, and so has the page of a training.
+
 `--split val` gives the figures that `kd-cache train` chose the epoch by, with the same `--target`, `--val-ratio`
 and `--fold`. A note says how many of the rows trained the net, as its provenance says
 ([guard.md](guard.md#provenance)), and how many chose its epoch."""

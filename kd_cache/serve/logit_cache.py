@@ -49,6 +49,7 @@ class LogitCache:
         files: the files that all opened teachers hold.
         num_classes: C.
         frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
+        topk: how top-k rows are stored, else ``None``. Where they are, a batch is a `TopK` in place of a tensor.
         task: what the data set is that was scored.
         target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
             no domains, the one that there is.
@@ -73,10 +74,10 @@ class LogitCache:
         self.misses = 0
         self._rows_of = tables
         self._index = index
-        self._on_miss = on_miss
+        self._on_miss, self._first = on_miss, -1 if on_miss == "nan" else 0
         self.teachers = tuple(rows.name for rows in tables)
         self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
-        self.dtype = tables[0].dtype
+        self.dtype, self.topk = tables[0].dtype, tables[0].topk
         self._resolver = Resolver(path, tables, index)
         self._row_numbers = self._resolver.numbers
         self.preloaded = choose(
@@ -180,7 +181,8 @@ class LogitCache:
     def __repr__(self) -> str:
         return (
             f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
-            f"classes={self.num_classes}, {'' if self.frames is None else f'frames={self.frames}, '}dtype={self.dtype})"
+            f"classes={self.num_classes}, {f'frames={self.frames}, ' if self.frames else ''}"
+            f"dtype={self.topk or self.dtype})"
         )
 
     @property
@@ -273,10 +275,11 @@ class LogitCache:
         rows: torch.Tensor | np.ndarray | Sequence[str],
         dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
-        Of teachers that score each frame they are ``[B, T, L, C]``.
+        Of teachers that score each frame they are ``[B, T, L, C]``. Of top-k rows it is a `TopK` ``[B, T]``, its
+        log-probabilities in ``dtype`` or float32.
 
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
@@ -284,10 +287,14 @@ class LogitCache:
 
         Raises:
             MissingLogitsError, IndexError: a file without logits, a row that is none.
-            UsageError: ``out`` has another shape or dtype.
+            UsageError: ``out`` has another shape or dtype, or rows are top-k.
         """
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
+        if self.topk is not None:
+            if out is not None:
+                raise UsageError("a batch of top-k rows is a TopK, and fills no tensor", hint="Leave out=… away.")
+            return self._gatherer.most_probable(self._numbers(rows, self._first), self.topk, dtype)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
         if self.frames is None:
@@ -307,7 +314,7 @@ class LogitCache:
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
                 return logits if dtype is None else logits.to(dtype)
-        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        numbers = self._numbers(rows, self._first)
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
@@ -321,7 +328,7 @@ class LogitCache:
         teachers: Sequence[str] | None = None,
         files: Sequence[str] | None = None,
         device: str | torch.device = "cpu",
-    ) -> torch.Tensor:
+    ) -> Any:
         """The whole table ``[N, T, C]`` on a device: of ``files`` in their order (all by default) and ``teachers``."""
         wanted = self.teachers if teachers is None else tuple(teachers)
         unknown = [name for name in wanted if name not in self.teachers]

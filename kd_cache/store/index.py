@@ -23,7 +23,7 @@ from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
+from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, is_dtype
 from kd_cache.store.permitted import PERMITTED_NAME
 
 _UNSET = "0" * 32
@@ -47,7 +47,7 @@ _TEACHER = {
     "value_kind": VALUE_KINDS.__contains__,
     "num_classes": lambda value: type(value) is int and value > 0,
     "class_names": (None, [str]),
-    "dtype": STORED.__contains__,
+    "dtype": lambda value: isinstance(value, str) and is_dtype(value),
     "rows": int,
     "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
     "earlier": [_TEXTS],

@@ -201,6 +201,16 @@ def storage_type(text: str) -> str:
     raise UsageError(f"expected fp32, fp16, or topk:K for the K most probable classes, found {text!r}")
 
 
+def byte_size(text: str) -> int:
+    """A number of bytes, with or without a unit: ``32MiB``, ``8GB``."""
+    number, unit = text.rstrip("BKMGTPi"), text.lstrip("0123456789")
+    factors = {"": 1, "B": 1} | {each + end: base ** (1 + at) for at, each in enumerate("KMGT")
+                                 for end, base in (("B", 1000), ("iB", 1024))}  # fmt: skip
+    if number.isascii() and number.isdigit() and unit in factors and (size := int(number) * factors[unit]):
+        return size
+    raise UsageError(f"expected a number of bytes such as 32MiB or 8GiB, found {shown(text)!r}")
+
+
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)

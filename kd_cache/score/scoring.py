@@ -215,8 +215,7 @@ class Scoring:
     def _keep_rows(self, name: str, scored: Scored) -> None:
         numbers, logits = scored.numbers, scored.logits[name]
         origin, report = self._job.origins[name], self._report.teachers[name]
-        with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
-            stored = logits.astype(origin.stored)
+        stored, fits = origin.encoded(logits)
         good = np.isfinite(logits).all(axis=1)
         self._checks[name].add(origin.as_vectors(logits[good]))
         wrong = self._checks[name].contradiction()
@@ -225,7 +224,6 @@ class Scoring:
                 f"teacher {name} says value_kind {origin.value_kind}, but its rows {wrong}",
                 hint="Return raw logits, or declare the value_kind that the teacher returns.",
             )
-        fits = np.isfinite(stored).all(axis=1)
         kept = [number for row, number in enumerate(numbers) if fits[row]]
         files = [self._files[number] for number in kept]
         self._commits.add(name, self._keys[kept], self.inputs[kept], files, stored[fits])

@@ -10,7 +10,7 @@ from kd_cache.errors import UsageError
 
 INDEX_NAME = "cache_index.json"
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json", "seen.bin")
+RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json", "seen.bin", "remote.json")
 MODES: Final = ("ce", "fit", "mean", "probs", "gate", "entropy", "label")
 """Ways to make one teacher of several: a student is told one of them, or a teacher's name."""
 MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean", "attn_fusion": "gate"}

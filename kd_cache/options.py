@@ -226,8 +226,8 @@ _TABLE = (
     # Data
     Option("target", str | None, "Target device; the cache holds the train samples of A and of this device.", DATA,
            None, "needed, but where the task has no domains", also=("--target-name",), metavar="|".join(TARGETS)),
-    Option("json_path", Path | None, "Dataset JSON (manifest).", DATA, None, "data/sample/dataset.json",
-           recalled=True),
+    Option("json_path", Path | None, "Dataset JSON (manifest), or a .jsonl with a row on every line.", DATA, None,
+           "data/sample/dataset.json", recalled=True),
     Option("data_root", Path | None, "Folder that the manifest's files are relative to.", DATA, None,
            "the manifest's folder", recalled=True),
     Option("features", Path | None, "One HDF5 file that holds the features, instead of files below the data root.",

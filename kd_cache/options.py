@@ -204,8 +204,9 @@ def storage_type(text: str) -> str:
 def byte_size(text: str) -> int:
     """A number of bytes, with or without a unit: ``32MiB``, ``8GB``."""
     number, unit = text.rstrip("BKMGTPi"), text.lstrip("0123456789")
-    factors = {"": 1, "B": 1} | {each + end: base ** (1 + at) for at, each in enumerate("KMGT")
-                                 for end, base in (("B", 1000), ("iB", 1024))}  # fmt: skip
+    factors: dict[str, int] = {"": 1, "B": 1}
+    for power, prefix in enumerate("KMGT", 1):
+        factors |= {f"{prefix}B": 1000**power, f"{prefix}iB": 1024**power}
     if number.isascii() and number.isdigit() and unit in factors and (size := int(number) * factors[unit]):
         return size
     raise UsageError(f"expected a number of bytes such as 32MiB or 8GiB, found {shown(text)!r}")

@@ -379,13 +379,18 @@ def test_parts_of_machines_without_a_common_disk_meet_at_an_url(
     assert "secret" not in result.output
 
 
-def test_an_error_of_a_part_is_the_command_s(local: Local, run: Run, world: World) -> None:
+@pytest.mark.parametrize(("slots", "started"), [(3, 4), (0, 1)])
+def test_an_error_of_a_part_is_the_command_s(
+    slots: int, started: int, local: Local, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "slots", lambda: slots)
     (world.root / "mine.py").write_text(MINE)
     lost = ("--teacher", "lost=mine.py:unloadable", "--only", "lost", "--json-path", "dataset.json")
     result = run("dump", "--target", "b", *lost, "--ray", "auto", "--parts", "20")
     assert result.exit_code == 1
     assert "my disk is gone" in result.stderr
-    assert len(local.sent) == 4
+    assert len(local.sent) == started
+    assert ("no machine of the cluster can run a part now" in result.stderr) == (slots == 0)
 
 
 # -- the recipes ------------------------------------------------------------------------------------------------------

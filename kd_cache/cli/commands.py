@@ -37,6 +37,7 @@ from kd_cache.options import (
     Target,
     ValueKind,
     batch_size,
+    byte_size,
     changed,
     targets,
 )
@@ -132,12 +133,16 @@ SEAL = Command(
                "Which features count: unchanged where nobody touched their files since a part read them, and read "
                "elsewhere; read: all of them; as-scored: they are not at hand, each is as its part read it (recorded).",
                CACHE, "unchanged"),
+        Option("pack_bytes", int | None,
+               "Make 2, 4, 8 … packs of a teacher where one would be larger; each has the keys that begin alike.",
+               CACHE, None, "as it was, at first 8GiB", metavar="N|32MiB|8GiB", parse=byte_size),
         "workers", *DATA_LIMITS, "config", *SHOWING,
     ),
     SAVED,
     (
         "kd-cache seal --target b --cache-root cache/parts",
         "kd-cache seal --target b --cache-root cache/parts --inputs as-scored",
+        "kd-cache seal --target b --cache-root cache/parts --pack-bytes 1GiB",
     ),
     exit_codes=_AUDIT,
     notes=notes.SEAL,

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd_cache import BatchLoader, CorruptError, LogitCache
 from kd_cache.files import mapped
 from kd_cache.store import pack as pack_module
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.shelf import STEP, RowNumbers
 from kd_cache.store.snapshot import Snapshot
@@ -72,8 +73,9 @@ def shelved(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> MadeCache:
 
 
 def expected(made: MadeCache, files: Sequence[str]) -> np.ndarray:
-    by_file = [mine.by_file() for mine in made.rows.values()]
-    return np.stack([[each[file] for each in by_file] for file in files])
+    """``[B, T, C]``."""
+    at = {file: number for number, file in enumerate(made.rows["scene"].files)}
+    return np.stack([mine.logits[[at[file] for file in files]] for mine in made.rows.values()], axis=1)
 
 
 def serves(cache: LogitCache, made: MadeCache) -> None:
@@ -131,6 +133,18 @@ def test_of_one_pack_numbers_count_without_holes(made: MadeCache) -> None:
         numbers = RowNumbers(counts)
         assert not numbers.has_holes
         assert numbers.all().tolist() == list(range(sum(counts)))
+
+
+def test_readers_open_what_the_index_names_and_sort_nothing(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dumps and parts commit beside it: nothing of that is read, or costs more than its name."""
+    opened: list[str] = []
+    genuine = pack_module.open_file
+    monkeypatch.setattr(pack_module, "open_file", lambda path: (opened.append(path.name), genuine(path))[1])
+    monkeypatch.setattr(np, "lexsort", None)
+    cache = LogitCache.open(made.path, preload=False)
+    cache.batch(FILES)
+    named = Snapshot(CacheFolder(made.path)).served_paths(made.rows)
+    assert sorted(opened) == sorted(path.name for path in named)
 
 
 @pytest.mark.filterwarnings("ignore:.*promises 1,500 rows of scene, found 700:UserWarning")
@@ -275,6 +289,6 @@ def test_caches_that_are_closed_leave_no_addresses_behind(shelved: MadeCache, mo
     for _ in range(3):
         cache = LogitCache.open(shelved.path, preload=False)
         cache.batch(cache.all_rows())
-        assert maps_of(shelved.path) >= 18
+        assert maps_of(shelved.path) == 36, "nine packs of two teachers, whole and their rows"
         del cache
         assert maps_of(shelved.path) == 0

@@ -109,10 +109,17 @@ def index_words(path: Path) -> dict[str, Any]:
     kept = ("fingerprint", "value_kind", "num_classes", "dtype", "rows", "pack", "accuracy", "measured", "earlier")
     found |= {word: record.get(word) for word in words} | {"format_version": 1}
     old = {new: name for name, new in NAMES_IN_2.items()}
+
+    def pack(entry: dict[str, Any]) -> str:
+        """The one pack, as its name is in format 1."""
+        ((name, rows),) = entry["packs"] if record["format_version"] == 2 else [[entry["pack"], entry["rows"]]]
+        assert rows == entry["rows"]
+        return old.get(name, name)
+
     found["manifest"] = record["manifest"]["sha256"]
     found["teachers"] = {
         name: {word: entry.get(word) for word in kept}
-        | {"pack": old.get(entry["pack"], entry["pack"]), "class_names": sha256(canonical_json(entry["class_names"]))}
+        | {"pack": pack(entry), "class_names": sha256(canonical_json(entry["class_names"]))}
         for name, entry in record["teachers"].items()
     }
     return found

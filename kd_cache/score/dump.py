@@ -244,7 +244,7 @@ class _Dump:
                 continue
             make_directory(self.folder.packs_path)
             made = merge_packs(self.folder.packs_path, known.lent, self.keys[numbers], inputs[numbers])
-            written += [] if made.path is None else [made.path]
+            written += made.paths
             self.watcher.note(f"{name}: {len(numbers):,} rows were copied that it scored for another target")
         return written
 

@@ -23,8 +23,8 @@ from kd_cache import BatchLoader, CorruptError, LogitCache
 from kd_cache.files import mapped
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.pack import open_pack
-from kd_cache.store.shelf import STEP, RowNumbers
+from kd_cache.store.pack import Pack, open_pack
+from kd_cache.store.shelf import STEP, RowNumbers, Shelf
 from kd_cache.store.snapshot import Snapshot
 
 FILES = [names(1500)[number] for number in np.random.default_rng(3).permutation(1500)]
@@ -199,6 +199,28 @@ def test_damage_in_one_of_many_packs_is_found_where_it_is_read(
         with pytest.raises(CorruptError, match=f"{path.name}.*row 0 does not match"):
             cache.batch(one)
     np.testing.assert_array_equal(cache.batch(numbers[others]).numpy(), right[others])
+
+
+def test_packs_that_are_checked_already_are_asked_no_more(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    touch = Pack.touch
+
+    def counted(self: Pack, wanted: np.ndarray) -> None:
+        asked.append(len(self))
+        touch(self, wanted)
+
+    paths = [path for path in (made.path / "packs").glob("scene-*") if len(open_pack(path, "off")) in (700, 800)]
+    opened = sorted((open_pack(path, "lazy") for path in paths), key=lambda pack: pack.keys[0].tobytes())
+    shelf, right = Shelf(opened), made.rows["scene"].logits
+    monkeypatch.setattr(Pack, "touch", counted)
+    everyone = shelf.numbers.all()
+    for numbers, then in (([3, 4], [700]), ([5], [700]), (everyone[:0], [700]), (everyone, [700, 700, 800])):
+        rows = np.searchsorted(everyone, np.array(numbers, np.int64))
+        np.testing.assert_array_equal(shelf.take(everyone[rows]), right[rows])
+        assert asked == then
+    assert not shelf.is_lazy
+    np.testing.assert_array_equal(shelf.take(everyone), right)
+    assert asked == [700, 700, 800]
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------

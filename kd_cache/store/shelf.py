@@ -49,7 +49,7 @@ class RowNumbers:
     @cached_property
     def _ends(self) -> np.ndarray:
         """``[blocks]`` u8, for every `STEP` numbers: up to where they are rows."""
-        ends: np.ndarray = np.arange(STEP, self.limit + STEP, STEP, np.uint64)
+        ends: np.ndarray = np.arange(STEP, self.limit + STEP, STEP, dtype=np.uint64)
         ends[(self.bases + self._counts - 1) // STEP] = self.bases + self._counts
         return ends
 

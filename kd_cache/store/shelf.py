@@ -122,11 +122,12 @@ class Shelf:
 
     def touch(self, numbers: np.ndarray) -> None:
         """Check these rows where packs are checked as they are read, each the first time."""
-        if self._unchecked is None or not self._unchecked[numbers // CHECKED_AT_ONCE].any():
+        unchecked = self._unchecked  # another thread may be done with the last one meanwhile
+        if unchecked is None or not unchecked[numbers // CHECKED_AT_ONCE].any():
             return
         for pack, rows, _ in self.by_pack(numbers):
             pack.touch(rows)
-        if not self._unchecked.any():
+        if not unchecked.any():
             self._unchecked = None  # every block was looked at: nothing is left to ask
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
@@ -168,11 +169,13 @@ class Shelf:
     def files(self, numbers: np.ndarray) -> list[str]:
         """The manifest path of each row."""
         self.touch(numbers)
-        files = [""] * len(numbers)
+        if len(self.packs) == 1:
+            return list(map(self.packs[0].file, numbers.tolist()))
+        files = np.empty(len(numbers), object)
         for pack, rows, mine in self.by_pack(numbers):
-            for row, at in zip(rows.tolist(), np.arange(len(numbers))[mine].tolist(), strict=True):
-                files[at] = pack.file(row)
-        return files
+            files[mine] = list(map(pack.file, rows.tolist()))
+        found: list[str] = files.tolist()
+        return found
 
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""

@@ -71,6 +71,7 @@ class Change:
         keep_damaged: leave damaged packs where they are.
         trained: by teacher the keys of the samples that trained it, where it says so.
         min_accuracy: the least that each of ``origins`` must reach.
+        pack_bytes: what a pack is not expected to exceed; ``None``: as the index says.
         hint: what to do where rows are missing.
     """
 
@@ -87,6 +88,7 @@ class Change:
     keep_damaged: bool = False
     trained: Mapping[str, np.ndarray] = field(default_factory=dict)
     min_accuracy: float | None = None
+    pack_bytes: int | None = None
     hint: str = ANOTHER_MANIFEST
 
 

@@ -39,13 +39,32 @@ from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.unfinished import Unfinished
-from kd_cache.store.union import Merged, Union, merge_packs
-from kd_cache.store.view import ROW_FILE_NAME, in_the_way, is_row, rows_of, stored_names, view_names, write_view
+from kd_cache.store.union import PACK_BYTES, Merged, Union, merge_packs
+from kd_cache.store.view import (
+    ROW_FILE_NAME,
+    in_the_way,
+    is_row,
+    rows_of,
+    stored_names,
+    view_names,
+    without_files,
+    write_view,
+)
 from kd_cache.watch import Watcher
 
 _BLOCK = 8192
 _EARLIER = 20
-_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "part", "features_at", "superseded")
+_RESULTS = (
+    "teachers",
+    "digest",
+    "format_version",
+    "missing",
+    "permitted",
+    "part",
+    "features_at",
+    "superseded",
+    "pack_bytes",
+)
 
 
 def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
@@ -131,6 +150,8 @@ class _Publication:
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
         self.unfinished = Unfinished(self.pending, change, self.earlier)
         self.done = Published()
+        kept = self.earlier.record.get("pack_bytes", PACK_BYTES) if self.earlier else PACK_BYTES
+        self._pack_bytes = change.pack_bytes or kept
         self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
     @property
@@ -155,13 +176,15 @@ class _Publication:
         if self.snapshot.again().state != self.snapshot.state:
             raise IndexChangedError  # no row of the view may change under an index that names it
         view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
-        maps = view.bring_in_line(rows, change.wanted.listed, wanted=change.files)
+        has_view = change.files and not without_files(origins)
+        maps = view.bring_in_line(rows, change.wanted.listed, wanted=has_view)
         permitted = change.wanted.permitted
         record = {
             **{key: value for key, value in change.record.items() if key not in _RESULTS},
             "plan": None if (plan := self.snapshot.again().saved_plan) is None else plan.as_json(),
             "missing": {file: reason for file, reason in change.missing.items() if file in done.missing},
-            "files": change.files,
+            "files": has_view,
+            **({} if self._pack_bytes == PACK_BYTES else {"pack_bytes": self._pack_bytes}),
             "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
             "teachers": {name: self._entry(origin, rows[name]) for name, origin in origins.items()},
             **self.unfinished.described(superfluous),
@@ -253,7 +276,7 @@ class _Publication:
         for _ in range(100):
             union = now.union(origin, self.change.replaced, self.change.standing.get(name, ()))
             inputs, unread = self.unfinished.inputs(union)
-            result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread)
+            result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread, self._pack_bytes)
             lost = np.flatnonzero(result.absent & required)
             if len(lost):
                 raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -18,7 +19,7 @@ NO_LABEL = -1
 _TOP = 1 << 16
 """So many halves of keys are kept beside an array at most: half a megabyte."""
 _CHUNK = 1 << 16
-"""Keys that are looked up, or looked at, together."""
+"""Keys that are made, looked up, or looked at, together."""
 
 
 def sample_key(file: str) -> str:
@@ -29,7 +30,11 @@ def sample_key(file: str) -> str:
 
 def keys_of(files: Iterable[str]) -> np.ndarray:
     """``[N, 16]`` u1: the MD5 keys of manifest paths."""
-    return keys_of_bytes([file.encode("utf-8") for file in files])
+    left = iter(files)
+    found = []
+    while names := [file.encode("utf-8") for file in islice(left, _CHUNK)]:
+        found.append(keys_of_bytes(names))
+    return found[0] if len(found) == 1 else np.concatenate([np.empty((0, 16), np.uint8), *found])
 
 
 def keys_of_bytes(names: Iterable[bytes]) -> np.ndarray:

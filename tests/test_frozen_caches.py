@@ -245,3 +245,17 @@ def test_the_fingerprint_of_a_cnn14_stays_the_same() -> None:
         teacher_fingerprint(LoadedTeacher(net, source="")).digest
         == "7be01024bc26faece4a961dd18369d5d207fd902da26acd228a8dafb10cd2971"
     )
+
+
+@pytest.mark.parametrize("name", ["finished", "parts", "unfinished", "packed"])
+def test_it_goes_over_an_url_as_it_is(copy: Path, run: Run, name: str) -> None:
+    for arguments in (("push", f"{name}/A2b", "file://store/A2b"), ("pull", "file://store/A2b", "pulled/A2b")):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+    for folder in ("packs", "pending"):
+        held = [{path.name: path.read_bytes() for path in copy.glob(f"{at}/A2b/{folder}/*")} for at in (name, "pulled")]
+        assert held[0] == held[1]
+    if name in ("finished", "packed"):
+        one, other = (LogitCache.open(copy / at / "A2b", ["first"]) for at in (name, "pulled"))
+        assert (one.files, one.fingerprints) == (other.files, other.fingerprints)
+        assert torch.equal(one.batch(one.files), other.batch(one.files))

@@ -97,6 +97,10 @@ DUMP = Command(
                "several for each slot of the cluster", low=1, kept=False),
         Option("ray_gpus", float | None, "GPUs of a part that --ray starts; without any it runs on the CPU.", RUN,
                None, "1 where the cluster has GPUs and --device permits", low=0, high=1, kept=False),
+        Option("ray_storage", str | None,
+               "Where machines share no disk: each part is dumped into a folder of its machine and pushed there, and "
+               "pulled from there to be sealed (pip install kd-cache[remote]).", RUN, None, "all see the cache root",
+               metavar="URL", kept=False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,

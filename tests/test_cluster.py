@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPO, Run, World
+from fault_tools import TIER
 from store_fixtures import snapshot
 
 import kd_cache.cli.on_ray
@@ -65,8 +68,9 @@ class Standin:
             raise outcome
         return outcome
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         self.interrupted = True
+        return True
 
 
 class Heard(Watcher):
@@ -162,7 +166,7 @@ class Ordered:
     proof: Path
     act: Callable[[], Any]
 
-    def job(self, part: tuple[int, int]) -> Any:
+    def dump(self, part: tuple[int, int], watcher: Watcher) -> Any:
         return self.act()
 
 
@@ -181,7 +185,7 @@ def _raises(error: BaseException) -> Callable[[], Any]:
     ("act", "kind", "text"),
     [
         (_raises(OursError("no weights", hint="here")), CheckpointError, "no weights\nhere"),
-        (_raises(ZeroDivisionError("by zero")), KDCacheError, "unexpected ZeroDivisionError in part 3 of 8: by zero"),
+        (_raises(ZeroDivisionError("by zero")), KDCacheError, "unexpected ZeroDivisionError: by zero"),
     ],
 )
 def test_an_error_travels(act: Callable[[], Any], kind: type[KDCacheError], text: str, tmp_path: Path) -> None:
@@ -248,6 +252,7 @@ RAY = ("dump", "--target", "b", "--ray")
         (("dump", "--target", "b,c", "--ray", "local"), "a part is of one target's cache"),
         (("dump", "--target", "b", "--parts", "8"), "--parts is for --ray, which is not given"),
         (("dump", "--target", "b", "--ray-gpus", "1"), "--ray-gpus is for --ray"),
+        (("dump", "--target", "b", "--ray-storage", "s3://b/A2b"), "--ray-storage is for --ray"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], text: str, run: Run, world: World) -> None:
@@ -262,6 +267,17 @@ def test_without_ray_the_extra_is_named(run: Run, world: World, monkeypatch: pyt
     result = run(*RAY, "auto", "--json-path", world.json_path)
     assert result.exit_code == 2
     assert "pip install 'kd-cache[ray]'" in result.stderr
+
+
+def test_a_head_that_does_not_answer_is_told_at_once(run: Run, world: World) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run(*RAY, address, "--json-path", world.json_path, "--teacher", "tiny=tiny_teachers:linear")
+    assert result.exit_code == 1
+    assert f"no Ray cluster answers at --ray {address}" in result.stderr
+    assert "ray start --head" in result.stderr
 
 
 class Local(Cluster):
@@ -337,13 +353,44 @@ def test_parts_that_run_elsewhere_make_what_one_process_makes(local: Local, run:
     assert "Nothing to score" in again.stdout
 
 
-def test_an_error_of_a_part_is_the_command_s(local: Local, run: Run, world: World) -> None:
+def test_parts_of_machines_without_a_common_disk_meet_at_an_url(
+    local: Local, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each machine has a home of its own; a rerun on another one scores nothing again."""
+    pytest.importorskip("obstore")
+    (world.root / "mine.py").write_text(MINE)
+    mine = ("--teacher", "mine=mine.py:linear", "--only", "mine", "--json-path", "dataset.json")
+    dump = ("dump", "--target", "b", *mine)
+    assert run(*dump).exit_code == 0
+    expected = {name: content for name, content in snapshot(world.cache).items() if name != "cache_index.json"}
+    world.cache.parent.rename(world.root / "plain")
+    stored = (*dump, "--ray", "auto", "--parts", "3", "--ray-storage", f"file://{world.root}/store/A2b")
+    for home, scored in (("one", 20), ("two", 0)):
+        monkeypatch.setenv("HOME", str(world.root / home))
+        monkeypatch.setattr(kd_cache.cluster.worker, "_KEPT", {})
+        result = run(*stored, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["samples_scored"] == scored
+        assert {
+            name: content for name, content in snapshot(world.cache).items() if name != "cache_index.json"
+        } == expected
+    result = run(*dump, "--ray", "auto", "--ray-storage", "s3://user:secret@bucket/A2b")
+    assert result.exit_code == 2
+    assert "secret" not in result.output
+
+
+@pytest.mark.parametrize(("slots", "started"), [(3, 4), (0, 1)])
+def test_an_error_of_a_part_is_the_command_s(
+    slots: int, started: int, local: Local, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "slots", lambda: slots)
     (world.root / "mine.py").write_text(MINE)
     lost = ("--teacher", "lost=mine.py:unloadable", "--only", "lost", "--json-path", "dataset.json")
     result = run("dump", "--target", "b", *lost, "--ray", "auto", "--parts", "20")
     assert result.exit_code == 1
     assert "my disk is gone" in result.stderr
-    assert len(local.sent) == 4
+    assert len(local.sent) == started
+    assert ("no machine of the cluster can run a part now" in result.stderr) == (slots == 0)
 
 
 # -- the recipes ------------------------------------------------------------------------------------------------------
@@ -353,7 +400,7 @@ RECIPES = re.findall(r"```(\w+)\n(.*?)```", (REPO / "docs/clusters.md").read_tex
 
 def commands(text: str) -> Iterator[list[str]]:
     """Every kd-cache command in a text, as words."""
-    for found in re.findall(r"kd-cache ((?:dump|seal|push|pull) [^\"'#\n;]*)", text):
+    for found in re.findall(r"kd-cache ((?:dump|seal|push|pull) [^\"'#\n;&|]*)", text):
         yield shlex.split(found.partition(' --shard"')[0])
 
 
@@ -369,3 +416,16 @@ def test_recipes_can_be_read_and_their_commands_are_ours(number: int) -> None:
     for name, *arguments in commands(text):
         arguments = [re.sub(r"\$\w+/(\d+|\$\w+)", "0/2", each) for each in arguments]
         built(name).make_context(name, [*arguments, *(["0/2"] if arguments[-1] == "--shard" else [])])
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(TIER == "one", reason="two processes that import torch: make faults starts them")
+def test_the_recipe_for_torchrun_makes_what_one_process_makes(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(REPO / "data")
+    recipe = next(text for _, text in RECIPES if text.startswith("torchrun"))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    for script in (recipe, "kd-cache dump --target b"):
+        subprocess.run(["bash", "-e"], input=script, text=True, cwd=tmp_path, env=environment, check=True)
+    found, plain = (snapshot(tmp_path / folder / "A2b") for folder in ("cache/torchrun", "cache"))
+    assert {name for name, content in plain.items() if found.get(name) != content} <= {"cache_index.json", "seen.bin"}

@@ -90,14 +90,14 @@ def test_a_seal_needs_neither_torch_nor_the_teachers_code(dump: Run, world: Worl
 
 def test_a_seal_leaves_one_pack_per_teacher_and_no_record(dump: Run, run: Run, world: World) -> None:
     halves(dump, "--shard-size", 1)
-    assert len(world.packs()) > 10
+    assert len(world.packs()) == 4
     assert len(pending(world)) == 2
     result = run(*SEAL, "--json")
     assert result.exit_code == 0
     content = json.loads(result.stdout)
     assert (content["permitted"], content["missing"]) == (20, {})
     assert content["published"]["rows"] == {"tiny": 20, "other": 20}
-    assert sorted(content["published"]["packs"].values()) == sorted(world.packs())
+    assert sorted(name for named in content["published"]["packs"].values() for name in named) == sorted(world.packs())
     assert len(world.packs()) == 2
     assert pending(world) == []
     assert run("verify", "--target", "b", "--all", *TINY).exit_code == 0

@@ -162,20 +162,8 @@ class LogitCache:
             if strict:
                 raise MissingLogitsError(lacking, hint="Restore its packs, or run kd-cache dump again.")
             warnings.warn(lacking, stacklevel=2)
-        for name in origins:
-            if "adopted" in generation.index.record["teachers"][name]:
-                warnings.warn(
-                    f"the rows of {name} were adopted from elsewhere and never verified; kd-cache repair --recompute "
-                    "does that",
-                    stacklevel=2,
-                )
-        nameless = [name for name, origin in origins.items() if origin.class_names is None]
-        if 0 < len(nameless) < len(origins):
-            warnings.warn(
-                f"{', '.join(nameless)} name no classes: whether their columns are those of the other teachers is not "
-                "known",
-                stacklevel=2,
-            )
+        for doubt in generation.doubts():
+            warnings.warn(doubt, stacklevel=2)
         return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
 
     def __repr__(self) -> str:
@@ -387,17 +375,7 @@ class LogitCache:
             raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
         if numbers.dtype is not _INT64:
             numbers = numbers.astype(_INT64)
-        if not len(numbers):
-            return numbers
-        # As unsigned numbers the negative ones are the largest: one look finds both ends.
-        unsigned = (numbers - first if first else numbers).view(np.uint64)
-        limit = self._row_numbers.limit
-        if np.maximum.reduce(unsigned) >= limit - first:
-            raise IndexError(f"rows must lie in [0, {limit}), found {numbers.min()} to {numbers.max()}")
-        if self._row_numbers.has_holes:
-            hole = self._row_numbers.first_hole(numbers if first == 0 else numbers[numbers >= 0])
-            if hole is not None:
-                raise IndexError(f"{hole} is no row: it lies between two packs; all_rows() gives the numbers of rows")
+        self._row_numbers.refuse_others(numbers, first)
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:

@@ -15,7 +15,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from kd_cache.files.atomic import open_file, store_errors, sync_directory, tempo
 from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
 from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
+from kd_cache.store.file_names import FileNames, stretches
 from kd_cache.store.names import is_teacher_name
 from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json, is_dtype
 from kd_cache.store.preamble import MAGIC, USER_BLOCK, Preamble, Span
@@ -103,6 +104,15 @@ class Pack:
         """The manifest path of a row, UTF-8."""
         return self.files_blob[int(self.file_offsets[row]) : int(self.file_offsets[row + 1])].tobytes()
 
+    def name_lengths(self, rows: np.ndarray | slice) -> np.ndarray:
+        """``[n]`` int64: how many bytes the manifest paths of these rows have."""
+        return np.diff(self.file_offsets.view(np.int64))[rows]
+
+    def names_blob(self, rows: np.ndarray) -> np.ndarray:
+        """``[M]`` u1: the manifest paths of these rows, UTF-8, one after the other."""
+        starts = self.file_offsets.view(np.int64)[rows]
+        return self.files_blob[stretches(starts, self.file_offsets.view(np.int64)[rows + 1] - starts)]
+
     def file(self, row: int) -> str:
         """The manifest path of a row. Raises `CorruptError` if it is not UTF-8."""
         try:
@@ -169,7 +179,7 @@ def write_pack(
     origin: Origin,
     keys: np.ndarray,
     inputs: np.ndarray,
-    files: list[bytes],
+    files: Sequence[bytes] | FileNames,
     take: Callable[[slice], np.ndarray],
     block: int = 65_536,
 ) -> Path:
@@ -177,7 +187,7 @@ def write_pack(
 
     Args:
         keys, inputs: ``[N, 16]`` u1, keys strictly ascending, N ≥ 1.
-        files: the N manifest paths, UTF-8.
+        files: the N manifest paths, UTF-8, as a sequence of them or, of many rows, as `FileNames`.
         take: gives the rows of a slice as ``[n, C]`` in the stored dtype, so that any N fits in memory.
 
     Equal arguments give equal bytes and so the same name: writing a pack twice is harmless.
@@ -190,7 +200,8 @@ def write_pack(
     target = directory / f"{origin.teacher}-new.h5"
     with store_errors(directory, "write a pack into"), temporary_beside(target) as temporary:
         with temporary.open("x+b", buffering=0) as file:
-            _write_hdf5(file, origin, keys, inputs, files, take, block)
+            names = files if isinstance(files, FileNames) else FileNames.of(files)
+            _write_hdf5(file, origin, keys, inputs, names, take, block)
             digest = _seal_user_block(file, keys)
         final = directory / f"{origin.teacher}-{digest.hex()}.h5"
         try:
@@ -204,9 +215,9 @@ def write_pack(
 
 def write_part(directory: Path, pack: Pack, rows: np.ndarray) -> Path:
     """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
-    files = [pack.file_bytes(row) for row in rows.tolist()]
+    names = FileNames(pack.name_lengths(rows), lambda part: pack.names_blob(rows[part]))
     keys, inputs = pack.keys[rows], pack.inputs[rows]
-    return write_pack(directory, pack.origin, keys, inputs, files, lambda part: pack.logits[rows[part]])
+    return write_pack(directory, pack.origin, keys, inputs, names, lambda part: pack.logits[rows[part]])
 
 
 def _write_hdf5(
@@ -214,13 +225,13 @@ def _write_hdf5(
     origin: Origin,
     keys: np.ndarray,
     inputs: np.ndarray,
-    files: list[bytes],
+    names: FileNames,
     take: Callable[[slice], np.ndarray],
     block: int,
 ) -> None:
     count = len(keys)
     offsets = np.zeros(count + 1, "<u8")
-    np.cumsum([len(name) for name in files], out=offsets[1:])
+    np.cumsum(names.lengths, out=offsets[1:])
     outlet = Outlet(file)
     with writing_hdf5(outlet, USER_BLOCK) as pack:
         for name, value in attributes_of(origin).items():
@@ -230,8 +241,11 @@ def _write_hdf5(
         pack.create_dataset("checksums", (count,), "<u8", track_times=False)[:1] = 0  # gives it its place
         pack.create_dataset(_values(origin.dtype), (count, origin.width), origin.stored, track_times=False)
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
-        blob = np.frombuffer(b"".join(files), np.uint8)
-        pack.create_dataset("files", data=blob, track_times=False)
+        files = pack.create_dataset("files", (int(offsets[-1]),), "|u1", track_times=False)
+        for start in range(0, count, block):
+            stop = min(start + block, count)
+            files[int(offsets[start]) : int(offsets[stop])] = names.blob(slice(start, stop))
+            outlet.raise_failure()
     with writing_hdf5(outlet, USER_BLOCK, "r+", PAGE) as pack:  # HDF5 has one alignment for all that is placed
         checksums, logits = pack["checksums"], pack[_values(origin.dtype)]
         for start in range(0, count, block):

@@ -304,7 +304,7 @@ class LogitCache:
                 return logits if dtype is None else logits.to(dtype)
         numbers = self._numbers(rows, self._first)
         if self._on_miss == "nan" and (numbers < 0).any():
-            return self._with_nan(numbers, dtype, out)
+            return self._gatherer.with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
 
     def prepare(self) -> None:
@@ -385,15 +385,6 @@ class LogitCache:
             raise UsageError(
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
             )
-
-    def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
-        present = np.flatnonzero(rows >= 0)
-        if out is None:
-            shape = (len(rows), len(self.teachers), self.width)
-            out = torch.empty(shape, dtype=dtype or self._gatherer.torch_dtype)
-        out.fill_(float("nan"))
-        out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)
-        return out
 
 
 class JoinedCache(LogitCache):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -24,8 +26,8 @@ import kd_cache.cli.on_ray
 import kd_cache.cluster.driver
 import kd_cache.cluster.worker
 from kd_cache.cli.parser import built
-from kd_cache.cluster.driver import Crashed, PartsRun, parts_of
-from kd_cache.cluster.ray_tasks import Cluster
+from kd_cache.cluster.driver import PartsRun, parts_of
+from kd_cache.cluster.ray_tasks import Cluster, Crashed
 from kd_cache.cluster.worker import PartReport, kept, score_part
 from kd_cache.errors import CheckpointError, DataLeakageError, KDCacheError, StaleError
 from kd_cache.watch import Watcher
@@ -65,8 +67,9 @@ class Standin:
             raise outcome
         return outcome
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         self.interrupted = True
+        return True
 
 
 class Heard(Watcher):
@@ -162,7 +165,7 @@ class Ordered:
     proof: Path
     act: Callable[[], Any]
 
-    def job(self, part: tuple[int, int]) -> Any:
+    def dump(self, part: tuple[int, int], watcher: Watcher) -> Any:
         return self.act()
 
 
@@ -181,7 +184,7 @@ def _raises(error: BaseException) -> Callable[[], Any]:
     ("act", "kind", "text"),
     [
         (_raises(OursError("no weights", hint="here")), CheckpointError, "no weights\nhere"),
-        (_raises(ZeroDivisionError("by zero")), KDCacheError, "unexpected ZeroDivisionError in part 3 of 8: by zero"),
+        (_raises(ZeroDivisionError("by zero")), KDCacheError, "unexpected ZeroDivisionError: by zero"),
     ],
 )
 def test_an_error_travels(act: Callable[[], Any], kind: type[KDCacheError], text: str, tmp_path: Path) -> None:
@@ -248,6 +251,7 @@ RAY = ("dump", "--target", "b", "--ray")
         (("dump", "--target", "b,c", "--ray", "local"), "a part is of one target's cache"),
         (("dump", "--target", "b", "--parts", "8"), "--parts is for --ray, which is not given"),
         (("dump", "--target", "b", "--ray-gpus", "1"), "--ray-gpus is for --ray"),
+        (("dump", "--target", "b", "--ray-storage", "s3://b/A2b"), "--ray-storage is for --ray"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], text: str, run: Run, world: World) -> None:
@@ -262,6 +266,17 @@ def test_without_ray_the_extra_is_named(run: Run, world: World, monkeypatch: pyt
     result = run(*RAY, "auto", "--json-path", world.json_path)
     assert result.exit_code == 2
     assert "pip install 'kd-cache[ray]'" in result.stderr
+
+
+def test_a_head_that_does_not_answer_is_told_at_once(run: Run, world: World) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run(*RAY, address, "--json-path", world.json_path, "--teacher", "tiny=tiny_teachers:linear")
+    assert result.exit_code == 1
+    assert f"no Ray cluster answers at --ray {address}" in result.stderr
+    assert "ray start --head" in result.stderr
 
 
 class Local(Cluster):
@@ -337,6 +352,32 @@ def test_parts_that_run_elsewhere_make_what_one_process_makes(local: Local, run:
     assert "Nothing to score" in again.stdout
 
 
+def test_parts_of_machines_without_a_common_disk_meet_at_an_url(
+    local: Local, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each machine has a home of its own; a rerun on another one scores nothing again."""
+    pytest.importorskip("obstore")
+    (world.root / "mine.py").write_text(MINE)
+    mine = ("--teacher", "mine=mine.py:linear", "--only", "mine", "--json-path", "dataset.json")
+    dump = ("dump", "--target", "b", *mine)
+    assert run(*dump).exit_code == 0
+    expected = {name: content for name, content in snapshot(world.cache).items() if name != "cache_index.json"}
+    world.cache.parent.rename(world.root / "plain")
+    stored = (*dump, "--ray", "auto", "--parts", "3", "--ray-storage", f"file://{world.root}/store/A2b")
+    for home, scored in (("one", 20), ("two", 0)):
+        monkeypatch.setenv("HOME", str(world.root / home))
+        monkeypatch.setattr(kd_cache.cluster.worker, "_KEPT", {})
+        result = run(*stored, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["samples_scored"] == scored
+        assert {
+            name: content for name, content in snapshot(world.cache).items() if name != "cache_index.json"
+        } == expected
+    result = run(*dump, "--ray", "auto", "--ray-storage", "s3://user:secret@bucket/A2b")
+    assert result.exit_code == 2
+    assert "secret" not in result.output
+
+
 def test_an_error_of_a_part_is_the_command_s(local: Local, run: Run, world: World) -> None:
     (world.root / "mine.py").write_text(MINE)
     lost = ("--teacher", "lost=mine.py:unloadable", "--only", "lost", "--json-path", "dataset.json")
@@ -353,7 +394,7 @@ RECIPES = re.findall(r"```(\w+)\n(.*?)```", (REPO / "docs/clusters.md").read_tex
 
 def commands(text: str) -> Iterator[list[str]]:
     """Every kd-cache command in a text, as words."""
-    for found in re.findall(r"kd-cache ((?:dump|seal|push|pull) [^\"'#\n;]*)", text):
+    for found in re.findall(r"kd-cache ((?:dump|seal|push|pull) [^\"'#\n;&|]*)", text):
         yield shlex.split(found.partition(' --shard"')[0])
 
 

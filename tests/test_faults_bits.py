@@ -33,6 +33,7 @@ from store_fixtures import (
     forks,
     md5,
     name_in_index,
+    named_packs,
     names,
     origin,
     seal_bytes,
@@ -46,7 +47,6 @@ from kd_cache.errors import KDCacheError
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack
 from kd_cache.store.snapshot import Snapshot
 
@@ -302,6 +302,32 @@ def test_no_damage_gives_a_wrong_value_and_the_audit_names_it(finished: Finished
     assert "off" not in checks or tally.of("off").keys() <= {RIGHT, REFUSED, WRONG}, tally.notes
 
 
+def test_no_damage_to_a_pack_of_top_k_rows_gives_a_wrong_value(tmp_path: Path) -> None:
+    made_by, rows = origin("wide", 512, "topk:3", num_classes="512"), Rows.of(names(3), 512)
+    rows.logits, _ = made_by.encoded(rows.logits)
+    (tmp_path / "packs").mkdir()
+    path = rows.write(tmp_path / "packs", made_by)
+    MadeCache(tmp_path, {"wide": rows}, {"wide": made_by}).write_index(files=False)
+
+    def dense(verify: str) -> bytes:
+        return bytes(LogitCache.open(tmp_path, verify=verify, strict=True).batch(rows.files).dense(2.0).numpy().data)
+
+    def reading_topk(verify: str) -> Check:
+        def check() -> str:
+            try:
+                return RIGHT if dense(verify) == expected else WRONG
+            except KDCacheError:
+                return REFUSED
+
+        return check
+
+    expected = dense("full")
+    damages = single_faults(path.read_bytes(), range(64))
+    tally = trial(path, damages, {each: reading_topk(each) for each in ("full", "lazy")}, tmp_path)
+    assert tally.of("full") == {REFUSED: len(damages)}, tally.notes
+    assert tally.of("lazy").keys() <= {REFUSED, RIGHT}, tally.notes
+
+
 @pytest.mark.parametrize("which", ["plan.json", "pending/*.json"])
 def test_damage_to_what_only_a_dump_reads_does_not_reach_a_reader(
     finished: Finished, which: str, tmp_path: Path
@@ -435,7 +461,7 @@ def test_damage_to_a_mapped_pack_is_refused(mapped: MadeCache, tmp_path: Path) -
 def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path) -> None:
     """One for each of two teachers is the readers'; of the others, of dumps that were killed, they know nothing."""
     made = two_teachers(tmp_path / "A2b", count=12, packs=3)
-    named = {entry["pack"] for entry in read_index(made.path / "cache_index.json").record["teachers"].values()}
+    named = set(named_packs(made.path / "cache_index.json").values())
     made.rows["scene"].part([1, 5, 6]).write(made.path / "packs", made.origins["scene"])
     expected = made.stacked(names(12)).tobytes()
     checks = {verify: reading(made.path, names(12), expected, verify) for verify in ("full", "lazy")}

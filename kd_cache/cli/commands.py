@@ -10,6 +10,7 @@ from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.cli.data_commands import CHECK, PREPARE
+from kd_cache.cli.remote_commands import PULL, PUSH, PUSH_TO
 from kd_cache.cli.student_commands import COMPARE, COMPLEXITY, PREDICT, STUDENT
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
@@ -36,6 +37,7 @@ from kd_cache.options import (
     Target,
     ValueKind,
     batch_size,
+    byte_size,
     changed,
     targets,
 )
@@ -86,6 +88,7 @@ DUMP = Command(
                "that RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT name.",
                RUN, None, "everything", metavar="i/n|env",
                kept=False),
+        PUSH_TO,
         Option("ray", str | None,
                "Score the parts as tasks of a Ray cluster, and seal them: a running one, one started here, or the one "
                "whose head is there (pip install kd-cache[ray]).", RUN, None, "this process does everything",
@@ -94,6 +97,10 @@ DUMP = Command(
                "several for each slot of the cluster", low=1, kept=False),
         Option("ray_gpus", float | None, "GPUs of a part that --ray starts; without any it runs on the CPU.", RUN,
                None, "1 where the cluster has GPUs and --device permits", low=0, high=1, kept=False),
+        Option("ray_storage", str | None,
+               "Where machines share no disk: each part is dumped into a folder of its machine and pushed there, and "
+               "pulled from there to be sealed (pip install kd-cache[remote]).", RUN, None, "all see the cache root",
+               metavar="URL", kept=False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,
@@ -126,12 +133,16 @@ SEAL = Command(
                "Which features count: unchanged where nobody touched their files since a part read them, and read "
                "elsewhere; read: all of them; as-scored: they are not at hand, each is as its part read it (recorded).",
                CACHE, "unchanged"),
+        Option("pack_bytes", int | None,
+               "Make 2, 4, 8 … packs of a teacher where one would be larger; each has the keys that begin alike.",
+               CACHE, None, "as it was, at first 8GiB", metavar="N|32MiB|8GiB", parse=byte_size),
         "workers", *DATA_LIMITS, "config", *SHOWING,
     ),
     SAVED,
     (
         "kd-cache seal --target b --cache-root cache/parts",
         "kd-cache seal --target b --cache-root cache/parts --inputs as-scored",
+        "kd-cache seal --target b --cache-root cache/parts --pack-bytes 1GiB",
     ),
     exit_codes=_AUDIT,
     notes=notes.SEAL,
@@ -154,7 +165,7 @@ VERIFY = Command(
         changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
                 "from 0 to 1)."),
         "cache_root", *DATASET, *OWN_DATA, "rename_map", *OWN_TEACHERS,
-        changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
+        changed("dtype", kind=str | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
         "device", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
@@ -410,7 +421,7 @@ REPORT = Command(
 )  # fmt: skip
 
 COMMANDS = (
-    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
+    DUMP, VERIFY, INFO, SEAL, MERGE, PUSH, PULL, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
     COMPLEXITY, EVALUATE, REPORT, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ VERIFY = REPAIR = DIFF = GC = "What it looks at, and what it does: [care.md](car
 REPORT = "What is on each page: [report.md](report.md)."
 PREPARE = "Layouts and front ends: [audio.md](audio.md)."
 SEAL = MERGE = "How it is used: [several.md](several.md)."
+PUSH = PULL = "What lies at an URL, what is checked, and what ends with which status: [remote.md](remote.md)."
 
 EXPORT = """\
 | `--to` | written | |

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from kd_cache.cluster.driver import Crashed
 from kd_cache.cluster.worker import Order, PartReport, score_part
 from kd_cache.errors import KDCacheError, UsageError, shown
 
 _ADDRESS = re.compile(r"auto|local|([^/\s:]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
 _OBJECTS = 80 << 20
 """Bytes of Ray's store of objects: reports are small."""
+
+_PATIENCE = 10.0
+"""Seconds for the head of a cluster to answer."""
 
 
 def require_ray(address: str) -> Any:
@@ -37,8 +40,11 @@ def connected(address: str) -> Iterator[Cluster]:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine unasked
         own = {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    host, _, port = address.rpartition(":")
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if host:  # Ray would ask for minutes
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:
         why = f"no Ray cluster answers at --ray {shown(address)}: {_line(error, 0)}"
@@ -49,6 +55,10 @@ def connected(address: str) -> Iterator[Cluster]:
         yield Cluster(ray)
     finally:
         ray.shutdown()
+
+
+class Crashed(Exception):  # noqa: N818 (the driver says how often it is none)
+    """The process of a part, or its machine, is gone; the text says what died."""
 
 
 class Cluster:
@@ -95,9 +105,11 @@ class Cluster:
             return KDCacheError(f"Ray could not run a part: {_line(error, -1)}", hint=hint)
         return outcome
 
-    def interrupt(self) -> None:
-        """Interrupt all parts, as Ctrl-C would."""
-        self._order.proof.unlink(missing_ok=True)
+    def interrupt(self) -> bool:
+        """Interrupt all parts, as Ctrl-C would; whether they hear of it."""
+        if self._order.proof is not None:
+            self._order.proof.unlink(missing_ok=True)
+        return self._order.proof is not None
 
 
 def _line(error: BaseException, number: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kd_cache.dataset.manifest import Manifest, Sample, place_name, spelling
+from kd_cache.dataset.manifest import Manifest, Sample, maybe_equal, place_name, spelling
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import DataLeakageError, UsageError, listed, shown
-from kd_cache.keys import NO_LABEL, KeyFinder, keys_of, sample_key, sorted_order
+from kd_cache.keys import NO_LABEL, KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.watch import Watcher
 
 _PATH_MAX = 4096
@@ -37,7 +37,7 @@ class Selection:
     """
 
     target: str
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     located: int
     locatable: int
     shared_locations: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Selection:
         return keys
 
     @cached_property
-    def by_key(self) -> list[str]:
+    def by_key(self) -> Sequence[str]:
         """The permitted files in the order of their keys."""
         return [self.listed[number] for number in self.order.tolist()]
 
@@ -89,11 +89,17 @@ class Selection:
         """Finds keys among ``keys``."""
         return KeyFinder(self.keys)
 
-    @property
+    @cached_property
     def per_device(self) -> dict[str, int]:
         """Permitted samples by device, the source first."""
         counts = Counter(sample.device_id for sample in self.samples)
         return {device: counts[device] for device in (self.task.source, *self.target.split(","))}
+
+
+def chosen_samples(manifest: Manifest, target: str) -> tuple[Sample, ...]:
+    """The train samples of the source and of the target's devices, unguarded."""
+    devices = (manifest.task.source, *target.split(","))
+    return tuple(sample for sample in manifest if sample.split == "train" and sample.device_id in devices)
 
 
 def select(
@@ -136,8 +142,7 @@ def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data
     look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=data_root)
     if look.violations:
         raise look.violations[0]
-    devices = (task.source, *target.split(","))
-    chosen = tuple(sample for sample in manifest if sample.split == "train" and sample.device_id in devices)
+    chosen = chosen_samples(manifest, target)
     _refuse_empty(chosen, manifest, target)
     _refuse_collisions(chosen)
     return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
@@ -226,10 +231,12 @@ def _unseen_devices(train: list[Sample], task: Task) -> list[str]:
 
 def _files_in_two_splits(manifest: Manifest, data_root: Path | None) -> list[str]:
     plain = spelling if data_root is None else Places(data_root).plain
-    train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
+    rows = maybe_equal((plain(sample.file) for sample in manifest), len(manifest))
+    several = [manifest.samples[number] for number in rows]
+    train = {plain(sample.file): sample.file for sample in several if sample.split == "train"}
     return [
         f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
-        for other in manifest
+        for other in several
         if other.split != "train" and (file := train.get(plain(other.file))) is not None
     ]
 
@@ -318,7 +325,8 @@ def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -
 
 
 def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
-    if len({sample_key(sample.file) for sample in chosen}) != len(chosen):
+    keys = keys_of(sample.file for sample in chosen)
+    if not are_ascending(keys[sorted_order(keys)]):
         raise UsageError("two different paths have the same MD5 key; rename one of them")
 
 

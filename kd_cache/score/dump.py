@@ -22,7 +22,7 @@ from kd_cache.files.atomic import make_directory
 from kd_cache.keys import KeyFinder
 from kd_cache.score.existing import NOWHERE, Elsewhere, find_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
-from kd_cache.score.storage_cost import StorageCost
+from kd_cache.score.storage_cost import StorageCost, cost_of
 from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
@@ -31,6 +31,7 @@ from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord, notes_beside
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.union import merge_packs
+from kd_cache.store.view import without_files
 from kd_cache.watch import Watcher
 
 __all__ = ["DumpJob", "DumpReport", "dump_logits", "lenders", "plan_dump", "plan_dumps", "refuse_unfit"]
@@ -120,6 +121,10 @@ class _Dump:
     def _wants_view(self) -> bool:
         """Whether to write a view. Raises StoreError, before anything is scored, where its index could not be read."""
         earlier = self.found.earlier
+        if topk := without_files({**self.found.others, **self.job.origins}, self.job.files):
+            if self.job.files is None:
+                self.watcher.note(f"no .npy files are written: top-k rows ({', '.join(topk)}) are no vectors")
+            return False
         if self.job.files is None and len(self.files) >= VIEW_BELOW and not (earlier and earlier.record.get("files")):
             self.watcher.note(f"no .npy files are written: from {VIEW_BELOW:,} samples on only with --files")
             return False
@@ -244,7 +249,7 @@ class _Dump:
                 continue
             make_directory(self.folder.packs_path)
             made = merge_packs(self.folder.packs_path, known.lent, self.keys[numbers], inputs[numbers])
-            written += [] if made.path is None else [made.path]
+            written += made.paths
             self.watcher.note(f"{name}: {len(numbers):,} rows were copied that it scored for another target")
         return written
 
@@ -353,6 +358,6 @@ def part_range(job: DumpJob, size: int) -> range:
 def _empty_report(job: DumpJob, name: str) -> TeacherReport:
     origin = job.origins[name]
     return TeacherReport(
-        cost=StorageCost(origin.value_kind) if origin.dtype == "fp16" else None,
+        cost=cost_of(origin),
         precision_cost=StorageCost(origin.value_kind) if job.precision != "fp32" else None,
     )

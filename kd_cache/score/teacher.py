@@ -26,13 +26,14 @@ from kd_cache.store.index import is_teacher_name
 from kd_cache.store.origin import (
     FORMAT_VERSION,
     FRAMES,
-    STORED,
     VALUE_KINDS,
     Fingerprint,
     Origin,
     class_order,
+    is_dtype,
     weights_digest,
 )
+from kd_cache.store.topk import k_of, refuse
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
@@ -231,8 +232,10 @@ def teacher_origin(
     name: str, teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32", front_end: str | None = None
 ) -> Origin:
     """What the store keeps with this teacher's rows. Arguments as for `teacher_fingerprint`."""
-    if dtype not in STORED:
-        raise UsageError(f"dtype is {shown(dtype)!r}, expected one of {', '.join(STORED)}")
+    if not is_dtype(dtype):
+        raise UsageError(f"dtype is {shown(dtype)!r}, expected one of fp32, fp16, topk:K")
+    if (k := k_of(dtype)) is not None:
+        refuse(k, teacher.num_classes, teacher.value_kind, getattr(teacher, "num_frames", None), name)
     if precision not in PRECISIONS:
         raise UsageError(f"precision is {shown(precision)!r}, expected one of {', '.join(PRECISIONS)}")
     names = getattr(teacher, "class_names", None)

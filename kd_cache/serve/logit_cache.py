@@ -27,6 +27,7 @@ from kd_cache.serve.attach import Gathered as Gathered
 from kd_cache.serve.gather import Gatherer
 from kd_cache.serve.generation import look, older_rows, refuse_mixture, refuse_unexpected
 from kd_cache.serve.joined import joined, teachers_of_all
+from kd_cache.serve.mirror import local_copy
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
@@ -48,6 +49,7 @@ class LogitCache:
         files: the files that all opened teachers hold.
         num_classes: C.
         frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
+        topk: how top-k rows are stored, else ``None``. Where they are, a batch is a `TopK` in place of a tensor.
         task: what the data set is that was scored.
         target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
             no domains, the one that there is.
@@ -72,10 +74,10 @@ class LogitCache:
         self.misses = 0
         self._rows_of = tables
         self._index = index
-        self._on_miss = on_miss
+        self._on_miss, self._first = on_miss, -1 if on_miss == "nan" else 0
         self.teachers = tuple(rows.name for rows in tables)
         self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
-        self.dtype = tables[0].dtype
+        self.dtype, self.topk = tables[0].dtype, tables[0].topk
         self._resolver = Resolver(path, tables, index)
         self._row_numbers = self._resolver.numbers
         self.preloaded = choose(
@@ -103,12 +105,15 @@ class LogitCache:
         verify: str = "auto",
         preload: bool | str = "auto",
         strict: bool = False,
+        offline: bool | None = None,
     ) -> LogitCache:
         """Open ``cache/A2b``: what its index names, nothing else. Every byte is checked before it is believed.
 
         Args:
             path: the cache's folder, or the ``cache_index.json`` in it; of several targets a list of caches, which are
-                served as one. Rows of A must agree in them, or it says which teacher differs.
+                served as one. Rows of A must agree in them, or it says which teacher differs. An URL such as
+                ``s3://bucket/A2b`` is pulled into a mirror on this disk (``KD_CACHE_MIRROR``) and opened there; nothing
+                is asked of the store afterwards.
             teachers: which to open, in this order; all by default.
             expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
             value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
@@ -120,8 +125,10 @@ class LogitCache:
                 ``preloaded`` says what it came to.
                 For a table on an accelerator see `tensor`.
             strict: refuse a cache that holds fewer rows than its index promises, instead of a warning.
+            offline: of an URL, use the mirror as it is; by default what ``KD_CACHE_OFFLINE`` says.
 
         Raises:
+            StoreError: the store at an URL cannot be reached in time.
             MissingLogitsError: no cache there, an unfinished one, a teacher it does not hold, or a pack that is gone.
             CorruptError: a damaged index or pack.
             StaleError: a fingerprint other than expected, naming the parts that differ; several caches that have other
@@ -135,8 +142,9 @@ class LogitCache:
         checked(preload)
         if not isinstance(path, str | Path):
             further = {"value_kind": value_kind, "verify": verify, "strict": strict, "expect": expect}
-            return _opened_together([Path(each) for each in path], teachers, on_miss, preload, further)
-        path = Path(path).expanduser()
+            paths = [local_copy(each, offline=offline) for each in path]
+            return _opened_together(paths, teachers, on_miss, preload, further)
+        path = local_copy(path, offline=offline)
         folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
         if snapshot.is_older:
@@ -154,26 +162,15 @@ class LogitCache:
             if strict:
                 raise MissingLogitsError(lacking, hint="Restore its packs, or run kd-cache dump again.")
             warnings.warn(lacking, stacklevel=2)
-        for name in origins:
-            if "adopted" in generation.index.record["teachers"][name]:
-                warnings.warn(
-                    f"the rows of {name} were adopted from elsewhere and never verified; kd-cache repair --recompute "
-                    "does that",
-                    stacklevel=2,
-                )
-        nameless = [name for name, origin in origins.items() if origin.class_names is None]
-        if 0 < len(nameless) < len(origins):
-            warnings.warn(
-                f"{', '.join(nameless)} name no classes: whether their columns are those of the other teachers is not "
-                "known",
-                stacklevel=2,
-            )
+        for doubt in generation.doubts():
+            warnings.warn(doubt, stacklevel=2)
         return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
 
     def __repr__(self) -> str:
         return (
             f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
-            f"classes={self.num_classes}, {'' if self.frames is None else f'frames={self.frames}, '}dtype={self.dtype})"
+            f"classes={self.num_classes}, {f'frames={self.frames}, ' if self.frames else ''}"
+            f"dtype={self.topk or self.dtype})"
         )
 
     @property
@@ -266,10 +263,11 @@ class LogitCache:
         rows: torch.Tensor | np.ndarray | Sequence[str],
         dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
-        Of teachers that score each frame they are ``[B, T, L, C]``.
+        Of teachers that score each frame they are ``[B, T, L, C]``. Of top-k rows it is a `TopK` ``[B, T]``, its
+        log-probabilities in ``dtype`` or float32.
 
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
@@ -277,10 +275,14 @@ class LogitCache:
 
         Raises:
             MissingLogitsError, IndexError: a file without logits, a row that is none.
-            UsageError: ``out`` has another shape or dtype.
+            UsageError: ``out`` has another shape or dtype, or rows are top-k.
         """
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
+        if self.topk is not None:
+            if out is not None:
+                raise UsageError("a batch of top-k rows is a TopK, and fills no tensor", hint="Leave out=… away.")
+            return self._gatherer.most_probable(self._numbers(rows, self._first), self.topk, dtype)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
         if self.frames is None:
@@ -300,7 +302,7 @@ class LogitCache:
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
                 return logits if dtype is None else logits.to(dtype)
-        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        numbers = self._numbers(rows, self._first)
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
@@ -314,7 +316,7 @@ class LogitCache:
         teachers: Sequence[str] | None = None,
         files: Sequence[str] | None = None,
         device: str | torch.device = "cpu",
-    ) -> torch.Tensor:
+    ) -> Any:
         """The whole table ``[N, T, C]`` on a device: of ``files`` in their order (all by default) and ``teachers``."""
         wanted = self.teachers if teachers is None else tuple(teachers)
         unknown = [name for name in wanted if name not in self.teachers]
@@ -450,7 +452,7 @@ def _opened_together(
         raise UsageError("no cache is named")
     if len(paths) == 1:
         return LogitCache.open(paths[0], teachers, on_miss=on_miss, preload=preload, **further)
-    folders = [CacheFolder.at(path.expanduser()) for path in paths]
+    folders = [CacheFolder.at(path) for path in paths]
     origins = [Snapshot(folder).finished().origins for folder in folders]
     held, only_some = teachers_of_all(origins, [folder.path for folder in folders])
     if teachers is None and only_some:

@@ -81,7 +81,7 @@ class TeacherRows:
         origin = packs[0].origin
         self.name = origin.teacher
         self.num_classes, self.frames, self.width = origin.num_classes, origin.frames, origin.width
-        self.dtype = origin.stored
+        self.dtype, self.topk = origin.stored, origin.topk
         names = "+".join(pack.path.name for pack in packs)
         self.signature = names if len(packs) == 1 else f"{origin.teacher}-{xxhash.xxh3_128_hexdigest(names.encode())}"
 

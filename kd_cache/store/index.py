@@ -23,7 +23,7 @@ from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
+from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, is_dtype
 from kd_cache.store.permitted import PERMITTED_NAME
 
 _UNSET = "0" * 32
@@ -32,13 +32,19 @@ _UNSET_TAIL = _TAIL.format(_UNSET).encode("ascii")
 _END = b'\n "num_samples": '
 _LINES = 16_384
 _BLOCK = 1 << 22
-_MOST = 1 << 30
+_MOST = MOST_BYTES = 1 << 30
 _MOST_UNSEALED = 1 << 27
 """Larger indexes are refused unread: one of ours takes about 130 bytes per sample and teacher (none with --no-files).
 What does not end with its own digest is at best an older script's, and those are small."""
 _TOO_LARGE = "Leave the view out with --no-files; its paths are what makes an index large."
 VIEW_BELOW = 1_000_000
 """From so many samples on a view is written only where it is asked for: a million files take minutes, as readers do."""
+
+
+def is_pack_file(value: Any) -> bool:
+    """Whether it may be the name of a pack beside an index."""
+    return isinstance(value, str) and os.sep not in value and value.endswith(".h5")
+
 
 _TEXTS = {...: str}
 _TEACHER = {
@@ -47,9 +53,18 @@ _TEACHER = {
     "value_kind": VALUE_KINDS.__contains__,
     "num_classes": lambda value: type(value) is int and value > 0,
     "class_names": (None, [str]),
-    "dtype": STORED.__contains__,
+    "dtype": lambda value: isinstance(value, str) and is_dtype(value),
     "rows": int,
-    "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
+    "pack": lambda value: value is None or is_pack_file(value),
+    "packs": [
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == 2
+            and is_pack_file(value[0])
+            and type(value[1]) is int
+            and value[1] > 0
+        )
+    ],
     "earlier": [_TEXTS],
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
@@ -80,6 +95,7 @@ _RECORD = {
         "sources": _TEXTS,
         "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str], "rename_map": [str]},
     },
+    "pack_bytes": lambda value: type(value) is int and value > 0,
     "superseded": {...: int},
     "teachers": {...: _TEACHER},
 }
@@ -88,7 +104,7 @@ _RECORD = {
 
 @dataclass(frozen=True)
 class Index:
-    """A checked index: ``maps`` as existing code reads them, ``record`` is the content of ``kd_cache``.
+    """A checked index: ``maps`` as existing code reads them, ``record`` is ``kd_cache``, as format 2 has it.
 
     ``maps`` is empty where the index was read without them.
     """
@@ -102,6 +118,18 @@ class Index:
     def origins(self) -> dict[str, Origin]:
         """The current origin of each teacher, in the order of the dump."""
         return {name: _origin(name, entry) for name, entry in self.record["teachers"].items()}
+
+    @property
+    def packs(self) -> list[str]:
+        """The file names of the packs that it names."""
+        return [file for entry in self.record["teachers"].values() for file, _ in entry["packs"]]
+
+    @property
+    def without_view(self) -> bytes:
+        """The file of the same index without a view: what stands in a copy elsewhere, where its paths do not hold."""
+        kept = {key: value for key, value in self.record.items() if key != "digest"}
+        plain = {**kept, "files": False, "digest": _UNSET}
+        return b"".join(_pieces(self.path, self.num_samples, {name: {} for name in self.record["teachers"]}, plain))
 
     @property
     def missing(self) -> dict[str, str]:
@@ -242,6 +270,15 @@ def read_index(path: Path, *, maps: bool = True) -> Index:
         CorruptError: not byte for byte as it was written.
     """
     raw, digest = _read(path, maps)
+    return _index_of(path, raw, digest, maps)
+
+
+def index_of_bytes(path: Path, raw: bytes) -> Index:
+    """`read_index` of a file's content that is not on this disk; ``path`` is what errors call it."""
+    return _index_of(path, raw, _digest(raw), False)
+
+
+def _index_of(path: Path, raw: bytes, digest: str, maps: bool) -> Index:
     content = _parse(path, raw)
     if "kd_cache" not in content:
         _refuse_renamed(path, content)
@@ -325,12 +362,18 @@ def _checked(path: Path, content: dict[str, Any], maps: bool) -> Index:
     place = misfit(record, _RECORD, "kd_cache") or misfit(content, {...: _TEXTS}) or misfit(count, int, "num_samples")
     if place is not None:
         raise _damaged(path, f"an entry is missing or malformed ({place})")
+    if record["format_version"] == 1:
+        for entry in record["teachers"].values():  # it named one pack, or none
+            entry["packs"] = [] if (named := entry["pack"]) is None else [[named, entry["rows"]]]
+            del entry["pack"]
+        record["format_version"] = FILE_VERSION
     try:
         index = Index(path, count, content, record)
         for name, origin in index.origins.items():
             own = origin.fingerprint.digest == record["teachers"][name]["fingerprint"]
             named = origin.class_names is None or len(origin.class_names) == origin.num_classes
-            if not (is_teacher_name(name) and own and named) or (maps and name not in content):
+            there = "packs" in record["teachers"][name]
+            if not (is_teacher_name(name) and own and named and there) or (maps and name not in content):
                 raise ValueError(name)
         index.missing  # noqa: B018 (reading it checks it)
     except CorruptError:

@@ -1,8 +1,9 @@
 """Packs: immutable HDF5 files of rows, all of one teacher and one fingerprint.
 
 Layout of ``<teacher>-<digest>.h5``: 512 bytes that `preamble` describes, then HDF5: keys [N,16] u1 (sorted), inputs
-[N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2 (from a multiple of 4,096 on; in format 1, as all others, of 64),
-file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows.
+[N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2 (in their place rows [N,W] u1 where dtype is topk:K; from a
+multiple of 4,096 on; in format 1, as all others, of 64), file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after
+the other); attributes: what made the rows.
 
 A pack is whole or absent. Its bytes are checked before libhdf5 sees them (and libhdf5 sees nothing else), its structure
 is checked before a byte is believed, and then its datasets are views of those bytes: no HDF5 handle stays open.
@@ -30,7 +31,7 @@ from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
 from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
-from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
+from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json, is_dtype
 from kd_cache.store.preamble import MAGIC, USER_BLOCK, Preamble, Span
 
 PAGE = 4096
@@ -45,16 +46,25 @@ _AT_ONCE = 1 << 16
 _RECORD_BYTES = 1 << 20
 """Checksums of so many rows, and of records of so many bytes, are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
-# Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
-_DATASETS: dict[str, tuple[str | None, int]] = {
-    "keys": ("|u1", 2),
-    "inputs": ("|u1", 2),
-    "checksums": ("<u8", 1),
-    "logits": (None, 2),
-    "file_offsets": ("<u8", 1),
-    "files": ("|u1", 1),
-}
+
 _ATTRIBUTES = ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype")
+
+
+def _values(dtype: str) -> str:
+    """The dataset that holds the rows."""
+    return "logits" if dtype in STORED else "rows"
+
+
+def _datasets(dtype: str, version: int) -> dict[str, tuple[str, int, int]]:
+    """Datasets in the order of `Pack`'s arrays: dtype, number of axes, and what its place is a multiple of."""
+    return {
+        "keys": ("|u1", 2, 64),
+        "inputs": ("|u1", 2, 64),
+        "checksums": ("<u8", 1, 64),
+        _values(dtype): (STORED.get(dtype, "|u1"), 2, PAGE if version > 1 else 64),
+        "file_offsets": ("<u8", 1, 64),
+        "files": ("|u1", 1, 64),
+    }
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Pack:
     keys: np.ndarray  # [N, 16] u1, sorted
     inputs: np.ndarray  # [N, 16] u1
     checksums: np.ndarray  # [N] u8
-    logits: np.ndarray  # [N, C]
+    logits: np.ndarray  # [N, C], or top-k rows [N, W] u1
     file_offsets: np.ndarray  # [N + 1] u8
     files_blob: np.ndarray  # [M] u1
     unchecked: np.ndarray | None = None  # [blocks] bool: nobody has looked at these yet; None where all is checked
@@ -218,12 +228,12 @@ def _write_hdf5(
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
         pack.create_dataset("checksums", (count,), "<u8", track_times=False)[:1] = 0  # gives it its place
-        pack.create_dataset("logits", (count, origin.width), origin.stored, track_times=False)
+        pack.create_dataset(_values(origin.dtype), (count, origin.width), origin.stored, track_times=False)
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
         blob = np.frombuffer(b"".join(files), np.uint8)
         pack.create_dataset("files", data=blob, track_times=False)
     with writing_hdf5(outlet, USER_BLOCK, "r+", PAGE) as pack:  # HDF5 has one alignment for all that is placed
-        checksums, logits = pack["checksums"], pack["logits"]
+        checksums, logits = pack["checksums"], pack[_values(origin.dtype)]
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
@@ -270,10 +280,11 @@ def _seal_user_block(file: io.FileIO, keys: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def open_pack(path: Path, check: str = "full") -> Pack:
+def open_pack(path: Path, check: str = "full", name: str | None = None) -> Pack:
     """Open a pack and check its structure.
 
     Args:
+        name: what it will be called, where it still has a temporary name.
         check: ``full`` compares the digest of every byte at once; ``lazy`` leaves that, and `Pack.touch` compares the
             checksums of rows when they are first read; ``off`` compares none.
 
@@ -283,7 +294,7 @@ def open_pack(path: Path, check: str = "full") -> Pack:
         FileNotFoundError: it is not there (any more).
     """
     try:
-        return _open_checked(path, path.name, check)
+        return _open_checked(path, name or path.name, check)
     except (FileNotFoundError, KDCacheError):
         raise
     except OSError as error:
@@ -301,7 +312,7 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     try:
         with reading_hdf5(content) as file:
             texts = _read_attributes(path, file, preamble.version)
-            arrays = _view_datasets(path, file, content, np.dtype(STORED[texts["dtype"]]), preamble.version)
+            arrays = _view_datasets(path, file, content, texts["dtype"], preamble.version)
         pack = Pack(path, _origin(path, texts, arrays[3].shape[1]), *arrays)
     except KDCacheError:
         raise
@@ -380,7 +391,7 @@ def _read_attributes(path: Path, file: Any, version: int) -> dict[str, str]:
         raise _damaged(path, f"its format version is {shown(texts['format_version'])}, but not in its first bytes")
     if not is_teacher_name(texts["teacher"]):  # it becomes a folder: ".." would be the folder above
         raise _damaged(path, f"{shown(texts['teacher'])!r} is no teacher's name")
-    if texts["dtype"] not in STORED or texts["value_kind"] not in VALUE_KINDS:
+    if not is_dtype(texts["dtype"]) or texts["value_kind"] not in VALUE_KINDS:
         raise _damaged(path, "its dtype or value kind is unknown")
     return texts
 
@@ -394,25 +405,33 @@ def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
         raise _damaged(path, "its fingerprint is not that of its parts")
     kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
     made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept)
-    made = replace(made, num_classes=width // (made.frames or 1))
+    made = replace(made, num_classes=_told_classes(parts) if made.topk else width // (made.frames or 1))
+    if made.topk and (made.topk.refusal() or made.frames):
+        raise _damaged(path, "it is none that top-k rows are made of")
     if made.width != width:
-        raise _damaged(path, f"its logits are no {made.frames} frames")
+        what = f"rows of {made.width} bytes" if made.topk else f"{made.frames} frames"
+        raise _damaged(path, f"its logits are no {what}")
     if kept is not None and len(kept) != made.num_classes:
         raise _damaged(path, "its class names do not fit its logits")
     return made
 
 
-def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any], version: int) -> list[np.ndarray]:
-    if set(file) != set(_DATASETS):
-        raise _damaged(path, f"expected the datasets {', '.join(_DATASETS)}, found {shown(', '.join(file))}")
-    for name in _DATASETS:  # all links before any is followed
+def _told_classes(parts: Mapping[str, str]) -> int:
+    """C of a teacher whose rows do not have it."""
+    told = parts.get("num_classes", "")
+    return int(told[:10]) if told.isascii() and told.isdecimal() else 0
+
+
+def _view_datasets(path: Path, file: Any, content: np.ndarray, dtype: str, version: int) -> list[np.ndarray]:
+    datasets = _datasets(dtype, version)
+    if set(file) != set(datasets):
+        raise _damaged(path, f"expected the datasets {', '.join(datasets)}, found {shown(', '.join(file))}")
+    for name in datasets:  # all links before any is followed
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise _damaged(path, f"{name} is a link to elsewhere")
     arrays = [
-        _view_dataset(
-            path, file[name], content, np.dtype(dtype or stored), axes, PAGE if version > 1 and not dtype else 64
-        )
-        for name, (dtype, axes) in _DATASETS.items()
+        _view_dataset(path, file[name], content, np.dtype(kind), axes, aligned)
+        for name, (kind, axes, aligned) in datasets.items()
     ]
     count, classes = arrays[3].shape
     expected = [(count, 16), (count, 16), (count,), (count, classes), (count + 1,), arrays[5].shape]

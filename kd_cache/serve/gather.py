@@ -116,6 +116,15 @@ class Gatherer:
             return out.copy_(self.fresh(rows, None))
         return self._into_tensor(rows, out)
 
+    def with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
+        """As `fresh` or `into`; rows of a miss, -1, are NaN."""
+        present = np.flatnonzero(rows >= 0)
+        if out is None:
+            out = torch.empty((len(rows), *self.shape[1:]), dtype=dtype or self.torch_dtype)
+        out.fill_(float("nan"))
+        out[torch.from_numpy(present).to(out.device)] = self.fresh(rows[present], out.dtype).to(out.device)
+        return out
+
     def most_probable(self, rows: np.ndarray, codec: TopKCodec, dtype: torch.dtype | None) -> TopK:
         """Top-k rows ``[B, T]``; those of a miss, -1, are NaN."""
         missed = rows < 0

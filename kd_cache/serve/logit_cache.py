@@ -304,7 +304,7 @@ class LogitCache:
                 return logits if dtype is None else logits.to(dtype)
         numbers = self._numbers(rows, self._first)
         if self._on_miss == "nan" and (numbers < 0).any():
-            return self._with_nan(numbers, dtype, out)
+            return self._gatherer.with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
 
     def prepare(self) -> None:
@@ -375,17 +375,7 @@ class LogitCache:
             raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
         if numbers.dtype is not _INT64:
             numbers = numbers.astype(_INT64)
-        if not len(numbers):
-            return numbers
-        # As unsigned numbers the negative ones are the largest: one look finds both ends.
-        unsigned = (numbers - first if first else numbers).view(np.uint64)
-        limit = self._row_numbers.limit
-        if np.maximum.reduce(unsigned) >= limit - first:
-            raise IndexError(f"rows must lie in [0, {limit}), found {numbers.min()} to {numbers.max()}")
-        if self._row_numbers.has_holes:
-            hole = self._row_numbers.first_hole(numbers if first == 0 else numbers[numbers >= 0])
-            if hole is not None:
-                raise IndexError(f"{hole} is no row: it lies between two packs; all_rows() gives the numbers of rows")
+        self._row_numbers.refuse_others(numbers, first)
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:
@@ -395,15 +385,6 @@ class LogitCache:
             raise UsageError(
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
             )
-
-    def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
-        present = np.flatnonzero(rows >= 0)
-        if out is None:
-            shape = (len(rows), len(self.teachers), self.width)
-            out = torch.empty(shape, dtype=dtype or self._gatherer.torch_dtype)
-        out.fill_(float("nan"))
-        out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)
-        return out
 
 
 class JoinedCache(LogitCache):

@@ -106,14 +106,13 @@ class Pack:
 
     def name_lengths(self, rows: np.ndarray | slice) -> np.ndarray:
         """``[n]`` int64: how many bytes the manifest paths of these rows have."""
-        lengths: np.ndarray = np.diff(self.file_offsets.view(np.int64))[rows]
-        return lengths
+        return np.diff(self.file_offsets.view(np.int64))[rows]
 
     def names_blob(self, rows: np.ndarray) -> np.ndarray:
         """``[M]`` u1: the manifest paths of these rows, UTF-8, one after the other."""
         starts = self.file_offsets.view(np.int64)[rows]
-        found: np.ndarray = self.files_blob[stretches(starts, self.file_offsets.view(np.int64)[rows + 1] - starts)]
-        return found
+        blob: np.ndarray = self.files_blob[stretches(starts, self.file_offsets.view(np.int64)[rows + 1] - starts)]
+        return blob
 
     def file(self, row: int) -> str:
         """The manifest path of a row. Raises `CorruptError` if it is not UTF-8."""

@@ -265,7 +265,7 @@ def break_pack(path: Path) -> None:
 
 
 def break_pending(path: Path) -> None:
-    record = next((path / "pending").iterdir())
+    record = next((path / "pending").glob("*.json"))
     record.write_bytes(record.read_bytes()[:-4])
 
 

@@ -60,7 +60,7 @@ MOST_VIEWS = 1024
 
 @dataclass(frozen=True)
 class Policy:
-    """How inputs may be changed. ``said`` is the checked content of a policy file: numbers, and ranges ``[from, to]``."""
+    """How inputs may be changed. ``said`` is what a policy file says, checked: numbers, and ranges ``[from, to]``."""
 
     said: Mapping[str, Any]
 

@@ -55,7 +55,6 @@ _SINGLE = ("points", "count")
 _OF_TIME = ("roll", "crop", "time_masks")
 """What fits inputs of one axis, ``[T]``; inputs ``[T, F]`` take every change, others none."""
 _WORDS = 8
-MOST_VIEWS = 1024
 
 
 @dataclass(frozen=True)

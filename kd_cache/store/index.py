@@ -23,7 +23,7 @@ from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
+from kd_cache.store.origin import FORMAT_VERSION, MOST_VIEWS, STORED, VALUE_KINDS, Fingerprint, Origin
 from kd_cache.store.permitted import PERMITTED_NAME
 
 _UNSET = "0" * 32
@@ -48,6 +48,7 @@ _TEACHER = {
     "num_classes": lambda value: type(value) is int and value > 0,
     "class_names": (None, [str]),
     "dtype": STORED.__contains__,
+    "views": lambda value: type(value) is int and 0 < value <= MOST_VIEWS,
     "rows": int,
     "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
     "earlier": [_TEXTS],
@@ -125,6 +126,7 @@ def _origin(name: str, entry: Mapping[str, Any]) -> Origin:
         entry["num_classes"],
         entry["dtype"],
         None if names is None else tuple(names),
+        tuple(range(entry.get("views", 0))),
     )
 
 
@@ -137,6 +139,7 @@ def origin_entry(origin: Origin) -> dict[str, Any]:
         "num_classes": origin.num_classes,
         "class_names": origin.class_names,
         "dtype": origin.dtype,
+        **({"views": len(origin.views)} if origin.views else {}),
     }
 
 

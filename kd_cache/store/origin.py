@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ STORED = {"fp32": "<f4", "fp16": "<f2"}
 VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
 FRAMES = "frames_per_row"
 """The part of a fingerprint that says how many vectors a row holds, where it is more than a single one."""
+VIEWS = "view_policy"
+"""The part that says how the inputs of views were augmented (`kd_cache.dataset.views`); absent where there are none."""
+MOST_VIEWS = 1024
 FORMAT_VERSION = 1
 """Version of the bytes on disk. It is a part of every fingerprint: a new format never serves old rows as its own."""
 
@@ -116,7 +119,8 @@ def class_order(names: Iterable[str] | None, num_classes: int) -> str:
 class Origin:
     """What made the rows of a pack; ``dtype`` is ``fp32`` or ``fp16``.
 
-    Rows of a teacher that scores each frame are L vectors ``[L, C]``, stored as one of L · C values.
+    Rows of a teacher that scores each frame are L vectors ``[L, C]``, stored as one of L · C values. ``views`` are the
+    views that a row holds one after the other, neighbours in ascending order; none where the fingerprint has no policy.
     """
 
     teacher: str
@@ -125,6 +129,7 @@ class Origin:
     num_classes: int
     dtype: str
     class_names: tuple[str, ...] | None = None
+    views: tuple[int, ...] = ()
 
     @property
     def stored(self) -> np.dtype[Any]:
@@ -139,12 +144,22 @@ class Origin:
     @property
     def width(self) -> int:
         """How many values a row has."""
-        return self.num_classes * (self.frames or 1)
+        return self.num_classes * (self.frames or 1) * (len(self.views) or 1)
+
+    @property
+    def policy(self) -> str | None:
+        """The policy of its views, as `Policy.from_text` takes it."""
+        return self.fingerprint.parts.get(VIEWS)
+
+    def of_views(self, views: tuple[int, ...]) -> Origin:
+        """The same with these views in a row."""
+        return replace(self, views=views)
 
     def as_vectors(self, rows: np.ndarray) -> np.ndarray:
-        """``[n, L · C]`` rows as ``[n · L, C]``."""
-        return rows if self.frames is None else rows.reshape(-1, self.num_classes)
+        """``[n, V · L · C]`` rows as ``[n · V · L, C]``."""
+        return rows if rows.shape[-1] == self.num_classes else rows.reshape(-1, self.num_classes)
 
     def as_clips(self, rows: np.ndarray) -> np.ndarray:
-        """``[n, C]``: a row's mean over its frames."""
+        """``[n, C]``: a row's mean over its frames, of its first view."""
+        rows = rows[:, : self.num_classes * (self.frames or 1)]
         return rows if self.frames is None else rows.reshape(len(rows), self.frames, -1).mean(axis=1)

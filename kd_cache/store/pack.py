@@ -8,7 +8,8 @@ Layout of ``<teacher>-<digest>.h5``::
     20    16  xxh3-128 of everything after the first 512 bytes, big-endian; also the <digest> in the file's name
     36    476 zeros
     512   …   HDF5: keys [N,16] u1 (sorted), inputs [N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2,
-              file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows
+              file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows.
+              With views: logits [N,V,C], also views [V] <u4 (their numbers), draws [N,V,D] <u4 (what was drawn)
 
 A pack is whole or absent. Its bytes are checked before libhdf5 sees them (and libhdf5 sees nothing else), its structure
 is checked before a byte is believed, and then its datasets are views of those bytes: no HDF5 handle stays open.
@@ -22,7 +23,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
 from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
+from kd_cache.store.rows import flat_views
+from kd_cache.store.rows import row_checksums as row_checksums
 
 MAGIC = b"KDCPACK\n"
 USER_BLOCK = 512
@@ -49,8 +52,7 @@ interrupted dump can leave thousands of small packs."""
 CHECKED_AT_ONCE = 512
 """Rows whose checksums are compared together where a pack is checked as it is read."""
 _AT_ONCE = 1 << 16
-_RECORD_BYTES = 1 << 20
-"""Checksums of so many rows, and of records of so many bytes, are made together: memory does not grow with a pack."""
+"""Checksums of so many rows are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
 # Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
 _DATASETS: dict[str, tuple[str | None, int]] = {
@@ -60,6 +62,12 @@ _DATASETS: dict[str, tuple[str | None, int]] = {
     "logits": (None, 2),
     "file_offsets": ("<u8", 1),
     "files": ("|u1", 1),
+}
+_WITH_VIEWS: dict[str, tuple[str | None, int]] = {
+    **_DATASETS,
+    "logits": (None, 3),
+    "draws": ("<u4", 3),
+    "views": ("<u4", 1),
 }
 _ATTRIBUTES = ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype")
 
@@ -73,10 +81,35 @@ class Pack:
     keys: np.ndarray  # [N, 16] u1, sorted
     inputs: np.ndarray  # [N, 16] u1
     checksums: np.ndarray  # [N] u8
-    logits: np.ndarray  # [N, C]
+    logits: np.ndarray  # [N, C]; of V views [N, V · C]
     file_offsets: np.ndarray  # [N + 1] u8
     files_blob: np.ndarray  # [M] u1
+    draws: np.ndarray | None = None  # [N, V · D] u4, where there are views
     unchecked: np.ndarray | None = None  # [blocks] bool: nobody has looked at these yet; None where all is checked
+    whole: Pack | None = field(
+        default=None, kw_only=True
+    )  # the pack that these views were cut out of; checksums are of its rows
+
+    def of_views(self, views: tuple[int, ...]) -> Pack | None:
+        """Neighbouring views of all rows as a pack of their own, without a copy; ``None`` where it lacks one."""
+        if views == self.origin.views:
+            return self
+        if self.draws is None or not set(views) <= set(self.origin.views):
+            return None
+        if views not in self._cuts:
+            first, count = self.origin.views.index(views[0]), len(self.origin.views)
+            logits, draws = (
+                each.reshape(len(self), count, -1)[:, first : first + len(views)].reshape(len(self), -1)
+                for each in (self.logits, self.draws)
+            )
+            self._cuts[views] = replace(
+                self, origin=self.origin.of_views(views), logits=logits, draws=draws, whole=self.whole or self
+            )
+        return self._cuts[views]
+
+    @cached_property
+    def _cuts(self) -> dict[tuple[int, ...], Pack]:
+        return {}
 
     def touch(self, rows: np.ndarray) -> None:
         """Check the blocks in which ``rows`` lie, each the first time. Raises `CorruptError`."""
@@ -125,6 +158,8 @@ class Pack:
 
     def wrong_rows(self, rows: np.ndarray | None = None) -> list[int]:
         """Those of ``rows`` (all by default) whose checksum, or whose key, is not that of what is stored beside it."""
+        if self.whole is not None:
+            return self.whole.wrong_rows(rows)
         rows = np.arange(len(self)) if rows is None else rows
         wrong = []
         for start in range(0, len(rows), _AT_ONCE):
@@ -140,25 +175,13 @@ class Pack:
 
     def _is_wrong(self, rows: slice | np.ndarray, names: list[bytes]) -> np.ndarray:
         keys = self.keys[rows]
-        expected = row_checksums(self.origin.fingerprint, keys, self.inputs[rows], self.logits[rows])
+        draws = None if self.draws is None else self.draws[rows]
+        expected = row_checksums(self.origin.fingerprint, keys, self.inputs[rows], self.logits[rows], draws)
         wrong: np.ndarray = (expected != self.checksums[rows]) | (keys_of_bytes(names) != keys).any(axis=1)
+        if draws is not None:  # each begins with the number of its view
+            views = self.origin.views
+            wrong |= (draws.reshape(len(draws), len(views), -1)[:, :, 0] != views).any(axis=1)
         return wrong
-
-
-def row_checksums(fingerprint: Fingerprint, keys: np.ndarray, inputs: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """``[N]`` u8: xxh3-64 of key, input digest, fingerprint (32 bytes) and the row's bytes, in this order."""
-    count, width = len(keys), logits.shape[1] * logits.itemsize
-    block = max(1, min(count, _RECORD_BYTES // (64 + width)))
-    records = np.empty((block, 64 + width), np.uint8)
-    records[:, 32:64] = np.frombuffer(bytes.fromhex(fingerprint.digest), np.uint8)
-    sums = np.empty(count, np.uint64)
-    for start in range(0, count, block):
-        part = slice(start, min(start + block, count))
-        filled = records[: part.stop - start]
-        filled[:, :16], filled[:, 16:32] = keys[part], inputs[part]
-        filled[:, 64:] = np.ascontiguousarray(logits[part]).view(np.uint8).reshape(len(filled), width)
-        sums[part] = np.fromiter(map(xxhash.xxh3_64_intdigest, filled), np.uint64, len(filled))
-    return sums
 
 
 def write_pack(
@@ -169,6 +192,7 @@ def write_pack(
     files: list[bytes],
     take: Callable[[slice], np.ndarray],
     block: int = 65_536,
+    draws: Callable[[slice], np.ndarray] | None = None,
 ) -> Path:
     """Write one durable pack into ``directory`` and return its path.
 
@@ -176,6 +200,7 @@ def write_pack(
         keys, inputs: ``[N, 16]`` u1, keys strictly ascending, N ≥ 1.
         files: the N manifest paths, UTF-8.
         take: gives the rows of a slice as ``[n, C]`` in the stored dtype, so that any N fits in memory.
+        draws: gives theirs as ``[n, V · D]`` u4, where the origin has views.
 
     Equal arguments give equal bytes and so the same name: writing a pack twice is harmless.
 
@@ -187,7 +212,7 @@ def write_pack(
     target = directory / f"{origin.teacher}-new.h5"
     with store_errors(directory, "write a pack into"), temporary_beside(target) as temporary:
         with temporary.open("x+b", buffering=0) as file:
-            _write_hdf5(file, origin, keys, inputs, files, take, block)
+            _write_hdf5(file, origin, keys, inputs, files, take, block, draws)
             digest = _seal_user_block(file)
         final = directory / f"{origin.teacher}-{digest.hex()}.h5"
         try:
@@ -203,7 +228,9 @@ def write_part(directory: Path, pack: Pack, rows: np.ndarray) -> Path:
     """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
     files = [pack.file_bytes(row) for row in rows.tolist()]
     keys, inputs = pack.keys[rows], pack.inputs[rows]
-    return write_pack(directory, pack.origin, keys, inputs, files, lambda part: pack.logits[rows[part]])
+    drawn = pack.draws
+    draws = None if drawn is None else (lambda part: drawn[rows[part]])
+    return write_pack(directory, pack.origin, keys, inputs, files, lambda part: pack.logits[rows[part]], draws=draws)
 
 
 def _write_hdf5(
@@ -214,8 +241,11 @@ def _write_hdf5(
     files: list[bytes],
     take: Callable[[slice], np.ndarray],
     block: int,
+    draws: Callable[[slice], np.ndarray] | None,
 ) -> None:
-    count = len(keys)
+    count, views = len(keys), origin.views
+    if bool(views) != (draws is not None) or bool(views) != (origin.policy is not None):
+        raise ValueError("rows have draws where their origin has views of a policy, and only there")
     offsets = np.zeros(count + 1, "<u8")
     np.cumsum([len(name) for name in files], out=offsets[1:])
     outlet = Outlet(file)
@@ -225,7 +255,9 @@ def _write_hdf5(
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
         checksums = pack.create_dataset("checksums", (count,), "<u8", track_times=False)
-        logits = pack.create_dataset("logits", (count, origin.width), origin.stored, track_times=False)
+        shape = (count, len(views), origin.width // len(views)) if views else (count, origin.width)
+        logits = pack.create_dataset("logits", shape, origin.stored, track_times=False)
+        drawn: Any = None
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
@@ -233,12 +265,19 @@ def _write_hdf5(
                 raise ValueError(
                     f"expected {origin.width} values (classes) of {origin.dtype}, found {rows.dtype} {rows.shape}"
                 )
-            logits[part] = rows
-            checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows)
+            logits[part] = rows.reshape(len(rows), *shape[1:])
+            mine = None if draws is None else draws(part)
+            checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows, mine)
+            if mine is not None:
+                each = mine.reshape(len(rows), len(views), -1)
+                drawn = drawn or pack.create_dataset("draws", (count, *each.shape[1:]), "<u4", track_times=False)
+                drawn[part] = each
             outlet.raise_failure()
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
         blob = np.frombuffer(b"".join(files), np.uint8)
         pack.create_dataset("files", data=blob, track_times=False)
+        if views:
+            pack.create_dataset("views", data=np.array(views, "<u4"), track_times=False)
 
 
 def attributes_of(origin: Origin) -> dict[str, np.bytes_]:
@@ -307,7 +346,8 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
         with reading_hdf5(content) as file:
             texts = _read_attributes(path, file)
             arrays = _view_datasets(path, file, content, np.dtype(STORED[texts["dtype"]]))
-        pack = Pack(path, _origin(path, texts, arrays[3].shape[1]), *arrays)
+        views = tuple(arrays.pop().tolist()) if len(arrays) > len(_DATASETS) else ()
+        pack = Pack(path, _origin(path, texts, arrays[3].shape[1], views), *arrays)
     except KDCacheError:
         raise
     except Exception as error:  # what h5py makes of a malformed file is anybody's guess
@@ -389,7 +429,7 @@ def _read_attributes(path: Path, file: Any) -> dict[str, str]:
     return texts
 
 
-def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
+def _origin(path: Path, texts: Mapping[str, str], width: int, views: tuple[int, ...]) -> Origin:
     parts, names = json.loads(texts["parts"]), json.loads(texts["class_names"])
     if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
         raise _damaged(path, "its fingerprint's parts are not texts")
@@ -397,28 +437,36 @@ def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
     if fingerprint.digest != texts["fingerprint"]:
         raise _damaged(path, "its fingerprint is not that of its parts")
     kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
-    made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept)
-    made = replace(made, num_classes=width // (made.frames or 1))
+    made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept, views)
+    made = replace(made, num_classes=width // (made.frames or 1) // (len(views) or 1))
     if made.width != width:
         raise _damaged(path, f"its logits are no {made.frames} frames")
+    if (made.policy is None) != (not views):
+        raise _damaged(path, "it has views without a policy, or a policy without views")
     if kept is not None and len(kept) != made.num_classes:
         raise _damaged(path, "its class names do not fit its logits")
     return made
 
 
 def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any]) -> list[np.ndarray]:
-    if set(file) != set(_DATASETS):
-        raise _damaged(path, f"expected the datasets {', '.join(_DATASETS)}, found {shown(', '.join(file))}")
-    for name in _DATASETS:  # all links before any is followed
+    datasets = _WITH_VIEWS if "views" in file else _DATASETS
+    if set(file) != set(datasets):
+        raise _damaged(path, f"expected the datasets {', '.join(datasets)}, found {shown(', '.join(file))}")
+    for name in datasets:  # all links before any is followed
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise _damaged(path, f"{name} is a link to elsewhere")
     arrays = [
         _view_dataset(path, file[name], content, np.dtype(dtype or stored), axes)
-        for name, (dtype, axes) in _DATASETS.items()
+        for name, (dtype, axes) in datasets.items()
     ]
+    if datasets is _WITH_VIEWS:
+        try:
+            arrays[3], arrays[6] = flat_views(arrays[3], *arrays[6:])
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
     count, classes = arrays[3].shape
     expected = [(count, 16), (count, 16), (count,), (count, classes), (count + 1,), arrays[5].shape]
-    if [array.shape for array in arrays] != expected:
+    if [array.shape for array in arrays[: len(expected)]] != expected:
         raise _damaged(path, "its datasets disagree about the number of rows")
     return arrays
 

@@ -34,6 +34,7 @@ from kd_cache.store.index import (
     refuse_large_index,
     write_index,
 )
+from kd_cache.store.interleave import Views
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
@@ -247,19 +248,22 @@ class _Publication:
         required[[self._number[file] for file in missing if file in self._number]] = False
         now = self.snapshot
         for _ in range(100):
+            views = Views(now, origin, wanted, self.unfinished, self.change.replaced)
+            now = views.interleave()
             union = now.union(origin, self.change.replaced, self.change.standing.get(name))
             inputs, unread = self.unfinished.inputs(union)
             result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread)
             lost = np.flatnonzero(result.absent & required)
             if len(lost):
-                raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
+                raise self._lost(name, [f"{wanted.files[at]}{views.lacking(at)}" for at in lost.tolist()], now)
             now = now.again()
             pack = next((pack for pack in now.packs.good if pack.path == result.path), None)
             if pack is not None or result.path is None:
                 self._count(name, pack, result)
                 merged = None if pack is None else now.union_of(pack)
                 kept = self.unfinished.packs(union, merged, self.folder.packs_path)
-                return pack, [path for path in result.merged if path not in kept]
+                superfluous = [path for path in result.merged if path not in kept]
+                return pack, superfluous + views.superfluous(merged)
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:
@@ -432,7 +436,7 @@ class _View:
         for name, pack in packs.items():
             directory = self.snapshot.folder.view_path(name)
             named: dict[str, str] = {}
-            if wanted and pack is not None:
+            if wanted and pack is not None and not pack.origin.views:
                 if name not in self.named:
                     self._refuse_what_is_in_the_way(directory, pack)
                 self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)

@@ -253,7 +253,7 @@ class Snapshot:
         if isinstance(found, CorruptError):
             raise found
         made = found.origin
-        if (made.teacher, made.fingerprint.digest) != (name, origin.fingerprint.digest):
+        if (made.teacher, made.fingerprint.digest, made.views) != (name, origin.fingerprint.digest, origin.views):
             raise CorruptError(f"the pack {shown(found.path)} is not of the teacher that the index names it for")
         return found
 
@@ -265,9 +265,11 @@ class Snapshot:
     def union(self, origin: Origin, without: Collection[Path] = (), first: str | None = None) -> Union | None:
         """All rows of one origin that writers know, but those of some packs; ``None`` if there are none.
 
+        Of rows with more views those of the origin count.
         Those of the pack called ``first``, by default the one that the index names, count before others.
         """
-        packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
+        cut = [pack.of_views(origin.views) for pack in self.packs.of(origin) if pack.path not in without]
+        packs = [pack for pack in cut if pack is not None]
         return self.union_of(*packs, first=first or self._named(origin.teacher)) if packs else None
 
     def union_of(self, *packs: Pack, first: str | None = None) -> Union:

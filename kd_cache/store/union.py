@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,6 +127,25 @@ class Union:
                 self._touch(number, rows)
             out[mine] = self.packs[number].logits[rows]
 
+    def take_draws(self, positions: np.ndarray) -> np.ndarray | None:
+        """``[Q, V · D]`` u4: what was drawn for the views of rows; ``None`` where there are none."""
+        if self.packs[0].draws is None:
+            return None
+        out = np.empty((len(positions), self.packs[0].draws.shape[1]), np.uint32)
+        for number, rows, mine in self._by_pack(positions):
+            out[mine] = self.packs[number].draws[rows]  # type: ignore[index]  # packs of one origin all have some
+        return out
+
+    def unlike(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """``[Q]`` bool: which of these rows, as `take` gave them, their checksum is not of."""
+        if all(pack.whole is None for pack in self.packs):
+            keys, inputs, draws = self.keys[positions], self.inputs[positions], self.take_draws(positions)
+            return row_checksums(self.origin.fingerprint, keys, inputs, rows, draws) != self.checksums[positions]  # type: ignore[no-any-return]
+        wrong = np.zeros(len(positions), bool)
+        for number, mine, at in self._by_pack(positions):
+            wrong[at] = np.isin(mine, self.packs[number].wrong_rows(mine))
+        return wrong
+
     def _by_pack(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Each pack that holds some of these: its number, its rows, and where those stand among the positions."""
         if self._single:
@@ -219,17 +239,22 @@ def merge_packs(
             union.keys[positions],
             union.inputs[positions],
             union.file_bytes(positions),
-            lambda part: _carried_over(union, positions[part]),
+            lambda part: carried_over(union, positions[part]),
+            draws=taken_draws(union, positions),
         )
     merged = [pack.path for pack in union.packs if pack.path != path]
     return Merged(path, absent, left_out, disagreements, merged)
 
 
-def _carried_over(union: Union, positions: np.ndarray) -> np.ndarray:
+def taken_draws(union: Union, positions: np.ndarray) -> Callable[[slice], Any] | None:
+    """What `write_pack` takes the draws of these rows by; ``None`` where there are none."""
+    return (lambda part: union.take_draws(positions[part])) if union.origin.views else None
+
+
+def carried_over(union: Union, positions: np.ndarray) -> np.ndarray:
     """Rows as they are stored. Raises `CorruptError` for one that its checksum is not of: it must not get a new one."""
     rows = union.take(positions)
-    made = row_checksums(union.origin.fingerprint, union.keys[positions], union.inputs[positions], rows)
-    wrong = positions[made != union.checksums[positions]]
+    wrong = positions[union.unlike(positions, rows)]
     if len(wrong):
         path, file = union.packs[int(union.pack_no[wrong[0]])].path, union.files(wrong[:1])[0]
         raise CorruptError(

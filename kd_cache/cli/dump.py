@@ -21,6 +21,7 @@ from kd_cache.cli.saved import run_record
 from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.views import Policy
 from kd_cache.errors import UsageError, shown, worst_exit_code
 from kd_cache.options import BadSample, DType, Precision
 from kd_cache.prepare.census import census
@@ -53,6 +54,8 @@ class DumpOptions:
     skip_existing: bool
     files: bool | None
     num_verify: int
+    views: int
+    policy: Path | None
     min_accuracy: float | None
     reread: bool
     device: str
@@ -70,6 +73,9 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     """Guard, load, score, verify."""
     options = run.to(DumpOptions)
     part, said = part_of(options.shard)
+    if (options.policy is None) != (options.views == 0):
+        raise UsageError("--views and --policy belong together: how many views, and how they are augmented")
+    policy = None if options.policy is None else Policy.load(options.policy)
     datas = _guarded(run, options, screen)
     for data in datas:
         _announce(screen, data)
@@ -82,6 +88,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     refuse_file_as_root(options.cache_root)
     loaded: dict[TeacherSpec, Teacher] = {}
     jobs = [_job(run, options, data, part, screen, loaded) for data in datas]
+    jobs = [replace(job, policy=policy, views=options.views) for job in jobs]
     if len(jobs) > 1:
         planned = sorted({file for data in datas for file in data.selection.listed})
         jobs = [replace(job, planned=planned) for job in jobs]

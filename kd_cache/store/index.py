@@ -21,9 +21,10 @@ import xxhash
 from kd_cache.errors import CorruptError, StaleError, StoreError, shown
 from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import misfit, strict_json
+from kd_cache.options import MAX_VIEWS
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.origin import FORMAT_VERSION, MOST_VIEWS, STORED, VALUE_KINDS, Fingerprint, Origin
+from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
 from kd_cache.store.permitted import PERMITTED_NAME
 
 _UNSET = "0" * 32
@@ -48,7 +49,7 @@ _TEACHER = {
     "num_classes": lambda value: type(value) is int and value > 0,
     "class_names": (None, [str]),
     "dtype": STORED.__contains__,
-    "views": lambda value: type(value) is int and 0 < value <= MOST_VIEWS,
+    "views": lambda value: type(value) is int and 0 < value <= MAX_VIEWS,
     "rows": int,
     "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
     "earlier": [_TEXTS],

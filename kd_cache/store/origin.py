@@ -27,7 +27,6 @@ FRAMES = "frames_per_row"
 """The part of a fingerprint that says how many vectors a row holds, where it is more than a single one."""
 VIEWS = "view_policy"
 """The part that says how the inputs of views were augmented (`kd_cache.dataset.views`); absent where there are none."""
-MOST_VIEWS = 1024
 FORMAT_VERSION = 1
 """Version of the bytes on disk. It is a part of every fingerprint: a new format never serves old rows as its own."""
 

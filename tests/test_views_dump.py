@@ -1,4 +1,4 @@
-"""Dumping views: one commit is of one view, a sealed row holds all of them, and bytes do not tell how they came about."""
+"""Dumping views: a commit is of one view, a sealed row holds all of them, and no byte tells how they came about."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from conftest import Run, World
+from conftest import TINY, Run, World
 from test_parts import taken
 from test_views import POLICY
 from tiny_teachers import Linear
@@ -51,8 +51,7 @@ def test_rows_hold_what_the_teacher_gives_for_each_augmented_input(
             array, drawn = policy.augmented(name, view, np.load(world.feature(name)))
             assert (draws[row, view] == drawn).all()
             assert np.allclose(logits[row, view], array.mean(axis=0) @ Linear(1).weight.numpy(), atol=1e-5)
-    audit = run("verify", "--target", "b", "--all", "--recompute", "--teacher", "tiny=tiny_teachers:linear", "--teacher",
-                "other=tiny_teachers:other")  # fmt: skip
+    audit = run("verify", "--target", "b", "--all", "--recompute", *TINY)
     assert audit.exit_code == 0, audit.output
     again = views(3, "--json")
     assert scored(again) == {"tiny": 0, "other": 0}

@@ -30,6 +30,7 @@ from kd_cache.serve.joined import joined, teachers_of_all
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
+from kd_cache.serve.views import View, ViewsRead, checked_view, flattened
 from kd_cache.store.accuracy import in_words, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
@@ -40,13 +41,14 @@ from kd_cache.store.snapshot import Snapshot
 _INT64 = np.dtype(np.int64)
 
 
-class LogitCache:
+class LogitCache(ViewsRead):
     """An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
 
     Attributes:
         teachers: their names; the second axis of every batch.
         files: the files that all opened teachers hold.
         num_classes: C.
+        views: how many views a row has, 1 where no inputs were augmented; view 0 is of the clean input.
         frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
         task: what the data set is that was scored.
         target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
@@ -74,17 +76,21 @@ class LogitCache:
         self._index = index
         self._on_miss = on_miss
         self.teachers = tuple(rows.name for rows in tables)
-        self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
+        self.num_classes, self.frames, self.views = tables[0].num_classes, tables[0].frames, tables[0].views
+        self.width = tables[0].width // self.views
         self.dtype = tables[0].dtype
         self._resolver = Resolver(path, tables, index)
         self._count = len(self._resolver)
         self.preloaded = choose(
             preload,
-            self._count * len(tables) * self.width * self.dtype.itemsize,
+            self._count * self.views * len(tables) * self.width * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
-        self._gatherer = Gatherer(tables, self._resolver.positions, self._count, self.preloaded)
+        each, positions = tables, self._resolver.positions
+        if self.views > 1:
+            each, positions = flattened(tables, positions)
+        self._gatherer = Gatherer(each, positions, self._count * self.views, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
         self.task = DEFAULT if index is None else recorded_task(index.record)
@@ -258,6 +264,7 @@ class LogitCache:
         rows: torch.Tensor | np.ndarray | Sequence[str],
         dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
+        view: View = None,
     ) -> torch.Tensor:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
@@ -266,33 +273,37 @@ class LogitCache:
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
                 counts.
+            view: of which view, one for all or ``[B]`` integers; by default the clean one, 0. `all_views` gives all.
 
         Raises:
-            MissingLogitsError, IndexError: a file without logits, a row that is none.
+            MissingLogitsError, IndexError: a file without logits, a row or a view that is none.
             UsageError: ``out`` has another shape or dtype.
         """
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
+        at = 0 if view is None else checked_view(view, self.views, math.prod(rows.shape))
         if self.frames is None:
-            return self._gathered(rows, dtype, out)
+            return self._gathered(rows, dtype, out, at)
         whole = (math.prod(rows.shape), len(self.teachers), self.width)
-        logits = self._gathered(rows, dtype, None).view(*whole[:2], self.frames, self.num_classes)
+        logits = self._gathered(rows, dtype, None, at).view(*whole[:2], self.frames, self.num_classes)
         return logits if out is None else out.copy_(logits)
 
     def _gathered(
-        self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None
+        self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None, view: Any
     ) -> torch.Tensor:
         """`batch` of rows that are vectors of `width` values."""
         if isinstance(rows, torch.Tensor):
             try:
-                logits = self._gatherer.few(rows, out)
+                logits = self._gatherer.few(rows if self.views == 1 else rows * self.views + torch.as_tensor(view), out)
             except (IndexError, RuntimeError):
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
                 return logits if dtype is None else logits.to(dtype)
         numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        if self.views > 1:
+            numbers = np.where(numbers < 0, -1, numbers * self.views + view)  # those of their vectors
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)

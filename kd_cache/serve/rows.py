@@ -58,6 +58,7 @@ class TeacherRows:
         self._permitted = permitted
         self.name = union.origin.teacher
         self.num_classes, self.frames, self.width = union.origin.num_classes, union.origin.frames, union.origin.width
+        self.views, self.policy = len(union.origin.views) or 1, union.origin.policy
         self.dtype = union.origin.stored
         self.signature = pack.path.name
         self.is_lazy = pack.unchecked is not None
@@ -80,6 +81,26 @@ class TeacherRows:
         """The same into contiguous ``[Q, C]``. Positions are not checked: they must be some."""
         self._union.take_into(self._positions(positions), out)
 
+    @property
+    def whole(self) -> np.ndarray | None:
+        """The rows as they lie in one pack, if all of them are served and checked."""
+        return self._pack.logits if self._pack is not None and self._pack.unchecked is None else None
+
+    def take_views_into(self, positions: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
+        """One view of each row into ``[Q, C]``."""
+        mine = self._positions(positions)
+        self._union.touch(mine)
+        for number, rows, at in self._union._by_pack(mine):
+            each = self._union.packs[number].logits.reshape(-1, self.width // self.views)
+            out[at] = each[rows * self.views + views[at]]
+
+    def draws(self, positions: np.ndarray) -> np.ndarray | None:
+        """``[Q, V, D]`` u4: what was drawn for the views; ``None`` where there are none."""
+        mine = self._positions(positions)
+        self._union.touch(mine)
+        found = self._union.take_draws(mine)
+        return None if found is None else found.reshape(len(positions), self.views, -1)
+
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""
         expect_random(self._union.packs[0].logits)
@@ -93,8 +114,8 @@ class TeacherRows:
 
     def all(self) -> np.ndarray:
         """``[N, C]`` logits of all positions."""
-        if self._pack is not None and self._pack.unchecked is None:
-            return self._pack.logits
+        if self.whole is not None:
+            return self.whole
         return self._union.take(self._positions(np.arange(len(self.keys))))
 
     def files(self, positions: np.ndarray) -> list[str]:

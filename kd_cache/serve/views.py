@@ -1,0 +1,116 @@
+"""One view of each row: rows of several views as readers gather them.
+
+A row's views lie one after the other, so view v of row r is vector r · V + v of the same bytes: one gather, as without
+views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kd_cache.dataset.views import Policy
+from kd_cache.errors import UsageError, shown
+from kd_cache.serve.resolve import Resolver
+from kd_cache.serve.rows import TeacherRows
+from kd_cache.store.take import take_rows
+
+View = int | torch.Tensor | np.ndarray | None
+"""Which view of each row: one for all, or ``[B]`` integers; ``None`` is the clean one."""
+
+
+class ViewRows:
+    """A teacher's vectors, each view of each row under its own number r · V + v, to whoever gathers them."""
+
+    def __init__(self, rows: TeacherRows) -> None:
+        self._rows, self._count = rows, rows.views
+        self.width, self.dtype = rows.width // rows.views, rows.dtype
+        self._all = rows.whole  # [N, V · C] where every row can be taken as it lies
+
+    def expect_random(self) -> None:
+        self._rows.expect_random()
+
+    def all(self) -> np.ndarray:
+        """``[N · V, C]``."""
+        return self._rows.all().reshape(-1, self.width)
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """``[Q, C]``."""
+        out = np.empty((len(numbers), self.width), self.dtype)
+        self.take_into(numbers, out)
+        return out
+
+    def take_into(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """The same into contiguous ``[Q, C]``."""
+        if self._all is not None:
+            take_rows(self._all.reshape(-1, self.width), numbers, out)
+        else:
+            rows, views = np.divmod(numbers, self._count)
+            self._rows.take_views_into(rows, views, out)
+
+
+def flattened(tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None]) -> tuple[list[Any], list[Any]]:
+    """What gathers views takes in place of tables of rows, and of where the common rows are among them."""
+    views = np.arange(tables[0].views)
+    flat = [None if each is None else (each[:, None] * len(views) + views).reshape(-1) for each in positions]
+    return [ViewRows(rows) for rows in tables], flat
+
+
+def checked_view(view: View, views: int, rows: int) -> Any:
+    """A view as a number, or as integers ``[B]`` int64. Raises `UsageError`, ``IndexError``."""
+    if view is None:
+        return 0
+    numbers = np.asarray(view)
+    if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (rows,)):
+        raise UsageError(
+            f"expected view as an integer, or one for each of {rows} rows, found {numbers.dtype} {list(numbers.shape)}"
+        )
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < views:
+        raise IndexError(f"views must lie in [0, {views}), found {numbers.min()} to {numbers.max()}")
+    return numbers.astype(np.int64) if numbers.ndim else int(numbers)
+
+
+class ViewsRead:
+    """What a `LogitCache` has for views, besides `batch`."""
+
+    path: Path
+    views: int
+    _rows_of: Sequence[TeacherRows]
+    _resolver: Resolver
+    _on_miss: str
+    rows: Callable[[Any], torch.Tensor]
+    batch: Callable[..., torch.Tensor]
+    _numbers: Callable[..., np.ndarray]
+
+    def all_views(
+        self, rows: torch.Tensor | np.ndarray | Sequence[str], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """``[B, V, T, C]``: every view of these rows or files. Raises as `batch`."""
+        if not isinstance(rows, (torch.Tensor, np.ndarray)):
+            rows = self.rows(rows)
+        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        every = np.tile(np.arange(self.views), len(numbers))
+        logits = self.batch(np.repeat(numbers, self.views), dtype, view=every)
+        return logits.view(-1, self.views, *logits.shape[1:])
+
+    def draws(self, rows: torch.Tensor | np.ndarray, view: View = None) -> torch.Tensor:
+        """``[B, D]`` int64: what was drawn for a view of each row; `kd_cache.replay_views` makes its input of them.
+
+        Raises IndexError as `batch`, `UsageError` for a cache without views.
+        """
+        numbers = self._numbers(rows)
+        at = checked_view(view, self.views, len(numbers))
+        found = self._rows_of[0].draws(self._resolver.position(0, numbers))
+        if found is None:
+            raise UsageError(f"{shown(self.path)} has no views", hint="kd-cache dump --views makes them.")
+        return torch.from_numpy(found[np.arange(len(numbers)), at].astype(np.int64))
+
+    @property
+    def view_policy(self) -> Policy | None:
+        """How the inputs of views were augmented; ``None`` where there are none."""
+        text = self._rows_of[0].policy
+        return None if text is None else Policy.from_text(text)

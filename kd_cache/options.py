@@ -20,6 +20,7 @@ TARGETS = typing.get_args(Target)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
 BadSample = Literal["stop", "skip"]
+InputsAre = Literal["unchanged", "read", "as-scored"]
 ValueKind = Literal["logits", "log_probs", "probs", "sigmoid"]
 ExportFormat = Literal["npy", "pt", "tsv"]
 
@@ -192,6 +193,9 @@ _TABLE = (
            "the manifest's folder", recalled=True),
     Option("features", Path | None, "One HDF5 file that holds the features, instead of files below the data root.",
            DATA, None, recalled=True),
+    Option("student_features", Path | None, "The student's own features (of another front end), called as in the "
+           "manifest: a folder of .npy files, or one HDF5 file.", DATA, None, "those that teachers score",
+           metavar="DIR|FILE"),
     Option("task", Path | None, "YAML file that says what the data set is: classes, domains, groups, inputs. Later "
            "commands find it in the cache.", DATA, None, "acoustic scenes under device shift", metavar="FILE"),
     Option("dataset", str | None, "A map-style data set of your own, in place of a manifest. Its code runs, so it is "

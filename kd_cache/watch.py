@@ -22,6 +22,9 @@ class Watcher:
     def saved(self, count: int) -> None:
         """So many samples that the current stage advanced over are durable from now on; bad ones never are."""
 
+    def parts(self, done: int, total: int) -> None:
+        """So many of the parts that the work was split into are done."""
+
     def busy(self, shares: Mapping[str, float]) -> None:
         """The part of the time that each stage of the work has been busy, from 0 to 1, the busiest first."""
 

@@ -15,6 +15,7 @@ from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import CheckpointError, shown
 from kd_cache.score.factory import without_folder
+from kd_cache.score.teacher import OWN_FEATURES
 from kd_cache.store.origin import weights_digest
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, backbone_from
 from kd_cache.train.checkpoint import Weights, naming, read_record, read_weights, under
@@ -60,6 +61,7 @@ class LoadedTeacher(nn.Module):
         self.record = dict(record or {})
         made_with = self.record.get("provenance")
         self.provenance = None if made_with is None else Provenance.from_json(made_with)
+        self.own_features = self.record.get(OWN_FEATURES)
         self.role = CITY2SCENE if isinstance(net, City2Scene) else role or self.record.get("role")
         self.num_classes = net.num_classes
         self.class_names = self._class_names()
@@ -177,6 +179,7 @@ class OwnTeacher(nn.Module):
         self.num_classes = settings.num_classes
         self.class_names = tuple(weights.record.get("class_names") or ()) or None
         self.provenance, self.source, self.checkpoint_sha256 = weights.provenance, weights.source, weights.sha256
+        self.own_features = weights.record.get(OWN_FEATURES)
         code = source_digest(settings.arch, net)[:16]
         self._parts = {"architecture": f"{without_folder(settings.arch)}/{code}"}
         if isinstance(weights.record.get("feature_spec"), str):

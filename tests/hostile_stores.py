@@ -181,7 +181,7 @@ INDEXES: dict[str, Store] = {
         record(permitted={"file": f"permitted-{'a' * 32}.npy", "count": 6}), "permitted-aaaa", (4, 4, 0)
     ),
     "another cache's": Store(record(adaptation="A2c"), "holds the cache of A2c", (0, 5, 0), 5),
-    "format 2": Store(record(format_version=2), "has format version 2", NEWER, 1),
+    "format 3": Store(record(format_version=3), "has format version 3", NEWER, 1),
     "format 10^9": Store(record(format_version=10**9), "has format version 1000000000", NEWER, 1),
     "format 0": Store(record(format_version=0), "no kd-cache wrote that"),
     "format true": Store(record(format_version=True), "no kd-cache wrote that"),
@@ -455,8 +455,8 @@ PACKS: dict[str, Store] = {
     "a teacher with escapes": refused_pack(attribute("teacher", np.bytes_(b"\x1b[2J")), r"\x1b[2J"),
     "a variable-length string": refused_pack(attribute("value_kind", "logits"), STRING),
     "an object reference": refused_pack(attribute("value_kind", h5py.h5r.Reference()), STRING),
-    "format 2": Store(forged(attribute("format_version", np.bytes_(b"2")), 2), "has format version 2", (1, 1, 0), 1),
-    "format 2 in its first bytes alone": Store(forged(plain_pack, 2), "name a newer one", ABSENT),
+    "format 3": Store(forged(attribute("format_version", np.bytes_(b"3")), 3), "has format version 3", (1, 1, 0), 1),
+    "format 3 in its first bytes alone": Store(forged(plain_pack, 3), "name a newer one", ABSENT),
     "empty": Store(torn(0), "truncated within its first 512 bytes", ABSENT),
     "torn in its first bytes": Store(torn(0.02), "truncated within its first 512 bytes", ABSENT),
     "torn": Store(torn(0.5), "found", ABSENT),
@@ -553,8 +553,8 @@ OTHERS: dict[str, Store] = {
         pending(lambda _, path: path.write_bytes(b'{"tiny": {}}')), "it is passed over", FREE
     ),
     "a pending teacher named ../x": Store(pending_index(as_a_teacher("../x")), "(../x)", FREE),
-    "a pending record of format 2": Store(
-        pending_index(lambda content: content["kd_cache"].update(format_version=2)), "version 2", (0, 1, 1), 1
+    "a pending record of format 3": Store(
+        pending_index(lambda content: content["kd_cache"].update(format_version=3)), "version 3", (0, 1, 1), 1
     ),
     "a pending FIFO": Store(pending(lambda _, path: os.mkfifo(path)), "not a regular file", (0, 1, 1), 1),
     "a pending folder": Store(pending(lambda _, path: path.mkdir()), "Is a directory", (0, 1, 1), 1),

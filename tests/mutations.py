@@ -87,7 +87,7 @@ files resolve to the row after theirs
 kd_cache/serve/resolve.py: test_loader, test_student
 -        found = self._finder.find(keys_of_bytes(names))
 +        found = self._finder.find(keys_of_bytes(names))
-+        found = np.where(found >= 0, (found + 1) % len(self), found)
++        found = np.where(found >= 0, (found + 1) % len(self.numbers), found)
 
 unseen devices may train
 kd_cache/dataset/guard.py: test_splits
@@ -121,8 +121,8 @@ kd_cache/store/union.py: test_union_and_seal, test_seal
 
 two teachers are swapped in the table
 kd_cache/serve/gather.py: test_loader
--            table[:, number] = rows.all()
-+            table[:, -1 - number] = rows.all()
+-                rows.fill(table[:, number])
++                rows.fill(table[:, -1 - number])
 
 two teachers are swapped when their maps are read
 kd_cache/serve/gather.py: test_loader, test_lazy
@@ -131,7 +131,7 @@ kd_cache/serve/gather.py: test_loader, test_lazy
 
 readers forget the list of permitted samples
 kd_cache/serve/rows.py: test_permitted
--            self._kept = None if permitted is None else _kept(union, permitted)
+-            self._kept = None if permitted is None else _kept(shelf, permitted)
 +            self._kept = None
 
 workers do not compare the list of permitted samples

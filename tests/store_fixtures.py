@@ -185,20 +185,31 @@ def checksums(rows: Rows, made_by: Origin) -> np.ndarray:
     )
 
 
-def forge(directory: Path, build: Callable[[h5py.File], None], teacher: str = "scene", version: int = 1) -> Path:
-    """A pack whose user block and name are right, whatever ``build`` puts into it."""
+def forge(
+    directory: Path,
+    build: Callable[[h5py.File], None],
+    teacher: str = "scene",
+    version: int = 1,
+    keys: np.ndarray | None = None,
+) -> Path:
+    """A pack whose user block and name are right, whatever ``build`` puts into it; by default of format 1."""
     draft = directory / "draft"
     with h5py.File(draft, "w", libver=("v110", "v110"), userblock_size=512, alignment_interval=64) as file:
         build(file)
     content = draft.read_bytes()
     draft.unlink()
-    return seal_bytes(directory, content[512:], teacher, version)
+    return seal_bytes(directory, content[512:], teacher, version, keys)
 
 
-def seal_bytes(directory: Path, body: bytes, teacher: str = "scene", version: int = 1) -> Path:
-    """``body`` behind a correct user block, under the name that it asks for."""
+def seal_bytes(
+    directory: Path, body: bytes, teacher: str = "scene", version: int = 1, keys: np.ndarray | None = None
+) -> Path:
+    """``body`` behind a correct user block, under the name that it asks for; of format 2 where ``keys`` are given."""
     digest = xxhash.xxh3_128_digest(body)
-    block = struct.pack("<8sIQ16s", b"KDCPACK\n", version, len(body), digest).ljust(512, b"\0")
+    span = b"" if keys is None else keys[0].tobytes() + keys[-1].tobytes() + struct.pack("<Q", len(keys))
+    if span:
+        version, span = max(version, 2), span + struct.pack("<Q", xxhash.xxh3_64_intdigest(span))
+    block = (struct.pack("<8sIQ16s", b"KDCPACK\n", version, len(body), digest) + span).ljust(512, b"\0")
     path = directory / f"{teacher}-{digest.hex()}.h5"
     path.write_bytes(block + body)
     return path

@@ -243,7 +243,7 @@ def test_bad_input_is_one_clear_screen_without_traceback(root: Path, case: str) 
 
 
 def test_import_and_help_do_not_import_torch() -> None:
-    script = "import sys, kd_cache, kd_cache.cli; assert not {'torch', 'soundfile'} & sys.modules.keys()"
+    script = "import sys, kd_cache, kd_cache.cli; assert not {'torch', 'soundfile', 'ray'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True)
     shown = subprocess.run(
         [
@@ -261,3 +261,4 @@ def test_import_and_help_do_not_import_torch() -> None:
     )
     assert "dump" in shown.stdout
     assert " torch" not in shown.stderr
+    assert " ray" not in shown.stderr

@@ -239,6 +239,33 @@ def test_mixup_mixes_both_losses_by_the_same_share_and_a_partner_adds_only_what_
     near(objective(student, teacher, labels, is_source, partner=partner, share=share), expected)
 
 
+@pytest.mark.parametrize("more", [{}, {"loss": "dkd", "apply_to": "all"}, {"weighting": "pmax", "normalise": "mask"}])
+def test_of_frames_a_row_s_loss_is_the_mean_over_them(more: dict[str, Any]) -> None:
+    """Frames that are alike are one row; others are rows with their row's label, and weigh a part."""
+    student, teacher, labels, is_source = batch()
+    chance = torch.Generator().manual_seed(3)
+    mixed = {"partner": torch.randperm(B, generator=chance), "share": torch.rand(B, generator=chance).double()}
+    frames, one, other = 3, DistillLoss(**more), DistillLoss(**more)
+    alike = student[:, None].expand(-1, frames, -1), teacher[:, :, None].expand(-1, -1, frames, -1)
+    near(one(*alike, labels, is_source, **mixed), other(student, teacher, labels, is_source, **mixed))
+    assert vars(one.seen) == pytest.approx(vars(other.seen))
+    apart = torch.randn(B, frames, C, generator=chance, dtype=torch.float64)
+    taught = torch.randn(B, K, frames, C, generator=chance, dtype=torch.float64)
+    if one.recipe.weighting != "none":
+        assert one.scale_weights(taught, is_source) == pytest.approx(
+            other.scale_weights(taught.transpose(1, 2).flatten(0, 1), is_source.repeat_interleave(frames))
+        )
+    loss = one(apart, taught, labels, is_source)
+    at = [each.repeat_interleave(frames) for each in (labels, is_source)]
+    near(loss, other(apart.flatten(0, 1), taught.transpose(1, 2).flatten(0, 1), *at))
+    if not more:
+        near(one(apart, taught.mean(dim=1), labels, is_source), loss)
+        gone = taught.clone()
+        gone[0, 0, 1, 2] = math.nan
+        with pytest.raises(MissingLogitsError, match=f"1 of {B} rows"):
+            DistillLoss(apply_to="all")(apart, gone, labels, is_source)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +299,9 @@ def test_shapes_that_do_not_fit_are_refused(which: int) -> None:
     given_batch[which] = wrong[which]
     with pytest.raises(UsageError, match="expected"):
         DistillLoss()(*given_batch)
+    in_frames = torch.zeros(B, 3, C), torch.zeros(B, K, C), *batch()[2:]
+    with pytest.raises(UsageError, match=rf"\[{B}, teachers, 3, {C}\], found \[{B}, {K}, {C}\]"):
+        DistillLoss()(*in_frames)
 
 
 # -- the package ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,10 @@ from train_fixtures import OWN, Listening, own_net, scene, settings, town
 import kd_cache.distill.fitting
 import teachers
 from kd_cache import LogitCache, Provenance, StaleError
+from kd_cache.cli.student import _recipe
+from kd_cache.cli.student_commands import STUDENT
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.task import DCASE
 from kd_cache.distill import student
 from kd_cache.distill.recipe import Recipe
@@ -198,6 +202,14 @@ def test_every_mode_and_number_makes_another_key_and_every_mode_trains(taught: W
     assert StudentTraining(job(taught, None)).key not in keys
 
 
+@pytest.mark.parametrize(
+    ("given", "ramp"), [({}, 20), ({"kd_ramp_epochs": 3}, 3), ({"kd_warmup_epochs": 2}, 0), ({"loss": "kl"}, 0)]
+)
+def test_on_the_command_line_the_weight_of_dkd_grows_as_published(given: dict[str, Any], ramp: int) -> None:
+    plain = {option.name: option.default for option in STUDENT.options}
+    assert _recipe({**plain, "loss": "dkd", **given}).ramp_epochs == ramp
+
+
 def test_the_command_trains_a_student_that_can_teach(taught: World, run: Run, scene: Path) -> None:
     older = ("--recipe", "city2scene", "--kd-warmup-epochs", 0)
     taken = command(run, taught, *older, "--teacher-mode", "mean_fusion", "--kd-alpha", 0.6,
@@ -367,3 +379,81 @@ def test_a_cache_that_does_not_fit_is_refused_by_its_kind(taught: World, run: Ru
     (pack,) = (taught.cache / "packs").glob("*.h5")
     flip(pack)
     assert pack.name in command(run, taught, code=4)
+
+
+@pytest.fixture
+def other_features(taught: World) -> Path:
+    """Features of another front end, of 24 bins in place of 20, under the manifest's names."""
+    for row in taught.rows:
+        path = taught.root / "own" / row["file"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.pad(np.load(taught.feature(row["file"])), ((0, 0), (4, 0))).astype(np.float16))
+    return taught.root / "own"
+
+
+def test_a_student_with_a_front_end_of_its_own_is_taught_by_key(
+    taught: World, other_features: Path, run: Run, scene: Path
+) -> None:
+    own, names = ("--student-features", "own"), [row["file"] for row in taught.rows]
+    taken = command(run, taught, *own, "--teacher-mode", "scene", "--kd-alpha", 1, "--apply-kd-to", "all")
+    assert taken["results"]["test"]["accuracy"] > 0.6
+    path = taken["checkpoint"]
+    record = read_weights(path).record
+    assert record["feature_spec"] is None
+    assert (other_features / record["own_features"]["file"]).is_file()
+    mine = replace(job(taught, mode="mean"), own_features=FeatureSource(other_features))
+    shared = StudentTraining(mine)
+    twin = StudentTraining(replace(mine, mode="ce"))
+    assert twin.train.stacked().shape[1:] == (12, 24)
+    assert torch.equal(shared.teachers, LogitCache.open(taught.cache).batch([s.file for s in shared.train.samples]))
+    assert shared.key != StudentTraining(job(taught, mode="mean")).key
+    assert "own_features" not in StudentTraining(job(taught, mode="mean")).record
+
+    def used(*args: object, code: int = 0) -> str:
+        done = run(*args, "--json-path", taught.json_path, *COUNTS, "--target", "b")
+        assert done.exit_code == code, done.output
+        return " ".join(done.output.split())
+
+    assert "features of its own, and these are not they" in used("evaluate", path, code=1)
+    with h5py.File("own.h5", "w") as file:
+        file["features"], file["files"] = np.stack([np.load(other_features / name) for name in names]), names
+    for place in ("own", "own.h5"):
+        told = json.loads(used("evaluate", path, "--student-features", place, "--json", "--quiet"))
+        assert told["accuracy"] == pytest.approx(taken["results"]["test"]["accuracy"])
+    teaching = ("dump", "--teacher", f"small=scene,ckpt={path}", "--only", "small", "--cache-root", "small")
+    assert "features of its own, and these are not they" in used(*teaching, code=1)
+    assert not Path("small").exists()
+    used(*teaching, "--data-root", "own")
+    foreign = Path("foreign")
+    tests = [row for row in taught.rows if row["split"] == "test"]
+    for row in tests:
+        (foreign / row["file"]).parent.mkdir(parents=True, exist_ok=True)
+        (foreign / row["file"]).write_bytes((other_features / row["file"]).read_bytes())
+    assert "whether they are made alike is not known" in used("evaluate", path, "--student-features", foreign)
+    assert (
+        "made by it"
+        in run("student", "predict", path, "--features", foreign, "--num-scenes", 3, "--num-cities", 3).stderr
+    )
+
+
+def test_features_of_the_student_s_own_are_all_there_and_the_teachers_are_still_those_they_scored(
+    taught: World, other_features: Path, run: Run
+) -> None:
+    own, files = ("--student-features", "own", "--teacher-mode", "mean"), taught.permitted()
+    tested = next(row["file"] for row in taught.rows if row["split"] == "test")
+    for file in (*files[:2], tested):
+        (other_features / file).rename(f"kept-{Path(file).name}")
+    said = command(run, taught, *own, code=1)
+    assert f"2 of {len(files)} samples have no feature of the student's own" in said
+    assert files[0] in said
+    assert files[1] in said
+    for file in files[:2]:
+        Path(f"kept-{Path(file).name}").rename(other_features / file)
+    taught.feature(files[3]).unlink()
+    notes = command(run, taught, *own)["notes"]
+    assert "1 of 27 test samples have no feature of the student's own" in notes
+    assert "features that the teachers scored are not at hand" in notes
+    taught.write_feature(files[3], np.zeros((12, 20), np.float32))
+    assert files[3] in command(run, taught, *own, code=5)
+    np.save(other_features / files[3], np.zeros((12, 20), np.float32))
+    assert "of different sizes: [[20], [24]]" in command(run, taught, *own, code=1)

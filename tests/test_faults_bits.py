@@ -47,6 +47,7 @@ from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import read_index
+from kd_cache.store.pack import open_pack
 from kd_cache.store.snapshot import Snapshot
 
 pytestmark = [pytest.mark.faults, LIMIT, forks]
@@ -285,7 +286,7 @@ def test_no_damage_gives_a_wrong_value_and_the_audit_names_it(finished: Finished
     path = finished.find(which)
     content = path.read_bytes()
     view, size = which == "tiny/*.npy", len(content)
-    critical = {".h5": range(64), ".json": range(size - 64, size)}.get(path.suffix, range(128, 148))
+    critical = {".h5": range(96), ".json": range(size - 64, size)}.get(path.suffix, range(128, 148))
     damages = single_faults(content, critical, most=100 if view else 500)
     damages += sector_faults(content, sector=512 if size > 512 else 64)
     checks = {"full": reader(finished), "lazy": reader(finished, "lazy"), "audit": auditor(finished, path)}
@@ -351,11 +352,11 @@ def test_the_audit_finds_swapped_rows_by_their_own_checksums_even_under_a_correc
 ) -> None:
     """The file's digest and name say that all is well: what is left are the row checksums (and the view)."""
     path = finished.find("packs/tiny-*.h5")
-    content, places = path.read_bytes(), row_bytes(path)
+    content, places, keys = path.read_bytes(), row_bytes(path), open_pack(path).keys
     shutil.rmtree(finished.world.cache / "tiny")
     for a, b in PAIRS:
         path.unlink()
-        path = seal_bytes(path.parent, swapped_rows(content, places, which, a, b).on(content)[512:], "tiny")
+        path = seal_bytes(path.parent, swapped_rows(content, places, which, a, b).on(content)[512:], "tiny", keys=keys)
         name_in_index(path)
         problems = verify_cache(audit_job(finished)).problems
         found = {(problem.kind, problem.file) for problem in problems if problem.kind == "corrupt"}

@@ -19,7 +19,7 @@ FLOORS: Mapping[str, int] = {
     "files": 2,
     "dataset": 3, "store": 3,
     "prepare": 4, "score": 4, "serve": 4,
-    "care": 5, "exchange": 5, "train": 5,
+    "care": 5, "cluster": 5, "exchange": 5, "train": 5,
     "distill": 6, "own_data": 6, "report": 6,
     "cli": 7,
     "__init__": 7,

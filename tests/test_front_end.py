@@ -135,14 +135,14 @@ class Notes(Watcher):
 )
 def test_a_teacher_s_front_end_is_compared_with_the_manifest_s(world: World, stated: str, outcome: str | None) -> None:
     watcher, teachers = Notes(), {"mine": Stating(stated)}
-    compare_front_ends(teachers, load_manifest(world.json_path), watcher)
+    compare_front_ends(teachers, world.data(), watcher)
     say(world, WORDS)
-    manifest = load_manifest(world.json_path)
+    data = world.data()
     if outcome is not None and "not " in outcome and "does not" not in outcome:
         with pytest.raises(TeacherError, match=outcome):
-            compare_front_ends(teachers, manifest, watcher)
+            compare_front_ends(teachers, data, watcher)
         return
-    compare_front_ends(teachers, manifest, watcher)
+    compare_front_ends(teachers, data, watcher)
     assert [outcome in note for note in watcher.notes] == ([True] if outcome else [])
 
 

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, Run
+from store_fixtures import seal_bytes
 
 from kd_cache import LogitCache, teacher_fingerprint
 from kd_cache.errors import KDCacheError
@@ -59,8 +63,41 @@ def listing(folder: Path) -> str:
     return sha256("".join(f"{path.name} {sha256(path.read_bytes())}\n" for path in sorted(folder.iterdir())).encode())
 
 
+NAMES_IN_2 = {
+    f"{old}.h5": f"{new}.h5"
+    for old, new in {
+        "first-596f1ba0737830db2dd8f91a059cac47": "first-8de6010ea2e345d579c03fc01412bb64",
+        "first-2d85df4f1306d7f3c3929e281b4b52e5": "first-de50de07c1ead4c246b1237794842701",
+        "second-7f660f6005d63e194af346d18e44492f": "second-06b64cc1c0b32f9dc671e7cbdb32b586",
+        "second-383a25606df69ab88cda2bec7abc1579": "second-c4bc999f37ae10de4646987a855acad6",
+    }.items()
+}
+"""What the packs that kd-cache 0.1 sealed are called since format 2: known answers, as those of ``expected.json``."""
+
+
+def in_format_1(pack: Path) -> Path:
+    """The pack, its rows and all else in it as kd-cache 0.1 laid them out: then it has the digests that 0.1 left."""
+    if pack.read_bytes()[8] == 1:
+        return pack
+    folder = pack.parent.parent.parent / "format-1"
+    folder.mkdir(exist_ok=True)
+    draft = io.BytesIO()
+    layout = {"libver": ("v110", "v110"), "userblock_size": 512, "alignment_threshold": 1, "alignment_interval": 64}
+    with h5py.File(pack) as new, h5py.File(draft, "w", **layout) as old:
+        for name in ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype"):
+            old.attrs[name] = np.bytes_(b"1") if name == "format_version" else new.attrs[name]
+        for names in (("keys",), ("inputs",), ("checksums", "logits"), ("file_offsets",), ("files",)):
+            for name in names:
+                old.create_dataset(name, new[name].shape, new[name].dtype, track_times=False)
+            for name in reversed(names):
+                old[name][:] = new[name][:]
+    sealed = seal_bytes(folder, draft.getvalue()[512:], pack.name.rpartition("-")[0])
+    assert NAMES_IN_2[sealed.name] == pack.name
+    return sealed
+
+
 def index_words(path: Path) -> dict[str, Any]:
-    """What an index says, but for its moment, its settings and its machine."""
+    """What an index says, but for its moment, its settings and its machine, and the version of its format."""
     index = json.loads(path.read_text())
     maps = {name: index[name] for name in TEACHERS if name in index}
     found: dict[str, Any] = {"maps": sha256(canonical_json(maps)), "num_samples": index["num_samples"]}
@@ -68,11 +105,14 @@ def index_words(path: Path) -> dict[str, Any]:
     if record is None:
         return found
     words = ("format_version", "adaptation", "files", "missing", "num_permitted", "per_device", "plan", "permitted")
+    assert record["format_version"] in (1, 2)
     kept = ("fingerprint", "value_kind", "num_classes", "dtype", "rows", "pack", "accuracy", "measured", "earlier")
-    found |= {word: record.get(word) for word in words}
+    found |= {word: record.get(word) for word in words} | {"format_version": 1}
+    old = {new: name for name, new in NAMES_IN_2.items()}
     found["manifest"] = record["manifest"]["sha256"]
     found["teachers"] = {
-        name: {word: entry.get(word) for word in kept} | {"class_names": sha256(canonical_json(entry["class_names"]))}
+        name: {word: entry.get(word) for word in kept}
+        | {"pack": old.get(entry["pack"], entry["pack"]), "class_names": sha256(canonical_json(entry["class_names"]))}
         for name, entry in record["teachers"].items()
     }
     return found
@@ -80,8 +120,10 @@ def index_words(path: Path) -> dict[str, Any]:
 
 def state(cache: Path) -> dict[str, Any]:
     """Digests of a cache's packs, plan, list of permitted samples and view, and the words of its index."""
-    files = [*cache.glob("packs/*.h5"), *cache.glob("plan.json"), *cache.glob("permitted-*.npy")]
-    found: dict[str, Any] = {str(path.relative_to(cache)): sha256(path.read_bytes()) for path in sorted(files)}
+    packs = map(in_format_1, cache.glob("packs/*.h5"))
+    found: dict[str, Any] = {f"packs/{path.name}": sha256(path.read_bytes()) for path in sorted(packs)}
+    others = sorted([*cache.glob("plan.json"), *cache.glob("permitted-*.npy")])
+    found |= {path.name: sha256(path.read_bytes()) for path in others}
     found |= {f"view of {name}": listing(cache / name) for name in TEACHERS if (cache / name).is_dir()}
     found["pending records"] = len(list(cache.glob("pending/*.json")))
     if (cache / "cache_index.json").exists():

@@ -620,11 +620,11 @@ def test_if_one_cache_is_refused_no_cache_is_touched(run: Run, root: Path) -> No
     path = root / "cache" / "A2c" / "pending" / "0123456789abcdef.json"
     path.parent.mkdir()
     path.write_text(
-        (root / "elsewhere/A2s1/cache_index.json").read_text().replace('"format_version": 1', '"format_version": 2')
+        (root / "elsewhere/A2s1/cache_index.json").read_text().replace('"format_version": 2', '"format_version": 3')
     )
     before = snapshot(root)
     result = run("gc")
-    assert (result.exit_code, "format version 2" in result.stderr) == (1, True)
+    assert (result.exit_code, "format version 3" in result.stderr) == (1, True)
     assert snapshot(root) == before
 
 

@@ -54,7 +54,7 @@ def test_what_was_written_is_read(path: Path, maps: bool) -> None:
     assert (index.num_samples, index.maps) == (1, MAPS if maps else {})
     assert list(index.origins.items()) == [("city2scene", CITY), ("scene", SCENE)]
     assert index.missing == {"x/3.npy": "its feature is gone"}
-    assert index.record["format_version"] == 1
+    assert index.record["format_version"] == 2
 
 
 def test_plain_json_reads_what_existing_code_needs(path: Path) -> None:
@@ -170,8 +170,8 @@ def test_a_correct_digest_makes_a_changed_index_readable(path: Path) -> None:
 
 @pytest.mark.parametrize("maps", [True, False])
 def test_a_newer_format_is_refused_and_says_to_update(path: Path, maps: bool) -> None:
-    rewrite(path, lambda content: content["kd_cache"].update(format_version=2))
-    with pytest.raises(StoreError, match="version 2") as caught:
+    rewrite(path, lambda content: content["kd_cache"].update(format_version=3))
+    with pytest.raises(StoreError, match="version 3") as caught:
         read_index(path, maps=maps)
     assert "Update" in str(caught.value.hint)
 

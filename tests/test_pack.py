@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import xxhash
-from hostile_stores import STRUCTURES, Build, changed
+from hostile_stores import STRUCTURES, Build, attribute, changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, checksums, forge, md5, names, origin, plain_pack, seal_bytes
@@ -48,12 +48,18 @@ def read_by_the_book(path: Path) -> dict[str, object]:
     """A reader written from the layout in the documentation, with struct, h5py and xxhash alone."""
     content = path.read_bytes()
     magic, version, length, digest = struct.unpack("<8sIQ16s", content[:36])
-    assert (magic, version, content[36:512]) == (b"KDCPACK\n", 1, bytes(476))
+    assert (magic, version, content[84:512]) == (b"KDCPACK\n", 2, bytes(428))
     assert length == len(content) - 512
     assert digest == xxhash.xxh3_128_digest(content[512:])
     with h5py.File(path, "r") as file:
         attributes = {name: value.decode() for name, value in file.attrs.items()}
         datasets = {name: file[name][:] for name in file}
+        places = {name: file[name].id.get_offset() % (4096 if name == "logits" else 64) for name in file}
+    assert not any(places.values())
+    keys = datasets["keys"]
+    first, last, rows, check = struct.unpack("<16s16sQQ", content[36:84])
+    assert (first, last, rows) == (keys[0].tobytes(), keys[-1].tobytes(), len(keys))
+    assert check == xxhash.xxh3_64_intdigest(content[36:76])
     assert path.name == f"{attributes['teacher']}-{digest.hex()}.h5"
     blob, offsets = datasets["files"].tobytes(), datasets["file_offsets"].tolist()
     files = [blob[start:end].decode() for start, end in pairwise(offsets)]
@@ -81,7 +87,7 @@ def test_the_documented_layout_is_all_a_reader_needs(packs: Path) -> None:
     assert json.loads(attributes.pop("parts")) == made_by.fingerprint.parts
     assert json.loads(attributes.pop("class_names")) == ["bus", "métro", "tram"]
     assert attributes == {
-        "format_version": "1",
+        "format_version": "2",
         "teacher": "scene",
         "fingerprint": made_by.fingerprint.digest,
         "value_kind": "log_probs",
@@ -94,12 +100,12 @@ def test_the_documented_layout_is_all_a_reader_needs(packs: Path) -> None:
     [
         (
             "fp32",
-            "b1a236cbb5caf1eb4c051e724b6b216f",
+            "1a36dc320585cbb148e2657c0cf5c916",
             "6e76089dc85fba9f73f02f45abcde2455f4247b9a47d2f6761bff0b51a72b817",
         ),
         (
             "fp16",
-            "5f8177957324601d1bdba7a124184d57",
+            "5f498e0af92416397974ec8c055c5331",
             "a2732ef0907c59e4d4de1d1ee7570a30169d58bca5ace9738fa683200f728381",
         ),
     ],
@@ -218,6 +224,27 @@ def test_every_wrong_structure_is_refused_even_under_a_correct_digest(packs: Pat
     assert says in error.message
 
 
+NEW = attribute("format_version", np.bytes_(b"2"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (FIVE.keys, "logits does not lie in the file"),  # at a multiple of 64 alone
+        (FIVE.keys[:4], "other keys than it holds"),
+        (FIVE.keys[1:], "other keys than it holds"),
+        (np.vstack([FIVE.keys[:1], FIVE.keys]), "other keys than it holds"),
+    ],
+)
+def test_format_2_is_checked_for_what_it_adds(packs: Path, keys: np.ndarray, says: str) -> None:
+    content = FIVE.write(packs, SCENE).read_bytes()
+    if "lie" in says:
+        path = forge(packs, lambda file: NEW(file, FIVE, SCENE), version=2, keys=keys)
+    else:
+        path = seal_bytes(packs, content[512:], version=2, keys=keys)
+    assert says in refuse_opening(path).message
+
+
 def test_a_pack_made_with_plain_h5py_is_read(packs: Path) -> None:
     """So that what the forged packs are refused for is what is forged in them."""
     pack = open_pack(forge(packs, lambda file: plain_pack(file, FIVE, SCENE)))
@@ -236,7 +263,7 @@ def test_libhdf5_opens_no_file(packs: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(h5py, "File", watched)
     open_pack(FIVE.write(packs, SCENE))
-    assert len(opened) == 3  # written, checked, opened
+    assert len(opened) == 4  # written, the rows from a page on, checked, opened
     assert not any(isinstance(file, str | bytes | os.PathLike) for file in opened)
 
 
@@ -248,7 +275,7 @@ def test_flips_under_a_correct_digest_never_crash_or_hang_the_reader(packs: Path
     for bit in bits:
         body = bytearray(content[512:])
         body[bit // 8] ^= 1 << bit % 8
-        path = seal_bytes(packs, bytes(body))
+        path = seal_bytes(packs, bytes(body), keys=FIVE.keys)
         try:
             pack = open_pack(path)
             assert len(pack.files) == len(pack)
@@ -360,7 +387,7 @@ def test_what_the_disk_did_not_keep_is_never_put_in_place(packs: Path, monkeypat
 def test_an_interrupt_at_any_moment_of_writing_leaves_nothing(packs: Path, method: str) -> None:
     genuine = getattr(hdf5_file.Outlet, method)
     ended = set()
-    for moment in range(1, 30):
+    for moment in range(1, 60):
         calls = 0
 
         def interrupted(*args: object) -> object:

@@ -138,12 +138,12 @@ CONTRACT: dict[Callable[[World, Run], None], dict[str, Cell]] = {
         "gc": (0, "was written by an older script: it has no kd_cache entry and no packs; only temporaries"),
         "open": (0, ""),
     },
-    newer: {ELSE: (1, "has format version 99, this kd-cache reads up to 1")},
+    newer: {ELSE: (1, "has format version 99, this kd-cache reads up to 2")},
     newer_record: {
-        ELSE: (1, "has format version 99, this kd-cache reads up to 1"),
+        ELSE: (1, "has format version 99, this kd-cache reads up to 2"),
         "open, export, diff": FINE,  # those go by the index
     },
-    newer_pack: {ELSE: (1, "has format version 99, this kd-cache reads up to 1"), "open, info, export, diff": FINE},
+    newer_pack: {ELSE: (1, "has format version 99, this kd-cache reads up to 2"), "open, info, export, diff": FINE},
     renamed: {
         ELSE: (5, "holds the cache of A2c"),
         "merge from": (5, "tells of a cache of A2c, expected A2b"),

@@ -243,14 +243,108 @@ def test_this_systems_file_systems_are_known_by_their_devices() -> None:
     ]
 
 
-def test_a_seal_reads_only_what_its_parts_did_not(dumped: Run, run: Run, world: World, read: list[str]) -> None:
+@pytest.fixture
+def parted(dumped: Run, world: World, read: list[str], monkeypatch: pytest.MonkeyPatch) -> World:
+    """Two parts, not sealed, each with notes of its own."""
     shutil.rmtree(world.cache)
+    for part in ("1/2", "0/2"):
+        dumped("--shard", part)
+    assert len(list((world.cache / "pending").glob("*.seen"))) == 2
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 256)
+    read.clear()
+    return world
+
+
+SEAL = ("seal", "--target", "b", "--json")
+
+
+def test_a_seal_reads_only_what_its_parts_did_not(
+    parted: World, run: Run, dumped: Run, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is drawn of what they read; and what they noted is known to the dump that comes after."""
+    assert run(*SEAL).exit_code == 0
+    assert read == []
+    assert not list((parted.cache / "pending").iterdir())
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 0)
+    dumped()
+    assert read == []
+    changed = parted.permitted()[2]
+    np.save(parted.feature(changed), np.zeros((12, 20), np.float32))
+    assert run(*SEAL).exit_code == 3
+    assert read == [changed]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "changed"])
+def test_a_seal_reads_what_notes_do_not_tell(parted: World, run: Run, read: list[str], damage: str) -> None:
+    notes = next((parted.cache / "pending").glob("*.seen"))
+    if damage == "flipped":
+        content = bytearray(notes.read_bytes())
+        content[-1] ^= 1
+        notes.write_bytes(content)
+    elif damage == "gone":
+        notes.unlink()
+    else:
+        os.utime(parted.feature(parted.permitted()[2]))
+    assert run(*SEAL).exit_code == 0
+    assert len(read) == (1 if damage == "changed" else 10)
+    read.clear()
+    assert run(*SEAL, "--inputs", "read").exit_code == 0
+    assert len(read) == 20
+
+
+def test_notes_go_with_their_record_and_none_is_left_behind(parted: World, run: Run, read: list[str]) -> None:
+    """A writer killed between a record and its notes, or between their removals."""
+    orphan, _ = (parted.cache / "pending").glob("*.seen")
+    orphan.with_suffix(".json").unlink()
+    assert run(*SEAL).exit_code == 0
+    assert len(read) == 10
+    assert list((parted.cache / "pending").iterdir()) == [orphan]
+    assert run("gc", "--older-than", "0").exit_code == 0
+    assert not list((parted.cache / "pending").iterdir())
+
+
+def test_a_dump_of_everything_goes_by_the_notes_of_parts_and_keeps_them(
+    parted: World, dumped: Run, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 0)
+    for _ in range(2):
+        dumped()
+        assert read == []
+    assert not list((parted.cache / "pending").iterdir())
+
+
+def test_rows_can_be_taken_as_scored_where_no_feature_is_at_hand(parted: World, run: Run, read: list[str]) -> None:
+    """One feature has changed since, and its rows are as the part read it. Whoever looks at the cache is told."""
+    for file in parted.permitted():
+        parted.feature(file).unlink()
+    assert run(*SEAL).exit_code == 1
+    read.clear()
+    told = run(*SEAL, "--inputs", "as-scored")
+    assert told.exit_code == 0, told.stderr
+    assert json.loads(told.stdout)["published"]["num_samples"] == 20
+    assert read == []
+    assert not list((parted.cache / "pending").iterdir())
+    assert "as-scored" in run("info", "cache").stdout
+    assert "as-scored" in run("verify", *TINY[:2]).stderr
+
+
+def test_what_is_taken_as_scored_is_what_was_read_last_or_nothing(
+    parted: World, run: Run, dumped: Run, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A feature changed between two runs of a part: its older rows are not taken, and none where nobody can tell."""
+    monkeypatch.setattr(kd_cache.score.unchanged, "SAMPLED", 0)
+    file = parted.permitted()[2]
+    parted.write_feature(file, np.ones((12, 20), np.float32))
     for part in ("0/2", "1/2"):
         dumped("--shard", part)
-    read.clear()
-    changed = world.permitted()[2]
-    assert run("seal", "--target", "b").exit_code == 0
-    assert read == []
-    np.save(world.feature(changed), np.zeros((12, 20), np.float32))
-    assert run("seal", "--target", "b").exit_code == 3
-    assert read == [changed]
+    expected = shutil.copytree(parted.cache, parted.root / "other" / "A2b")
+    for notes in (expected / "pending").glob("*.seen"):
+        notes.unlink()
+    refused = run(*SEAL, "--inputs", "as-scored", "--cache-root", "other")
+    assert refused.exit_code == 5
+    assert file in refused.stderr
+    assert run(*SEAL, "--inputs", "as-scored").exit_code == 0
+    rows = parted.packs()
+    assert run(*SEAL).exit_code == 0
+    assert parted.packs() == rows
+    assert "as-scored" not in run("info", "cache").stdout

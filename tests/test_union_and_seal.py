@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_fixtures import Rows, byte_rows, flipping, names, origin, snapshot
 
+from kd_cache import keys as keys_module
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import StoreError
 from kd_cache.files.atomic import remove_files
@@ -53,13 +55,26 @@ ONE_KEY = st.builds(
 )
 
 
-@given(st.lists(ONE_KEY, max_size=40), st.lists(ONE_KEY, max_size=20))
-def test_finding_keys_agrees_with_a_dictionary(stored: list[bytes], asked: list[bytes]) -> None:
-    ordered = sorted(stored)
+@pytest.mark.parametrize(("block", "many"), [(4096, 128), (2, 0), (2, 1000)])  # one block; each way over several
+@given(st.lists(ONE_KEY, max_size=40), st.lists(ONE_KEY, max_size=20), st.integers(0, 40))
+def test_finding_keys_agrees_with_a_dictionary(
+    block: int, many: int, stored: list[bytes], asked: list[bytes], cut: int
+) -> None:
+    ordered, distinct = sorted(stored), sorted(set(stored))
     first = {key: position for position, key in reversed(list(enumerate(ordered)))}
+    parts = [byte_rows(part) for part in (distinct[:cut], [], distinct[cut:])]
     asked = asked + stored[:5]
-    found = KeyFinder(byte_rows(ordered)).find(byte_rows(asked))
-    assert found.tolist() == [first.get(key, -1) for key in asked]
+    with patch.multiple(keys_module, _BLOCK=block, _MANY=many):
+        found = KeyFinder(byte_rows(ordered)).find(byte_rows(asked))
+        in_parts, apart = (KeyFinder(*parts, bases=bases) for bases in (None, [0, 0, 4096]))
+        assert found.tolist() == [first.get(key, -1) for key in asked]
+        places = {key: place for place, key in enumerate(distinct)}
+        assert in_parts.find(byte_rows(asked)).tolist() == [places.get(key, -1) for key in asked]
+        places = {key: place + (4096 - cut if place >= cut else 0) for key, place in places.items()}
+        assert apart.find(byte_rows(asked)).tolist() == [places.get(key, -1) for key in asked]
+    assert len(apart) == len(distinct)
+    assert apart.is_same(KeyFinder(*parts, bases=[0, 0, 4096]))
+    assert apart.is_same(in_parts) == (len(distinct) <= cut)
     assert [stored[at] for at in sorted_order(byte_rows(stored))] == ordered
     assert are_ascending(byte_rows(ordered)) == (len(set(stored)) == len(stored))
     if stored != ordered:

@@ -51,7 +51,7 @@ def test_what_is_refused(views, run, cached) -> None:  # noqa: F811
         cache.draws(rows)
     policy = ("--views", 2, "--policy", "policy.yaml", "--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
     assert run("dump", "--target", "b", "--json-path", cached.json_path, *policy).exit_code == 0
-    with pytest.raises(UsageError, match="did not score the same views .tiny: 2 views, other: no views."):
+    with pytest.raises(UsageError, match=r"did not score the same views .tiny: 2 views, other: no views"):
         LogitCache.open(cached.cache)
     nan = LogitCache.open(cached.cache, ["tiny"], on_miss="nan")
     with pytest.warns(UserWarning, match="served as NaN"):

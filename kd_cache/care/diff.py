@@ -188,13 +188,13 @@ class _Comparison:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rows_b = self.caches[1].rows(files)
-        rows_a = torch.nonzero(rows_b >= 0).flatten()
-        rows_b = rows_b[rows_a]
+        common = torch.nonzero(rows_b >= 0).flatten()
+        rows_a, rows_b = self.caches[0].all_rows()[common], rows_b[common]
         self.found.in_both = len(rows_a)
         self._compare_features(rows_a, rows_b)
         self.found.not_compared = self._why_not()
         if self.found.not_compared is None:
-            self._compare_values(rows_a, rows_b, files)
+            self._compare_values(rows_a, rows_b, [files[number] for number in common.tolist()])
         return self.found
 
     def _compare_origins(self) -> None:
@@ -235,11 +235,13 @@ class _Comparison:
     def _compare_values(self, rows_a: torch.Tensor, rows_b: torch.Tensor, files: Sequence[str]) -> None:
         measured = _Measured(next((origin.value_kind for origin in self.origins if origin is not None), "logits"))
         self.watcher.stage(f"comparing {self.name}", len(rows_a))
+        done = 0
         for part_a, part_b in self._blocks(rows_a, rows_b):
             a, b = self.caches[0].batch(part_a).flatten(1).numpy(), self.caches[1].batch(part_b).flatten(1).numpy()
             for number, was, became in measured.add(a, b):
                 if len(self.found.changed) < MOST_CHANGED:
-                    self.found.changed.append(Changed(files[int(part_a[number])], was, became))
+                    self.found.changed.append(Changed(files[done + number], was, became))
+            done += len(part_a)
             self.watcher.advance(len(part_a))
         measured.tell(self.found)
 

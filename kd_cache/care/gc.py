@@ -27,16 +27,16 @@ from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, Stal
 from kd_cache.files.atomic import TEMPORARY_NAME, store_errors, sync_opened_directory
 from kd_cache.store.cache import CacheFolder, Named, no_cache, no_finished_cache
 from kd_cache.store.index import Index
-from kd_cache.store.names import PACK_NAME, PENDING_NAME, RESERVED_NAMES
+from kd_cache.store.names import IN_PENDING, NOTES_NAME, PACK_NAME, RESERVED_NAMES
 from kd_cache.store.pack import Pack
-from kd_cache.store.pending import protected
+from kd_cache.store.pending import notes_beside, protected
 from kd_cache.store.permitted import PERMITTED_NAME, read_permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import ROW_FILE_NAME, rows_of
 
 OLDER_THAN = 3600
 TEMPORARY_FILE, PACK, PERMITTED, ROW_FILE, FOLDER = "temporary", "pack", "permitted file", "row file", "folder"
-PENDING = "pending record"
+PENDING, NOTES = "pending record", "notes of features"
 _MOST_TOLD = 10
 _Made = tuple[str, str]  # teacher, fingerprint
 
@@ -179,6 +179,8 @@ class _Search:
                 for directory in views:
                     self._find_row_files(directory, index)
             self._find_permitted([index, *pending])
+            if self.folder.pending_path in inside:
+                self._find_notes()
             self._tell_of_others(index, views)
         if self.young:
             self.report.notes.append(f"{self.young:,} more stay for now: not older than {self.older_than:,.0f} s")
@@ -237,7 +239,15 @@ class _Search:
             self._add_packs(made, group, index)
         for record in self.snapshot.pending if self.drop_unfinished else []:
             youngest = max((_youngest(groups.get(made, [])) for made in protected([record])), default=0.0)
-            self._add(PENDING, record.path, "its dump has not finished", since=youngest)
+            for kind, path in ((PENDING, record.path), (NOTES, notes_beside(record.path))):
+                self._add(kind, path, "its dump has not finished", since=youngest)
+
+    def _find_notes(self) -> None:
+        """Notes whose record is gone: nobody reads them."""
+        names = _names(self.folder.pending_path)
+        for name in names:
+            if NOTES_NAME.match(name) and f"{name.removesuffix('.seen')}.json" not in names:
+                self._add(NOTES, self.folder.pending_path / name, "no pending record is beside it", since=self.since)
 
     def _add_packs(self, made: _Made, group: Sequence[Pack], index: Index) -> None:
         """Packs of one fingerprint: as long as one of them is young, a dump may be adding to them."""
@@ -274,7 +284,7 @@ class _Search:
         """What is not ours: a user's own files, copies, and what other systems leave (``._x``, ``.DS_Store``)."""
         ours = {*RESERVED_NAMES, *(path.name for path in views), *(item.path.name for item in self.report.garbage)}
         known: list[tuple[Path, re.Pattern[str] | None, set[str]]] = [(self.folder.path, PERMITTED_NAME, ours)]
-        known += [(self.folder.packs_path, PACK_NAME, ours), (self.folder.pending_path, PENDING_NAME, ours)]
+        known += [(self.folder.packs_path, PACK_NAME, ours), (self.folder.pending_path, IN_PENDING, ours)]
         known += [(directory, None, ours | _promised(index, directory)) for directory in views]
         for directory, named, held in known:
             others = [

@@ -27,9 +27,10 @@ from kd_cache.store.classes import refuse_other_order
 from kd_cache.store.entry import carried
 from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin, canonical_json
-from kd_cache.store.pack import USER_BLOCK, Pack, write_part
+from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, PendingRecord
 from kd_cache.store.plan import BatchPlan
+from kd_cache.store.preamble import USER_BLOCK
 from kd_cache.store.snapshot import GO_ON, Snapshot
 from kd_cache.store.union import Union
 from kd_cache.watch import Watcher

@@ -314,7 +314,9 @@ def _seal(job: RepairJob, watcher: Watcher) -> None:
     audit = job.audit
     snapshot = Snapshot(audit.snapshot.folder)
     shown_path = f"{job.cache_root}/{snapshot.folder.path.name}"
-    sealing = SealJob(snapshot, audit.data, workers=job.workers, reread=True, record=job.record, shown_path=shown_path)
+    sealing = SealJob(
+        snapshot, audit.data, workers=job.workers, inputs="read", record=job.record, shown_path=shown_path
+    )
     seal_cache(sealing, watcher)
 
 

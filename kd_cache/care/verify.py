@@ -139,6 +139,10 @@ class _Audit:
             self.watcher.note(f"{damaged.message}; it is passed over")
         if pending := self.snapshot.pending:
             self.report.notes.append(f"dumps begun that the index does not know yet: {len(pending)}; see kd-cache seal")
+        if "inputs" in index.record:
+            self.report.notes.append(
+                f"it was sealed with the features taken {shown(index.record['inputs'])}: only this audit compares them"
+            )
         present = self._features_now(index)
         for name, origin in index.origins.items():
             if self.job.only is not None and name not in self.job.only:

@@ -31,6 +31,7 @@ from kd_cache.options import (
     BadSample,
     DType,
     ExportFormat,
+    InputsAre,
     Option,
     Precision,
     Target,
@@ -91,6 +92,14 @@ DUMP = Command(
                "that RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT name.",
                RUN, None, "everything", metavar="i/n|env",
                kept=False),
+        Option("ray", str | None,
+               "Score the parts as tasks of a Ray cluster, and seal them: a running one, one started here, or the one "
+               "whose head is there (pip install kd-cache[ray]).", RUN, None, "this process does everything",
+               metavar="auto|local|host:port", kept=False),
+        Option("parts", int | None, "How many parts --ray makes; another number on the next run is fine.", RUN, None,
+               "several for each slot of the cluster", low=1, kept=False),
+        Option("ray_gpus", float | None, "GPUs of a part that --ray starts; without any it runs on the CPU.", RUN,
+               None, "1 where the cluster has GPUs and --device permits", low=0, high=1, kept=False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,
@@ -117,9 +126,19 @@ SEAL = Command(
     "seal",
     "kd_cache.cli.seal:seal",
     "Merge the packs of all dumps into one per teacher, write view and index. Needs no teacher.",
-    ("target", "cache_root", *DATASET, *OWN_DATA, _HAS_VIEW, "workers", *DATA_LIMITS, "config", *SHOWING),
+    (
+        "target", "cache_root", *DATASET, *OWN_DATA, _HAS_VIEW,
+        Option("inputs", InputsAre,
+               "Which features count: unchanged where nobody touched their files since a part read them, and read "
+               "elsewhere; read: all of them; as-scored: they are not at hand, each is as its part read it (recorded).",
+               CACHE, "unchanged"),
+        "workers", *DATA_LIMITS, "config", *SHOWING,
+    ),
     SAVED,
-    ("kd-cache seal --target b --cache-root cache/parts",),
+    (
+        "kd-cache seal --target b --cache-root cache/parts",
+        "kd-cache seal --target b --cache-root cache/parts --inputs as-scored",
+    ),
     exit_codes=_AUDIT,
     notes=notes.SEAL,
 )  # fmt: skip
@@ -348,7 +367,10 @@ EVALUATE = Command(
                "what the checkpoint says, else scene"),
         changed("target", help="The device that groups call target, and whose rows --split val "
                 "divides with those of A.", default=None, otherwise="none: A alone, as for a scene teacher"),
-        *DATASET, "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
+        *DATASET,
+        changed("student_features", help="Features of a student that was trained on its own: a folder of .npy "
+                "files, or one HDF5 file.", otherwise="the manifest's"),
+        "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
         _OF_TRAINING["batch_size"], "workers",
         changed("seed", help="Of the draws that intervals come from."),
         *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,

@@ -151,6 +151,9 @@ class Screen(Watcher):
         else:
             self.remark(f"saved: {count:,}/{self._progress.total:,} samples")
 
+    def parts(self, done: int, total: int) -> None:
+        self._progress.extras["parts"] = f"{done:,}/{total:,} parts"
+
     def busy(self, shares: Mapping[str, float]) -> None:
         self._progress.extras["busy"] = " · ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
 

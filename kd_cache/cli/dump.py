@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from secrets import randbits
 from typing import Any, Literal
 
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
 from kd_cache.cli.console import Screen, size
+from kd_cache.cli.dump_job import DumpOptions, Part, job_of, loaded_with, specs_of
 from kd_cache.cli.guard import guard_notes, guard_table
 from kd_cache.cli.inputs import data_of, task_of
+from kd_cache.cli.on_ray import dump_on_ray, refuse_odd
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.progress import rate_in_words
 from kd_cache.cli.report import missing_lines, problem_lines, verify_table
 from kd_cache.cli.saved import run_record
-from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.dataset.views import Policy
 from kd_cache.errors import UsageError, shown, worst_exit_code
-from kd_cache.options import BadSample, DType, Precision
 from kd_cache.prepare.census import census
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, lenders, plan_dumps, refuse_unfit
@@ -33,62 +31,29 @@ from kd_cache.store.accuracy import Accuracy, in_words, stored_apart
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root
 from kd_cache.store.snapshot import Snapshot
 
-Part = tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class DumpOptions:
-    """What a dump is told, by the names of its options; data options go to `data_of`."""
-
-    target: str | None
-    on_bad_sample: BadSample
-    num_scenes: int
-    num_cities: int
-    city2scene_teacher_ckpt: Path | None
-    scene_teacher_ckpt: Path | None
-    teacher: list[str]
-    only: list[str]
-    max_checkpoint_bytes: int
-    cache_root: Path
-    dtype: DType
-    skip_existing: bool
-    files: bool | None
-    num_verify: int
-    views: int
-    policy: Path | None
-    min_accuracy: float | None
-    reread: bool
-    device: str
-    precision: Precision
-    compile: bool
-    batch_size: int | Literal["auto"] | None
-    workers: int
-    seed: int
-    shard_size: int
-    shard_seconds: float
-    shard: str | None
-
 
 def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     """Guard, load, score, verify."""
     options = run.to(DumpOptions)
-    part, said = part_of(options.shard)
-    if (options.policy is None) != (options.views == 0):
-        raise UsageError("--views and --policy belong together: how many views, and how they are augmented")
-    policy = None if options.policy is None else Policy.load(options.policy)
+    refuse_odd(options)
+    # On a cluster the driver does everything, whatever started it.
+    part, said = part_of(options.shard) if options.ray is None else (None, "")
     datas = _guarded(run, options, screen)
     for data in datas:
         _announce(screen, data)
-    if part is not None and len(datas) > 1:
+    if (part is not None or options.ray is not None) and len(datas) > 1:
         raise UsageError(
-            "a part is of one target's cache", hint="Leave out --shard, or dump one --target after another."
+            "a part is of one target's cache",
+            hint="Leave out --shard or --ray, or dump one --target after another.",
         )
     if part is not None:
         screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
     refuse_file_as_root(options.cache_root)
+    if options.ray is not None and not dry_run:
+        code, content = _reported(*dump_on_ray(run, options, datas[0], screen), options.num_verify, screen)
+        return Report(content, exit_code=code)
     loaded: dict[TeacherSpec, Teacher] = {}
     jobs = [_job(run, options, data, part, screen, loaded) for data in datas]
-    jobs = [replace(job, policy=policy, views=options.views) for job in jobs]
     if len(jobs) > 1:
         planned = sorted({file for data in datas for file in data.selection.listed})
         jobs = [replace(job, planned=planned) for job in jobs]
@@ -144,7 +109,10 @@ def dump_and_report(
     for name, note in job.notes.items():
         if ", " in (read_from := note.get("source", {}).get("read_from", "")):  # not simply what the file holds
             screen.remark(f"{name}: weights read from {read_from}")
-    report = dump_logits(job, screen, lent_by)
+    return _reported(job, dump_logits(job, screen, lent_by), num_verify, screen)
+
+
+def _reported(job: DumpJob, report: DumpReport, num_verify: int, screen: Screen) -> tuple[int, dict[str, Any]]:
     # A part has no index yet; what it wrote was read back before it was put in place.
     verified = None if job.part is not None else _verify(job, report, num_verify, screen)
     screen.result(_summary_table(report), *_summary_lines(job, report))
@@ -158,48 +126,14 @@ def dump_and_report(
 
 
 def _job(
-    run: Run,
-    options: DumpOptions,
-    data: Dataset,
-    part: Part,
-    screen: Screen,
-    loaded: dict[TeacherSpec, Teacher],
+    run: Run, options: DumpOptions, data: Dataset, part: Part, screen: Screen, loaded: dict[TeacherSpec, Teacher]
 ) -> DumpJob:
     """``loaded`` are teachers that serve several targets."""
-    specs = teacher_specs(
-        data,
-        {"city2scene": options.city2scene_teacher_ckpt, "scene": options.scene_teacher_ckpt},
-        options.teacher,
-        options.only,
-        own_data=run.given("json_path") or run.given("data_root"),
-    )
-    device = resolve_device(options.device)
-    sizes = options.num_scenes, options.num_cities, options.max_checkpoint_bytes
+    specs = specs_of(run, options, data)
+    resolve_device(options.device)  # refused before a teacher is loaded, which takes a while
     new = [spec for spec in specs if spec not in loaded]
-    loaded |= dict(zip(new, load_teachers(new, *sizes, screen).values(), strict=True))
-    teachers = {spec.name: loaded[spec] for spec in specs}
-    return DumpJob(
-        cache_root=options.cache_root,
-        data=data,
-        teachers=teachers,
-        device=device,
-        dtype=options.dtype,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        compiled=options.compile,
-        reread=options.reread,
-        skip_existing=options.skip_existing,
-        files=options.files,
-        on_bad_sample=options.on_bad_sample,
-        workers=options.workers,
-        seed=options.seed,
-        shard_size=options.shard_size,
-        shard_seconds=options.shard_seconds,
-        part=part,
-        min_accuracy=options.min_accuracy,
-        notes={spec.name: {"source": described(spec, teachers[spec.name])} for spec in specs},
-        record=run_record(run, data),
-    )
+    loaded |= dict(zip(new, loaded_with(options, new, screen).values(), strict=True))
+    return job_of(options, data, {spec: loaded[spec] for spec in specs}, run_record(run, data), part)
 
 
 def _announce(screen: Screen, data: Dataset) -> None:
@@ -223,7 +157,7 @@ def _verify(job: DumpJob, report: DumpReport, count: int, screen: Screen) -> Ver
             report.snapshot or Snapshot(job.folder, maps=True),
             job.data,
             teachers=job.teachers,
-            only=list(job.teachers),
+            only=list(job.teachers) or None,  # workers of a cluster have them
             n=count,
             seed=randbits(32),
         ),
@@ -252,7 +186,8 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
             f"{report.samples_scored:,} samples scored in {report.seconds:.1f} s, {rate_in_words(report.rate)} "
             f"samples/s on {job.device}, {job.precision}, stored as {job.dtype}"
         )
-        lines.append("busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items()))
+        if report.busy:
+            lines.append("busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items()))
     if report.published is not None:
         done = report.published
         lines.append(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from kd_cache.cli.console import Screen, percent
-from kd_cache.cli.inputs import data_of
+from kd_cache.cli.inputs import data_of, own_features
 from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.task_file import DEFAULT
@@ -43,6 +43,7 @@ def evaluate(
         data=data,
         label=label,
         device=resolve_device(values["device"]),
+        own_features=own_features(values, data.task),
         **{name: values[name] for name in ("split", "val_ratio", "fold", "batch_size", "workers", "seed")},
     )
     content = {"model": model, **evaluated(job, screen)}

@@ -144,6 +144,8 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
         lines.append(f"missing   {len(record['missing']):,} samples that could not be scored")
     if record.get("unguarded"):
         lines.append(f"unguarded which {recorded_task(record).group} test uses is not known, as you allowed")
+    if "inputs" in record:
+        lines.append(f"features  taken {shown(record['inputs'])} when it was sealed: nobody compared rows with them")
     policy = record["split_policy"]
     if policy["shared_locations"]:
         lines.append(f"policy    {policy['shared_locations']:,} train samples share a location with test, as allowed")

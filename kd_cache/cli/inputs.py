@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from kd_cache.cli.teachers import SAMPLE
-from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.dataset import Dataset, feature_source
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.inputs import own_data
 from kd_cache.dataset.task import Task
 from kd_cache.dataset.task_file import DEFAULT, load_task
@@ -49,17 +51,36 @@ def named(options: Mapping[str, Any], task: Task) -> dict[str, Any]:
     return {**found, "task": task}
 
 
+def source_at(place: Path, options: Mapping[str, Any], *, anything: bool = False) -> FeatureSource:
+    """Features in a folder, or in one HDF5 file, that no manifest is about. Raises as `feature_source`."""
+    packed, root = (None, place) if place.is_dir() else (place, place.parent)
+    return feature_source(root, packed, options["allow_outside"], options["max_feature_bytes"], anything=anything)
+
+
+def own_features(options: Mapping[str, Any], task: Task) -> FeatureSource | None:
+    """The student's own features; ``None`` where it is given those of its teachers."""
+    place = options["student_features"]
+    return None if place is None else source_at(place, options, anything=task.anything)
+
+
 def data_of(
-    target: str | None, options: Mapping[str, Any], task: Task | None = None, note: Note = lambda _: None
+    target: str | None,
+    options: Mapping[str, Any],
+    task: Task | None = None,
+    note: Note = lambda _: None,
+    *,
+    absent: bool = False,
 ) -> Dataset:
     """Read the manifest, or take the data set in Python, and pass it through the guard.
+
+    ``absent``: no feature is asked for; they need not be at hand.
 
     Raises as `Dataset.load` and `own_data`.
     """
     task = task or task_of(options)
     factory = options.get("dataset")
     if factory is None:
-        return Dataset.load(target, **named(options, task))
+        return Dataset.load(target, **named(options, task), absent=absent)
     made = resolve_factory(factory)
     with users_code(lambda why: UsageError(f"the factory {shown(factory)} of the data set failed: {why}")):
         dataset = made()

@@ -57,6 +57,7 @@ the recipe.
   (3), with damaged rows (4), or of another target (2).
 - The checkpoint says what it was distilled from, and its provenance is that of its own rows and of its teachers: it can
   be dumped as a teacher (`--teacher small=scene,ckpt=outputs/student/A2b/fit/best.safetensors`).
+- A student of `--student-features` is evaluated with the same option, and refused as a teacher of other features.
 - `ce_only`, `mean_fusion` and `attn_fusion` are older names of `ce`, `mean` and `gate`."""
 
 COMPARE = """\

@@ -76,8 +76,8 @@ def _saved(record: Mapping[str, Any], teachers: Mapping[str, Mapping[str, Any]])
     return Saved(values, paths, list(teachers), checkpoints, built_in, known, task, made_of)
 
 
-def saved_data(run: Run, saved: Saved, target: str | None) -> Dataset:
-    """Manifest, guard and features. Raises as `data_of`."""
+def saved_data(run: Run, saved: Saved, target: str | None, *, absent: bool = False) -> Dataset:
+    """Manifest, guard and features, which may be ``absent``. Raises as `data_of`."""
     if saved.made_of in (IN_PYTHON, NAMES_ALONE) and run.values.get("dataset") is None and not run.given("json_path"):
         raise UsageError(
             f"the cache is of {saved.made_of}, and a cache runs no code: what its rows were scored from is not known",
@@ -92,7 +92,8 @@ def saved_data(run: Run, saved: Saved, target: str | None) -> Dataset:
     if not run.given("rename_map"):
         recalled["rename_map"] = saved.paths.get("rename_map", [])
     # Limits are never as saved: a cache from elsewhere must not raise the caps that protect from it.
-    return data_of(target, {**run.values, **recalled}, task_of(run.values) if run.given("task") else saved.task)
+    task = task_of(run.values) if run.given("task") else saved.task
+    return data_of(target, {**run.values, **recalled}, task, absent=absent)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from kd_cache.cli.console import Screen, percent
-from kd_cache.cli.inputs import task_of
+from kd_cache.cli.inputs import own_features, task_of
 from kd_cache.cli.pages import pages_of
 from kd_cache.cli.saved import saved_data, saved_in, saved_provenances
 from kd_cache.commands import Report, Run, Table
@@ -17,7 +17,7 @@ from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.comparison import compare as compared
 from kd_cache.distill.objective import CE
-from kd_cache.distill.recipe import RECIPES, Recipe, parse_options
+from kd_cache.distill.recipe import DKD_RAMP, RECIPES, Recipe, parse_options
 from kd_cache.distill.student import StudentJob, train_student
 from kd_cache.distill.subset import listed_samples
 from kd_cache.errors import UsageError, shown
@@ -88,6 +88,7 @@ def _job(run: Run, screen: Screen, target: str | None, *, with_teachers: bool) -
         cache=tuple(folder.path for folder in folders.values()),
         recipe=_recipe(values),
         select=LAST_EPOCH if values["select"] == "last" else MACRO,
+        own_features=own_features(values, data.task),
         subset=None if table is None else listed_samples(table, data.manifest),
         provenances=_provenances(run, indexes, data, screen) if with_teachers else {},
         **{name: values[name] for name in _TAKEN if name in values},
@@ -127,7 +128,10 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
     if values["loss_option"]:
         given["options"] = parse_options(values["loss_option"])
     given |= {name: True for name in ("keep_ce", "raw_weights") if values[name]}
-    return replace(RECIPES[values["recipe"]], **given)
+    recipe = replace(RECIPES[values["recipe"]], **given)
+    if recipe.loss == "dkd" and not {"warmup_epochs", "ramp_epochs"} & given.keys():
+        return replace(recipe, ramp_epochs=DKD_RAMP)
+    return recipe
 
 
 def _settings(values: Mapping[str, Any], recalled: Mapping[str, Any]) -> Settings:

@@ -44,11 +44,12 @@ _TAUGHT: tuple[str | Option, ...] = (
     Option("balance", bool, "Half of each batch is of A, half of the target; the fewer are drawn again.", KD_WEIGHT,
            False),
     Option("kd_warmup_epochs", int | None, "Epochs without distillation.", KD_WEIGHT, None, "0", low=0),
-    Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None, "0", low=0),
+    Option("kd_ramp_epochs", int | None, "Epochs over which it then grows.", KD_WEIGHT, None,
+           "0; of dkd 20, where no warm-up is given either", low=0),
     Option("keep_ce", bool, "Hard labels keep the weight 1.", KD_WEIGHT, False),
     Option("select", Literal["best", "last"], "Keep the epoch with the best macro accuracy on held-out locations of A "
            "(of equals the one with the least log loss), or the last one.", RUN, "best"),
-    "cache_root", *DATASET, "task", "rename_map", *OWN_TEACHERS,
+    "cache_root", *DATASET, "student_features", "task", "rename_map", *OWN_TEACHERS,
     # Not "subset": in a settings file that is the one that prepare reads.
     Option("subset_table", Path | None, "Use only the train samples that this table lists (split25.csv), in validation "
            "and fusion too; joined by file name.", DATA, None, "all that are permitted", flag="--subset"),

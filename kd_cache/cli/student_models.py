@@ -11,10 +11,9 @@ from torch import nn
 
 from kd_cache.cli.console import Screen, percent
 from kd_cache.cli.evaluate import model_spec, refuse_other_classes
-from kd_cache.cli.inputs import data_of
+from kd_cache.cli.inputs import data_of, source_at
 from kd_cache.cli.teachers import load_teachers
 from kd_cache.commands import Failure, Report, Run, Table
-from kd_cache.dataset.dataset import feature_source
 from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.task_file import DEFAULT
 from kd_cache.distill.complexity import LIMITS
@@ -25,7 +24,7 @@ from kd_cache.errors import TeacherError, UsageError, shown
 from kd_cache.files.atomic import make_directory, write_atomic
 from kd_cache.prepare.dataset_json import refuse_other
 from kd_cache.score.device import resolve_device
-from kd_cache.score.teacher import Teacher
+from kd_cache.score.teacher import OWN_FEATURES, Teacher
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.clips import class_names
 from kd_cache.train.nets import make_net
@@ -81,14 +80,14 @@ def predict(run: Run, screen: Screen, model: str, features_at: Path, table: Path
     if getattr(net, "role", None) == CITY:
         raise UsageError(f"{shown(model)} tells cities apart, and scenes are to be predicted")
     refuse_other_classes(name, net, "scene", values)
-    is_folder = features_at.is_dir()
-    if table is None and not is_folder:
+    if table is None and not features_at.is_dir():
         raise UsageError(f"{shown(features_at)} is no folder, so --table must say which clips it has")
-    packed, root = (None, features_at) if is_folder else (features_at, features_at.parent)
-    source = feature_source(root, packed, values["allow_outside"], values["max_feature_bytes"])
+    source = source_at(features_at, values)
     files = files_below(features_at) if table is None else listed_files(table, source)
     classes = class_names(DEFAULT, "scene", net.num_classes)
     labels = {} if table is None else labels_of(table, classes)
+    if getattr(net, OWN_FEATURES, None) is not None:
+        screen.note(f"{shown(model)} has a front end of its own: what --features names must be made by it")
     info = _cost(net, source, files)  # on the CPU, before it goes elsewhere
     job = PredictionJob(
         name, net, source, files, DEFAULT, resolve_device(values["device"]), values["batch_size"], values["workers"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
-from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.features import AbsentFeatures, FeatureSource
 from kd_cache.dataset.guard import Selection, select, selected
 from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from kd_cache.dataset.manifest import Manifest, load_manifest
@@ -58,6 +58,7 @@ class Dataset:
         rename_map: Sequence[str] = (),
         max_manifest_bytes: int = MAX_MANIFEST_BYTES,
         max_feature_bytes: int = MAX_FEATURE_BYTES,
+        absent: bool = False,
     ) -> Dataset:
         """Read a manifest and pass it through the guard, before anything else is touched.
 
@@ -67,6 +68,7 @@ class Dataset:
             data_root: the folder its files are relative to; by default the manifest's own.
             features: one HDF5 file that holds all features; the data root then only says how the manifest's paths are
                 meant.
+            absent: the features are not at hand, and are not asked for.
             rename_map: rules, or files of them, for samples that had other paths when the teachers were made.
 
         Raises what `load_manifest`, `select`, `FeatureSource`, `PackedFeatures` and `read_rules` raise.
@@ -87,7 +89,11 @@ class Dataset:
             paths["features"] = str(features.absolute())
         if rename_map:
             paths["rename_map"] = [text if "=" in text else str(Path(text).absolute()) for text in rename_map]
-        source = feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins, task.anything)
+        source = (
+            AbsentFeatures(features or root)
+            if absent
+            else feature_source(root, features, allow_outside, max_feature_bytes, manifest.bins, task.anything)
+        )
         return cls(manifest, selection, source, paths, read_rules(rename_map))
 
     def for_target(self, target: str, *, allow_shared_locations: bool = False) -> Dataset:

@@ -248,6 +248,16 @@ class FeatureSource:
         return FeatureError(f"{where}: {reason}")
 
 
+class AbsentFeatures(FeatureSource):
+    """Features that are not at hand: where they were is known, and nothing can be read."""
+
+    def __init__(self, place: Path) -> None:
+        self.root, self.max_bytes, self.bins, self.anything = place, MAX_BYTES, None, True
+
+    def open(self, file: str) -> tuple[int, os.stat_result]:
+        raise ValueError("the features are not at hand")
+
+
 def _other_spellings(file: str) -> Iterator[str]:
     """What a feature may be called in place of ``file``: with slashes, ``.npy`` for a sound, without outer folders."""
     plain = file.replace("\\", "/")

@@ -41,7 +41,7 @@ class HeldOut:
     Attributes:
         teachers: K names.
         files: N.
-        logits: ``[N, K, C]`` float32.
+        logits: ``[N, K, C]`` float32; of teachers that score each frame the mean over a row's frames.
         labels: ``[N]`` int64.
         places: ``[N]`` int64, equal where the location is, numbered in an order by chance.
         chose_epoch: how many of the rows validated a teacher, and so chose its epoch.
@@ -65,6 +65,8 @@ class HeldOut:
         self.files = [sample.file for sample in samples]
         self.labels = torch.tensor([sample.scene_label for sample in samples], dtype=torch.int64)
         self.logits = cache.batch(cache.rows(self.files), torch.float32)
+        if cache.frames is not None:
+            self.logits = self.logits.mean(dim=2)
         number_of = {name: number for number, name in enumerate(dict.fromkeys(places))}
         self.places = np.array([number_of[name] for name in places], np.int64)
         keys = keys_of(self.files)

@@ -4,6 +4,7 @@
 
 ``hard`` are source rows with a label, ``soft`` the rows that the recipe distils, ``a`` the weight of the epoch, ``w``
 by the fused teacher's confidence. Both sums are divided by the rows of the batch: a row weighs the same in any batch.
+Where nets score each frame, a row's two losses are their means over its frames.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class DistillLoss(nn.Module):
         self.on_missing = on_missing
         self._loss, self._options = LOSSES[self.recipe.loss], dict(self.recipe.options)
         self._own_temperature = _default_temperature(self.recipe)
-        self._scale = 1.0
+        self._scale, self._frames = 1.0, 1
         self._started = not self.recipe.has_schedule
         self._set_epoch(0, 1)
 
@@ -133,8 +134,9 @@ class DistillLoss(nn.Module):
         """The batch's loss, float32; 0 where no row counts.
 
         Args:
-            student: logits ``[B, C]``.
+            student: logits ``[B, C]``, or ``[B, L, C]`` of L frames, each of which has its row's label.
             teacher: logits ``[B, K, C]``, or ``[B, C]`` of teachers that are fused already; ``None`` only with ``ce``.
+                Of frames ``[B, K, L, C]``, or ``[B, L, C]``.
             labels: ``[B]`` int64, negative where there is none. Those of target rows are not looked at.
             source_mask: ``[B]`` bool, which rows are of the source.
             partner, share: of mixup, ``[B]``: clip i is ``share[i]`` of its own and the rest clip ``partner[i]``. Both
@@ -150,6 +152,14 @@ class DistillLoss(nn.Module):
                 hint="Call start_epoch(epoch, epochs) at the beginning of each.",
             )
         _refuse_misfit(student, teacher, labels, source_mask)
+        if student.ndim == 3:
+            self._frames = student.shape[1]
+            at = torch.arange(self._frames, device=student.device)
+            partner = None if partner is None else (partner[:, None] * self._frames + at).flatten()
+            teacher, labels, source_mask, share = self._each_frame(teacher, labels, source_mask, share)
+            student = student.flatten(0, 1)
+        else:
+            self._frames = 1
         student = student.to(torch.promote_types(student.dtype, torch.float32))
         is_hard = source_mask & (labels >= 0)
         labels = torch.where(is_hard, labels, IGNORED)  # no label of a target goes on from here
@@ -170,14 +180,23 @@ class DistillLoss(nn.Module):
             loss = share * loss + (1 - share) * towards(partner)
         return loss.sum()
 
+    def _each_frame(self, teacher: Tensor | None, *of_rows: Tensor | None) -> tuple[Any, ...]:
+        """Every frame as a row: ``[B, K, L, C]`` as ``[B·L, K, C]``, and what rows have once for each of them."""
+        if teacher is not None:
+            teacher = (teacher if teacher.ndim == 3 else teacher.transpose(1, 2)).flatten(0, 1)
+        return teacher, *(each if each is None else each.repeat_interleave(self._frames) for each in of_rows)
+
     def scale_weights(self, teacher: Tensor, source_mask: Tensor, labels: Tensor | None = None) -> float:
         """Divide the confidence weights by their mean over these rows, all that an epoch distils; returns that mean.
 
-        So a threshold does not make steps smaller; with ``raw_weights`` nothing is divided. ``teacher`` ``[N, K, C]``;
-        ``source_mask``, ``labels`` ``[N]``.
+        So a threshold does not make steps smaller; with ``raw_weights`` nothing is divided. ``teacher`` is
+        ``[N, K, C]``, or ``[N, K, L, C]``; ``source_mask``, ``labels`` are ``[N]``.
         Raises `UsageError` where no row has any weight.
         """
-        self._scale = 1.0
+        self._scale, self._frames = 1.0, 1
+        if teacher.ndim == 4:
+            self._frames = teacher.shape[2]
+            teacher, source_mask, labels = self._each_frame(teacher, source_mask, labels)
         if labels is not None:
             labels = torch.where(source_mask, labels, IGNORED)
         soft = self._soft(teacher, labels, source_mask)
@@ -201,10 +220,13 @@ class DistillLoss(nn.Module):
         everyone = torch.ones_like(source_mask)
         wanted = {"target": ~source_mask, "source": source_mask, "all": everyone}[self.recipe.apply_to]
         present = torch.isfinite(teacher).flatten(1).all(dim=1)
+        if self._frames > 1:  # a row is there with all of its frames, or not at all
+            present = present.view(-1, self._frames).all(dim=1).repeat_interleave(self._frames)
         missing = wanted & ~present
         if self.on_missing == "raise" and bool(missing.any()):
             raise MissingLogitsError(
-                f"{int(missing.sum())} of {len(teacher)} rows to distil have no finite teacher logits",
+                f"{int(missing.sum()) // self._frames} of {len(teacher) // self._frames} rows to distil have no finite "
+                "teacher logits",
                 hint="Dump them, or pass on_missing='skip' to distil the others and count these.",
             )
         # A row that counts for nothing must be finite all the same: 0 · NaN would be NaN, in the gradient too.
@@ -245,7 +267,7 @@ class DistillLoss(nn.Module):
         idle = (hard_rows == 0) & (soft_rows == 0)
         # The weights of a batch count by its rows, as a step does: the last one of an epoch is smaller.
         weights = [hard_weight * hard_rows * rows, soft_weight * soft_rows * rows]
-        counts = [rows, hard_rows, soft_rows, missing, idle, *weights]
+        counts = [*(each // self._frames for each in (rows, hard_rows, soft_rows, missing)), idle, *weights]
         self._counts = self._counts + torch.stack([each.double() for each in counts])
         return hard_weight, soft_weight
 
@@ -276,6 +298,8 @@ def _default_temperature(recipe: Recipe) -> float | None:
 
 def _refuse_misfit(student: Tensor, teacher: Tensor | None, labels: Tensor, source_mask: Tensor) -> None:
     rows = len(student)
+    if student.ndim not in (2, 3):
+        raise UsageError(f"expected the student's logits as [B, C], or [B, frames, C], found {list(student.shape)}")
     if labels.shape != (rows,) or source_mask.shape != (rows,) or source_mask.dtype != torch.bool:
         raise UsageError(
             f"expected labels and a bool source_mask for each of {rows} rows, found {list(labels.shape)} and "
@@ -283,7 +307,7 @@ def _refuse_misfit(student: Tensor, teacher: Tensor | None, labels: Tensor, sour
         )
     if teacher is None:
         return
-    if teacher.ndim not in (2, 3) or len(teacher) != rows or teacher.shape[-1] != student.shape[-1]:
-        raise UsageError(
-            f"expected the teachers' logits as [{rows}, teachers, {student.shape[-1]}], found {list(teacher.shape)}"
-        )
+    row = student.shape[1:]
+    if teacher.ndim not in (len(row) + 1, len(row) + 2) or len(teacher) != rows or teacher.shape[-len(row) :] != row:
+        expected = ", ".join(map(str, (rows, "teachers", *row)))
+        raise UsageError(f"expected the teachers' logits as [{expected}], found {list(teacher.shape)}")

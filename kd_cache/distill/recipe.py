@@ -81,6 +81,9 @@ class Recipe:
         return self.temperature + way * (self.temperature_end - self.temperature)
 
 
+DKD_RAMP: Final = 20
+"""Epochs over which the weight of ``dkd`` grows on the command line, as in its authors' code (arXiv 2203.08679)."""
+
 RECIPES: Final[Mapping[str, Recipe]] = {
     "default": Recipe(),
     "city2scene": Recipe(temperature=4.0, alpha=0.7, normalise="mask"),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.guard import Selection
 from kd_cache.dataset.manifest import IGNORED, Sample
 from kd_cache.dataset.provenance import Provenance
@@ -26,7 +27,9 @@ from kd_cache.distill.fusion import Fusion, Weights, fuse
 from kd_cache.distill.losses import NEED_LABELS
 from kd_cache.distill.objective import CE, DistillLoss
 from kd_cache.distill.recipe import Recipe
-from kd_cache.errors import StaleError, UnfitError, UsageError, listed, shown
+from kd_cache.errors import FeatureError, StaleError, UnfitError, UsageError, listed, shown
+from kd_cache.score.reading import read_digests
+from kd_cache.score.teacher import OWN_FEATURES
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.student_loader import refuse_misplaced
 from kd_cache.store.names import MODES
@@ -64,7 +67,9 @@ class StudentJob(TrainJob):
             (`LAST_EPOCH`).
         balance: half of each batch is of A, half of the target: of the one with fewer rows they are drawn again.
         subset: the files that it may use, where they are not all that are permitted.
+        own_features: reads the student's own features of the same samples, in place of those that its teachers scored.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
+        scored: what trainings share that have features of their own: digests of those that teachers score.
     """
 
     cache: Path | tuple[Path, ...] = Path("cache")
@@ -74,7 +79,9 @@ class StudentJob(TrainJob):
     select: str = MACRO
     balance: bool = False
     subset: frozenset[str] | None = None
+    own_features: FeatureSource | None = None
     own_home: Path | None = None
+    scored: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.recipe.loss == "dist" and self.settings.accumulate > 1:
@@ -87,6 +94,10 @@ class StudentJob(TrainJob):
             raise UsageError(
                 f"half of a batch of {self.settings.batch_size} cannot be of A: --balance needs an even one"
             )
+
+    @property
+    def features(self) -> FeatureSource:
+        return self.own_features or self.data.features
 
     @property
     def home(self) -> Path:
@@ -147,10 +158,29 @@ class StudentTraining(Training):
         """Rows of A have labels, or their manifest is refused; those of the target need none."""
 
     def _clips(self) -> tuple[Clips, Clips]:
+        self._refuse_without_own_features()
         train, validation = super()._clips()
+        if self.job.own_features is not None and len(bins := {shape[1:] for shape in train.shapes}) > 1:
+            raise FeatureError(f"the student's own features are of different sizes: {sorted(map(list, bins))}")
         self.is_source = torch.tensor([sample.device_id == self.job.data.task.source for sample in train.samples])
         train.scenes = torch.where(self.is_source, train.scenes, IGNORED)
         return train, validation
+
+    def _refuse_without_own_features(self) -> None:
+        """All samples without one are told of at once; those of test only leave test unmeasured."""
+        job = self.job
+        if job.own_features is None or "features" in job.shared:
+            return
+        files = [sample.file for sample in (*job.division.train, *job.division.validation, *job.unseen)]
+        if missing := job.own_features.missing(files):
+            raise FeatureError(
+                f"{len(missing):,} of {len(files):,} samples have no feature of the student's own\n"
+                f"{listed(missing.values())}",
+                hint="Check --student-features: its features are called as in the manifest.",
+            )
+        tests = [sample.file for sample in job.data.manifest if sample.split == "test"]
+        if missing := job.own_features.missing(tests):
+            self.watcher.note(f"{len(missing):,} of {len(tests):,} test samples have no feature of the student's own")
 
     def build(self) -> tuple[nn.Module, WarmStart | None]:
         net, start = super().build()
@@ -218,7 +248,7 @@ class StudentTraining(Training):
         """What the student and its teachers are compared on; nothing is chosen by it."""
         job = self.job
         if "unseen" not in job.shared:
-            job.shared["unseen"] = Clips.read(job.data.features, job.unseen, job.workers, self.watcher)
+            job.shared["unseen"] = Clips.read(job.features, job.unseen, job.workers, self.watcher)
         return job.shared["unseen"]
 
     def _validation_that_trained(self, name: str) -> int | None:
@@ -237,7 +267,8 @@ class StudentTraining(Training):
         rows = cache.rows(files)
         scored = cache.input_digests(rows)
         if scored is not None:
-            changed = np.flatnonzero((scored != clips.digests[:, None]).any(axis=(1, 2))).tolist()
+            digests, known = self._scored_now(clips)
+            changed = np.flatnonzero(known & (scored != digests[:, None]).any(axis=(1, 2))).tolist()
             if changed:
                 raise StaleError(
                     f"{len(changed)} features are not those that the teachers scored\n"
@@ -245,6 +276,24 @@ class StudentTraining(Training):
                     hint="Run kd-cache dump again.",
                 )
         return cache.batch(rows, torch.float32)
+
+    def _scored_now(self, clips: Clips) -> tuple[np.ndarray, np.ndarray]:
+        """``[N, 16]`` digests of what teachers score as it is now, and ``[N]`` bool: which of it is at hand."""
+        job, files = self.job, [sample.file for sample in clips.samples]
+        if job.own_features is None:
+            return clips.digests, np.ones(len(files), bool)
+        read = job.scored
+        if unread := [file for file in files if file not in read]:
+            may_lack = dict.fromkeys(unread, "")
+            digests, known = read_digests(job.data.features, unread, may_lack, job.workers, self.watcher)
+            read |= dict(zip(unread, digests, strict=True))
+            if lost := int((~known).sum()):
+                self.watcher.note(
+                    f"{lost:,} of {len(unread):,} features that the teachers scored are not at hand: whether they are "
+                    "still the same is not known"
+                )
+        found = np.array([read[file] for file in files], np.uint8).reshape(-1, 16)
+        return found, np.asarray(found.any(axis=1))
 
     def _fusion(self, cache: LogitCache) -> str | Fusion:
         mode = self.job.mode
@@ -293,7 +342,15 @@ class StudentTraining(Training):
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        return {**super().record, "distillation": self.said}
+        record = {**super().record, "distillation": self.said}
+        if self.job.own_features is not None:
+            first = self.train.samples[0].file
+            digest = self.train.digests[0].tobytes().hex()
+            record |= {
+                "feature_spec": self.settings.feature_spec or None,
+                OWN_FEATURES: {"file": first, "digest": digest},
+            }
+        return record
 
     @property
     def _facts(self) -> dict[str, Any]:

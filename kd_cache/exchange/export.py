@@ -102,8 +102,9 @@ class _Served:
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """``(start, rows [n, C])``, a few megabytes at a time."""
         size = max(1, _BLOCK_BYTES // (self.origin.width * self.origin.stored.itemsize))
+        rows = self.cache.all_rows()
         for start in range(0, len(self.files), size):
-            numbers = np.arange(start, min(start + size, len(self.files)))
+            numbers = rows[start : start + size]
             yield start, self.cache.batch(numbers).numpy().reshape(len(numbers), -1)  # of one teacher
 
 

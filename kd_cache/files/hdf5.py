@@ -95,11 +95,13 @@ def reading_hdf5(content: np.ndarray) -> Iterator[Any]:
 
 
 @contextmanager
-def writing_hdf5(outlet: Outlet, user_block: int) -> Iterator[Any]:
-    """A new HDF5 file behind a user block, datasets aligned to 64 bytes. Raises what kept it from being written."""
-    file = h5py.File(
-        outlet, "w", libver=LIBVER, userblock_size=user_block, alignment_threshold=1, alignment_interval=64
-    )
+def writing_hdf5(outlet: Outlet, user_block: int, mode: str = "w", aligned: int = 64) -> Iterator[Any]:
+    """A new HDF5 file behind a user block, or (``r+``) one to go on with. Raises what kept it from being written.
+
+    What gets its place meanwhile begins at a multiple of ``aligned`` bytes in the file.
+    """
+    size = {"userblock_size": user_block} if mode == "w" else {}
+    file = h5py.File(outlet, mode, libver=LIBVER, alignment_threshold=1, alignment_interval=aligned, **size)
     try:
         yield file
     finally:

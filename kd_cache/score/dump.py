@@ -29,7 +29,7 @@ from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import VIEW_BELOW, refuse_large_index
-from kd_cache.store.pending import PendingRecord
+from kd_cache.store.pending import PendingRecord, notes_beside
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.union import merge_packs
 from kd_cache.watch import Watcher
@@ -100,11 +100,11 @@ class _Dump:
         refuse_leaking(self.provenances, job.data.manifest, selection)
         if job.data.task.is_guarded:
             tell_of_untold(job.teachers, watcher)
-        compare_front_ends(job.teachers, job.data.manifest, watcher)
+        compare_front_ends(job.teachers, job.data, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
         self.found = find_rows(job, watcher, elsewhere)
-        self.part = _part(job, len(self.files))
+        self.part = part_range(job, len(self.files))
         self.has_view = self._wants_view()
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(
@@ -221,7 +221,7 @@ class _Dump:
         self.report.seconds = time.monotonic() - began
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
-            scoring.remember()  # a seal need not read again what its parts have read
+            scoring.remember(notes_beside(self.pending.path))  # a seal need not read again what its parts have read
             return self.report
         if self.part and not scoring.readable.any():
             raise nothing_readable(len(self.part))
@@ -349,8 +349,11 @@ class _Dump:
         return entries
 
 
-def _part(job: DumpJob, size: int) -> range:
-    """The samples to score, by number: neighbours in key order, so that few batches are shared between parts."""
+def part_range(job: DumpJob, size: int) -> range:
+    """The samples to score, by number: neighbours in key order, so that few batches are shared between parts.
+
+    Raises `UsageError` for a part that is none, and for what cannot be asked of a part.
+    """
     number, count = job.part or (0, 1)
     if not 0 <= number < count:
         raise UsageError(f"part {number} of {count} does not exist; the first is 0/{count}")

@@ -48,6 +48,12 @@ def without_folder(name: str) -> str:
     return f"{Path(where).name}:{attribute}" if colon and is_file(where) else name
 
 
+def absolute_factory(name: str) -> str:
+    """The same factory, found from any folder: a file's path is made absolute."""
+    where, colon, attribute = name.rpartition(":")
+    return f"{home_path(where).absolute()}:{attribute}" if colon and is_file(where) else name
+
+
 def load_file(path: Path) -> types.ModuleType:
     """The module in a file, run once per process.
 

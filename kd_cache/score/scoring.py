@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 
@@ -84,10 +85,10 @@ class Scoring:
             self._commits.finish(self._scored)
             self._report.busy = self._busy.shares
 
-    def remember(self) -> None:
-        """Note the features that were read, for the next dump."""
+    def remember(self, path: Path | None = None) -> None:
+        """Note the features that were read, for the next dump; of a part at ``path``, for the seal."""
         read = self.readable & ~self._unchanged.fresh
-        self._unchanged.remember(read, self.inputs, self._ranks.shapes)
+        self._unchanged.remember(read, self.inputs, self._ranks.shapes, path)
 
     def input_remarks(self) -> Iterator[str]:
         """What the features that were read, or known to be unchanged, give cause to say."""

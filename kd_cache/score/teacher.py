@@ -14,6 +14,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.features import Feature, FeatureSource
 from kd_cache.dataset.front_end import differences
 from kd_cache.dataset.manifest import FRONT_END, Manifest
 from kd_cache.dataset.provenance import Provenance
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 
     from kd_cache.score.unregistered import Unregistered
 
+OWN_FEATURES = "own_features"
+"""What the record of a student with features of its own has, and the teacher made of it: a ``file`` that it was trained
+on, and the ``digest`` of that one's feature.
+"""
 UNREGISTERED = "unregistered"
 """The part of a fingerprint that covers what a module computes with besides its state dict."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -257,10 +263,40 @@ def teacher_origin(
     )
 
 
-def compare_front_ends(teachers: Mapping[str, Teacher], manifest: Manifest, watcher: Watcher) -> None:
-    """`compare_front_end` of each."""
+def compare_front_ends(
+    teachers: Mapping[str, Teacher], data: Dataset, watcher: Watcher, given: FeatureSource | None = None
+) -> None:
+    """`compare_front_end` of each, and of a student with features of its own whether they are these.
+
+    ``given``: features that are named for the teacher, in place of the manifest's: nothing says what made them.
+    """
     for name, teacher in teachers.items():
-        compare_front_end(name, _own_parts(teacher)["feature_spec"], manifest, watcher)
+        if (own := getattr(teacher, OWN_FEATURES, None)) is not None:
+            _refuse_other_features(
+                name, own, data.features if given is None else given, watcher, named=given is not None
+            )
+        if given is None:
+            compare_front_end(name, _own_parts(teacher)["feature_spec"], data.manifest, watcher)
+
+
+def _refuse_other_features(
+    name: str, own: Mapping[str, str], source: FeatureSource, watcher: Watcher, *, named: bool
+) -> None:
+    """By one feature that it was trained on. Where that is not at hand, features must have been ``named`` for it."""
+    found = source.try_read(own["file"])
+    if isinstance(found, Feature) and found.digest.hex() == own["digest"]:
+        return
+    if isinstance(found, Feature) or not named:
+        raise TeacherError(
+            f"{shown(name)} is a student with features of its own, and these are not they (by {shown(own['file'])}, "
+            "which it was trained on)",
+            hint="Give it those: to evaluate with --student-features; to a dump as its manifest's features "
+            "(--data-root, or --features for one HDF5 file).",
+        )
+    watcher.note(
+        f"{shown(name)} is a student with features of its own; {shown(own['file'])}, which it was trained on, is not "
+        "among those named, so whether they are made alike is not known"
+    )
 
 
 def compare_front_end(name: str, stated: str, manifest: Manifest, watcher: Watcher) -> None:

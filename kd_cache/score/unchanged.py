@@ -1,5 +1,8 @@
 """``seen.bin``: features as the last dump found them, so that the next one need not read again what nobody touched.
 
+A part of a dump notes what it read in a file of its own, ``pending/<hex>.seen``, beside its record: parts that end
+together must not overwrite each other's notes. Who publishes their rows adds their notes to ``seen.bin``.
+
 A note of a feature is the file's device, inode, size, mtime and ctime, its shape and its digest. It is believed where
 all five numbers are still the same, and only notes are taken of files whose last change (ctime) was clearly past when
 they were looked at: what is written within the granularity of a file system's clock would leave them as they are.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +38,9 @@ from kd_cache.files.mapped import file_content
 from kd_cache.keys import KeyFinder, are_ascending, sorted_order
 from kd_cache.score.existing import Found
 from kd_cache.score.job import DumpJob
+from kd_cache.store.index import Index
 from kd_cache.store.origin import FORMAT_VERSION
+from kd_cache.store.pending import notes_beside
 from kd_cache.watch import Watcher
 
 SEEN_NAME = "seen.bin"
@@ -67,12 +72,18 @@ class Seen:
         return cls(np.empty(0, _NOTE))
 
     @classmethod
-    def load(cls, path: Path) -> Seen:
-        """The notes in a file; none where it is missing, damaged, of another version or cannot be read."""
+    def load(cls, path: Path, keys: np.ndarray | None = None) -> Seen:
+        """The notes in a file; none where it is missing, damaged, of another version or cannot be read.
+
+        A file that ends before the first of ``keys`` ``[n, 16]`` (ascending), or begins after the last, is not read.
+        """
         try:
             with open_file(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if not _HEAD.size < size < _MOST or (size - _HEAD.size) % _NOTE.itemsize:
+                    return cls.nothing()
+                first, last = (os.pread(file.fileno(), 16, at) for at in (_HEAD.size, size - _NOTE.itemsize))
+                if keys is not None and (not len(keys) or last < keys[0].tobytes() or keys[-1].tobytes() < first):
                     return cls.nothing()
                 content = file_content(file, 1 << 20).data
         except OSError:  # it only ever saves time
@@ -83,6 +94,23 @@ class Seen:
             return cls.nothing()
         notes = np.frombuffer(rest, _NOTE)
         return cls(notes) if are_ascending(np.ascontiguousarray(notes["key"])) else cls.nothing()
+
+    @classmethod
+    def of_parts(cls, records: Iterable[Index], keys: np.ndarray | None = None) -> Seen:
+        """What parts noted that no index tells of yet; ``keys`` as for `load`, ``records`` the oldest first."""
+        return cls._newest([cls.load(notes_beside(record.path), keys) for record in records])
+
+    def and_newer(self, further: Seen) -> Seen:
+        """These notes and others, which count where both speak of a sample."""
+        return self._newest([self, further])
+
+    @classmethod
+    def _newest(cls, several: Sequence[Seen]) -> Seen:
+        several = [seen for seen in several if len(seen)]
+        if len(several) < 2:
+            return several[0] if several else cls.nothing()
+        notes = _ordered(np.concatenate([seen.notes for seen in several])).notes
+        return cls(notes[np.append((notes["key"][1:] != notes["key"][:-1]).any(axis=1), True)])
 
     def lookup(self, keys: np.ndarray, stats: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is known of features as they are now.
@@ -103,6 +131,13 @@ class Seen:
         believed[held] = True
         digests[held], shapes[held] = self.notes["digest"][at[held]], self.notes["shape"][at[held]]
         return believed, digests, shapes
+
+    def noted(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of which samples ``[n]`` bool there is a note, and the digests ``[n, 16]`` in it, whatever became of them."""
+        at = self._finder.find(keys)
+        digests = np.zeros((len(keys), 16), np.uint8)
+        digests[at >= 0] = self.notes["digest"][at[at >= 0]]
+        return at >= 0, digests
 
     @cached_property
     def _finder(self) -> KeyFinder:
@@ -183,18 +218,23 @@ def as_noted(source: FeatureSource, files: Sequence[str], digests: np.ndarray, w
 
 
 def noted_digests(
-    path: Path, source: FeatureSource, files: Sequence[str], keys: np.ndarray, watcher: Watcher
+    parts: Seen, before: Seen, source: FeatureSource, files: Sequence[str], keys: np.ndarray, watcher: Watcher
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``[N]`` bool, the features that need not be read, and their digests ``[N, 16]``, as the notes at ``path`` say.
+    """``[N]`` bool, the features that need not be read, and their digests ``[N, 16]``.
 
-    ``keys`` ``[N, 16]`` u1 are those of ``files``, in any order.
+    Args:
+        parts: notes of the reading that made the rows in question: nothing is drawn of them.
+        before: notes of earlier dumps, which are believed as a dump believes them.
+        keys: ``[N, 16]`` u1, those of ``files``, in any order.
     """
-    seen, moment, stats = Seen.load(path), time.time_ns(), source.stat_many(files)
-    noted, digests, _ = seen.lookup(keys, stats)
-    noted &= trusted(stats, moment)
-    numbers = np.flatnonzero(noted)
-    if not as_noted(source, [files[number] for number in numbers.tolist()], digests[numbers], watcher):
-        noted[:] = False
+    moment, stats = time.time_ns(), source.stat_many(files)
+    good = trusted(stats, moment)
+    noted, digests, _ = parts.lookup(keys, stats)
+    noted &= good
+    known, others, _ = before.lookup(keys, stats)
+    numbers = np.flatnonzero(known & good & ~noted)
+    if as_noted(source, [files[number] for number in numbers.tolist()], others[numbers], watcher):
+        noted[numbers], digests[numbers] = True, others[numbers]
     return noted, digests
 
 
@@ -216,17 +256,19 @@ class Unchanged:
         self._path, self._keys = job.folder.seen_path, keys
         self._part = slice(part.start, part.stop)
         self._moment = time.time_ns()
-        self._stats = np.full((len(files), 5), -1, np.int64)
+        self._stats = np.empty((len(files), 5), np.int64)  # only the part's are ever written or looked at
         self.digests = np.zeros((len(files), 16), np.uint8)
         self.shapes = np.zeros((len(files), 2), np.int32)
         self.fresh = np.zeros(len(files), bool)
-        self._seen = Seen.load(self._path)
+        own = keys[self._part]
+        self._from_parts = Seen.of_parts(found.snapshot.pending, own)
+        seen = Seen.load(self._path, own).and_newer(self._from_parts)
         for start in range(part.start, part.stop, _AT_ONCE):
             block = slice(start, min(start + _AT_ONCE, part.stop))
             self._stats[block] = job.data.features.stat_many(files[block])
-        if job.reread or not job.skip_existing or not len(self._seen):
+        if job.reread or not job.skip_existing or not len(seen):
             return
-        believed, digests, shapes = self._seen.lookup(keys[self._part], self._stats[self._part])
+        believed, digests, shapes = seen.lookup(own, self._stats[self._part])
         numbers = np.flatnonzero(believed & trusted(self._stats[self._part], self._moment))
         for known in found.known.values():
             numbers = numbers[known.are_fresh(numbers + part.start, digests[numbers])]
@@ -236,14 +278,15 @@ class Unchanged:
         self.fresh[at] = True
         self.digests[at], self.shapes[at] = digests[numbers], shapes[numbers]
 
-    def remember(self, read: np.ndarray, digests: np.ndarray, shapes: np.ndarray) -> None:
+    def remember(self, read: np.ndarray, digests: np.ndarray, shapes: np.ndarray, path: Path | None = None) -> None:
         """Take notes of the samples of which ``read`` ``[N]`` bool says that their features were read by this run.
 
-        A note that cannot be written is none: the next run reads the feature.
+        ``path`` is a part's own file; without it the cache's notes are added to, and get those of parts, too. A note
+        that cannot be written is none: the next run reads the feature.
         """
-        if not read.any():
+        if not read.any() and (path is not None or not len(self._from_parts)):
             return
-        seen = Seen.load(self._path)  # as it is now: another part may have taken notes meanwhile
+        seen = Seen.nothing() if path is not None else Seen.load(self._path).and_newer(self._from_parts)
         noted = seen.record(self._keys[read], self._stats[read], shapes[read], digests[read], self._moment)
         if len(noted) or len(seen):
-            noted.only(self._keys).save(self._path)
+            noted.only(self._keys).save(path or self._path)

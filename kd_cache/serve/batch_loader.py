@@ -45,7 +45,7 @@ class BatchLoader:
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
-        rows = torch.arange(len(cache)) if files is None else cache.rows(files)
+        rows = cache.all_rows() if files is None else cache.rows(files)
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, expected at least 1")
         for number, tensor in enumerate(tensors):

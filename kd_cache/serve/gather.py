@@ -11,6 +11,8 @@ import torch
 from kd_cache.errors import UsageError
 from kd_cache.serve.placement import fits
 from kd_cache.serve.rows import TeacherRows
+from kd_cache.serve.views import vectors
+from kd_cache.store.shelf import RowNumbers
 from kd_cache.store.take import WIDE, take_rows
 
 _BLOCK = 1 << 20
@@ -24,14 +26,20 @@ _NEAR = 1 << 24
 class Gatherer:
     """Gathers rows of all teachers at once. ``place`` is one of `kd_cache.serve.placement.PLACES`.
 
-    Row numbers count in the common order of the teachers and are not checked here.
+    Row ``numbers`` are those of the teachers' common rows and are not checked here. What they leave out has its place
+    in the table, too, which nobody ever writes or reads: so numbers mean the same in every place.
+    Of rows of V views each view is a vector of its own, with the number r · V + v.
     """
 
-    def __init__(self, tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None], count: int, place: str):
+    def __init__(
+        self, tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None], numbers: RowNumbers, place: str
+    ):
+        tables, positions, numbers = vectors(tables, positions, numbers)
         self._teachers = tables
-        self._positions = positions  # where the common rows are among a teacher's own; None where they are the same
+        self._positions = positions  # each teacher's own numbers of the common rows; None where they are the same
         self._is_table = place == "table"
-        self.shape = (count, len(tables), tables[0].width)
+        self._count, self._has_holes = len(numbers), numbers.has_holes
+        self.shape = (numbers.limit, len(tables), tables[0].width)
         self._width = self.shape[1] * self.shape[2]  # values in a row of all teachers
         self.dtype = tables[0].dtype
         self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
@@ -43,7 +51,7 @@ class Gatherer:
 
     @cached_property
     def _table(self) -> np.ndarray:
-        """``[N, T * C]``: made when it is first needed, before workers are forked that could share it."""
+        """``[limit, T * C]``: made when it is first needed, before workers are forked that could share it."""
         try:
             table = np.empty(self.shape, self.dtype)
         except MemoryError as error:
@@ -52,19 +60,21 @@ class Gatherer:
             ) from error
         for number, rows in enumerate(self._teachers):
             positions = self._positions[number]
-            table[:, number] = rows.all() if positions is None else rows.take(positions)
+            if positions is None:
+                rows.fill(table[:, number])
+            else:
+                table[:, number] = rows.take(positions)
         return table.reshape(self.shape[0], self._width)
 
     @cached_property
     def _tensor(self) -> torch.Tensor:
-        """The table as ``[N, T, C]``."""
+        """The table as ``[limit, T, C]``."""
         return torch.from_numpy(self._table.reshape(self.shape))
 
     @property
     def nbytes(self) -> int:
         """What the logits of all rows take."""
-        count, teachers, classes = self.shape
-        return count * teachers * classes * self.dtype.itemsize
+        return self._count * self._width * self.dtype.itemsize
 
     @property
     def has_table(self) -> bool:
@@ -78,7 +88,7 @@ class Gatherer:
 
     def few(self, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor | None:
         """The quickest way for small batches and tables, else ``None``. Torch checks these rows: `IndexError`."""
-        if not self._is_narrow_table or rows.ndim != 1 or rows.dtype is not torch.int64:
+        if not self._is_narrow_table or self._has_holes or rows.ndim != 1 or rows.dtype is not torch.int64:
             return None
         if not self._is_near and len(rows) * self._width > _FEW:
             return None

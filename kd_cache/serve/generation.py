@@ -31,9 +31,9 @@ class Generation:
         """Which teachers have fewer rows than the index promises, in words."""
         promised = {name: entry["rows"] for name, entry in self.index.record["teachers"].items()}
         return [
-            f"{shown(self.index.path)} promises {promised[part.name]:,} rows of {part.name}, found {len(part.keys):,}"
+            f"{shown(self.index.path)} promises {promised[part.name]:,} rows of {part.name}, found {len(part):,}"
             for part in self.rows
-            if len(part.keys) < promised[part.name]
+            if len(part) < promised[part.name]
         ]
 
 
@@ -149,7 +149,7 @@ def _pack_rows(
     check = check_of(verify, preload, sum(_size(path) for path in snapshot.served_paths(origins)))
     tables: list[TeacherRows] = []
     for name in origins:
-        tables.append(TeacherRows(snapshot.served_pack(name, check), permitted, tables[0] if tables else None))
+        tables.append(TeacherRows(snapshot.served_packs(name, check), permitted, tables[0] if tables else None))
     return tables
 
 
@@ -178,7 +178,7 @@ def older_rows(
         older_pack(name, {file: folder.view_path(name) / Path(path).name for file, path in maps[name].items()})
         for name in names
     ]
-    tables = [TeacherRows(pack) for pack in packs]
+    tables = [TeacherRows([pack]) for pack in packs]
     if len({(table.num_classes, table.dtype) for table in tables}) > 1:
         raise UsageError("these teachers do not fit into one tensor", hint="Open them separately: teachers=[…].")
     return tables

@@ -3,59 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from kd_cache.errors import MissingLogitsError, StaleError, UsageError, shown
-from kd_cache.keys import KeyFinder
+from kd_cache.keys import KeyFinder, sorted_order
 from kd_cache.serve.rows import TeacherRows
 from kd_cache.store.origin import Origin
-from kd_cache.store.union import Union
+from kd_cache.store.shelf import RowNumbers, Shelf
 
 
 class JoinedRows(TeacherRows):
     """Rows of one teacher in several caches, the permitted ones of each. Of one sample the first cache's counts."""
 
     def __init__(self, parts: Sequence[TeacherRows]) -> None:
-        packs = [part._union.packs[0] for part in parts]
-        super().__init__(packs[0])
-        self._parts = parts
-        self._union = Union(packs, packs[0].path.name)
-        of_pack = {id(pack): part for pack, part in zip(packs, parts, strict=True)}
-        served = np.zeros(len(self._union), bool)
-        for number, pack in enumerate(self._union.packs):
-            mine = np.flatnonzero(self._union.pack_no == number)
-            served[mine] = of_pack[id(pack)].finder.find(self._union.keys[mine]) >= 0
-        self._served = np.flatnonzero(served)
-        _, first = np.unique(np.cumsum(~self._union.repeats)[self._served], return_index=True)
-        self._kept = self._first = self._served[first]
-        self.keys = self._union.keys[self._first]
-        self.finder = KeyFinder(self.keys)
+        self._of_caches = parts
+        packs = [pack for part in parts for pack in part.packs]
+        self._shelf = Shelf(packs)
+        self._describe(packs)
         self.signature = "+".join(part.signature for part in parts)
-        self.is_lazy = any(part.is_lazy for part in parts)
-        self._pack = None
-
-    def expect_random(self) -> None:
-        for part in self._parts:
-            part.expect_random()
+        begins = self._shelf.numbers.bases[list(accumulate([0, *(len(part.packs) for part in parts[:-1])]))]
+        keys = np.concatenate([part.keys for part in parts])
+        numbers = [begin + part.own(part.numbers.all()) for begin, part in zip(begins, parts, strict=True)]
+        order = sorted_order(keys)  # stable: of one key those of the first cache come first
+        keys, self._all = keys[order], np.concatenate(numbers)[order]
+        self._is_first = np.ones(len(keys), bool)
+        self._is_first[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+        self._kept, self._parts = self._all[self._is_first], [keys[self._is_first]]
+        self.numbers, self.finder = RowNumbers([len(self._kept)]), KeyFinder(*self._parts)
 
     def is_promised(self, key: np.ndarray) -> bool:
-        return any(part.is_promised(key) for part in self._parts)
+        return any(part.is_promised(key) for part in self._of_caches)
 
     def refuse_disagreement(self, paths: Sequence[Path]) -> None:
         """Raise `StaleError` where caches have other rows for one sample, though the teacher is the same."""
-        at = self.finder.find(self._union.keys[self._served])
-        other = self._union.checksums[self._served] != self._union.checksums[self._first[at]]
+        again = ~self._is_first
+        here = self._all[again]
+        first = self._all[self._is_first][np.cumsum(self._is_first)[again] - 1]
+        other = self._shelf.column("checksums", here) != self._shelf.column("checksums", first)
         if not other.any():
             return
-        here, first = self._served[other][:1], self._first[at[other]][:1]
-        changed = (self._union.inputs[here] != self._union.inputs[first]).any()
-        by = np.abs(self._union.take(here).astype(np.float64) - self._union.take(first)).max()
+        count = len(np.unique(first[other]))
+        here, first = here[other][:1], first[other][:1]
+        changed = (self._shelf.column("inputs", here) != self._shelf.column("inputs", first)).any()
+        by = np.abs(self._shelf.take(here).astype(np.float64) - self._shelf.take(first)).max()
         why = "its feature changed between their dumps" if changed else f"they differ by up to {by:.2g}"
         raise StaleError(
-            f"{self.name}: {len(np.unique(at[other])):,} samples have other rows in one of "
-            f"{', '.join(map(shown, paths))} than in another; the first is {shown(self._union.files(first)[0])}: {why}",
+            f"{self.name}: {count:,} samples have other rows in one of {', '.join(map(shown, paths))} than in another; "
+            f"the first is {shown(self._shelf.files(first)[0])}: {why}",
             hint="Score them together: kd-cache dump --target with all of these targets, and --no-skip-existing.",
         )
 

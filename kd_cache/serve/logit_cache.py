@@ -30,7 +30,7 @@ from kd_cache.serve.joined import joined, teachers_of_all
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
-from kd_cache.serve.views import View, ViewsRead, checked_view, flattened
+from kd_cache.serve.views import View, ViewsRead, checked_view
 from kd_cache.store.accuracy import in_words, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
@@ -77,20 +77,16 @@ class LogitCache(ViewsRead):
         self._on_miss = on_miss
         self.teachers = tuple(rows.name for rows in tables)
         self.num_classes, self.frames, self.views = tables[0].num_classes, tables[0].frames, tables[0].views
-        self.width = tables[0].width // self.views
-        self.dtype = tables[0].dtype
+        self.width, self.dtype = tables[0].width // self.views, tables[0].dtype
         self._resolver = Resolver(path, tables, index)
-        self._count = len(self._resolver)
+        self._row_numbers = self._resolver.numbers
         self.preloaded = choose(
             preload,
-            self._count * self.views * len(tables) * self.width * self.dtype.itemsize,
+            len(self) * self.views * len(tables) * self.width * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
-        each, positions = tables, self._resolver.positions
-        if self.views > 1:
-            each, positions = flattened(tables, positions)
-        self._gatherer = Gatherer(each, positions, self._count * self.views, self.preloaded)
+        self._gatherer = Gatherer(tables, self._resolver.positions, self._row_numbers, self.preloaded)
         if preload is True and not in_worker:
             self.prepare()
         self.task = DEFAULT if index is None else recorded_task(index.record)
@@ -185,7 +181,7 @@ class LogitCache(ViewsRead):
     @property
     def files(self) -> list[str]:
         """Files that every opened teacher holds, ordered by key. (Built when asked for.)"""
-        return self._resolver.files(np.arange(len(self)))
+        return self._resolver.files(self._row_numbers.all())
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -234,7 +230,15 @@ class LogitCache(ViewsRead):
         }
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._row_numbers)
+
+    def all_rows(self) -> torch.Tensor:
+        """Rows of all `files`, in their order: int64 ``[N]``.
+
+        They are ``torch.arange(len(cache))`` where a teacher's rows lie in one pack. Else each pack's rows count from a
+        multiple of 4,096, and the numbers left between packs are no rows.
+        """
+        return torch.from_numpy(self._row_numbers.all())
 
     def rows(self, files: Iterable[str]) -> torch.Tensor:
         """Rows of ``files``: int64 ``[B]``, valid for all opened teachers. Resolve once, then call `batch` with them.
@@ -323,7 +327,7 @@ class LogitCache(ViewsRead):
         unknown = [name for name in wanted if name not in self.teachers]
         if unknown:
             raise MissingLogitsError(f"not opened: {', '.join(map(shown, unknown))}; open: {', '.join(self.teachers)}")
-        logits = self.batch(torch.arange(len(self)) if files is None else self.rows(files))
+        logits = self.batch(self.all_rows() if files is None else self.rows(files))
         if wanted != self.teachers:
             logits = logits[:, [self.teachers.index(name) for name in wanted]]
         return logits.to(device)
@@ -380,8 +384,13 @@ class LogitCache(ViewsRead):
             return numbers
         # As unsigned numbers the negative ones are the largest: one look finds both ends.
         unsigned = (numbers - first if first else numbers).view(np.uint64)
-        if np.maximum.reduce(unsigned) >= self._count - first:
-            raise IndexError(f"rows must lie in [0, {self._count}), found {numbers.min()} to {numbers.max()}")
+        limit = self._row_numbers.limit
+        if np.maximum.reduce(unsigned) >= limit - first:
+            raise IndexError(f"rows must lie in [0, {limit}), found {numbers.min()} to {numbers.max()}")
+        if self._row_numbers.has_holes:
+            hole = self._row_numbers.first_hole(numbers if first == 0 else numbers[numbers >= 0])
+            if hole is not None:
+                raise IndexError(f"{hole} is no row: it lies between two packs; all_rows() gives the numbers of rows")
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:

@@ -12,6 +12,7 @@ from kd_cache.errors import CorruptError, MissingLogitsError, UsageError, listed
 from kd_cache.keys import KeyFinder, keys_of_bytes
 from kd_cache.serve.rows import Names, TeacherRows
 from kd_cache.store.index import Index
+from kd_cache.store.shelf import RowNumbers
 
 _MANY = 100_000
 """From so many files on it is worth looking whether two teachers' packs name the same files."""
@@ -21,24 +22,25 @@ class Resolver:
     """The common rows of teachers, ordered by key.
 
     Attributes:
-        positions: where the common rows are among each teacher's own; ``None`` where they are the same.
+        numbers: of these rows: the teachers' own where all of them hold the same, else 0, 1, 2, …
+        positions: each teacher's own numbers of the common rows; ``None`` where they are the same.
     """
 
     def __init__(self, path: Path, teachers: Sequence[TeacherRows], index: Index | None) -> None:
         self._path = path
         self._teachers = teachers
         self._index = index
-        self._keys = _common_keys([rows.keys for rows in teachers])
-        self.positions = [
-            None if len(rows.keys) == len(self._keys) else rows.finder.find(self._keys) for rows in teachers
-        ]
-        self._finder = teachers[0].finder if self.positions[0] is None else KeyFinder(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        first = teachers[0]
+        if all(rows.finder.is_same(first.finder) for rows in teachers):
+            self.numbers, self._finder = first.numbers, first.finder
+            self.positions: list[np.ndarray | None] = [None] * len(teachers)
+            return
+        keys = _common_keys(teachers)
+        self.numbers, self._finder = RowNumbers([len(keys)]), KeyFinder(keys)
+        self.positions = [None if rows.finder.is_same(self._finder) else rows.finder.find(keys) for rows in teachers]
 
     def position(self, number: int, rows: Any) -> Any:
-        """Where these rows are in a teacher's own order."""
+        """A teacher's own numbers of these rows."""
         positions = self.positions[number]
         return rows if positions is None else positions[rows]
 
@@ -69,11 +71,12 @@ class Resolver:
             if number and len(present) >= _MANY and rows.has_names_of(self._teachers[0]):
                 continue
             positions = self.position(number, found[present])
-            for at in np.flatnonzero(asked.differ_from(rows.names(positions)))[:1].tolist():
-                name, other = names[present[at]].decode("utf-8", "replace"), rows.files(positions[at : at + 1])[0]
-                raise CorruptError(
-                    f"{shown(name)} and {shown(other)} have the same MD5 key; one of them must be renamed"
-                )
+            for mine, stored in rows.names(positions):
+                for at in np.arange(len(present))[mine][asked.at(mine).differ_from(stored)][:1].tolist():
+                    name, other = names[present[at]].decode("utf-8", "replace"), rows.files(positions[at : at + 1])[0]
+                    raise CorruptError(
+                        f"{shown(name)} and {shown(other)} have the same MD5 key; one of them must be renamed"
+                    )
 
     def _why_missing(self, file: str) -> str:
         reason = self._index.missing.get(file) if self._index is not None else None
@@ -103,10 +106,9 @@ def _encoded(files: list[str]) -> list[bytes]:
         ) from None
 
 
-def _common_keys(keys: list[np.ndarray]) -> np.ndarray:
+def _common_keys(teachers: Sequence[TeacherRows]) -> np.ndarray:
     """Keys that all teachers hold, sorted."""
-    common = keys[0]
-    for other in keys[1:]:
-        if other is not common and not np.array_equal(common.view(np.uint64), other.view(np.uint64)):
-            common = common[KeyFinder(other).find(common) >= 0]
+    common: np.ndarray = teachers[0].keys
+    for rows in teachers[1:]:
+        common = common[rows.finder.find(common) >= 0]
     return common

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
-from kd_cache.files.mapped import expect_random
 from kd_cache.keys import KeyFinder
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
-from kd_cache.store.union import Union
+from kd_cache.store.shelf import RowNumbers, Shelf
+from kd_cache.store.take import take_rows
 
 _BLOCK = 16_384
 
@@ -28,6 +29,10 @@ class Names:
     def of(cls, names: Sequence[bytes]) -> Names:
         lengths = np.fromiter(map(len, names), np.int64, len(names))
         return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum(lengths) - lengths, lengths)
+
+    def at(self, numbers: np.ndarray | slice) -> Names:
+        """Some of them."""
+        return Names(self.blob, self.starts[numbers], self.lengths[numbers])
 
     def differ_from(self, other: Names) -> np.ndarray:
         """``[N]`` bool: which are not the same bytes."""
@@ -48,101 +53,120 @@ class Names:
 
 
 class TeacherRows:
-    """Rows of one pack: the ``permitted`` of them. A *position* counts in key order.
+    """Rows of one teacher's packs, the ``permitted`` of them, under `RowNumbers`: where all are served, the packs' own.
 
-    What is the same in ``other`` (another teacher's rows under the same permission) is shared with it.
+    Packs are in key order, and what is the same in ``other`` (another teacher's rows under the same permission) is
+    shared with it.
     """
 
-    def __init__(self, pack: Pack, permitted: Permitted | None = None, other: TeacherRows | None = None) -> None:
-        self._union = union = Union([pack])
+    def __init__(
+        self, packs: Sequence[Pack], permitted: Permitted | None = None, other: TeacherRows | None = None
+    ) -> None:
+        self._shelf = shelf = Shelf(packs)
         self._permitted = permitted
-        self.name = union.origin.teacher
-        self.num_classes, self.frames, self.width = union.origin.num_classes, union.origin.frames, union.origin.width
-        self.views, self.policy = len(union.origin.views) or 1, union.origin.policy
-        self.dtype = union.origin.stored
-        self.signature = pack.path.name
-        self.is_lazy = pack.unchecked is not None
-        self._kept: np.ndarray | None
-        self.keys: np.ndarray
+        self._describe(packs)
+        self._kept: np.ndarray | None  # the packs' numbers of the rows that are served; None where all are
+        self._parts: list[np.ndarray]  # the keys of these
+        self.numbers: RowNumbers
         self.finder: KeyFinder
-        if other is not None and _same_keys(union, other._union):
-            self._kept, self.keys, self.finder = other._kept, other.keys, other.finder
+        if other is not None and shelf.finder.is_same(other._shelf.finder):
+            self._kept, self._parts = other._kept, other._parts
+            self.numbers, self.finder = other.numbers, other.finder
         else:
-            self._kept = None if permitted is None else _kept(union, permitted)
-            self.keys = union.keys if self._kept is None else union.keys[self._kept]
-            self.finder = union.finder if self._kept is None else KeyFinder(self.keys)
-        self._pack = pack if self._kept is None else None
+            self._kept = None if permitted is None else _kept(shelf, permitted)
+            self._parts = [pack.keys for pack in packs] if self._kept is None else _keys_at(shelf, self._kept)
+            self.numbers = shelf.numbers if self._kept is None else RowNumbers([len(self._kept)])
+            self.finder = shelf.finder if self._kept is None else KeyFinder(*self._parts)
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """``[Q, C]`` logits."""
-        return self._union.take(self._positions(positions))
+    def _describe(self, packs: Sequence[Pack]) -> None:
+        origin = packs[0].origin
+        self.name = origin.teacher
+        self.num_classes, self.frames, self.width = origin.num_classes, origin.frames, origin.width
+        self.views, self.policy = len(origin.views) or 1, origin.policy
+        self.dtype = origin.stored
+        names = "+".join(pack.path.name for pack in packs)
+        self.signature = names if len(packs) == 1 else f"{origin.teacher}-{xxhash.xxh3_128_hexdigest(names.encode())}"
 
-    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
-        """The same into contiguous ``[Q, C]``. Positions are not checked: they must be some."""
-        self._union.take_into(self._positions(positions), out)
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     @property
-    def whole(self) -> np.ndarray | None:
-        """The rows as they lie in one pack, if all of them are served and checked."""
-        return self._pack.logits if self._pack is not None and self._pack.unchecked is None else None
+    def keys(self) -> np.ndarray:
+        """``[N, 16]`` u1, ascending; of several packs a copy."""
+        return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
 
-    def take_views_into(self, positions: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
-        """One view of each row into ``[Q, C]``."""
-        mine = self._positions(positions)
-        self._union.touch(mine)
-        for number, rows, at in self._union._by_pack(mine):
-            each = self._union.packs[number].logits.reshape(-1, self.width // self.views)
-            out[at] = each[rows * self.views + views[at]]
+    @property
+    def packs(self) -> list[Pack]:
+        return self._shelf.packs
 
-    def draws(self, positions: np.ndarray) -> np.ndarray | None:
+    @property
+    def is_lazy(self) -> bool:
+        """Whether rows are checked as they are read."""
+        return self._shelf.is_lazy
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """``[Q, C]`` logits."""
+        return self._shelf.take(self.own(numbers))
+
+    def take_into(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """The same into contiguous ``[Q, C]``. Numbers are not checked: they must be rows."""
+        self._shelf.take_into(self.own(numbers), out)
+
+    def draws(self, numbers: np.ndarray) -> np.ndarray | None:
         """``[Q, V, D]`` u4: what was drawn for the views; ``None`` where there are none."""
-        mine = self._positions(positions)
-        self._union.touch(mine)
-        found = self._union.take_draws(mine)
-        return None if found is None else found.reshape(len(positions), self.views, -1)
+        if self.policy is None:
+            return None
+        return self._shelf.column("draws", self.own(numbers)).reshape(len(numbers), self.views, -1)
+
+    def take_views_into(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Into contiguous ``[Q, C]``, with V numbers for each row: r · V + v is view v of row r."""
+        if self._kept is not None or self.is_lazy or self._shelf.logits is None:
+            rows, views = np.divmod(numbers, self.views)
+            rows = self.own(rows)
+            self._shelf.touch(rows)
+            numbers = rows * self.views + views
+        if self._shelf.logits is not None:
+            take_rows(self._shelf.logits.reshape(-1, out.shape[1]), numbers, out)
+            return
+        for pack, mine, at in self._shelf.by_pack(rows):
+            out[at] = pack.logits.reshape(-1, out.shape[1])[mine * self.views + views[at]]
 
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""
-        expect_random(self._union.packs[0].logits)
+        self._shelf.expect_random()
 
-    def inputs(self, positions: np.ndarray) -> np.ndarray:
+    def inputs(self, numbers: np.ndarray) -> np.ndarray:
         """``[Q, 16]`` u1, the digests of the features that were scored."""
-        mine = self._positions(positions)
-        self._union.touch(mine)
-        found: np.ndarray = self._union.inputs[mine]
+        return self._shelf.column("inputs", self.own(numbers))
+
+    def fill(self, out: np.ndarray) -> None:
+        """Copy all rows, each to its number in ``[limit, C]``; what is between packs is left as it is."""
+        if self._kept is None:
+            self._shelf.fill(out)
+        else:
+            out[:] = self._shelf.take(self._kept)
+
+    def files(self, numbers: np.ndarray) -> list[str]:
+        return self._shelf.files(self.own(numbers))
+
+    def own(self, numbers: np.ndarray) -> np.ndarray:
+        """The packs' own numbers of these rows."""
+        found: np.ndarray = numbers if self._kept is None else self._kept[numbers]
         return found
 
-    def all(self) -> np.ndarray:
-        """``[N, C]`` logits of all positions."""
-        if self.whole is not None:
-            return self.whole
-        return self._union.take(self._positions(np.arange(len(self.keys))))
-
-    def files(self, positions: np.ndarray) -> list[str]:
-        mine = self._positions(positions)
-        self._union.touch(mine)
-        return self._union.files(mine)
-
-    def _positions(self, positions: np.ndarray) -> np.ndarray:
-        """Where these are in the union."""
-        found: np.ndarray = positions if self._kept is None else self._kept[positions]
-        return found
-
-    def names(self, positions: np.ndarray) -> Names:
-        """The same as `files`, without an object for each."""
-        if self._pack is None:
-            return Names.of(self._union.file_bytes(self._positions(positions)))
-        starts, ends = (self._pack.file_offsets[part].astype(np.int64) for part in (positions, positions + 1))
-        return Names(self._pack.files_blob, starts, ends - starts)
+    def names(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray | slice, Names]]:
+        """The same as `files`, without an object for each: the names in each pack, and which these are of all."""
+        for pack, rows, mine in self._shelf.by_pack(self.own(numbers)):
+            starts, ends = (pack.file_offsets[part].astype(np.int64) for part in (rows, rows + 1))
+            yield mine, Names(pack.files_blob, starts, ends - starts)
 
     def has_names_of(self, other: TeacherRows) -> bool:
-        """Whether all positions have the same names as in another, as far as that is quickly seen."""
-        mine, its = self._pack, other._pack
-        return (
-            mine is not None
-            and its is not None
-            and np.array_equal(mine.file_offsets, its.file_offsets)
-            and np.array_equal(mine.files_blob, its.files_blob)
+        """Whether all rows have the same names as in another, as far as that is quickly seen."""
+        if self._kept is not None or other._kept is not None or not self.finder.is_same(other.finder):
+            return False
+        return all(
+            np.array_equal(mine.file_offsets, its.file_offsets) and np.array_equal(mine.files_blob, its.files_blob)
+            for mine, its in zip(self.packs, other.packs, strict=True)
         )
 
     def is_promised(self, key: np.ndarray) -> bool:
@@ -150,13 +174,18 @@ class TeacherRows:
         return self._permitted is not None and bool(KeyFinder(self._permitted.keys).find(key)[0] >= 0)
 
 
-def _same_keys(one: Union, other: Union) -> bool:
-    return np.array_equal(one.keys.view(np.uint64), other.keys.view(np.uint64))
-
-
-def _kept(union: Union, permitted: Permitted) -> np.ndarray | None:
-    """The positions that are served; ``None`` where all are."""
-    if permitted.has_keys(union.keys):
+def _kept(shelf: Shelf, permitted: Permitted) -> np.ndarray | None:
+    """The numbers that are served; ``None`` where all are."""
+    keys = [pack.keys for pack in shelf.packs]
+    if permitted.has_keys(*keys):
         return None
-    kept = KeyFinder(permitted.keys).find(union.keys) >= 0
-    return None if kept.all() else np.flatnonzero(kept)
+    finder = KeyFinder(permitted.keys)
+    served = [np.flatnonzero(finder.find(part) >= 0) for part in keys]
+    if sum(map(len, served)) == len(shelf):
+        return None
+    return np.concatenate([base + part for base, part in zip(shelf.numbers.bases, served, strict=True)])
+
+
+def _keys_at(shelf: Shelf, numbers: np.ndarray) -> list[np.ndarray]:
+    """``[[Q, 16]]``: the keys of some rows, as one part."""
+    return [np.concatenate([pack.keys[rows] for pack, rows, _ in shelf.by_pack(numbers)])]

@@ -17,7 +17,10 @@ from kd_cache.dataset.views import Policy
 from kd_cache.errors import UsageError, shown
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
-from kd_cache.store.take import take_rows
+from kd_cache.store.shelf import RowNumbers
+
+_BLOCK = 16_384
+
 
 View = int | torch.Tensor | np.ndarray | None
 """Which view of each row: one for all, or ``[B]`` integers; ``None`` is the clean one."""
@@ -27,16 +30,9 @@ class ViewRows:
     """A teacher's vectors, each view of each row under its own number r · V + v, to whoever gathers them."""
 
     def __init__(self, rows: TeacherRows) -> None:
-        self._rows, self._count = rows, rows.views
-        self.width, self.dtype = rows.width // rows.views, rows.dtype
-        self._all = rows.whole  # [N, V · C] where every row can be taken as it lies
-
-    def expect_random(self) -> None:
-        self._rows.expect_random()
-
-    def all(self) -> np.ndarray:
-        """``[N · V, C]``."""
-        return self._rows.all().reshape(-1, self.width)
+        self._rows = rows
+        self.width, self.dtype, self.expect_random = rows.width // rows.views, rows.dtype, rows.expect_random
+        self.take_into = rows.take_views_into
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """``[Q, C]``."""
@@ -44,20 +40,32 @@ class ViewRows:
         self.take_into(numbers, out)
         return out
 
-    def take_into(self, numbers: np.ndarray, out: np.ndarray) -> None:
-        """The same into contiguous ``[Q, C]``."""
-        if self._all is not None:
-            take_rows(self._all.reshape(-1, self.width), numbers, out)
-        else:
-            rows, views = np.divmod(numbers, self._count)
-            self._rows.take_views_into(rows, views, out)
+    def fill(self, out: np.ndarray) -> None:
+        """Copy all vectors, each to its number in ``[limit · V, C]``."""
+        each = out.reshape(-1, self._rows.views, self.width)
+        numbers = self._rows.numbers.all()
+        for start in range(0, len(numbers), _BLOCK):
+            part = numbers[start : start + _BLOCK]
+            each[part] = self._rows.take(part).reshape(-1, *each.shape[1:])
 
 
-def flattened(tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None]) -> tuple[list[Any], list[Any]]:
-    """What gathers views takes in place of tables of rows, and of where the common rows are among them."""
+class _Numbers:
+    """The numbers of vectors, as `RowNumbers` are those of rows."""
+
+    def __init__(self, rows: RowNumbers, views: int) -> None:
+        self.limit, self.has_holes, self._count = rows.limit * views, rows.has_holes, len(rows) * views
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def vectors(tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None], numbers: RowNumbers) -> Any:
+    """What a `Gatherer` is to take of rows: themselves, or where they have several views each of these as a row."""
+    if tables[0].views == 1:
+        return tables, positions, numbers
     views = np.arange(tables[0].views)
     flat = [None if each is None else (each[:, None] * len(views) + views).reshape(-1) for each in positions]
-    return [ViewRows(rows) for rows in tables], flat
+    return [ViewRows(rows) for rows in tables], flat, _Numbers(numbers, len(views))
 
 
 def checked_view(view: View, views: int, rows: int) -> Any:

@@ -24,7 +24,7 @@ from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.options import MAX_VIEWS
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
+from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
 from kd_cache.store.permitted import PERMITTED_NAME
 
 _UNSET = "0" * 32
@@ -66,6 +66,7 @@ _RECORD = {
     "generation": int,
     "created": str,
     "features_at": str,
+    "inputs": str,
     "tool": str,
     "files": bool,
     "shown_path": str,
@@ -184,7 +185,7 @@ def write_index(
             raise IndexChangedError
 
     # As JSON has it: what is handed on must not depend on whether it was read or written here.
-    plain = json.loads(json.dumps({"format_version": FORMAT_VERSION, **record, "digest": _UNSET}))
+    plain = json.loads(json.dumps({"format_version": FILE_VERSION, **record, "digest": _UNSET}))
     status = write_atomic(path, _pieces(path, num_samples, maps, plain), unchanged)
     return Index(path, num_samples, maps, plain), _version(status)
 
@@ -311,14 +312,14 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _check_version_and_digest(path: Path, raw: bytes, digest: str, record: Any) -> None:
     version = record.get("format_version") if isinstance(record, dict) else None
-    if type(version) is int and version > FORMAT_VERSION:
+    if type(version) is int and version > FILE_VERSION:
         raise StoreError(
-            f"{shown(path)} has format version {version}, this kd-cache reads up to {FORMAT_VERSION}",
+            f"{shown(path)} has format version {version}, this kd-cache reads up to {FILE_VERSION}",
             hint="Update kd-cache.",
         )
     if not raw.endswith(_TAIL.format(digest).encode("ascii")):
         raise _damaged(path, "its bytes do not match their digest")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version < 1:
         raise _damaged(path, f"its format version is {shown(version)}, and no kd-cache wrote that")
 
 

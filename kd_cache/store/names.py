@@ -17,6 +17,8 @@ MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean"
 """What an older pipeline calls modes, and what they are called here."""
 PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}-[0-9a-f]{32}\.h5\Z")
 PENDING_NAME = re.compile(r"[0-9a-f]{16}\.json\Z")
+NOTES_NAME = re.compile(r"[0-9a-f]{16}\.seen\Z")
+IN_PENDING = re.compile(f"{PENDING_NAME.pattern}|{NOTES_NAME.pattern}")
 """What else lies beside packs and records is not ours: a copy ``x (1).h5``, ``._x`` and other systems' leftovers."""
 
 

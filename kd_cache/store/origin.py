@@ -28,7 +28,9 @@ FRAMES = "frames_per_row"
 VIEWS = "view_policy"
 """The part that says how the inputs of views were augmented (`kd_cache.dataset.views`); absent where there are none."""
 FORMAT_VERSION = 1
-"""Version of the bytes on disk. It is a part of every fingerprint: a new format never serves old rows as its own."""
+"""Version of what a number means. It is a part of every fingerprint: with another, every row is scored again."""
+FILE_VERSION = 2
+"""Version of the packs and records that are written. All up to it are read; a row's fingerprint is the same in each."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,9 @@
 """Packs: immutable HDF5 files of rows, all of one teacher and one fingerprint.
 
-Layout of ``<teacher>-<digest>.h5``::
-
-    0     8   magic  b"KDCPACK\\n"
-    8     4   format version, little-endian
-    12    8   length of everything after the first 512 bytes, little-endian
-    20    16  xxh3-128 of everything after the first 512 bytes, big-endian; also the <digest> in the file's name
-    36    476 zeros
-    512   …   HDF5: keys [N,16] u1 (sorted), inputs [N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2,
-              file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows.
-              With views: logits [N,V,C], also views [V] <u4 (their numbers), draws [N,V,D] <u4 (what was drawn)
+Layout of ``<teacher>-<digest>.h5``: 512 bytes that `preamble` describes, then HDF5: keys [N,16] u1 (sorted), inputs
+[N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2 (from a multiple of 4,096 on; in format 1, as all others, of 64),
+file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows.
+With views: logits [N,V,C], and views [V] <u4 (their numbers), draws [N,V,D] <u4 (what was drawn).
 
 A pack is whole or absent. Its bytes are checked before libhdf5 sees them (and libhdf5 sees nothing else), its structure
 is checked before a byte is believed, and then its datasets are views of those bytes: no HDF5 handle stays open.
@@ -21,7 +15,6 @@ import io
 import json
 import math
 import os
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,13 +31,13 @@ from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
 from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
-from kd_cache.store.origin import FORMAT_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
+from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
+from kd_cache.store.preamble import MAGIC, USER_BLOCK, Preamble, Span
 from kd_cache.store.rows import flat_views
 from kd_cache.store.rows import row_checksums as row_checksums
 
-MAGIC = b"KDCPACK\n"
-USER_BLOCK = 512
-_PREAMBLE = struct.Struct("<8sIQ16s")
+PAGE = 4096
+"""The rows begin at a multiple of this in the file, so that they can be mapped alone."""
 MAX_ATTRIBUTE = 60_000
 MAPPED = 1 << 20
 """Packs of at least this size are memory-mapped. Smaller ones are read: a process may have only so many maps, and an
@@ -213,7 +206,7 @@ def write_pack(
     with store_errors(directory, "write a pack into"), temporary_beside(target) as temporary:
         with temporary.open("x+b", buffering=0) as file:
             _write_hdf5(file, origin, keys, inputs, files, take, block, draws)
-            digest = _seal_user_block(file)
+            digest = _seal_user_block(file, keys)
         final = directory / f"{origin.teacher}-{digest.hex()}.h5"
         try:
             _open_checked(temporary, final.name)
@@ -254,10 +247,18 @@ def _write_hdf5(
             pack.attrs[name] = value
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
-        checksums = pack.create_dataset("checksums", (count,), "<u8", track_times=False)
+        pack.create_dataset("checksums", (count,), "<u8", track_times=False)[:1] = 0  # gives it its place
         shape = (count, len(views), origin.width // len(views)) if views else (count, origin.width)
-        logits = pack.create_dataset("logits", shape, origin.stored, track_times=False)
-        drawn: Any = None
+        pack.create_dataset("logits", shape, origin.stored, track_times=False)
+        pack.create_dataset("file_offsets", data=offsets, track_times=False)
+        blob = np.frombuffer(b"".join(files), np.uint8)
+        pack.create_dataset("files", data=blob, track_times=False)
+        if draws is not None:
+            first = draws(slice(0, 1)).reshape(1, len(views), -1)
+            pack.create_dataset("draws", (count, *first.shape[1:]), "<u4", track_times=False)[:1] = first
+            pack.create_dataset("views", data=np.array(views, "<u4"), track_times=False)
+    with writing_hdf5(outlet, USER_BLOCK, "r+", PAGE) as pack:  # HDF5 has one alignment for all that is placed
+        checksums, logits = pack["checksums"], pack["logits"]
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
@@ -269,21 +270,14 @@ def _write_hdf5(
             mine = None if draws is None else draws(part)
             checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows, mine)
             if mine is not None:
-                each = mine.reshape(len(rows), len(views), -1)
-                drawn = drawn or pack.create_dataset("draws", (count, *each.shape[1:]), "<u4", track_times=False)
-                drawn[part] = each
+                pack["draws"][part] = mine.reshape(len(rows), len(views), -1)
             outlet.raise_failure()
-        pack.create_dataset("file_offsets", data=offsets, track_times=False)
-        blob = np.frombuffer(b"".join(files), np.uint8)
-        pack.create_dataset("files", data=blob, track_times=False)
-        if views:
-            pack.create_dataset("views", data=np.array(views, "<u4"), track_times=False)
 
 
 def attributes_of(origin: Origin) -> dict[str, np.bytes_]:
     """What a pack says of its rows. Raises `StoreError` where that is more than an HDF5 attribute holds."""
     texts = (
-        str(FORMAT_VERSION),
+        str(FILE_VERSION),
         origin.teacher,
         origin.fingerprint.digest,
         canonical_json(dict(origin.fingerprint.parts)).decode(),
@@ -300,7 +294,7 @@ def attributes_of(origin: Origin) -> dict[str, np.bytes_]:
     return {name: np.bytes_(text.encode()) for name, text in zip(_ATTRIBUTES, texts, strict=True)}
 
 
-def _seal_user_block(file: io.FileIO) -> bytes:
+def _seal_user_block(file: io.FileIO, keys: np.ndarray) -> bytes:
     """Fill the user block, fsync, and return the digest."""
     file.seek(USER_BLOCK)
     digest = xxhash.xxh3_128()
@@ -309,7 +303,7 @@ def _seal_user_block(file: io.FileIO) -> bytes:
         digest.update(chunk)
         length += len(chunk)
     file.seek(0)
-    write_all(file, _PREAMBLE.pack(MAGIC, FORMAT_VERSION, length, digest.digest()).ljust(USER_BLOCK, b"\0"))
+    write_all(file, Preamble.new(length, digest.digest(), keys).block())
     os.fsync(file.fileno())
     return digest.digest()
 
@@ -337,15 +331,15 @@ def open_pack(path: Path, check: str = "full") -> Pack:
 def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     """`open_pack` for a file that will be called ``name``."""
     content = _content(path)
-    digest = _check_user_block(path, content)
-    if check == "full" and xxhash.xxh3_128_digest(content[USER_BLOCK:].data) != digest:
+    preamble = _check_preamble(path, content)
+    if check == "full" and xxhash.xxh3_128_digest(content[USER_BLOCK:].data) != preamble.digest:
         raise _damaged(path, "its bytes do not match their digest")
-    if name.removesuffix(".h5").rpartition("-")[2] != digest.hex():
-        raise _damaged(path, f"its name does not carry its digest {digest.hex()}")
+    if name.removesuffix(".h5").rpartition("-")[2] != preamble.digest.hex():
+        raise _damaged(path, f"its name does not carry its digest {preamble.digest.hex()}")
     try:
         with reading_hdf5(content) as file:
-            texts = _read_attributes(path, file)
-            arrays = _view_datasets(path, file, content, np.dtype(STORED[texts["dtype"]]))
+            texts = _read_attributes(path, file, preamble.version)
+            arrays = _view_datasets(path, file, content, np.dtype(STORED[texts["dtype"]]), preamble.version)
         views = tuple(arrays.pop().tolist()) if len(arrays) > len(_DATASETS) else ()
         pack = Pack(path, _origin(path, texts, arrays[3].shape[1], views), *arrays)
     except KDCacheError:
@@ -356,6 +350,8 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     if name.removesuffix(".h5").rpartition("-")[0] != pack.origin.teacher:
         raise _damaged(path, f"its name does not carry its teacher {shown(pack.origin.teacher)}")
     _check_keys_and_offsets(pack)
+    if check == "full" and preamble.version > 1 and preamble.span != Span.of(pack.keys):
+        raise _damaged(path, "its first bytes tell of other keys than it holds")
     if check == "lazy":
         pack = replace(pack, unchecked=np.ones(-(-len(pack) // CHECKED_AT_ONCE), bool))
     return pack
@@ -382,23 +378,23 @@ def _content(path: Path) -> np.ndarray:
         return file_content(file, MAPPED)
 
 
-def _check_user_block(path: Path, content: np.ndarray) -> bytes:
+def _check_preamble(path: Path, content: np.ndarray) -> Preamble:
     block = content[:USER_BLOCK].tobytes()
-    magic, version, length, digest = _PREAMBLE.unpack_from(block)
-    if magic != MAGIC:
+    preamble = Preamble.read(block)
+    if preamble.magic != MAGIC:
         raise _damaged(path, "it does not start as a pack does")
-    if version > FORMAT_VERSION and not any(block[_PREAMBLE.size :]):
-        if _is_of_this_version(path, content, digest):
+    if preamble.version > FILE_VERSION:
+        if _is_of_this_version(path, content, preamble.digest):
             raise _damaged(path, "it has this kd-cache's format, but its first bytes name a newer one")
         raise StoreError(
-            f"the pack {shown(path)} has format version {version}, this kd-cache reads up to {FORMAT_VERSION}",
+            f"the pack {shown(path)} has format version {preamble.version}, this kd-cache reads up to {FILE_VERSION}",
             hint="Update kd-cache.",
         )
-    if version != FORMAT_VERSION or any(block[_PREAMBLE.size :]):
+    if preamble.version < 1 or preamble.block() != block:
         raise _damaged(path, f"its first {USER_BLOCK} bytes are not as they were written")
-    if length != len(content) - USER_BLOCK:
-        raise _damaged(path, f"expected {length + USER_BLOCK} bytes, found {len(content)}")
-    return bytes(digest)
+    if preamble.length != len(content) - USER_BLOCK:
+        raise _damaged(path, f"expected {preamble.length + USER_BLOCK} bytes, found {len(content)}")
+    return preamble
 
 
 def _is_of_this_version(path: Path, content: np.ndarray, digest: bytes) -> bool:
@@ -407,20 +403,19 @@ def _is_of_this_version(path: Path, content: np.ndarray, digest: bytes) -> bool:
         return False
     try:
         with reading_hdf5(content) as file:
-            _read_attributes(path, file)
+            return 1 <= int(file.attrs["format_version"]) <= FILE_VERSION
     except Exception:  # noqa: BLE001 (a newer format may be anything)
         return False
-    return True
 
 
-def _read_attributes(path: Path, file: Any) -> dict[str, str]:
+def _read_attributes(path: Path, file: Any, version: int) -> dict[str, str]:
     texts = {}
     for name in _ATTRIBUTES:
         attribute = file.attrs.get_id(name) if name in file.attrs else None
         if attribute is None or attribute.shape != () or attribute.dtype.kind != "S":
             raise _damaged(path, f"its attribute {name} is missing or not a fixed-length string")
         texts[name] = file.attrs[name].decode("utf-8")
-    if texts["format_version"] != str(FORMAT_VERSION):
+    if texts["format_version"] != str(version):
         raise _damaged(path, f"its format version is {shown(texts['format_version'])}, but not in its first bytes")
     if not is_teacher_name(texts["teacher"]):  # it becomes a folder: ".." would be the folder above
         raise _damaged(path, f"{shown(texts['teacher'])!r} is no teacher's name")
@@ -448,7 +443,7 @@ def _origin(path: Path, texts: Mapping[str, str], width: int, views: tuple[int, 
     return made
 
 
-def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any]) -> list[np.ndarray]:
+def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any], version: int) -> list[np.ndarray]:
     datasets = _WITH_VIEWS if "views" in file else _DATASETS
     if set(file) != set(datasets):
         raise _damaged(path, f"expected the datasets {', '.join(datasets)}, found {shown(', '.join(file))}")
@@ -456,7 +451,9 @@ def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise _damaged(path, f"{name} is a link to elsewhere")
     arrays = [
-        _view_dataset(path, file[name], content, np.dtype(dtype or stored), axes)
+        _view_dataset(
+            path, file[name], content, np.dtype(dtype or stored), axes, PAGE if version > 1 and not dtype else 64
+        )
         for name, (dtype, axes) in datasets.items()
     ]
     if datasets is _WITH_VIEWS:
@@ -471,7 +468,9 @@ def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[
     return arrays
 
 
-def _view_dataset(path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype[Any], axes: int) -> np.ndarray:
+def _view_dataset(
+    path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype[Any], axes: int, aligned: int
+) -> np.ndarray:
     """The dataset's bytes in the file, if they are stored there plainly: contiguous, unfiltered, written."""
     plain = isinstance(dataset, h5py.Dataset) and dataset.dtype == dtype
     settings = dataset.id.get_create_plist() if plain else None
@@ -485,7 +484,7 @@ def _view_dataset(path: Path, dataset: Any, content: np.ndarray, dtype: np.dtype
         raise _damaged(path, f"{shown(dataset.name)} is not a plain contiguous dataset of {dtype} with {axes} axes")
     size = math.prod(dataset.shape) * dtype.itemsize
     offset = dataset.id.get_offset()
-    if offset is None or offset % 64 or offset + size > len(content) or dataset.id.get_storage_size() != size:
+    if offset is None or offset % aligned or offset + size > len(content) or dataset.id.get_storage_size() != size:
         raise _damaged(path, f"{shown(dataset.name)} does not lie in the file")
     return content[offset : offset + size].view(dtype).reshape(dataset.shape)
 

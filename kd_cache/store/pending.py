@@ -2,7 +2,8 @@
 
 Every dump writes a record before its first pack: the teachers with their fingerprints, the manifest, its settings. A
 seal needs nothing else to know which rows are current, and `gc` knows whose packs they are. A record has the format of
-the index, digest included. It goes when an index tells of its rows, or with ``kd-cache gc --drop-unfinished``.
+the index, digest included. It goes when an index tells of its rows, or with ``kd-cache gc --drop-unfinished``; so do a
+part's notes of the features that it read, which lie beside its record.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from kd_cache.store.cache import CacheFolder, refuse_link
 from kd_cache.store.index import Index, State, index_state, origin_entry, read_index, write_index
 from kd_cache.store.names import PENDING_NAME
 from kd_cache.store.origin import Origin
+
+
+def notes_beside(record: Path) -> Path:
+    """Where the part of a pending record notes the features that it read (`score.unchanged`)."""
+    return record.with_suffix(".seen")
 
 
 class PendingRecord:
@@ -127,7 +133,8 @@ def forget(folder: CacheFolder, records: Iterable[Index], indexes: Collection[In
     def is_told(record: Index) -> bool:
         return all(any(is_known(index, name, record) for index in indexes) for name in record.record["teachers"])
 
-    remove_files(folder.pending_path, [record.path for record in records if is_told(record)])
+    told = [record.path for record in records if is_told(record)]
+    remove_files(folder.pending_path, [*told, *map(notes_beside, told)])
 
 
 def protected(records: Collection[Index]) -> set[tuple[str, str]]:

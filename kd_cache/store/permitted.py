@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,14 @@ class Permitted:
         """``[N]`` int32, -1 where a sample has no label or must not show it."""
         return np.ascontiguousarray(self.rows[:, 16:]).view("<i4").reshape(-1)
 
-    def has_keys(self, keys: np.ndarray) -> bool:
-        """Whether these ``[M, 16]`` are exactly the permitted keys; looks without copying them."""
-        blocks = range(0, len(keys), _BLOCK)
-        return len(keys) == len(self) and all(
-            np.array_equal(self.rows[at : at + _BLOCK, :16].view("<u8"), keys[at : at + _BLOCK].view("<u8"))
-            for at in blocks
+    def has_keys(self, *parts: np.ndarray) -> bool:
+        """Whether these ``[M, 16]``, part after part, are exactly the permitted keys; looks without copying them."""
+        begins = [0, *accumulate(map(len, parts))]
+        return begins[-1] == len(self) and all(
+            np.array_equal(self.rows[begin + at :][: len(block), :16].view("<u8"), block.view("<u8"))
+            for begin, keys in zip(begins, parts, strict=False)
+            for at in range(0, len(keys), _BLOCK)
+            for block in [keys[at : at + _BLOCK]]
         )
 
     @property

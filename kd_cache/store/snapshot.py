@@ -257,6 +257,10 @@ class Snapshot:
             raise CorruptError(f"the pack {shown(found.path)} is not of the teacher that the index names it for")
         return found
 
+    def served_packs(self, name: str, check: str = "full") -> list[Pack]:
+        """All that readers are given of a teacher, in key order. Raises as `served_pack`."""
+        return [self.served_pack(name, check)]
+
     def served(self, name: str) -> Union | None:
         """The rows that readers are given of a teacher; ``None`` if their pack is gone or damaged."""
         packs = [pack for pack in self.packs.of(self.finished().origins[name]) if pack.path.name == self._named(name)]

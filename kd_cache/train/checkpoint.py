@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kd_cache.dataset.provenance import Provenance, without_inputs
 from kd_cache.errors import CheckpointError, StoreError, listed, shown
 from kd_cache.files.atomic import write_atomic
+from kd_cache.score.teacher import OWN_FEATURES
 from kd_cache.train.architectures import ARCHITECTURE_VERSION, architectures, is_counter
 from kd_cache.train.checkpoint_file import (
     AGAIN,
@@ -55,11 +56,10 @@ def save_checkpoint(
     ``tensors``: bare names for a plain model, ``city_model_state_dict.<name>`` and
     ``scene_head_state_dict.{weight,bias}`` for City2Scene. ``record``: JSON values; known keys are
     ``architecture``, ``architecture_version``, ``role``, ``class_names``, ``value_kind``, ``feature_spec``,
-    ``training`` and ``provenance`` (`Provenance.as_json`; features' digests that are too many are left out).
-    ``.safetensors`` carries the record as metadata
-    ``kd_cache``, and a checksum beside it; ``.pth`` as an entry of that name, beside the nested state dicts and the
-    plain entries of ``beside`` (``epoch``, ``val_acc``, …). Raises CheckpointError when the file cannot be written; a
-    file that was there before then stays.
+    ``own_features``, ``training`` and ``provenance`` (`Provenance.as_json`; features' digests that are too many are
+    left out). ``.safetensors`` carries the record as metadata ``kd_cache``, and a checksum beside it; ``.pth`` as an
+    entry of that name, beside the nested state dicts and the plain entries of ``beside`` (``epoch``, ``val_acc``, …).
+    Raises CheckpointError when the file cannot be written; a file that was there before then stays.
     """
     path = Path(path)
     if path.suffix not in {".safetensors", ".pth"}:
@@ -201,6 +201,9 @@ def _record(note: object) -> dict[str, Any]:
         raise CheckpointError("class_names of the record must be a list of names", hint=AGAIN)
     if not isinstance(record.get("feature_spec") or "", str):
         raise CheckpointError("feature_spec of the record must be text", hint=AGAIN)
+    own = record.get(OWN_FEATURES)
+    if own is not None and not (isinstance(own, dict) and all(isinstance(own.get(x), str) for x in ("file", "digest"))):
+        raise CheckpointError(f"{OWN_FEATURES} of the record must be a file and its digest", hint=AGAIN)
     if record.get("provenance") is not None:
         try:
             Provenance.from_json(record["provenance"])

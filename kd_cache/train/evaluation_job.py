@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_cache.dataset.dataset import Dataset, provenances
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.manifest import Sample
 from kd_cache.errors import DataLeakageError, TeacherError, UsageError, listed, shown
 from kd_cache.keys import KeyFinder, keys_of
@@ -40,6 +41,7 @@ class EvaluationJob:
             ``kd-cache train`` divides them with this ``val_ratio`` and ``fold``; of scene labels those of A alone.
         label: ``scene`` or ``city``.
         seed: of the intervals' draws.
+        own_features: reads the features of a student that has its own, in place of the manifest's.
     """
 
     name: str
@@ -53,6 +55,7 @@ class EvaluationJob:
     batch_size: int = 32
     workers: int = 2
     seed: int = 0
+    own_features: FeatureSource | None = None
 
 
 def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
@@ -70,10 +73,10 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         raise UsageError(
             f"{shown(job.name)}: {why}", hint="Its outputs and the labels do not speak of the same classes."
         )
-    compare_front_ends({job.name: job.teacher}, job.data.manifest, watcher)
+    compare_front_ends({job.name: job.teacher}, job.data, watcher, job.own_features)
     samples = _labelled(job)
     counts = _made_with(job, samples, watcher)
-    clips = Clips.read(job.data.features, samples, job.workers, watcher)
+    clips = Clips.read(job.own_features or job.data.features, samples, job.workers, watcher)
     logits = logits_of(job.name, job.teacher, clips, job.device, job.batch_size)
     labels = clips.labels(job.label).numpy()
     places, unplaced = places_of(samples, job.data)

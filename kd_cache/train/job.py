@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.features import FeatureSource
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import UsageError
 from kd_cache.score.device import environment
@@ -70,6 +71,11 @@ class TrainJob:
     def place(self) -> str:
         """``A2b``, …, or ``global``."""
         return GLOBAL if self.data.target == self.data.task.source else self.data.adaptation
+
+    @property
+    def features(self) -> FeatureSource:
+        """Reads what the net learns from."""
+        return self.data.features
 
     @property
     def home(self) -> Path:

@@ -170,7 +170,7 @@ class Training:
             # By key, as a dump has them: the manifest's order changes no weights.
             sides = (job.division.train, job.division.validation)
             ordered = [sample for side in sides for sample in sorted(side, key=_by_key)]
-            job.shared["features"] = Clips.read(job.data.features, ordered, job.workers, self.watcher)
+            job.shared["features"] = Clips.read(job.features, ordered, job.workers, self.watcher)
         clips, count = job.shared["features"], len(job.division.train)
         return clips.part(range(count)), clips.part(range(count, len(clips)))
 
@@ -375,7 +375,7 @@ class Training:
         try:
             if "test" not in job.shared:
                 samples = [sample for sample in job.data.manifest if sample.split == "test"]
-                job.shared["test"] = Clips.read(job.data.features, samples, job.workers, self.watcher)
+                job.shared["test"] = Clips.read(job.features, samples, job.workers, self.watcher)
             if not len(job.shared["test"]):
                 return None
             return self.measured(best, job.shared["test"], "test")

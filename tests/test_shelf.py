@@ -1,0 +1,280 @@
+"""Many packs side by side: the rows of one, under numbers that mean the same wherever they are read from."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from store_fixtures import MadeCache, Rows, forks, names, origin
+from test_lazy import damage
+from torch.utils.data import DataLoader, TensorDataset
+
+from kd_cache import BatchLoader, CorruptError, LogitCache
+from kd_cache.files import mapped
+from kd_cache.store import pack as pack_module
+from kd_cache.store.pack import Pack, open_pack
+from kd_cache.store.shelf import STEP, RowNumbers
+from kd_cache.store.snapshot import Snapshot
+
+FILES = [names(1500)[number] for number in np.random.default_rng(3).permutation(1500)]
+CUTS = (0, 1, 2, 40, 552, 1065, 1066, 1200, 1490, 1500)
+"""Nine packs: of one row, of a whole block of checks, of one row more than that."""
+OTHER_CUTS = (0, 700, 1500)
+HOLES = [1, STEP - 1, STEP + 1, 3 * STEP - 1, 8 * STEP - 1]
+READERS: list[dict[str, Any]] = [
+    {"preload": preload, "verify": verify} for preload in (True, False) for verify in ("full", "lazy")
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeCache:
+    """Two teachers, each with all its rows in one pack, without a view; beside it their rows in many."""
+    rows = {name: Rows.of(FILES, seed=seed) for seed, name in enumerate(("city2scene", "scene"))}
+    made = MadeCache(tmp_path_factory.mktemp("shelf") / "A2b", rows, {name: origin(name) for name in rows})
+    (made.path / "packs").mkdir(parents=True)
+    for name, mine in rows.items():
+        for span in {(0, 1500), *pairwise(CUTS), *(pairwise(OTHER_CUTS) if name == "scene" else ())}:
+            mine.part(range(*span)).write(made.path / "packs", made.origins[name])
+    made.write_index()
+    return made
+
+
+def cut(made: MadeCache, patch: pytest.MonkeyPatch, **cuts: Sequence[int]) -> dict[str, list[Path]]:
+    """Have readers given several packs of each teacher; by default as `CUTS` has them."""
+    there = {(pack.origin.teacher, pack.keys[0].tobytes(), len(pack)): pack.path for pack in made_packs(made)}
+    served = {
+        name: [there[name, mine.keys[a].tobytes(), b - a] for a, b in pairwise(cuts.get(name, CUTS))]
+        for name, mine in made.rows.items()
+    }
+    patch.setattr(
+        Snapshot, "served_packs", lambda _, name, check="full": [open_pack(path, check) for path in served[name]]
+    )
+    return served
+
+
+def made_packs(made: MadeCache) -> list[Pack]:
+    return [open_pack(path, "off") for path in (made.path / "packs").iterdir()]
+
+
+@pytest.fixture
+def shelved(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> MadeCache:
+    cut(made, monkeypatch)
+    return made
+
+
+def expected(made: MadeCache, files: Sequence[str]) -> np.ndarray:
+    by_file = [mine.by_file() for mine in made.rows.values()]
+    return np.stack([[each[file] for each in by_file] for file in files])
+
+
+def serves(cache: LogitCache, made: MadeCache) -> None:
+    """All rows in every way, and none under a number that is none."""
+    some = FILES[:300]
+    rows, right = cache.rows(some), expected(made, some)
+    np.testing.assert_array_equal(cache.batch(rows).numpy(), right)
+    np.testing.assert_array_equal(cache.batch(rows, torch.float64).numpy(), right)
+    np.testing.assert_array_equal(cache.batch(rows[:7], out=torch.empty(7, 2, 3)).numpy(), right[:7])
+    inputs = np.stack([mine.inputs for mine in made.rows.values()], axis=1)
+    every = made.rows["scene"].files
+    assert cache.files == every
+    assert len(cache) == len(every)
+    assert torch.equal(cache.rows(every), cache.all_rows())
+    np.testing.assert_array_equal(cache.tensor().numpy(), expected(made, every))
+    found = cache.input_digests(cache.all_rows())
+    assert found is not None
+    np.testing.assert_array_equal(found, inputs)
+    batches = [logits for (logits,) in BatchLoader(cache, batch_size=400, dtype=None)]
+    np.testing.assert_array_equal(torch.cat(batches).numpy(), expected(made, every))
+
+
+@pytest.mark.parametrize("opened", READERS, ids=str)
+@pytest.mark.parametrize("mapped_from", [1, pack_module.MAPPED])
+def test_rows_of_many_packs_are_those_of_one(
+    shelved: MadeCache, monkeypatch: pytest.MonkeyPatch, opened: dict[str, Any], mapped_from: int
+) -> None:
+    monkeypatch.setattr(pack_module, "MAPPED", mapped_from)
+    cache = LogitCache.open(shelved.path, **opened)
+    serves(cache, shelved)
+    assert cache.all_rows()[[0, 1, 2, 3, -1]].tolist() == [0, STEP, 2 * STEP, 2 * STEP + 1, 8 * STEP + 9]
+    serves(pickle.loads(pickle.dumps(cache)), shelved)  # noqa: S301 (made here)
+
+
+@pytest.mark.parametrize("on_miss", ["raise", "nan"])
+@pytest.mark.parametrize("opened", READERS[::3], ids=str)
+def test_numbers_that_are_no_rows_are_refused(shelved: MadeCache, opened: dict[str, Any], on_miss: str) -> None:
+    cache = LogitCache.open(shelved.path, on_miss=on_miss, **opened)
+    for wrong, why in (
+        *((hole, f"{hole} is no row: it lies between two packs") for hole in HOLES),
+        *((number, "rows must lie in") for number in (8 * STEP + 10, 1 << 40, -2, -STEP)),
+    ):
+        for asked in (torch.tensor([0, wrong]), np.array([wrong])):
+            with pytest.raises(IndexError, match=why):
+                cache.batch(asked)
+        with pytest.raises(IndexError, match=why):
+            cache.batch(torch.tensor([wrong]), out=torch.empty(1, 2, 3))
+    if on_miss == "nan":
+        assert cache.batch(torch.tensor([-1, STEP])).isnan().all(dim=(1, 2)).tolist() == [True, False]
+
+
+def test_of_one_pack_numbers_count_without_holes(made: MadeCache) -> None:
+    assert torch.equal(LogitCache.open(made.path).all_rows(), torch.arange(1500))
+    for counts in ([STEP, 3], [STEP, 2 * STEP, STEP]):
+        numbers = RowNumbers(counts)
+        assert not numbers.has_holes
+        assert numbers.all().tolist() == list(range(sum(counts)))
+
+
+@pytest.mark.filterwarnings("ignore:.*promises 1,500 rows of scene, found 700:UserWarning")
+@pytest.mark.parametrize("preload", [True, False])
+def test_teachers_whose_packs_are_cut_elsewhere_or_lack_rows_meet_by_key(
+    made: MadeCache, monkeypatch: pytest.MonkeyPatch, preload: bool
+) -> None:
+    for cuts in ({"scene": OTHER_CUTS}, {"scene": (0, 1500)}, {"scene": OTHER_CUTS[:2]}):
+        with monkeypatch.context() as patch:
+            cut(made, patch, **cuts)
+            cache = LogitCache.open(made.path, preload=preload)
+            assert torch.equal(cache.all_rows(), torch.arange(len(cache)))
+            both = made.rows["scene"].files[cuts["scene"][0] : cuts["scene"][-1]]
+            assert cache.files == both
+            np.testing.assert_array_equal(cache.tensor().numpy(), expected(made, both))
+
+
+@forks
+@pytest.mark.parametrize("preload", [True, False])
+def test_workers_gather_by_the_same_numbers(shelved: MadeCache, preload: bool) -> None:
+    data = LogitCache.open(shelved.path, preload=preload).attach(TensorDataset(torch.arange(1500)), FILES)
+    options: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "fork", "shuffle": True}
+    seen = 0
+    for (numbers,), logits in DataLoader(data, 400, collate_fn=data.collate, **options):
+        np.testing.assert_array_equal(logits.numpy(), expected(shelved, [FILES[one] for one in numbers.tolist()]))
+        seen += len(numbers)
+    assert seen == 1500
+
+
+@pytest.mark.parametrize("number", [0, 4, 8])
+@pytest.mark.parametrize("preload", [True, False])
+def test_damage_in_one_of_many_packs_is_found_where_it_is_read(
+    made: MadeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, preload: bool
+) -> None:
+    monkeypatch.setattr(pack_module, "MAPPED", 1)
+    made = MadeCache(shutil.copytree(made.path, tmp_path / "A2b"), made.rows, made.origins)
+    path = cut(made, monkeypatch)["scene"][number]
+    damage(path, "logits", 0)
+    with pytest.raises(CorruptError, match=path.name):
+        LogitCache.open(made.path, verify="full")
+    if preload:
+        with pytest.raises(CorruptError, match=f"{path.name}.*row 0 does not match"):
+            LogitCache.open(made.path, verify="lazy", preload=True)
+        return
+    cache = LogitCache.open(made.path, verify="lazy", preload=False)
+    here = range(CUTS[number], min(CUTS[number] + 512, CUTS[number + 1]))
+    others = np.setdiff1d(np.arange(1500), here)
+    numbers = cache.all_rows().numpy()
+    right = expected(made, made.rows["scene"].files)
+    np.testing.assert_array_equal(cache.batch(numbers[others]).numpy(), right[others])
+    for one in (numbers[[here[0]]], numbers, numbers[here[-1:]]):
+        with pytest.raises(CorruptError, match=f"{path.name}.*row 0 does not match"):
+            cache.batch(one)
+    np.testing.assert_array_equal(cache.batch(numbers[others]).numpy(), right[others])
+
+
+# -- addresses --------------------------------------------------------------------------------------------------------
+
+PAGE = mmap.PAGESIZE
+
+
+def in_file(path: Path, seed: int) -> np.ndarray:
+    """The bytes of a file from its second page on, as they are mapped."""
+    path.write_bytes(np.random.default_rng(seed).bytes(3 * PAGE + 100))
+    with path.open("rb", buffering=0) as file:
+        return mapped.file_content(file, 1)[PAGE:]  # type: ignore[arg-type]
+
+
+def maps_of(folder: Path) -> int:
+    """How many parts of its files this process has mapped."""
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count(f"{folder}/")
+
+
+def test_parts_of_files_lie_side_by_side_until_nobody_looks_at_them(tmp_path: Path) -> None:
+    arrays = [in_file(tmp_path / "a", 1), np.arange(50, dtype=np.uint8), in_file(tmp_path / "b", 2)]
+    places, right = [0, 4 * PAGE, 5 * PAGE], np.zeros(7 * PAGE + 100, np.uint8)
+    for array, place in zip(arrays, places, strict=True):
+        right[place : place + len(array)] = array
+    assert maps_of(tmp_path) == 2
+    for _ in range(3):
+        parts = zip(arrays, [tmp_path / "a", tmp_path / "none", tmp_path / "b"], places, strict=True)
+        found = mapped.side_by_side(parts, len(right))
+        assert found is not None
+        some = found[5 * PAGE :]
+        del found
+        np.testing.assert_array_equal(some, right[5 * PAGE :])
+        assert not some.flags.writeable
+        assert maps_of(tmp_path) == 4
+        del some
+        assert maps_of(tmp_path) == 2
+    parts = zip(arrays, [tmp_path / "a", tmp_path / "none", tmp_path / "b"], places, strict=True)
+    found = mapped.side_by_side(parts, len(right))
+    assert found is not None
+    for array, place in zip(arrays, places, strict=True):
+        np.testing.assert_array_equal(found[place : place + len(array)], array)
+
+
+def _no_maps(path: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(mapped._LIBC, "mmap", lambda *_: mapped._FAILED)
+
+
+def _no_maps_of_files(path: Path, patch: pytest.MonkeyPatch) -> None:
+    genuine = mapped._LIBC.mmap
+    patch.setattr(mapped._LIBC, "mmap", lambda *how: mapped._FAILED if how[4] >= 0 else genuine(*how))
+
+
+WITHOUT: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
+    "another system": lambda _, patch: patch.setattr(mapped.sys, "platform", "win32"),
+    "no maps": _no_maps,
+    "no maps of files": _no_maps_of_files,
+    "a file that is gone": lambda path, _: path.unlink(),
+    "another file": lambda path, _: (path.rename(path.parent / "x"), path.write_bytes(bytes(3 * PAGE + 100))),
+}
+
+
+@pytest.mark.parametrize("why", WITHOUT)
+def test_what_cannot_lie_side_by_side_is_left_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    array = in_file(tmp_path / "a", 1)
+    assert mapped.side_by_side([(array, tmp_path / "a", 0)], len(array)) is not None
+    assert mapped.side_by_side([(array[64:], tmp_path / "a", 0)], len(array)) is None  # it begins within a page
+    with monkeypatch.context() as patch:
+        WITHOUT[why](tmp_path / "a", patch)
+        assert mapped.side_by_side([(array, tmp_path / "a", 0)], len(array)) is None
+    assert maps_of(tmp_path) == 1
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_without_one_stretch_rows_are_gathered_pack_by_pack(
+    shelved: MadeCache, monkeypatch: pytest.MonkeyPatch, preload: bool
+) -> None:
+    monkeypatch.setattr(mapped.sys, "platform", "win32")
+    cache = LogitCache.open(shelved.path, verify="lazy", preload=preload)
+    assert [rows._shelf.logits for rows in cache._rows_of] == [None, None]
+    serves(cache, shelved)
+
+
+def test_caches_that_are_closed_leave_no_addresses_behind(shelved: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_module, "MAPPED", 1)
+    for _ in range(3):
+        cache = LogitCache.open(shelved.path, preload=False)
+        cache.batch(cache.all_rows())
+        assert maps_of(shelved.path) >= 18
+        del cache
+        assert maps_of(shelved.path) == 0

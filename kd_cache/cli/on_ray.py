@@ -100,7 +100,8 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         parts = PartsRun(cluster, count, partial(_samples_in_words, job), screen)
         parts.run()
     sealing = SealJob(
-        Snapshot(job.folder), data, files=options.files, workers=options.workers, reread=options.reread,
+        Snapshot(job.folder), data, files=options.files, workers=options.workers,
+        inputs="read" if options.reread else "unchanged",
         record=record, shown_path=f"{options.cache_root}/{job.folder.path.name}",
     )  # fmt: skip
     sealed = seal_cache(sealing, screen)

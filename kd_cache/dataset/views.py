@@ -222,14 +222,14 @@ def digest_of(array: np.ndarray) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(array.data)], "<u8").view("<u4")
 
 
-def replay_views(policy: Policy, inputs: Any, draws: Any, check: int | None = None) -> Any:
+def replay_views(policy: Policy, inputs: Any, draws: Any, check: Any = True) -> Any:
     """The inputs ``[B, T, F]`` as the teachers scored them, float32: a tensor of a tensor, else an array.
 
     Args:
         policy: the cache's, `LogitCache.view_policy`.
         inputs: clean ones, of the samples whose rows are asked for.
         draws: ``[B, D]`` integers of these samples and views, from `LogitCache.draws`.
-        check: so many of them, from the first on, are compared by digest with what was scored; by default all.
+        check: which are compared by digest with what was scored, one for all or ``[B]`` bool; by default all.
 
     Raises:
         StaleError: one is not what was scored: another input, other draws, or another version of this code.
@@ -238,10 +238,10 @@ def replay_views(policy: Policy, inputs: Any, draws: Any, check: int | None = No
     arrays, integers = (np.asarray(each) for each in (inputs, draws))
     if integers.shape != (len(arrays), policy.size):
         raise UsageError(f"expected draws [{len(arrays)}, {policy.size}], found {list(integers.shape)}")
-    made = np.empty(arrays.shape, np.float32)
+    made, compared = np.empty(arrays.shape, np.float32), np.broadcast_to(np.asarray(check, bool), len(arrays))
     for number, (clean, mine) in enumerate(zip(arrays, integers, strict=True)):
         made[number] = policy.apply(clean, mine)
-        if (check is None or number < check) and (digest_of(made[number]) != mine[-2:]).any():
+        if compared[number] and (digest_of(made[number]) != mine[-2:]).any():
             raise StaleError(
                 f"input {number} of the batch, view {int(mine[0])}, comes out otherwise than the teachers scored it",
                 hint="Is it the clean input of that very sample? If it is, dump the views again.",

@@ -10,6 +10,7 @@ import torch
 from test_views_dump import POLICY_FILE, views  # noqa: F401 (a fixture)
 
 from kd_cache import LogitCache, Policy, UsageError, replay_views
+from kd_cache.distill.views import EpochViews
 from kd_cache.store.pack import open_pack
 
 
@@ -47,8 +48,9 @@ def test_what_is_refused(views, run, cached) -> None:  # noqa: F811
         cache.batch(rows, view=1)
     with pytest.raises(UsageError, match="one for each of 2 rows"):
         cache.batch(rows, view=[0, 0, 0])
-    with pytest.raises(UsageError, match="has no views"):
-        cache.draws(rows)
+    for asked in (lambda: cache.draws(rows), lambda: EpochViews(cache, None, 0, 64)):
+        with pytest.raises(UsageError, match="has no views"):
+            asked()
     policy = ("--views", 2, "--policy", "policy.yaml", "--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
     assert run("dump", "--target", "b", "--json-path", cached.json_path, *policy).exit_code == 0
     with pytest.raises(UsageError, match=r"did not score the same views .tiny: 2 views, other: no views"):

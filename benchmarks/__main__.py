@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("read", "loader", "dump", "scale", "train", "student", "prepare")
+NAMES = ("read", "loader", "dump", "scale", "train", "student", "prepare", "topk")
 
 
 def main() -> int:

@@ -58,7 +58,8 @@ def online(report: Report, count: int, rounds: int) -> None:
         rows, engine = cache.rows(files), Engine(teachers, CPU)
 
         def cached(at: Tensor) -> Tensor:
-            return cache.batch(rows[at], torch.float32)
+            logits: Tensor = cache.batch(rows[at], torch.float32)
+            return logits
 
         def scored(at: Tensor) -> Tensor:
             with numerics(CPU, "fp32", 0):

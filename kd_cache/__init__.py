@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from kd_cache.serve.batch_loader import BatchLoader
     from kd_cache.serve.logit_cache import LogitCache
     from kd_cache.serve.student_loader import student_loader
+    from kd_cache.serve.topk import TopK
     from kd_cache.store.origin import Fingerprint, weights_digest
     from kd_cache.store.view import load_cached_logits_batch
 
@@ -113,6 +114,7 @@ _HOME = {
     "kd_cache.dataset.guard": ("Selection", "select"),
     "kd_cache.store.view": ("load_cached_logits_batch",),
     "kd_cache.serve.student_loader": ("student_loader",),
+    "kd_cache.serve.topk": ("TopK",),
     "kd_cache.score.teacher": ("Teacher", "teacher_fingerprint"),
     "kd_cache.care.problems": ("Problem", "VerifyReport"),
     "kd_cache.care.verify": ("VerifyJob", "verify_cache"),
@@ -155,6 +157,7 @@ __all__ = [
     "Task",
     "Teacher",
     "TeacherError",
+    "TopK",
     "TrainingError",
     "UnfitError",
     "UsageError",

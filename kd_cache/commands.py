@@ -110,6 +110,11 @@ class Plugin:
     groups: Sequence[Group] = ()
 
 
+def points(difference: float | None) -> str:
+    """A difference of shares in points, for a table: ``+1.2``, ``−0.5``."""
+    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
+
+
 @dataclass(frozen=True)
 class Table:
     """A title, and cells below their columns; the first column is of names, the others are of figures."""

@@ -6,6 +6,7 @@ A command lists the options that it has by name (`kd_cache.commands`); where one
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -19,6 +20,8 @@ Target = Literal["b", "c", "s1", "s2", "s3"]
 TARGETS = typing.get_args(Target)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DType = Literal["fp32", "fp16"]
+TOPK = re.compile(r"topk:([1-9][0-9]{0,9})\Z")
+"""What rows of the K most probable classes are stored as."""
 BadSample = Literal["stop", "skip"]
 InputsAre = Literal["unchanged", "read", "as-scored"]
 ValueKind = Literal["logits", "log_probs", "probs", "sigmoid"]
@@ -34,12 +37,31 @@ PREFIX = "KD_CACHE_"
 SETTINGS_FILE = Path("kd-cache.yaml")
 """Read where it is in the working folder and no other is named."""
 
-ENVIRONMENT = ("KD_CACHE_FAULTS", "KD_CACHE_FULL_TESTS")
-"""Variables that are no options: how much the test suite runs."""
+MIRROR, OFFLINE = "KD_CACHE_MIRROR", "KD_CACHE_OFFLINE"
+ENVIRONMENT = {
+    MIRROR: "where copies of caches that were opened at an URL are kept",
+    OFFLINE: "1: such a copy is used as it is, without asking the store",
+    "KD_CACHE_FAULTS": "how much the test suite runs",
+    "KD_CACHE_FULL_TESTS": "how much the test suite runs",
+}
+"""Variables that are no options, and what each says."""
+SCHEMES = ("s3", "gs", "az", "https", "http", "file", "memory")
+_URL = re.compile(rf"({'|'.join(SCHEMES)}):/")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an URL, or was one before it was taken for a path, which has a ``/`` less."""
+    return bool(_URL.match(text))
 
 
 def home_path(path: str | Path) -> Path:
-    """The path, a ``~`` at its start replaced. Raises `UsageError` where nobody is called so."""
+    """The path, a ``~`` at its start replaced. Raises `UsageError` where nobody is called so, and for an URL."""
+    if is_url(text := str(path)):
+        url = text if "://" in text else text.replace(":/", "://", 1)
+        raise UsageError(
+            f"{shown(url)} is an URL, expected a path on this machine",
+            hint=f"kd-cache pull {shown(url)} CACHE brings a cache here; kd-cache push CACHE {shown(url)} sends it.",
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -172,6 +194,14 @@ def batch_size(text: str) -> int | str:
     raise UsageError(f"expected a number from 1 to {MAX_BATCH:,}, or auto, found {text!r}")
 
 
+def storage_type(text: str) -> str:
+    """``fp32``, ``fp16`` or ``topk:K``."""
+    named = text.lower()
+    if named in typing.get_args(DType) or TOPK.match(named):
+        return named
+    raise UsageError(f"expected fp32, fp16, or topk:K for the K most probable classes, found {text!r}")
+
+
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)
@@ -229,7 +259,9 @@ _TABLE = (
     Option("only", list[str], "Use this teacher only; repeatable.", TEACHERS, [], metavar="NAME"),
     # Cache
     Option("cache_root", Path, "Folder of the caches; one per target, A2<target>.", CACHE, Path("cache")),
-    Option("dtype", DType, "How logits are stored; fp16 reports the KL and the argmax flips it cost.", CACHE, "fp32"),
+    Option("dtype", str, "How logits are stored: whole, or of 512 classes and more the K most probable and what the "
+           "others share. fp16 and topk report the KL that they cost.", CACHE, "fp32", metavar="fp32|fp16|topk:K",
+           parse=storage_type),
     Option("skip_existing", bool, "Keep rows that are fresh; --no-skip-existing scores everything again.", CACHE, True,
            off=True),
     Option("files", bool | None, "Also write the view: one <md5>.npy per sample and teacher.", CACHE, None,

@@ -13,8 +13,8 @@ class Stopped(SystemExit):
 class Watcher:
     """Hears of a run's stages and remarks. This one ignores them; the command line shows them."""
 
-    def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` samples begins."""
+    def stage(self, name: str, total: int, unit: str = "samples") -> None:
+        """A stage of ``total`` samples begins; with ``unit`` "MB" of so many bytes."""
 
     def advance(self, count: int) -> None:
         """So many more samples of the current stage are done."""

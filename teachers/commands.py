@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kd_cache.commands import Command, Group, Plugin
 from kd_cache.options import DATA_LIMITS, DATASET, OUTPUT, SHOWING, TEACHERS, Option, Target, changed
-from kd_cache.train.settings import OPTIMISER, SIZES, STAGES
+from kd_cache.train.settings import AUGMENT, AUGMENTATION, OPTIMISER, SIZES, STAGES
 from kd_cache.train.settings import OPTIONS as SETTINGS
 
 START = "Start"
@@ -195,7 +195,11 @@ RANK = Command(
         replace(_OF["lr"], otherwise="0.003; 0.0001 of a trunk that was trained before", help="Learning rate."),
         *(_OF[name] for name in (
             "patience", "batch_size", "optimizer", "weight_decay", "momentum", "warmup_epochs", "label_smoothing",
-            "ema", "accumulate", "clip", "seed", "deterministic", "precision", "shuffle_labels")),
+            "ema", "accumulate", "clip", "seed", "deterministic", "precision", "compile", "shuffle_labels")),
+        Option("augment", Literal["off", "moderate", "full"], "Without --embeddings: how much clips are changed, both "
+               "of a pair alike. The options below change what it has; with off they are all there is.", AUGMENT,
+               "off"),
+        *AUGMENTATION,
         "device", "workers", "report", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
     ),
     "Whole series are held out, and series that share a sample are one group. Swapping a and b gives exactly 1 − P.",

@@ -17,7 +17,7 @@ from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.job import TrainReport
 from kd_cache.train.ranker import EMBEDDINGS
 from kd_cache.train.ranking import RankJob, train_ranker
-from kd_cache.train.settings import GENTLE, RANK, Settings, Stage
+from kd_cache.train.settings import AUGMENTATION, GENTLE, RANK, Settings, Stage
 
 _LEVEL = {"none": 0, "partial": 1, "full": 2}
 _LR = 3e-3
@@ -64,11 +64,27 @@ def _settings(run: Run) -> Settings:
         )
     if not sources and values["init"] is None and freeze in ("partial", "full"):
         raise UsageError(f"--freeze {freeze} keeps a trunk as it is, and this one is untrained", hint="Pass --init.")
+    level, changes = _augmentation(run)
     warm = values["init"] is not None and freeze != "full"
     lr = values["lr"] if values["lr"] is not None else GENTLE if warm else _LR
     taken = {each.name: values[each.name] for each in fields(Settings) if each.name in values}
-    taken |= {"arch": EMBEDDINGS if sources else values["arch"], "epochs": None, "lr": None}
-    return Settings(RANK, stages=(Stage(0 if sources else _LEVEL[freeze or "none"], values["epochs"], lr),), **taken)
+    taken |= {"arch": EMBEDDINGS if sources else values["arch"], "epochs": None, "lr": None, **changes}
+    stage = Stage(0 if sources else _LEVEL[freeze or "none"], values["epochs"], lr, level)
+    return Settings(RANK, stages=(stage,), drop_last=values["compile"], **taken)
+
+
+def _augmentation(run: Run) -> tuple[str, dict[str, float | None]]:
+    """The level of a stage, and the changes by name. Without a level those that are given are all there are."""
+    values = run.values
+    level, given = values["augment"], {option.name: values[option.name] for option in AUGMENTATION}
+    if level == "off" and any(value is not None for value in given.values()):
+        level, given = "full", {name: value or 0.0 for name, value in given.items()}
+    if level != "off" and values["embeddings"]:
+        raise UsageError(
+            "--embeddings are computed already, so nothing of the clips can be augmented",
+            hint="Leave --augment and its options out, or the embeddings, to train the trunk too.",
+        )
+    return level, given
 
 
 def _lines(report: TrainReport) -> list[str | Table]:

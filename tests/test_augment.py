@@ -86,6 +86,16 @@ def test_every_change_keeps_shape_and_type_and_stays_finite(how: Augmentation) -
 # -- off ---------------------------------------------------------------------------------------------------------------
 
 
+def test_both_clips_of_a_pair_are_changed_alike() -> None:
+    a, b, how = torch.randn(5, 12, 8), torch.randn(5, 12, 8), LEVELS["full"].changed(freq_mixstyle=1.0)
+    found, chance = augmented(torch.stack([a, b], dim=1), how, torch.Generator().manual_seed(1)), torch.Generator()
+    for end, clips in enumerate((a, b)):
+        alone = augmented(clips, how, chance.manual_seed(1))
+        assert torch.equal(found.features[:, end], alone.features)
+        assert torch.equal(found.partner, alone.partner)
+        assert torch.equal(found.share, alone.share)
+
+
 def test_off_does_nothing_and_draws_nothing() -> None:
     x, chance = clips(), torch.Generator().manual_seed(0)
     before = chance.get_state()

@@ -24,8 +24,8 @@ import kd_cache.cli.on_ray
 import kd_cache.cluster.driver
 import kd_cache.cluster.worker
 from kd_cache.cli.parser import built
-from kd_cache.cluster.driver import Crashed, PartsRun, parts_of
-from kd_cache.cluster.ray_tasks import Cluster
+from kd_cache.cluster.driver import PartsRun, parts_of
+from kd_cache.cluster.ray_tasks import Cluster, Crashed
 from kd_cache.cluster.worker import PartReport, kept, score_part
 from kd_cache.errors import CheckpointError, DataLeakageError, KDCacheError, StaleError
 from kd_cache.watch import Watcher

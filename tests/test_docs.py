@@ -78,6 +78,7 @@ class Root:
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("KD_CACHE_MIRROR", str(path / "mirror"))
         monkeypatch.setenv("KD_CACHE_REPORT", "no")  # of all that is trained here; `kd-cache report` itself runs
 
     def run(self, document: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from conftest import Run, World
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from train_fixtures import city, scene, town
+
+from kd_cache.train.evaluation import crossed as crossed_of
 
 __all__ = ["city", "scene", "town"]
 
@@ -150,6 +153,55 @@ def test_a_net_that_saw_a_test_row_is_refused_and_one_that_saw_a_held_out_row_is
     found = evaluate(run, town, "mine=mine_nets:leaking,ckpt=seen.txt", "--split", "val")
     assert found["trained_on"] == found["samples"] > 0
     assert "rows trained mine: the figures are better than they should be" in found["notes"]
+
+
+@pytest.mark.usefixtures("own")
+def test_the_difference_to_each_teacher_of_a_cache_is_of_the_same_rows_and_draws(
+    run: Run, town: World, scene: Path
+) -> None:
+    named = ("--teacher", "mine=mine_nets:logits")
+    made = run("dump", "--target", "b", "--json-path", town.json_path, "--num-scenes", 3, "--num-cities", 3, *named,
+               "--scene-teacher-ckpt", scene, "--only", "scene", "--only", "mine")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    more = ("--target", "b", "--against", town.cache, *named)
+    found = evaluate(run, town, "mine=mine_nets:logits", *more)
+    teacher = evaluate(run, town, scene, "--target", "b")
+    against = found["against"]
+    assert teacher["accuracy"] != found["accuracy"]
+    for figure, told in against["scene"]["difference"].items():
+        assert told["value"] == pytest.approx(found[figure] - teacher[figure])
+        low, high = told["interval"]
+        assert low <= told["value"] <= high
+        assert against["mine"]["difference"][figure] == {"value": 0, "interval": [0, 0]}  # of one draw for both
+    assert against["scene"]["accuracy"] == pytest.approx(teacher["accuracy"])
+    assert (against["scene"]["trained_on"], against["mine"]["trained_on"]) == (0, None)
+    assert found["by"] == evaluate(run, town, "mine=mine_nets:logits", "--target", "b")["by"]
+    lost = evaluate(run, town, scene, "--target", "b", "--against", town.cache)
+    assert lost["against"].keys() == {"scene"}
+    assert "mine: nothing is compared with it: it is your own; pass it with --teacher" in lost["notes"]
+    assert "there is no cache" in evaluate(run, town, scene, "--against", "nowhere", code=3)
+    assert "is about a teacher of --against" in evaluate(run, town, scene, *named, code=2)
+    said = run("evaluate", scene, "--json-path", town.json_path, "--num-scenes", 3, "--num-cities", 3, *more)
+    assert "Difference to teachers, in points" in said.stdout
+
+
+def test_rows_and_accuracy_of_each_device_and_class_are_a_table(run: Run, town: World, scene: Path) -> None:
+    found = evaluate(run, town, scene, "--target", "b", "--csv", "tables/scene.csv")
+    crossed = found["device_by_class"]
+    assert (crossed["devices"], crossed["classes"]) == (["A", "b", "s4"], ["0", "1", "2"])
+    for device, counts, shares in zip(crossed["devices"], crossed["samples"], crossed["accuracy"], strict=True):
+        whole = found["by"]["device"][device]
+        assert sum(counts) == whole["samples"]
+        assert np.dot(counts, shares) == pytest.approx(whole["accuracy"] * whole["samples"])
+    with Path("tables/scene.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["device"] for row in rows] == ["A"] * 3 + ["b"] * 3 + ["s4"] * 3
+    assert [float(row["accuracy"]) for row in rows] == [share for each in crossed["accuracy"] for share in each]
+    lacking = crossed_of(np.eye(2)[[0, 1, 1]], np.array([0, 0, 1]), ["b", "A", "A"], ["x", "y"])
+    assert lacking == {"devices": ["A", "b"], "classes": ["x", "y"], "samples": [[1, 1], [1, 0]],
+                       "accuracy": [[0, 1], [1, None]]}  # fmt: skip
+    Path("tables/scene.csv").write_text("mine")
+    assert "Pass --overwrite" in evaluate(run, town, scene, "--target", "b", "--csv", "tables/scene.csv", code=2)
 
 
 def test_no_label_of_a_target_s_train_row_changes_a_byte(run: Run, town: World, scene: Path) -> None:

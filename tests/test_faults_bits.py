@@ -302,6 +302,32 @@ def test_no_damage_gives_a_wrong_value_and_the_audit_names_it(finished: Finished
     assert "off" not in checks or tally.of("off").keys() <= {RIGHT, REFUSED, WRONG}, tally.notes
 
 
+def test_no_damage_to_a_pack_of_top_k_rows_gives_a_wrong_value(tmp_path: Path) -> None:
+    made_by, rows = origin("wide", 512, "topk:3", num_classes="512"), Rows.of(names(3), 512)
+    rows.logits, _ = made_by.encoded(rows.logits)
+    (tmp_path / "packs").mkdir()
+    path = rows.write(tmp_path / "packs", made_by)
+    MadeCache(tmp_path, {"wide": rows}, {"wide": made_by}).write_index(files=False)
+
+    def dense(verify: str) -> bytes:
+        return bytes(LogitCache.open(tmp_path, verify=verify, strict=True).batch(rows.files).dense(2.0).numpy().data)
+
+    def reading_topk(verify: str) -> Check:
+        def check() -> str:
+            try:
+                return RIGHT if dense(verify) == expected else WRONG
+            except KDCacheError:
+                return REFUSED
+
+        return check
+
+    expected = dense("full")
+    damages = single_faults(path.read_bytes(), range(64))
+    tally = trial(path, damages, {each: reading_topk(each) for each in ("full", "lazy")}, tmp_path)
+    assert tally.of("full") == {REFUSED: len(damages)}, tally.notes
+    assert tally.of("lazy").keys() <= {REFUSED, RIGHT}, tally.notes
+
+
 @pytest.mark.parametrize("which", ["plan.json", "pending/*.json"])
 def test_damage_to_what_only_a_dump_reads_does_not_reach_a_reader(
     finished: Finished, which: str, tmp_path: Path

@@ -17,7 +17,7 @@ from kd_cache.options import Target
 FLOORS: Mapping[str, int] = {
     "errors": 1, "keys": 1, "options": 1, "commands": 1, "watch": 1,
     "files": 2,
-    "dataset": 3, "store": 3,
+    "dataset": 3, "remote": 3, "store": 3,
     "prepare": 4, "score": 4, "serve": 4,
     "care": 5, "cluster": 5, "exchange": 5, "train": 5,
     "distill": 6, "own_data": 6, "report": 6,

@@ -162,11 +162,11 @@ def test_a_dump_of_everything_takes_up_what_parts_committed(cached: World, dump:
 # -- what a part does and leaves --------------------------------------------------------------------------------------
 
 
-def test_a_part_writes_packs_a_plan_and_its_record_and_nothing_else(dump: Run, world: World) -> None:
+def test_a_part_writes_packs_a_plan_its_record_the_samples_and_nothing_else(dump: Run, world: World) -> None:
     result = dump("--shard", "1/4")
     assert result.exit_code == 0
     names = sorted(snapshot(world.cache))
-    assert [name.split("/")[0] for name in names] == ["packs", "packs", "pending", "plan.json"]
+    assert [name.split("/")[0] for name in names] == ["packs", "packs", "pending", "pending", "plan.json"]
     assert not list(world.cache.rglob("*.npy"))
     assert "kd-cache seal --target b" in result.stdout
 

@@ -20,6 +20,7 @@ from train_fixtures import Listening
 from typer.testing import CliRunner
 
 from kd_cache.cli import app
+from kd_cache.commands import Run as Given
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import CheckpointError, DataLeakageError, ManifestError, UsageError
@@ -29,7 +30,9 @@ from kd_cache.train.pairs import Pair, divide_pairs, groups_of_series, read_pair
 from kd_cache.train.ranker import EMBEDDINGS, Plan, Ranker, load_ranker, probability
 from kd_cache.train.ranking import RankJob, RankTraining, ranking_figures, train_ranker
 from kd_cache.train.settings import RANK, Settings, Stage
+from teachers.commands import RANK as RANK_COMMAND
 from teachers.embeddings import Source
+from teachers.ranking import _settings
 
 SOURCES = {"scene": "light", "city": "edges", "looks": "spread", "texture": "corner"}
 """Called as in configs/, and what they are."""
@@ -276,7 +279,8 @@ def test_figures_are_those_of_scikit_learn() -> None:
 @pytest.mark.parametrize("config", ["one_source", "four_sources", "end_to_end"])
 def test_a_known_ranking_is_learnt_on_series_that_were_never_seen(run: Run, here: Path, config: str) -> None:
     save_checkpoint(here / "init.safetensors", Plan("nets.py:trunk").trunk(1).state_dict(), {})
-    start = ("--init", "init.safetensors", "--arch", "nets.py:trunk", "--lr", 0.01) if config == "end_to_end" else ()
+    end_to_end = ("--init", "init.safetensors", "--arch", "nets.py:trunk", "--lr", 0.01, "--time-roll", 0.5)
+    start = end_to_end if config == "end_to_end" else ()
     drawn = ("--report",) if config == "one_source" else ()
     quick = ("--epochs", 9, "--ema", 0, "--workers", 0, "--json", *drawn, *start)
     where = ("--config", REPO / f"configs/rank_{config}.yaml", "--json-path", "dataset.json", "--pairs", "pairs.csv")
@@ -441,6 +445,8 @@ def test_samples_that_must_not_or_cannot_be_used_are_named_at_once(run: Run, her
         (("--embeddings", "scene", "--embeddings", "scene"), "named twice"),
         (("--embeddings", "scene", "--freeze", "none"), "both say what to stand on"),
         (("--embeddings", "scene", "--init", "x"), "both say what to stand on"),
+        (("--embeddings", "scene", "--augment", "moderate"), "nothing of the clips can be augmented"),
+        (("--embeddings", "scene", "--mixup", 0.2), "nothing of the clips can be augmented"),
         (("--embeddings", "none"), "no embeddings are called none"),
         (("--freeze", "full"), "this one is untrained"),
         (("--name", "../x"), "cannot be a folder's name"),
@@ -454,6 +460,25 @@ def test_settings_that_contradict_each_other_are_refused(
     result = run("train", "rank", "--target", "b", "--json-path", "dataset.json", "--pairs", "pairs.csv", *more)
     assert result.exit_code == 2, result.output
     assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "stage", "roll", "mask"),
+    [
+        ({}, "off", 0, 0),
+        ({"augment": "moderate"}, "moderate", 1.0, 0),
+        ({"augment": "full", "time_roll": 0.2, "compile": True}, "full", 0.2, 0.1),
+        ({"time_roll": 0.2}, "full", 0.2, 0),
+    ],
+)
+def test_a_ranker_s_clips_are_changed_as_asked_and_compiled_batches_are_whole(
+    given: dict[str, Any], stage: str, roll: float, mask: float
+) -> None:
+    values = {option.name: option.default for option in RANK_COMMAND.options}
+    found = _settings(Given(RANK_COMMAND, values | given, {}))
+    how = found.augmentation(found.stages[0])
+    assert (found.stages[0].augment, how.time_roll, how.time_mask) == (stage, roll, mask)
+    assert found.drop_last == found.compile == given.get("compile", False)
 
 
 def test_nets_of_one_s_own_embed_and_others_are_refused(run: Run, here: Path) -> None:

@@ -220,6 +220,7 @@ def test_the_commands_write_pages_that_no_browser_cuts(
     assert list(held) == ["held out", "trained"]
     assert sum(each["rows"] for each in held.values()) == 36
     assert of_cache["devices"] == {"A": {"permitted": 36, "rows": 36}, "b": {"permitted": 18, "rows": 18}}
+    assert journey["run"].read_text().count("Accuracy by device and class") == 2  # test and validation
     text = journey["cache"].read_text()
     assert "used to choose the epoch" in text
     assert run("report", "cache/A2b").exit_code == 0

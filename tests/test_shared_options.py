@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "repair": ("repair", *DATA, *TINY),
     "diff": ("diff", "whole/A2b", "cache/A2b"),
     "gc": ("gc", "cache/A2b"),
+    "push": ("push", "cache/A2b", "file://pushed"),
     "export": ("export", "cache/A2b", "--to", "tsv", "--output", "out"),
     "adopt": ("adopt", "rows.tsv", *DATA),
     "check": ("check", *DATA),
@@ -75,7 +76,7 @@ PATHS = {(each.name, each.help): (command, each) for command in COMMAND_TABLE fo
 PATHS = {key: found for key, found in PATHS.items() if found[1].is_path and key[0] != "allow_outside"}
 REQUIRED = {"target": "b", "to": "npy", "arch": "cp_resnet", "limits": "dcase", "shape": "43,256", "label": "scene"}
 REQUIRED |= {"model": "tiny=tiny_teachers:linear", "layout": "csv", "source": "rows.pt", "folder": "."}
-REQUIRED |= {"json_path": "dataset.json", "table": "train=all.tsv", "out": "out"}
+REQUIRED |= {"json_path": "dataset.json", "table": "train=all.tsv", "out": "out", "url": "memory://store"}
 
 
 @pytest.mark.timeout(60)

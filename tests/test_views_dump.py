@@ -91,7 +91,7 @@ def test_a_missing_view_is_named(views: Run, run: Run, world: World) -> None:
     [
         (("--views", "2"), "belong together"),
         (("--policy", "policy.yaml"), "belong together"),
-        (("--views", "2", "--policy", "policy.yaml", "--files"), "no vector that a .npy file"),
+        (("--views", "2", "--policy", "policy.yaml", "--files"), "rows of views, are no vectors"),
         (("--views", "1", "--policy", "policy.yaml"), "has rows of 2 views here, 1 were asked for"),
     ],
 )

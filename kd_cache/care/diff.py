@@ -43,7 +43,8 @@ class TeacherDiff:
     """One teacher's rows in A and in B. A figure is ``None`` where it has no meaning or nobody knows it.
 
     ``compared`` counts common rows that are finite on both sides: argmax and distances are over these. Rows are
-    bit-equal if they are once both are float32, which widens float16 exactly.
+    bit-equal if they are once both are float32, which widens float16 exactly. Top-k rows are compared as what they
+    give every class at temperature 1.
     """
 
     rows_a: int
@@ -218,7 +219,7 @@ class _Comparison:
         return differing_columns("A", a, "B", b)
 
     def _blocks(self, rows_a: torch.Tensor, rows_b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        size = max(1, self.block_values // self.caches[0].width)
+        size = max(1, self.block_values // (self.caches[0].num_classes * (self.caches[0].frames or 1)))
         for start in range(0, len(rows_a), size):
             yield rows_a[start : start + size], rows_b[start : start + size]
 
@@ -237,13 +238,20 @@ class _Comparison:
         self.watcher.stage(f"comparing {self.name}", len(rows_a))
         done = 0
         for part_a, part_b in self._blocks(rows_a, rows_b):
-            a, b = self.caches[0].batch(part_a).flatten(1).numpy(), self.caches[1].batch(part_b).flatten(1).numpy()
+            a, b = (_dense(cache, part) for cache, part in zip(self.caches, (part_a, part_b), strict=True))
             for number, was, became in measured.add(a, b):
                 if len(self.found.changed) < MOST_CHANGED:
                     self.found.changed.append(Changed(files[done + number], was, became))
             done += len(part_a)
             self.watcher.advance(len(part_a))
         measured.tell(self.found)
+
+
+def _dense(cache: LogitCache, rows: torch.Tensor) -> np.ndarray:
+    """``[n, L · C]``; of top-k rows log-probabilities at temperature 1, the rest spread evenly."""
+    found = cache.batch(rows)
+    dense: np.ndarray = (found if cache.topk is None else found.dense()).flatten(1).numpy()
+    return dense
 
 
 class _Measured:

@@ -29,14 +29,14 @@ from kd_cache.store.cache import CacheFolder, Named, no_cache, no_finished_cache
 from kd_cache.store.index import Index
 from kd_cache.store.names import IN_PENDING, NOTES_NAME, PACK_NAME, RESERVED_NAMES
 from kd_cache.store.pack import Pack
-from kd_cache.store.pending import notes_beside, protected
+from kd_cache.store.pending import notes_beside, protected, samples_tables
 from kd_cache.store.permitted import PERMITTED_NAME, read_permitted
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.view import ROW_FILE_NAME, rows_of
 
 OLDER_THAN = 3600
 TEMPORARY_FILE, PACK, PERMITTED, ROW_FILE, FOLDER = "temporary", "pack", "permitted file", "row file", "folder"
-PENDING, NOTES = "pending record", "notes of features"
+PENDING, NOTES = "pending record", "notes of parts"
 _MOST_TOLD = 10
 _Made = tuple[str, str]  # teacher, fingerprint
 
@@ -243,7 +243,10 @@ class _Search:
                 self._add(kind, path, "its dump has not finished", since=youngest)
 
     def _find_notes(self) -> None:
-        """Notes whose record is gone: nobody reads them."""
+        """Notes whose record is gone, and samples tables where none is left: nobody reads them."""
+        if self.drop_unfinished or not (self.snapshot.pending or self.snapshot.damaged_pending):
+            for path in samples_tables(self.folder):
+                self._add(NOTES, path, "no dump goes on from it", since=self.since)
         names = _names(self.folder.pending_path)
         for name in names:
             if NOTES_NAME.match(name) and f"{name.removesuffix('.seen')}.json" not in names:

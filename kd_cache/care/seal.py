@@ -25,6 +25,7 @@ from kd_cache.store.index import Index
 from kd_cache.store.origin import Origin
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.view import without_files
 from kd_cache.watch import Watcher
 
 AS_SCORED: InputsAre = "as-scored"
@@ -91,6 +92,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         watcher.note(error.message)
     current = snapshot.current(watcher)
     snapshot.refuse_wrong_joins(current.origins)
+    without_files(current.origins, job.files)
     seen = Seen.load(snapshot.folder.seen_path), Seen.of_parts(snapshot.pending)
     inputs, known = (_as_scored if job.inputs == AS_SCORED else _digests)(job, current, seen, watcher)
     if not known.any() and job.inputs != AS_SCORED:

@@ -277,7 +277,7 @@ class _Audit:
             result.fresh = int((good & present.readable).sum()) if is_current else 0
         else:
             result.fresh = None
-        if index.record["files"] and union is not None and not origin.views:
+        if index.record["files"] and union is not None:
             result.view = self._audit_view(index, name, union, rows.at)
 
     def _look_at_packs(self, name: str, origin: Origin, named: str | None) -> None:

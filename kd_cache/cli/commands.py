@@ -10,6 +10,7 @@ from typing import Literal
 
 from kd_cache.cli import notes
 from kd_cache.cli.data_commands import CHECK, PREPARE
+from kd_cache.cli.remote_commands import PULL, PUSH, PUSH_TO
 from kd_cache.cli.student_commands import COMPARE, COMPLEXITY, PREDICT, STUDENT
 from kd_cache.commands import GROUP, Command, Group, Plugin
 from kd_cache.errors import UsageError
@@ -92,6 +93,7 @@ DUMP = Command(
                "that RANK/WORLD_SIZE or SLURM_ARRAY_TASK_ID/_COUNT name.",
                RUN, None, "everything", metavar="i/n|env",
                kept=False),
+        PUSH_TO,
         Option("ray", str | None,
                "Score the parts as tasks of a Ray cluster, and seal them: a running one, one started here, or the one "
                "whose head is there (pip install kd-cache[ray]).", RUN, None, "this process does everything",
@@ -160,7 +162,7 @@ VERIFY = Command(
         changed("min_accuracy", help="Report a teacher that names fewer of the labelled source rows rightly (a share "
                 "from 0 to 1)."),
         "cache_root", *DATASET, *OWN_DATA, "rename_map", *OWN_TEACHERS,
-        changed("dtype", kind=DType | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
+        changed("dtype", kind=str | None, help="Storage type to expect.", default=None, otherwise="as dumped"),
         changed("precision", kind=Precision | None, help="Compute precision to expect.", default=None,
                 otherwise="as dumped"),
         "device", *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
@@ -370,7 +372,13 @@ EVALUATE = Command(
         *DATASET,
         changed("student_features", help="Features of a student that was trained on its own: a folder of .npy "
                 "files, or one HDF5 file.", otherwise="the manifest's"),
-        "rename_map", _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
+        "rename_map",
+        Option("against", Path | None, "A cache: also measure its teachers on these rows, and say the difference to "
+               "each. They are looked up where the dump found them.", TEACHERS, None, metavar="CACHE"),
+        *OWN_TEACHERS,
+        Option("csv", Path | None, "Also write rows and accuracy of each device and class to this file.", OUTPUT, None),
+        Option("overwrite", bool, "Replace a file that differs.", OUTPUT, False),
+        _OF_TRAINING["val_ratio"], _OF_TRAINING["fold"], "device",
         _OF_TRAINING["batch_size"], "workers",
         changed("seed", help="Of the draws that intervals come from."),
         *DATA_LIMITS, "max_checkpoint_bytes", "config", *SHOWING,
@@ -381,8 +389,8 @@ EVALUATE = Command(
         "kd-cache evaluate data/sample/teachers/teacher_scene/global/best.safetensors --target b",
         "kd-cache evaluate data/sample/teachers/teacher_city2scene/A2b/best.safetensors --target b --split val --json",
     ),
-    ("split", "label"),
-    (0, 1, 2, 6),
+    ("split", "label", "against", "csv"),
+    (0, 1, 2, 3, 6),
     notes=notes.EVALUATE,
 )  # fmt: skip
 
@@ -409,7 +417,7 @@ REPORT = Command(
 )  # fmt: skip
 
 COMMANDS = (
-    DUMP, VERIFY, INFO, SEAL, MERGE, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
+    DUMP, VERIFY, INFO, SEAL, MERGE, PUSH, PULL, REPAIR, DIFF, GC, EXPORT, ADOPT, STUDENT, COMPARE, PREDICT,
     COMPLEXITY, EVALUATE, REPORT, PREPARE, CHECK, SAMPLE_DATA,
 )  # fmt: skip
 

@@ -129,9 +129,9 @@ class Screen(Watcher):
         else:
             self._shown(message, kind, file, line, *more)
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, unit: str = "samples") -> None:
         self._close()
-        self._progress = Progress(name, total)
+        self._progress = Progress(name, total, unit=unit)
         self._logged = time.monotonic()
         if not self.quiet and self.stderr.is_terminal:
             self._live = Live(self._progress, console=self.stderr, transient=True, refresh_per_second=4)
@@ -249,3 +249,9 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+def cost_in_words(cost: Mapping[str, Any]) -> str:
+    """What a teacher's ``storage_cost`` or ``precision_cost`` says."""
+    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
+    return f"over {cost['rows']:,} rows: {told}"

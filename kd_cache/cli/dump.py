@@ -10,19 +10,22 @@ from typing import Any, Literal
 
 from kd_cache.care.problems import VerifyReport
 from kd_cache.care.verify import VerifyJob, verify_cache
-from kd_cache.cli.console import Screen, size
+from kd_cache.cli.console import Screen, cost_in_words, size
 from kd_cache.cli.dump_job import DumpOptions, Part, job_of, loaded_with, specs_of
 from kd_cache.cli.guard import guard_notes, guard_table
 from kd_cache.cli.inputs import data_of, task_of
 from kd_cache.cli.on_ray import dump_on_ray, refuse_odd
 from kd_cache.cli.parts import part_of
 from kd_cache.cli.progress import rate_in_words
+from kd_cache.cli.remote import pushed_lines
 from kd_cache.cli.report import missing_lines, problem_lines, verify_table
 from kd_cache.cli.saved import run_record
 from kd_cache.commands import Report, Run, Table
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.errors import UsageError, shown, worst_exit_code
+from kd_cache.exchange.push import open_for_parts, push_cache, push_parts
 from kd_cache.prepare.census import census
+from kd_cache.remote.url import checked_url, open_store
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, lenders, plan_dumps, refuse_unfit
 from kd_cache.score.storage_cost import StorageCost
@@ -38,7 +41,7 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
     refuse_odd(options)
     # On a cluster the driver does everything, whatever started it.
     part, said = part_of(options.shard) if options.ray is None else (None, "")
-    datas = _guarded(run, options, screen)
+    datas = _guarded(run, options, screen, part)
     for data in datas:
         _announce(screen, data)
     if (part is not None or options.ray is not None) and len(datas) > 1:
@@ -48,10 +51,12 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
         )
     if part is not None:
         screen.remark(f"part {part[0]} of {part[1]} (by {said}), counted from 0")
+    _refuse_push(options.push, len(datas), part)
     refuse_file_as_root(options.cache_root)
     if options.ray is not None and not dry_run:
-        code, content = _reported(*dump_on_ray(run, options, datas[0], screen), options.num_verify, screen)
-        return Report(content, exit_code=code)
+        job, report = dump_on_ray(run, options, datas[0], screen)
+        code, content = _reported(job, report, options.num_verify, screen)
+        return Report(content | _pushed(job, options.push, code, screen), exit_code=code)
     loaded: dict[TeacherSpec, Teacher] = {}
     jobs = [_job(run, options, data, part, screen, loaded) for data in datas]
     if len(jobs) > 1:
@@ -69,15 +74,41 @@ def dump(run: Run, screen: Screen, dry_run: bool) -> Report:
         size = _size_of(jobs[0]) if number and job.batch_size == "auto" else job.batch_size
         job = replace(job, batch_size=size) if size != job.batch_size else job
         code, content = dump_and_report(job, options.num_verify, screen, lenders(jobs, number))
-        reports.append(Report(content, exit_code=code))
+        reports.append(Report(content | _pushed(job, options.push, code, screen), exit_code=code))
     return reports[0] if len(jobs) == 1 else _together(datas, reports)
 
 
-def _guarded(run: Run, options: DumpOptions, screen: Screen) -> list[Dataset]:
-    """The data of each target: the guard looks at all of them before any teacher is loaded."""
+def _refuse_push(url: str | None, targets: int, part: Part) -> None:
+    """Before anything is scored: what could not be pushed afterwards."""
+    if url is None:
+        return
+    if targets > 1:
+        raise UsageError("an URL holds one target's cache", hint="Dump one --target after another.")
+    if part is None:
+        open_store(checked_url(url), writing=True)
+    else:
+        open_for_parts(url)
+
+
+def _pushed(job: DumpJob, url: str | None, code: int, screen: Screen) -> dict[str, Any]:
+    """Send what this dump made, unless it failed; gives what the report for a program has besides."""
+    if url is None or code not in (0, 3):
+        return {}
+    path = job.folder.path
+    done = push_cache(path, url, screen) if job.part is None else push_parts(path, url, screen)
+    screen.result(*pushed_lines(done))
+    return {"push": done.as_json()}
+
+
+def _guarded(run: Run, options: DumpOptions, screen: Screen, part: Part) -> list[Dataset]:
+    """The data of each target: the guard looks at all of them before any teacher is loaded.
+
+    It has done so already where a part finds the table of the samples.
+    """
     task = task_of(run.values)
     first, *others = task.several(options.target)
-    data = data_of(first, run.values, task, screen.note)
+    tables = None if part is None or others else CacheFolder(options.cache_root / task.adaptation(first)).pending_path
+    data = data_of(first, run.values, task, screen.note, tables=tables)
     shared = run.values["allow_shared_locations"]
     return [data, *(data.for_target(target, allow_shared_locations=shared) for target in others)]
 
@@ -199,17 +230,13 @@ def _summary_lines(job: DumpJob, report: DumpReport) -> list[str]:
     if job.part is not None:
         lines.append(f"Part {job.part[0]} of {job.part[1]} is committed; when all are: {_seal_command(job)}")
     for name, result in report.teachers.items():
-        lines += _cost_line(f"{name}: storing as fp16", result.cost)
+        lines += _cost_line(f"{name}: storing as {job.dtype}", result.cost)
         lines += _cost_line(f"{name}: {job.precision} against fp32", result.precision_cost)
     return [*lines, *missing_lines(report.missing)]
 
 
 def _cost_line(what: str, measured: StorageCost | None) -> list[str]:
-    if measured is None or not measured.rows:
-        return []
-    cost = measured.as_json()
-    told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in cost.items() if key != "rows")
-    return [f"{what}, over {cost['rows']:,} rows: {told}"]
+    return [] if measured is None or not measured.rows else [f"{what}, {cost_in_words(measured.as_json())}"]
 
 
 def _seal_command(job: DumpJob) -> str:

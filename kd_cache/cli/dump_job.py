@@ -12,7 +12,7 @@ from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset
 from kd_cache.dataset.views import Policy
-from kd_cache.options import BadSample, DType, Precision
+from kd_cache.options import BadSample, Precision
 from kd_cache.score.device import resolve_device
 from kd_cache.score.job import DumpJob
 from kd_cache.score.teacher import Teacher, TeacherSpec
@@ -34,7 +34,7 @@ class DumpOptions:
     only: list[str]
     max_checkpoint_bytes: int
     cache_root: Path
-    dtype: DType
+    dtype: str
     skip_existing: bool
     files: bool | None
     num_verify: int
@@ -51,6 +51,7 @@ class DumpOptions:
     shard_size: int
     shard_seconds: float
     shard: str | None
+    push: str | None
     ray: str | None
     ray_gpus: float | None
     parts: int | None

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd_cache.cli.console import Screen, size
+from kd_cache.cli.console import Screen, cost_in_words, size
 from kd_cache.cli.info_training import entry_lines, pretrained_entries, teachers_table, trained_teachers
 from kd_cache.commands import Report, Table
 from kd_cache.dataset.task_file import DEFAULT, recorded_task
@@ -58,10 +58,11 @@ def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
     """What ``LogitCache.open`` chooses on this machine, by the teachers that can be opened together."""
     together: dict[tuple[Any, ...], list[str]] = {}
     for name, origin in index.origins.items():
-        together.setdefault((origin.value_kind, origin.num_classes, origin.stored.itemsize), []).append(name)
+        together.setdefault((origin.value_kind, origin.num_classes, origin.dtype), []).append(name)
     found = {}
-    for (_, classes, item), names in together.items():
-        table = index.num_samples * len(names) * classes * item
+    for names in together.values():
+        row = index.origins[names[0]].width * index.origins[names[0]].stored.itemsize
+        table = index.num_samples * len(names) * row
         on_disk = sum(packs.get(index.record["teachers"][name]["pack"], 0) for name in names)
         verify = check_of("auto", "auto", on_disk)
         place = choose("auto", table, is_lazy=verify == "lazy")
@@ -129,6 +130,10 @@ def _lines(snapshot: Snapshot, index: Index, on_disk: dict[str, int]) -> list[st
         *[f"weights   {name}: {_checkpoint(entry)}" for name, entry in record["teachers"].items()],
         f"on disk   {size(sum(on_disk.values()))} in {len(on_disk)} packs, view: {'yes' if record['files'] else 'no'}",
     ]
+    for name, entry in record["teachers"].items():
+        told = {"storing as " + entry["dtype"]: "storage_cost", "computing": "precision_cost"}
+        costs = {what: entry.get(key) for what, key in told.items()}
+        lines += [f"cost      {name}: {what}, {cost_in_words(cost)}" for what, cost in costs.items() if cost]
     for names, chosen in _reading(index, on_disk).items():
         lines.append(
             f"read      {names}: {PLACES[chosen['preload']]} ({size(chosen['table_bytes'])} of logits), "

@@ -70,17 +70,18 @@ def data_of(
     note: Note = lambda _: None,
     *,
     absent: bool = False,
+    tables: Path | None = None,
 ) -> Dataset:
     """Read the manifest, or take the data set in Python, and pass it through the guard.
 
-    ``absent``: no feature is asked for; they need not be at hand.
+    ``absent``: no feature is asked for; they need not be at hand. ``tables`` is where a samples table may be.
 
     Raises as `Dataset.load` and `own_data`.
     """
     task = task or task_of(options)
     factory = options.get("dataset")
     if factory is None:
-        return Dataset.load(target, **named(options, task), absent=absent)
+        return Dataset.load(target, **named(options, task), absent=absent, tables=tables)
     made = resolve_factory(factory)
     with users_code(lambda why: UsageError(f"the factory {shown(factory)} of the data set failed: {why}")):
         dataset = made()

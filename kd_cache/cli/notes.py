@@ -22,6 +22,7 @@ VERIFY = REPAIR = DIFF = GC = "What it looks at, and what it does: [care.md](car
 REPORT = "What is on each page: [report.md](report.md)."
 PREPARE = "Layouts and front ends: [audio.md](audio.md)."
 SEAL = MERGE = "How it is used: [several.md](several.md)."
+PUSH = PULL = "What lies at an URL, what is checked, and what ends with which status: [remote.md](remote.md)."
 
 EXPORT = """\
 | `--to` | written | |
@@ -41,6 +42,10 @@ It shows accuracy with its interval, macro accuracy (the mean over classes), log
 and Brier score, of all rows and by device group (source, target, other, unseen), device, city and scene; `--json`
 has the confusion, the accuracy per class and what an early exit at a confidence would give as well. Values may be
 logits, log probabilities or probabilities. Where a group is always right, its interval is 100 – 100: few rows.
+
+`--against cache/A2b` measures that cache's teachers on the same rows: how much better the net is than each, with an
+interval from the same draws of locations for both. `--csv` writes rows and accuracy of each device and class; the JSON
+has them too, and so has the page of a training.
 
 `--split val` gives the figures that `kd-cache train` chose the epoch by, with the same `--target`, `--val-ratio`
 and `--fold`. A note says how many of the rows trained the net, as its provenance says

@@ -40,11 +40,13 @@ class DumpOrder:
     values: Mapping[str, Any]
     specs: Sequence[TeacherSpec]
     record: Mapping[str, Any]
+    samples: Path
 
     def job(self, part: tuple[int, int]) -> DumpJob:
         """The dump of this part. What an earlier part of this process has loaded is taken from it."""
         screen = Screen(quiet=True, as_json=False)
-        data = kept("data", self.values["json_path"], partial(data_of, self.options.target, self.values))
+        read = partial(data_of, self.options.target, self.values, tables=self.samples)
+        data = kept("data", self.values["json_path"], read)
         teachers = {}
         for spec in self.specs:
             load = partial(loaded_with, self.options, [spec], screen)
@@ -92,7 +94,9 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         specs = [replace(spec, checkpoint=spec.checkpoint and spec.checkpoint.absolute()) for spec in specs]
         policy = options.policy and options.policy.absolute()
         told = replace(options, device=device, cache_root=options.cache_root.absolute(), policy=policy)
-        order = DumpOrder(proof.absolute(), told, _absolute(run, data), specs, record)
+        samples = job.folder.pending_path.absolute()
+        data.samples_table(samples, options.workers, screen)
+        order = DumpOrder(proof.absolute(), told, _absolute(run, data), specs, record, samples)
         cluster.prepare(order, gpus)
         count = min(options.parts or parts_of(size, cluster.slots()), max(size, 1))
         screen.remark(f"{count:,} parts on Ray, {cluster.slots():,} at once, on {device}")

@@ -22,8 +22,10 @@ class Progress:
     Count, rate and ETA come first and are never cut; then the bar; then those of ``extras`` that there is room for.
     """
 
-    def __init__(self, name: str = "", total: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name, self.total, self.done = name, total, 0
+    def __init__(
+        self, name: str = "", total: int = 0, clock: Callable[[], float] = time.monotonic, unit: str = "samples"
+    ) -> None:
+        self.name, self.total, self.done, self.unit = name, total, 0, unit
         self.extras: dict[str, str] = {}
         self._clock = clock
         self.began = clock()
@@ -50,11 +52,12 @@ class Progress:
     @property
     def figures(self) -> list[str]:
         """Count, rate and ETA."""
-        count = f"{self.done:,}/{self.total:,}"
+        per = 1e6 if self.unit == "MB" else 1
+        count = f"{self.done / per:,.0f}/{self.total / per:,.0f}"
         if self.rate is None:
             return [count, f"ETA -:--:-- ({clock_time(self._clock() - self.began)} so far)"]
         left = (self.total - self.done) / self.rate
-        return [count, f"{rate_in_words(self.rate)} samples/s", f"ETA {clock_time(left)}"]
+        return [count, f"{rate_in_words(self.rate / per)} {self.unit}/s", f"ETA {clock_time(left)}"]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         yield self.line(options.max_width, is_plain=not options.encoding.startswith("utf"))

@@ -30,7 +30,7 @@ cache_root: caches
 only: [scene]
 ```
 
-Further variables: {", ".join(f"`{name}`" for name in ENVIRONMENT)} (how much the test suite runs).
+Further variables: {"; ".join(f"`{name}` ({what})" for name, what in ENVIRONMENT.items())}.
 
 With `--json` a command that ends with an error prints `{{"error": {{"kind", "message", "hint", "exit_code"}}}}` on
 standard output (`hint` may be `null`), and the same in words on standard error. What an audit finds is no error: it is

@@ -139,13 +139,23 @@ def saved_provenances(
 
     ``data``: its samples are called as they are there now.
     """
+    teachers = teachers_of(run, index, target, screen, "what it was trained on is not known")
+    found: dict[str, Provenance | None] = dict.fromkeys(index.origins)
+    for name, teacher in teachers.items():
+        found[name] = getattr(teacher, "provenance", None)
+        if data is not None:
+            found |= provenances({name: teacher}, data, screen)
+    return found
+
+
+def teachers_of(run: Run, index: Index, target: str, screen: Screen, without: str) -> dict[str, Teacher]:
+    """The teachers whose rows are in the cache; of one that cannot be had, a note of why and what is ``without`` it."""
     loaded = saved_teachers(run, saved_in(index), target, screen)
-    found: dict[str, Provenance | None] = {}
+    found: dict[str, Teacher] = {}
     for name, origin in index.origins.items():
-        found[name] = None
         if name not in loaded.teachers:
             why = loaded.unchecked.get(name, ("", False))[0]
-            screen.note(f"{shown(name)}: what it was trained on is not known: {why}")
+            screen.note(f"{shown(name)}: {without}: {why}")
             continue
         parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
         now = teacher_fingerprint(
@@ -156,11 +166,9 @@ def saved_provenances(
             policy=origin.policy,
         )
         if now.digest != origin.fingerprint.digest:
-            screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: it says nothing of them")
+            screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: {without}")
             continue
-        found[name] = getattr(teacher, "provenance", None)
-        if data is not None:
-            found |= provenances({name: teacher}, data, screen)
+        found[name] = teacher
     return found
 
 

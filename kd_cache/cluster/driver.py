@@ -6,23 +6,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kd_cache.cluster.ray_tasks import Cluster, Crashed
 from kd_cache.cluster.worker import PartReport
 from kd_cache.errors import KDCacheError, worst_exit_code
 from kd_cache.watch import Stopped, Watcher
-
-if TYPE_CHECKING:
-    from kd_cache.cluster.ray_tasks import Cluster
 
 ATTEMPTS = 3
 """A part whose process died so often is given up: something in it kills the process."""
 _PATIENCE = 10.0
 """Seconds that interrupted parts have to commit what they have scored."""
-
-
-class Crashed(Exception):  # noqa: N818 (it is no error until it was met `ATTEMPTS` times)
-    """The process of a part, or its machine, is gone; the text says what died."""
 
 
 def parts_of(samples: int, slots: int) -> int:

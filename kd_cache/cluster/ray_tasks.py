@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from kd_cache.cluster.driver import Crashed
 from kd_cache.cluster.worker import Order, PartReport, score_part
 from kd_cache.errors import KDCacheError, UsageError, shown
 
@@ -49,6 +48,10 @@ def connected(address: str) -> Iterator[Cluster]:
         yield Cluster(ray)
     finally:
         ray.shutdown()
+
+
+class Crashed(Exception):  # noqa: N818 (the driver says how often it is none)
+    """The process of a part, or its machine, is gone; the text says what died."""
 
 
 class Cluster:

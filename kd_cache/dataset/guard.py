@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ class Selection:
     """
 
     target: str
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     located: int
     locatable: int
     shared_locations: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Selection:
         return keys
 
     @cached_property
-    def by_key(self) -> list[str]:
+    def by_key(self) -> Sequence[str]:
         """The permitted files in the order of their keys."""
         return [self.listed[number] for number in self.order.tolist()]
 
@@ -89,11 +89,17 @@ class Selection:
         """Finds keys among ``keys``."""
         return KeyFinder(self.keys)
 
-    @property
+    @cached_property
     def per_device(self) -> dict[str, int]:
         """Permitted samples by device, the source first."""
         counts = Counter(sample.device_id for sample in self.samples)
         return {device: counts[device] for device in (self.task.source, *self.target.split(","))}
+
+
+def chosen_samples(manifest: Manifest, target: str) -> tuple[Sample, ...]:
+    """The train samples of the source and of the target's devices, unguarded."""
+    devices = (manifest.task.source, *target.split(","))
+    return tuple(sample for sample in manifest if sample.split == "train" and sample.device_id in devices)
 
 
 def select(
@@ -136,8 +142,7 @@ def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data
     look = look_through(manifest, allow_shared_locations=allow_shared_locations, data_root=data_root)
     if look.violations:
         raise look.violations[0]
-    devices = (task.source, *target.split(","))
-    chosen = tuple(sample for sample in manifest if sample.split == "train" and sample.device_id in devices)
+    chosen = chosen_samples(manifest, target)
     _refuse_empty(chosen, manifest, target)
     _refuse_collisions(chosen)
     return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)

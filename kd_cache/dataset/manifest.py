@@ -16,12 +16,13 @@ import posixpath
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from kd_cache.dataset.front_end import as_text, checked
 from kd_cache.dataset.task import DCASE, MOST_CLASSES, Task
@@ -54,6 +55,27 @@ class Sample(NamedTuple):
     places: tuple[str, ...] = ()
 
 
+class LaterSamples(Sequence[Sample]):
+    """So many samples, which are looked up when one of them is asked for."""
+
+    def __init__(self, count: int, look_up: Callable[[], Sequence[Sample]]) -> None:
+        self._count, self._look_up = count, look_up
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _samples(self) -> Sequence[Sample]:
+        return self._look_up()
+
+    @overload
+    def __getitem__(self, number: int, /) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice, /) -> Sequence[Sample]: ...
+    def __getitem__(self, number: int | slice, /) -> Sample | Sequence[Sample]:
+        return self._samples[number]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All samples in the order of the file.
@@ -62,7 +84,7 @@ class Manifest:
     ``front_end`` what it says of how the features were made (`kd_cache.dataset.front_end`).
     """
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     digest: str
     path: Path | None = None
     task: Task = DCASE
@@ -116,21 +138,44 @@ def load_manifest(
             split, a device that contradicts its domain, or two rows for one file.
     """
     path = Path(path).expanduser()
-    try:
+    with _reading(path):
         raw = read_plain(path, max_bytes)
+    read = _RowReader(shown(path), task, num_scenes, num_cities)
+    samples, front_end = _parsed(raw, read, faults)
+    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task, front_end)
+
+
+def manifest_digest(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """`Manifest.digest` of a file, which is not parsed. Raises `ManifestError`: too large, or it cannot be read."""
+    with _reading(path), _plain(path.expanduser(), max_bytes) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ManifestError(
             f"cannot read the manifest {shown(path)}: {shown(reason)}",
             hint="Pass the dataset JSON with --json-path.",
         ) from error
-    read = _RowReader(shown(path), task, num_scenes, num_cities)
-    samples, front_end = _parsed(raw, read, faults)
-    return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task, front_end)
 
 
 def read_plain(path: Path, most: int) -> bytes:
-    """The bytes of a regular file: opening anything else could block, or never end."""
+    """The bytes of a regular file."""
+    with _plain(path, most) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(size + 1)  # a read that names no size would go on for as long as the file grows
+        if len(raw) != size:
+            raise ValueError("it changes while it is read")
+        return raw
+
+
+@contextmanager
+def _plain(path: Path, most: int) -> Iterator[BufferedReader]:
+    """A regular file, opened: opening anything else could block, or never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
@@ -139,10 +184,7 @@ def read_plain(path: Path, most: int) -> bytes:
             raise ValueError(
                 f"it has {found.st_size} bytes, expected at most {most}; --max-manifest-bytes permits more"
             )
-        raw = file.read(found.st_size + 1)  # a read that names no size would go on for as long as the file grows
-        if len(raw) != found.st_size:
-            raise ValueError("it changes while it is read")
-        return raw
+        yield file
 
 
 def parse_manifest(

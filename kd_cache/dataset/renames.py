@@ -83,8 +83,12 @@ class Names:
     def __init__(
         self, manifest: Manifest, features: FeatureSource, rules: Sequence[Rule], permitted: KeyFinder
     ) -> None:
-        self._files = [row.file for row in manifest]
+        self._manifest = manifest
         self._features, self._rules, self._permitted = features, rules, permitted
+
+    @cached_property
+    def _files(self) -> list[str]:
+        return [row.file for row in self._manifest]
 
     @cached_property
     def _keys(self) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from kd_cache.commands import Table
+from kd_cache.commands import Table, points
 from kd_cache.distill.fusion import FITTED, fusion_of
 from kd_cache.distill.objective import CE
 from kd_cache.distill.student import StudentJob, StudentTraining, opened
@@ -145,7 +145,7 @@ class Comparison:
             told = ["–"] * 3
             if mode != CE:
                 sure = self.intervals(mode)[-1]
-                told = [_points(_spread(apart)["mean"]), _between(sure), " ".join(map(_points, apart))]
+                told = [points(_spread(apart)["mean"]), _between(sure), " ".join(map(points, apart))]
             rows.append([mode, *cells, *told])
         columns = ["Student", "All", "Macro", *(group.capitalize() for group in GROUPS), f"− {CE}", "95 %", "by seed"]
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
@@ -255,7 +255,7 @@ def verdict(differences: Sequence[float | None]) -> str:
         return f"no more than luck (better in {better} of {count} seeds, and fewer than {LEAST_SEEDS} tell nothing)"
     for word, agreeing, other in (("better", better, worse), ("worse", worse, better)):
         if agreeing == count or (agreeing > other and chance(agreeing, other) <= SURE):
-            return f"{word} in {agreeing} of {count} seeds, {_points(statistics.mean(known))} points on average"
+            return f"{word} in {agreeing} of {count} seeds, {points(statistics.mean(known))} points on average"
     return f"no more than luck (better in {better} of {count} seeds)"
 
 
@@ -281,12 +281,8 @@ def _mean_sd(values: Sequence[float | None]) -> str:
     return f"{100 * spread['mean']:.1f}" + ("" if spread["sd"] is None else f" ± {100 * spread['sd']:.1f}")
 
 
-def _points(difference: float | None) -> str:
-    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def _between(interval: Interval | None) -> str:
-    return "–" if interval is None else " to ".join(map(_points, interval))
+    return "–" if interval is None else " to ".join(map(points, interval))
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -64,7 +64,8 @@ class HeldOut:
             places += [place.name] * len(mine)
         self.files = [sample.file for sample in samples]
         self.labels = torch.tensor([sample.scene_label for sample in samples], dtype=torch.int64)
-        self.logits = cache.batch(cache.rows(self.files), torch.float32)
+        logits = cache.batch(cache.rows(self.files), torch.float32)
+        self.logits: Tensor = logits if cache.topk is None else logits.dense()
         if cache.frames is not None:
             self.logits = self.logits.mean(dim=2)
         number_of = {name: number for number, name in enumerate(dict.fromkeys(places))}

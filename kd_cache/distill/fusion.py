@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kd_cache.distill.recipe import numbers_by_name
 from kd_cache.errors import UsageError, shown
+from kd_cache.serve.topk import NOTHING, TopK
 from kd_cache.store.names import MODES
 
 WEIGHTS: Final = "weights:"
@@ -33,14 +34,18 @@ class Fusion(Protocol):
 
 
 def fuse(
-    logits: Tensor,
+    logits: Tensor | TopK,
     mode: str | Fusion = "mean",
     *,
     teachers: Sequence[str] = (),
     labels: Tensor | None = None,
     temperature: float = 1.0,
-) -> Tensor:
+) -> Any:
     """Logits ``[B, C]`` float32 of one teacher made of ``logits`` ``[B, K, C]``.
+
+    Of a `TopK` of one teacher, or where ``mode`` names one, it is that teacher's `TopK`. Of several the rest of each is
+    spread evenly over its other classes (`TopK.dense` at the temperature); ``entropy``, ``label`` and a gate, which
+    need the exact distributions, refuse them.
 
     Args:
         mode: ``mean`` of the logits; ``probs``, the mean of the probabilities; ``entropy``, weights by 1 / entropy;
@@ -54,6 +59,8 @@ def fuse(
     Raises:
         UsageError: logits of another shape, an unknown mode, or one that must be fitted first.
     """
+    if isinstance(logits, TopK):
+        return _fused_topk(logits, fusion_of(mode, teachers), labels, temperature)
     if logits.ndim != 3 or (teachers and logits.shape[1] != len(teachers)):
         expected = f"[B, {len(teachers)}, C]" if teachers else "[B, teachers, C]"
         raise UsageError(f"expected the teachers' logits as {expected}, found {list(logits.shape)}")
@@ -78,6 +85,26 @@ def fusion_of(mode: str | Fusion, teachers: Sequence[str] = ()) -> Fusion:
         raise UsageError(f"{mode} must be fitted first: pass what kd_cache.distill.{how} gives")
     known = [*_BY_NAME, f"{WEIGHTS}NAME=X,…", *teachers]
     raise UsageError(f"no fusion is called {shown(mode)}; known: {', '.join(known)}")
+
+
+def refuse_unfit_for_topk(fusion: Fusion) -> None:
+    """Raise `UsageError` for a fusion that weighs teachers by what they say of every class."""
+    if fusion in (_entropy, _label) or isinstance(fusion, Gate):
+        raise UsageError(
+            "entropy, label and gate weigh teachers by what they say of every class, and top-k rows hold only the most "
+            "probable",
+            hint="Take mean, probs, weights:…, fit, or one teacher.",
+        )
+
+
+def _fused_topk(rows: TopK, fusion: Fusion, labels: Tensor | None, temperature: float) -> Any:
+    """A `TopK` ``[B]`` of ``[B, T]``, or logits for use at ``temperature`` made of vectors of all classes."""
+    refuse_unfit_for_topk(fusion)
+    if isinstance(fusion, partial) and fusion.func is _alone:
+        return rows[:, fusion.args[0]]
+    if fusion in (_mean, _probs) and rows.ids.shape[1] == 1:
+        return rows[:, 0]
+    return fusion(temperature * rows.dense(temperature).clamp(min=NOTHING), labels, temperature)
 
 
 def _mean(logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:

@@ -6,6 +6,7 @@ objective's. Half precision is computed in float32. Everything
 comes from log-probabilities, so that loss and gradient stay finite for any finite logits. ``ls`` and ``lt`` are the
 log-softmax of student and teacher at temperature T; the factor T² keeps the gradient's size where T changes (Hinton et
 al. 2015, arXiv 1503.02531). Every loss raises `UsageError` for logits of other shapes, and for parameters out of range.
+`kl` also takes a `TopK` as the teacher; the others refuse one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_cache.errors import UsageError
+from kd_cache.serve.topk import NOTHING, TopK
 
 FLOOR: Final = 1e-3
 """Spreads below this are taken for it: a constant row has no direction, and would have a gradient without bound."""
@@ -31,7 +33,9 @@ def _over_frames(loss: Loss) -> Loss:
     """Each frame is a row, and has its row's label; a row's loss is the mean over its frames."""
 
     @wraps(loss)
-    def mean_over_frames(student: Tensor, teacher: Tensor, *labels: Any, **options: Any) -> Tensor:
+    def mean_over_frames(student: Tensor, teacher: Tensor | TopK, *labels: Any, **options: Any) -> Tensor:
+        if isinstance(teacher, TopK):
+            return _to_topk(loss.__name__, student, teacher, **options)
         if student.ndim != 3 or teacher.shape != student.shape:
             return loss(student, teacher, *labels, **options)
         count, frames = student.shape[:2]
@@ -47,7 +51,11 @@ def _over_frames(loss: Loss) -> Loss:
 
 @_over_frames
 def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """T² KL(t‖s) = T² Σ e^lt (lt − ls): the usual loss of distillation."""
+    """T² KL(t‖s) = T² Σ e^lt (lt − ls): the usual loss of distillation.
+
+    Of a `TopK` ``[B, K]`` it is over K + 1 classes, the last of which is all that are not among the K: never more than
+    over all. T is 1, 2 or 4 then.
+    """
     ls, lt = _log_probs(student, teacher, temperature)
     return temperature**2 * _divergence(lt, ls)
 
@@ -253,6 +261,26 @@ def targets(teacher: Tensor, labels: Tensor | None) -> Tensor:
     """``[B]`` int64: the labels, and where there is none (it is negative) the teacher's decision."""
     decided = teacher.argmax(dim=1)
     return decided if labels is None else torch.where(labels >= 0, labels, decided)
+
+
+def _to_topk(name: str, student: Tensor, teacher: TopK, *, temperature: float = 4.0, **options: Any) -> Tensor:
+    """`kl` to the most probable classes of a teacher and all others as one."""
+    if name != "kl":
+        raise UsageError(
+            f"{name} needs the teacher's logit of every class, and top-k rows hold only the most probable",
+            hint="Take kl, or dump with --dtype fp16.",
+        )
+    if student.ndim != 2 or teacher.ids.ndim != 2 or student.shape != (len(teacher), teacher.num_classes):
+        raise UsageError(
+            f"expected the student's logits as [B, {teacher.num_classes}] and a TopK [B, K], found "
+            f"{list(student.shape)} and {list(teacher.ids.shape)}",
+            hint="Of several teachers take one, topk[:, 0], or make them one by kd_cache.distill.fuse.",
+        )
+    inside, rest = teacher.softened(temperature)
+    ls = (student.to(torch.promote_types(student.dtype, torch.float32)) / temperature).log_softmax(dim=1)
+    others = torch.logsumexp(ls.scatter(1, teacher.ids, -math.inf), dim=1, keepdim=True)
+    lt = torch.cat([inside, rest[:, None]], dim=1).clamp(min=NOTHING)
+    return temperature**2 * _divergence(lt, torch.cat([ls.gather(1, teacher.ids), others], dim=1))
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_cache.dataset.manifest import IGNORED
-from kd_cache.distill.fusion import Fusion, fuse, fusion_of
+from kd_cache.distill.fusion import Fusion, fuse, fusion_of, refuse_unfit_for_topk
 from kd_cache.distill.losses import LOSSES, NEED_LABELS
 from kd_cache.distill.recipe import Recipe
 from kd_cache.errors import MissingLogitsError, UsageError, shown
+from kd_cache.serve.topk import TopK
+from kd_cache.store.topk import at_temperature
 
 CE: Final = "ce"
 """The mode without a teacher: the twin that every distillation is compared with."""
@@ -124,7 +127,7 @@ class DistillLoss(nn.Module):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor | None,
+        teacher: Tensor | TopK | None,
         labels: Tensor,
         source_mask: Tensor,
         *,
@@ -135,7 +138,8 @@ class DistillLoss(nn.Module):
 
         Args:
             student: logits ``[B, C]``, or ``[B, L, C]`` of L frames, each of which has its row's label.
-            teacher: logits ``[B, K, C]``, or ``[B, C]`` of teachers that are fused already; ``None`` only with ``ce``.
+            teacher: logits ``[B, K, C]``, or ``[B, C]`` of teachers that are fused already, or a `TopK` of either
+                shape, for the loss ``kl`` without weighting; ``None`` only with ``ce``.
                 Of frames ``[B, K, L, C]``, or ``[B, L, C]``.
             labels: ``[B]`` int64, negative where there is none. Those of target rows are not looked at.
             source_mask: ``[B]`` bool, which rows are of the source.
@@ -180,13 +184,13 @@ class DistillLoss(nn.Module):
             loss = share * loss + (1 - share) * towards(partner)
         return loss.sum()
 
-    def _each_frame(self, teacher: Tensor | None, *of_rows: Tensor | None) -> tuple[Any, ...]:
+    def _each_frame(self, teacher: Any, *of_rows: Tensor | None) -> tuple[Any, ...]:
         """Every frame as a row: ``[B, K, L, C]`` as ``[B·L, K, C]``, and what rows have once for each of them."""
         if teacher is not None:
             teacher = (teacher if teacher.ndim == 3 else teacher.transpose(1, 2)).flatten(0, 1)
         return teacher, *(each if each is None else each.repeat_interleave(self._frames) for each in of_rows)
 
-    def scale_weights(self, teacher: Tensor, source_mask: Tensor, labels: Tensor | None = None) -> float:
+    def scale_weights(self, teacher: Tensor | TopK, source_mask: Tensor, labels: Tensor | None = None) -> float:
         """Divide the confidence weights by their mean over these rows, all that an epoch distils; returns that mean.
 
         So a threshold does not make steps smaller; with ``raw_weights`` nothing is divided. ``teacher`` is
@@ -194,7 +198,7 @@ class DistillLoss(nn.Module):
         Raises `UsageError` where no row has any weight.
         """
         self._scale, self._frames = 1.0, 1
-        if teacher.ndim == 4:
+        if isinstance(teacher, Tensor) and teacher.ndim == 4:
             self._frames = teacher.shape[2]
             teacher, source_mask, labels = self._each_frame(teacher, source_mask, labels)
         if labels is not None:
@@ -210,16 +214,20 @@ class DistillLoss(nn.Module):
         self._scale = 1.0 if self.recipe.raw_weights else mean
         return mean
 
-    def _soft(self, teacher: Tensor | None, labels: Tensor | None, source_mask: Tensor) -> _Soft | None:
+    def _soft(self, teacher: Tensor | TopK | None, labels: Tensor | None, source_mask: Tensor) -> _Soft | None:
         """What the teachers say to this batch; ``None`` without teachers."""
         if self.fusion is None:
             return None
         if teacher is None:
             raise UsageError(f"there are no teacher logits; only the mode {CE} goes without")
-        teacher = teacher.detach().to(torch.promote_types(teacher.dtype, torch.float32))
+        if isinstance(teacher, TopK):
+            self.refuse_beyond_topk()
+            present = torch.isfinite(teacher.log_probs).flatten(1).all(dim=1)
+        else:
+            teacher = teacher.detach().to(torch.promote_types(teacher.dtype, torch.float32))
+            present = torch.isfinite(teacher).flatten(1).all(dim=1)
         everyone = torch.ones_like(source_mask)
         wanted = {"target": ~source_mask, "source": source_mask, "all": everyone}[self.recipe.apply_to]
-        present = torch.isfinite(teacher).flatten(1).all(dim=1)
         if self._frames > 1:  # a row is there with all of its frames, or not at all
             present = present.view(-1, self._frames).all(dim=1).repeat_interleave(self._frames)
         missing = wanted & ~present
@@ -230,15 +238,31 @@ class DistillLoss(nn.Module):
                 hint="Dump them, or pass on_missing='skip' to distil the others and count these.",
             )
         # A row that counts for nothing must be finite all the same: 0 · NaN would be NaN, in the gradient too.
-        teacher = torch.where(present.view(-1, *[1] * (teacher.ndim - 1)), teacher, 0)
+        if isinstance(teacher, TopK):
+            teacher = teacher.map(partial(_finite, present, -1.0))
+        else:
+            teacher = _finite(present, 0.0, teacher)
         fused = self._fused(teacher, labels, self.temperature)
-        weights = torch.ones_like(fused[:, 0])
+        weights = torch.ones(len(fused), device=present.device)
         if self.recipe.weighting != "none":
             weights = self._confidence(self._fused(teacher, labels, 1.0)) / self._scale
         return _Soft(fused, wanted & present, weights, missing)
 
-    def _fused(self, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-        if teacher.ndim == 2 or self.fusion is None:
+    def refuse_beyond_topk(self) -> None:
+        """Raise `UsageError` for what cannot be had of top-k rows."""
+        recipe = self.recipe
+        if recipe.loss != "kl" or recipe.weighting != "none" or recipe.temperature_end is not None:
+            raise UsageError(
+                "top-k rows are for the loss kl at one temperature without weighting; this is the loss "
+                f"{recipe.loss}, weighting {recipe.weighting}, to temperature {recipe.temperature_end}",
+                hint="Dump with --dtype fp16 for that.",
+            )
+        at_temperature(self.temperature)
+        if self.fusion is not None:
+            refuse_unfit_for_topk(self.fusion)
+
+    def _fused(self, teacher: Tensor | TopK, labels: Tensor | None, temperature: float) -> Any:
+        if self.fusion is None or (teacher.ids if isinstance(teacher, TopK) else teacher).ndim == 2:
             return teacher
         return fuse(teacher, self.fusion, labels=labels, temperature=temperature)
 
@@ -251,7 +275,7 @@ class DistillLoss(nn.Module):
             return (highest >= self.recipe.confidence_threshold).to(highest.dtype)
         return 1 + (log_probs.exp() * log_probs).sum(dim=1) / math.log(log_probs.shape[1])
 
-    def _per_row(self, student: Tensor, fused: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+    def _per_row(self, student: Tensor, fused: Tensor | TopK, labels: Tensor, counted: Tensor) -> Tensor:
         name = self.recipe.loss
         more = [labels] if name in NEED_LABELS else [counted] if name == "dist" else []
         return self._loss(student, fused, *more, **self._options)
@@ -272,10 +296,17 @@ class DistillLoss(nn.Module):
         return hard_weight, soft_weight
 
 
+def _finite(present: Tensor, value: float, values: Tensor) -> Tensor:
+    """``[B, …]``, the rows that are not there replaced."""
+    if not values.is_floating_point():
+        return values
+    return torch.where(present.view(-1, *[1] * (values.ndim - 1)), values, value)
+
+
 class _Soft(NamedTuple):
     """A batch's fused teacher ``[B, C]``, and by row ``[B]``: distilled or not, its weight, wanted but not there."""
 
-    logits: Tensor
+    logits: Any
     rows: Tensor
     weights: Tensor
     missing: Tensor
@@ -296,7 +327,7 @@ def _default_temperature(recipe: Recipe) -> float | None:
     return float(parameters["temperature"].default)
 
 
-def _refuse_misfit(student: Tensor, teacher: Tensor | None, labels: Tensor, source_mask: Tensor) -> None:
+def _refuse_misfit(student: Tensor, teacher: Tensor | TopK | None, labels: Tensor, source_mask: Tensor) -> None:
     rows = len(student)
     if student.ndim not in (2, 3):
         raise UsageError(f"expected the student's logits as [B, C], or [B, frames, C], found {list(student.shape)}")
@@ -305,6 +336,13 @@ def _refuse_misfit(student: Tensor, teacher: Tensor | None, labels: Tensor, sour
             f"expected labels and a bool source_mask for each of {rows} rows, found {list(labels.shape)} and "
             f"{source_mask.dtype} {list(source_mask.shape)}"
         )
+    if isinstance(teacher, TopK):
+        if len(teacher) != rows or student.ndim != 2 or teacher.num_classes != student.shape[-1]:
+            raise UsageError(
+                f"expected top-k rows of {rows} samples and {student.shape[-1]} classes, found {len(teacher)} and "
+                f"{teacher.num_classes}"
+            )
+        return
     if teacher is None:
         return
     row = student.shape[1:]

@@ -34,6 +34,7 @@ from kd_cache.score.reading import read_digests
 from kd_cache.score.teacher import OWN_FEATURES
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.serve.student_loader import refuse_misplaced
+from kd_cache.serve.topk import TopK
 from kd_cache.store.names import MODES
 from kd_cache.train.augment import Mixed
 from kd_cache.train.clips import Clips
@@ -197,7 +198,7 @@ class StudentTraining(Training):
 
     def build(self) -> tuple[nn.Module, WarmStart | None]:
         net, start = super().build()
-        self.teachers: Tensor | None = None
+        self.teachers: Tensor | TopK | None = None
         job = self.job
         self.said: dict[str, Any] = {
             "mode": job.mode, "recipe": asdict(job.recipe), "select": job.select, "balance": job.balance,
@@ -225,6 +226,8 @@ class StudentTraining(Training):
         elif job.on_views:
             self._take_views(opened(job, Watcher()))  # the same inputs as with teachers
         self.objective = DistillLoss(fusion, teachers=names, recipe=job.recipe)
+        if isinstance(self.teachers, TopK):
+            self.objective.refuse_beyond_topk()
         if self.teachers is not None and self.job.recipe.weighting != "none":
             self.said["mean_weight"] = self.objective.scale_weights(self.teachers, self.is_source, self.train.scenes)
         return net, start
@@ -285,8 +288,8 @@ class StudentTraining(Training):
             return None
         return int(made.has_trained(sample.file for sample in self.validation.samples).sum())
 
-    def _rows(self, cache: LogitCache, clips: Clips) -> Tensor:
-        """``[N, K, C]`` float32: the teachers' logits of clips, which are the ones they scored.
+    def _rows(self, cache: LogitCache, clips: Clips) -> Any:
+        """``[N, K, C]`` float32, or a `TopK`: the teachers' logits of clips, which are the ones they scored.
 
         Raises `StaleError` for a feature that changed since, `MissingLogitsError` for one without a row.
         """
@@ -361,11 +364,12 @@ class StudentTraining(Training):
         return f"student ({self.job.mode})"
 
     def further_parts(self) -> dict[str, Any]:
-        rows = b"" if self.teachers is None else self.teachers.numpy().tobytes()
+        told = self.teachers.tensors if isinstance(self.teachers, TopK) else (self.teachers,)
+        rows = b"".join(each.numpy().tobytes() for each in told if each is not None)
         made = self.job.provenances if self.job.mode != CE else {}
-        told = {name: None if each is None else each.digest for name, each in made.items()}
+        provenances = {name: None if each is None else each.digest for name, each in made.items()}
         said = {name: value for name, value in self.said.items() if name not in _MEASURED}
-        return {"distillation": {**said, "rows": hashlib.sha256(rows).hexdigest(), "provenances": told}}
+        return {"distillation": {**said, "rows": hashlib.sha256(rows).hexdigest(), "provenances": provenances}}
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -409,7 +413,8 @@ class StudentTraining(Training):
         logits = score(best, self.unseen, self.job.device, self.settings.batch_size)
         nobody = torch.full((len(logits),), IGNORED)
         fused = fuse(self.told_unseen, self.objective.fusion or CE, labels=nobody)
-        return {"rows": len(logits), "share": float((logits.argmax(axis=1) == fused.argmax(dim=1).numpy()).mean())}
+        decided = fused.ids[:, 0] if isinstance(fused, TopK) else fused.argmax(dim=1)
+        return {"rows": len(logits), "share": float((logits.argmax(axis=1) == decided.numpy()).mean())}
 
 
 def opened(job: StudentJob, watcher: Watcher, teachers: Sequence[str] | None = None) -> LogitCache:
@@ -436,7 +441,7 @@ class _Taught:
     def start_epoch(self, epoch: int, epochs: int, /) -> None:
         if self._views is not None:
             rows = self._views.begin(epoch)
-            self._teachers = None if self._teachers is None else rows.to(self._teachers.device)
+            self._teachers = None if self._teachers is None else rows.to(self._labels.device)
         ratio = self._objective.seen.ratio
         if ratio and not self._ratio:
             self._ratio = ratio

@@ -48,7 +48,8 @@ class EpochViews:
         views = torch.randint(self._cache.views, (len(self._rows),), generator=chance)
         self._compared = torch.randperm(len(self._rows), generator=chance).argsort().numpy() < self._checked
         self._draws = self._cache.draws(self._rows, views).numpy()
-        return self._cache.batch(self._rows, torch.float32, view=views)
+        rows: Tensor = self._cache.batch(self._rows, torch.float32, view=views)
+        return rows
 
     def replay(self, rows: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Features ``[B, T, F]`` of these rows of the clips as the teachers scored them. Raises `StaleError`."""

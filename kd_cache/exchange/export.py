@@ -38,7 +38,16 @@ from kd_cache.store.index import INDEX_NAME, Index, read_older_maps
 from kd_cache.store.origin import Origin
 from kd_cache.store.publish import publish_view
 from kd_cache.store.snapshot import Snapshot
-from kd_cache.store.view import ROW_FILE_NAME, is_row, row_file_bytes, stored_names, view_name, view_names, write_view
+from kd_cache.store.view import (
+    ROW_FILE_NAME,
+    is_row,
+    row_file_bytes,
+    stored_names,
+    view_name,
+    view_names,
+    without_files,
+    write_view,
+)
 from kd_cache.watch import Watcher
 
 KINDS = ("npy", "pt", "tsv")
@@ -178,6 +187,7 @@ def _chosen(job: ExportJob, index: Index) -> dict[str, Origin]:
             f"(it holds {', '.join(index.origins) or 'none'})"
         )
     chosen = {name: origin for name, origin in index.origins.items() if not job.only or name in job.only}
+    without_files(chosen, asked=True)
     if job.to == "tsv":
         for name, origin in chosen.items():
             _columns(name, origin)

@@ -54,7 +54,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(
-    path: Path, content: bytes | Iterable[bytes], before: Callable[[], None] | None = None
+    path: Path, content: bytes | Iterable[bytes | memoryview], before: Callable[[], None] | None = None
 ) -> os.stat_result:
     """Write ``content``, whole or in pieces, durably: after this returns, ``path`` holds it even if the power fails.
 

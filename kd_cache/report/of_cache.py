@@ -140,6 +140,10 @@ def _judged(union: Union, permitted: Permitted, made: Provenance | None, cities:
     if origin.value_kind != "embedding":
         for start in range(0, len(there), _BLOCK):
             block = there[start : start + _BLOCK]
+            if origin.topk is not None:
+                rows = origin.topk.split(union.take(at[block]))
+                decision[block], confidence[block] = rows["ids"][:, 0], np.exp(rows["log_probs"][:, 0], dtype="f8")
+                continue
             values = origin.as_clips(union.take(at[block])).astype(np.float64)
             decision[block] = values.argmax(axis=1)
             if has_probabilities:

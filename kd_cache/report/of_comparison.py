@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kd_cache.commands import Table
+from kd_cache.commands import Table, points
 from kd_cache.files.atomic import open_file, store_errors
 from kd_cache.files.strict_json import strict_json
 from kd_cache.report.figures import Bar, bars, differences
@@ -87,8 +87,8 @@ def _differences(found: Mapping[str, Any], spans: Mapping[str, tuple[float, floa
     rows = []
     for mode, verdict in found["verdicts"].items():
         apart, between = found["modes"][mode]["accuracy"]["difference"], spans.get(mode)
-        told = "–" if between is None else f"{_points(between[0] / 100)} to {_points(between[1] / 100)}"
-        rows.append([mode, _points(apart["mean"]), told, *map(_points, apart["by_seed"]), verdict])
+        told = "–" if between is None else f"{points(between[0] / 100)} to {points(between[1] / 100)}"
+        rows.append([mode, points(apart["mean"]), told, *map(points, apart["by_seed"]), verdict])
     columns = ["Student", "Mean", "95 %", *(f"Seed {seed}" for seed in found["seeds"]), "Verdict"]
     return Table("Difference to ce in accuracy, in points", columns, rows)
 
@@ -105,7 +105,3 @@ def _mean_sd(spread: Mapping[str, Any], is_share: bool) -> str:
     scale, digits = (100, 1) if is_share else (1, 3)
     known = [spread["mean"], spread["sd"]]
     return " ± ".join(f"{scale * each:.{digits}f}" for each in known if each is not None) or "–"
-
-
-def _points(difference: float | None) -> str:
-    return "–" if difference is None else f"{100 * difference:+.1f}".replace("-", "−")

@@ -104,6 +104,10 @@ def _measured(split: str, measured: Mapping[str, Any], *, drawn: bool) -> Sectio
         if bins := measured.get("reliability"):
             parts += calibration({split: bins}, {split: measured["ece"]})
     parts += [Table("", [name, *columns], [_cells(*item) for item in each.items()]) for name, each in groups.items()]
+    if (crossed := measured.get("device_by_class")) and len(crossed["classes"]) <= _MOST_BARS:
+        rows = zip(crossed["devices"], crossed["accuracy"], strict=True)
+        cells = [[device, *("–" if each is None else _percent(each) for each in shares)] for device, shares in rows]
+        parts.append(Table("Accuracy by device and class", ["Device", *crossed["classes"]], cells))
     heading = {"test": "Test, measured once, at the end", "validation": "Validation, which chose the epoch"}[split]
     return Section(heading, parts)
 

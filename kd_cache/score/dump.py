@@ -23,7 +23,7 @@ from kd_cache.files.atomic import make_directory
 from kd_cache.keys import KeyFinder
 from kd_cache.score.existing import NOWHERE, Elsewhere, Found, find_rows, known_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
-from kd_cache.score.storage_cost import StorageCost
+from kd_cache.score.storage_cost import StorageCost, cost_of
 from kd_cache.score.teacher import compare_front_ends
 from kd_cache.score.unchanged import Unchanged
 from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
@@ -32,6 +32,7 @@ from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord, notes_beside
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.union import merge_packs
+from kd_cache.store.view import without_files
 from kd_cache.watch import Watcher
 
 __all__ = ["DumpJob", "DumpReport", "dump_logits", "lenders", "plan_dump", "plan_dumps", "refuse_unfit"]
@@ -121,13 +122,10 @@ class _Dump:
     def _wants_view(self) -> bool:
         """Whether to write a view. Raises StoreError, before anything is scored, where its index could not be read."""
         earlier = self.found.earlier
-        if self.job.views:
-            if self.job.files:
-                raise UsageError(
-                    "a row of several views is no vector that a .npy file of the view could hold",
-                    hint="Leave out --files; LogitCache and kd-cache export read the rows.",
-                )
-            return bool(self.found.others and earlier and earlier.record.get("files"))
+        if topk := without_files({**self.found.others, **self.job.origins}, self.job.files):
+            if self.job.files is None:
+                self.watcher.note(f"no .npy files are written: rows of {', '.join(topk)} are no vectors")
+            return False
         if self.job.files is None and len(self.files) >= VIEW_BELOW and not (earlier and earlier.record.get("files")):
             self.watcher.note(f"no .npy files are written: from {VIEW_BELOW:,} samples on only with --files")
             return False
@@ -378,6 +376,6 @@ def part_range(job: DumpJob, size: int) -> range:
 def _empty_report(job: DumpJob, name: str) -> TeacherReport:
     origin = job.origins[name]
     return TeacherReport(
-        cost=StorageCost(origin.value_kind) if origin.dtype == "fp16" else None,
+        cost=cost_of(origin),
         precision_cost=StorageCost(origin.value_kind) if job.precision != "fp32" else None,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.samples_table import SamplesTable
 from kd_cache.errors import FeatureError
 from kd_cache.files.atomic import make_directory
 from kd_cache.score.engine import Engine, is_out_of_memory, scored_dtype
@@ -38,13 +39,43 @@ class Places:
         self._ranks[shape] += count
 
 
-def count_shapes(source: FeatureSource, files: Sequence[str], *, skip_bad: bool) -> dict[Shape, int]:
-    """How many inputs have each shape, from their headers alone.
+class Others:
+    """What the samples table says of the shapes of all; nothing where the work is not split."""
+
+    def __init__(self, job: DumpJob | None = None) -> None:
+        self._job = job
+        self._table: SamplesTable | None = None
+
+    def table(self, *, make: bool = True) -> SamplesTable | None:
+        """It is made when it is first asked for: that reads the header of every sample's feature."""
+        job = self._job
+        if self._table is None and job is not None and job.part is not None:
+            self._table = job.data.samples_table(job.folder.pending_path, job.workers, make=make)
+        return self._table
+
+    def forget(self) -> None:
+        """Features have other shapes than the table says: the next part looks at headers again."""
+        if self._table is not None:
+            self._table.remove()
+
+
+NO_OTHERS = Others()
+
+
+def count_shapes(
+    source: FeatureSource,
+    files: Sequence[str],
+    *,
+    skip_bad: bool,
+    table: SamplesTable | None = None,
+    until: int | None = None,
+) -> dict[Shape, int]:
+    """How many inputs (``until`` a number) have each shape, from their headers alone; a ``table`` of them knows most.
 
     With ``skip_bad`` an unreadable feature does not count (the dump reports it); otherwise `FeatureError` is raised.
     """
-    counts: Counter[Shape] = Counter()
-    for file in files:
+    counts: Counter[Shape] = Counter({} if table is None else table.counts(until))
+    for file in files[:until] if table is None else [files[number] for number in table.unreadable(until)]:
         try:
             counts[source.shape(file)] += 1
         except FeatureError as error:
@@ -122,10 +153,14 @@ class Planner:
     Args:
         files: of all permitted samples, of further caches also: the sizes are planned for all of them, whichever part
             is scored.
+        others: knows their shapes, where the work is split.
     """
 
-    def __init__(self, job: DumpJob, found: Found, files: Sequence[str], engine: Engine, watcher: Watcher) -> None:
+    def __init__(
+        self, job: DumpJob, found: Found, files: Sequence[str], engine: Engine, watcher: Watcher, others: Others
+    ) -> None:
         self._job, self._found, self._files, self._engine, self._watcher = job, found, files, engine, watcher
+        self._others = others
         self._plan: BatchPlan | None = None
 
     def plan_for(self, array: np.ndarray) -> BatchPlan:
@@ -155,7 +190,8 @@ class Planner:
 
     def _make(self, earlier: BatchPlan | None) -> BatchPlan:
         skip_bad = self._job.on_bad_sample == "skip" or bool(self._job.planned)  # others' samples stop no dump of ours
-        counts = count_shapes(self._job.data.features, self._files, skip_bad=skip_bad)
+        source, table = self._job.data.features, self._others.table()
+        counts = count_shapes(source, self._files, skip_bad=skip_bad, table=table)
         size = self._job.batch_size or DEFAULT_BATCH[self._job.device.type]
         if size == "auto":
             size = earlier.batch_size if earlier else self._measured(counts)
@@ -176,13 +212,13 @@ class Planner:
 class Ranks:
     """Gives samples their ranks among those of their shape, in key order.
 
-    The shapes of samples that this run does not read, of other parts or known to be fresh, count as well: they are
-    looked up in headers, but only where a later sample is scored. A file with a good header has its rank even if the
-    rest of it cannot be read: its neighbours keep theirs.
+    The shapes of samples that this run does not read count as well, but only where a later sample is scored: of those
+    before the ``first`` of a part the samples table knows them, others are looked up in headers. A file with a good
+    header has its rank even if the rest of it cannot be read: its neighbours keep theirs.
     """
 
-    def __init__(self, source: FeatureSource, files: Sequence[str]) -> None:
-        self._source, self._files = source, files
+    def __init__(self, source: FeatureSource, files: Sequence[str], first: int = 0, others: Others = NO_OTHERS) -> None:
+        self._source, self._files, self._first, self._others = source, files, first, others
         self._places = Places()
         self._at = 0
         self.codes = ShapeCodes()
@@ -197,10 +233,24 @@ class Ranks:
 
     def rank(self, number: int, shape: Shape) -> int:
         """The rank of this sample. Ask in ascending order."""
+        if self._at < self._first and (table := self._others.table()) is not None:
+            for passed, count in count_shapes(
+                self._source, self._files, skip_bad=True, table=table, until=self._first
+            ).items():
+                self._places.pass_over(passed, count)
+            self._at = self._first
         if number > self._at:
             self._pass_over(number)
         self._at = number + 1
         return self._places.next_rank(shape)
+
+    def have_moved(self, part: slice) -> bool:
+        """Whether features of this part, which were read, have other shapes than the samples table says."""
+        if (table := self._others.table(make=False)) is None:
+            return False
+        told = np.array([(0, 0), *map(self.codes.code, table.shapes)], np.int32)[table.numbers[part]]
+        read = self.shapes[part]
+        return bool(((read[:, 1] != 0) & (told != read).any(axis=1)).any())
 
     def _pass_over(self, number: int) -> None:
         between = self.shapes[self._at : number]

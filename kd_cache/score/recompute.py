@@ -21,7 +21,7 @@ from kd_cache.score.batcher import Batcher
 from kd_cache.score.device import numerics
 from kd_cache.score.engine import Batch, Engine, Scored
 from kd_cache.score.teacher import Teacher
-from kd_cache.score.tolerance import TOLERANCE, agrees, deviation, most_allowed
+from kd_cache.score.tolerance import TOLERANCE, agrees, deviation, most_allowed, topk_deviation
 from kd_cache.store.plan import Place
 from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
@@ -98,22 +98,26 @@ class Recheck:
 
     def _compare_row(self, file: str, logits: np.ndarray, stored: np.ndarray, array: np.ndarray) -> None:
         self._result.rows += 1
-        if len(logits) != len(stored):
-            reason = f"scoring it again gives {len(logits)} values, stored are {len(stored)}"
+        origin = self._union.origin
+        if len(logits) != (values := origin.num_classes * (origin.frames or 1)):
+            reason = f"scoring it again gives {len(logits)} values, stored are {values}"
             self._result.wrong.append((file, reason))
             return
-        with np.errstate(over="ignore"):
-            now = logits.astype(stored.dtype)
+        now = origin.encoded(logits[None])[0][0]
         if now.tobytes() == stored.tobytes():
             self._result.bit_exact += 1
             return
-        difference = deviation(now, stored, self._kind)
+        if origin.topk is None:
+            difference = deviation(now, stored, self._kind)
+        else:
+            difference = topk_deviation(logits, stored, origin.topk)
         self._result.deviation = max(self._result.deviation, difference)
         if self._noise is None:
             self._noise = self._self_test(array, self._place(file).size)
         most = most_allowed(self._precision)
         allowed = min(max(TOLERANCE[self._precision], 2 * self._noise), most)
-        if not agrees(now, stored, self._kind, allowed):
+        is_same = difference <= allowed if origin.topk else agrees(now, stored, self._kind, allowed)
+        if not is_same:
             reason = f"they differ by {difference:.1e} of the row's range, allowed {allowed:.1e}"
             if self._noise > most:
                 reason += f"; the teacher itself varies by {self._noise:.1e} with what is scored beside a sample"

@@ -21,7 +21,7 @@ from kd_cache.score.engine import Engine, Scored
 from kd_cache.score.existing import ASKED, FRESH, Found, Known
 from kd_cache.score.input_checks import input_remarks
 from kd_cache.score.job import NEW, DumpJob, DumpReport
-from kd_cache.score.planning import Planner, Ranks
+from kd_cache.score.planning import Others, Planner, Ranks
 from kd_cache.score.reading import Read, read_ahead
 from kd_cache.score.stages import Busy
 from kd_cache.score.unchanged import Unchanged
@@ -60,7 +60,8 @@ class Scoring:
         self._job, self._found, self._files, self._keys, self._part = job, found, files, keys, part
         self._unchanged = Unchanged(job, found, files, keys, part, watcher)
         self._report, self._commits, self._watcher, self._busy = report, commits, watcher, busy
-        self._ranks = Ranks(job.data.features, files)
+        self._others = Others(job)
+        self._ranks = Ranks(job.data.features, files, part.start, self._others)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
         self._draws: dict[int, np.ndarray] = {}  # of samples that are due, where they are scored in a view
         self._checks = {name: RowCheck(origin.value_kind) for name, origin in job.origins.items()}
@@ -114,7 +115,7 @@ class Scoring:
             busy=self._busy,
             note=self._watcher.note,
         )
-        planner = Planner(job, self._found, job.planned or self._files, engine, self._watcher)
+        planner = Planner(job, self._found, job.planned or self._files, engine, self._watcher, self._others)
         batcher = Batcher(engine)
         unread = np.flatnonzero(~self._unchanged.fresh[self._part.start : self._part.stop]) + self._part.start
         at = 0
@@ -125,6 +126,8 @@ class Scoring:
                 self._take_chunk(unread[at : at + len(features)], features, planner, batcher)
                 at += len(features)
         self._keep(batcher.finish())
+        if len(unread) and self._ranks.have_moved(slice(self._part.start, self._part.stop)):
+            self._others.forget()
         self._report.halved_to = engine.most_rows
         for name, check in self._checks.items():
             if (remark := check.remark()) is not None:
@@ -217,8 +220,7 @@ class Scoring:
     def _keep_rows(self, name: str, scored: Scored) -> None:
         numbers, logits = scored.numbers, scored.logits[name]
         origin, report = self._job.origins[name], self._report.teachers[name]
-        with np.errstate(over="ignore"):  # an overflow to inf is reported below, by name
-            stored = logits.astype(origin.stored)
+        stored, fits = origin.encoded(logits)
         good = np.isfinite(logits).all(axis=1)
         self._checks[name].add(origin.as_vectors(logits[good]))
         wrong = self._checks[name].contradiction()
@@ -227,7 +229,6 @@ class Scoring:
                 f"teacher {name} says value_kind {origin.value_kind}, but its rows {wrong}",
                 hint="Return raw logits, or declare the value_kind that the teacher returns.",
             )
-        fits = np.isfinite(stored).all(axis=1)
         kept = [number for row, number in enumerate(numbers) if fits[row]]
         files = [self._files[number] for number in kept]
         draws = np.stack([self._draws[number] for number in kept]) if self._draws and kept else None

@@ -1,10 +1,13 @@
-"""What storing logits in half precision costs, measured on the rows of the run."""
+"""What storing logits in half precision, or only the most probable, costs, measured on the rows of the run."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+
+from kd_cache.store.origin import Origin
+from kd_cache.store.topk import BLOCK, TEMPERATURES, TopKCodec
 
 
 class StorageCost:
@@ -42,6 +45,51 @@ class StorageCost:
             f"{measure}_max": self.largest,
             "argmax_flips": self.flips,
         }
+
+
+class TopKCost(StorageCost):
+    """Running KL(fp32 ‖ stored, the rest spread evenly) at each temperature, and the probability that is the rest's."""
+
+    def __init__(self, codec: TopKCodec) -> None:
+        super().__init__("logits")
+        self._codec = codec
+        self._sums = np.zeros((len(TEMPERATURES), 2))  # of the KL, of the rest
+        self._largest = np.zeros(len(TEMPERATURES))
+
+    def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
+        """Count rows: ``[n, C]`` as computed, and ``[n, W]`` as stored."""
+        self.rows += len(exact)
+        step = max(1, BLOCK // self._codec.classes)
+        for start in range(0, len(exact), step):
+            rows, values = stored[start : start + step], exact[start : start + step].astype(np.float64)
+            for number, temperature in enumerate(TEMPERATURES):
+                cost, rest = self._measured(log_softmax(values / temperature), rows, temperature)
+                self._sums[number] += cost.sum(), rest.sum()
+                self._largest[number] = max(self._largest[number], cost.max())
+
+    def _measured(self, exact: np.ndarray, rows: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        """``[n]`` each: the KL of rows from log-probabilities ``[n, C]``, and the probability of the rest."""
+        inside, rest = self._codec.softened(rows, temperature)
+        stored = np.repeat(rest[:, None] - np.log(self._codec.classes - self._codec.k), self._codec.classes, axis=1)
+        np.put_along_axis(stored, self._codec.split(rows)["ids"].astype(np.int64), inside, axis=1)
+        probs = np.exp(exact)
+        apart = np.multiply(probs, exact - stored, out=np.zeros_like(probs), where=probs > 0)
+        return np.maximum(apart.sum(axis=1), 0.0), np.exp(rest)
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"rows": self.rows}
+        for number, temperature in enumerate(TEMPERATURES):
+            mean, outside = (self._sums[number] / max(self.rows, 1)).tolist()
+            at = "" if temperature == 1 else f"_t{temperature:g}"
+            found |= {f"kl_mean{at}": mean, f"kl_max{at}": float(self._largest[number]), f"outside{at}": outside}
+        return found
+
+
+def cost_of(origin: Origin) -> StorageCost | None:
+    """What measures the cost of storing rows so; ``None`` where there is none."""
+    if origin.topk is not None:
+        return TopKCost(origin.topk)
+    return StorageCost(origin.value_kind) if origin.dtype == "fp16" else None
 
 
 def kl_divergence(of: np.ndarray, to: np.ndarray) -> np.ndarray:

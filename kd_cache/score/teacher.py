@@ -26,14 +26,15 @@ from kd_cache.store.index import is_teacher_name
 from kd_cache.store.origin import (
     FORMAT_VERSION,
     FRAMES,
-    STORED,
     VALUE_KINDS,
     VIEWS,
     Fingerprint,
     Origin,
     class_order,
+    is_dtype,
     weights_digest,
 )
+from kd_cache.store.topk import k_of, refuse
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
@@ -247,8 +248,12 @@ def teacher_origin(
     views: int = 0,
 ) -> Origin:
     """What the store keeps with this teacher's rows of so many views. Arguments as for `teacher_fingerprint`."""
-    if dtype not in STORED:
-        raise UsageError(f"dtype is {shown(dtype)!r}, expected one of {', '.join(STORED)}")
+    if not is_dtype(dtype):
+        raise UsageError(f"dtype is {shown(dtype)!r}, expected fp32, fp16 or topk:K")
+    if (k := k_of(dtype)) is not None:
+        refuse(k, teacher.num_classes, teacher.value_kind, getattr(teacher, "num_frames", None), name)
+    if k is not None and views:
+        raise UsageError("top-k rows have no views yet", hint="Store views as --dtype fp32 or fp16.")
     if precision not in PRECISIONS:
         raise UsageError(f"precision is {shown(precision)!r}, expected one of {', '.join(PRECISIONS)}")
     names = getattr(teacher, "class_names", None)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from kd_cache.errors import UsageError
 from kd_cache.serve.parcel import sent_pair
@@ -18,23 +18,23 @@ class Rows(Protocol):
 
     def rows(self, files: Sequence[str], /) -> torch.Tensor: ...
     def prepare(self) -> None: ...
-    def batch(self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, /) -> torch.Tensor: ...
+    def batch(self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, /) -> Any: ...
 
 
 class Gathered:
-    """One batch on its way from ``__getitems__`` to ``collate``: base items, and their logits ``[B, T, C]``.
+    """One batch on its way from ``__getitems__`` to ``collate``: base items, and their logits ``[B, T, C]`` or `TopK`.
 
     To any other collate function it is a list of ``(item, logits [T, C])``.
     """
 
-    def __init__(self, items: list[Any], logits: torch.Tensor) -> None:
+    def __init__(self, items: list[Any], logits: Any) -> None:
         self.items = items
         self.logits = logits
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, number: int) -> tuple[Any, torch.Tensor]:
+    def __getitem__(self, number: int) -> tuple[Any, Any]:
         return self.items[number], self.logits[number]
 
 
@@ -62,7 +62,7 @@ class CachedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, number: Any) -> tuple[Any, torch.Tensor]:
+    def __getitem__(self, number: Any) -> tuple[Any, Any]:
         """``(item, logits [T, C])``; for a list of numbers (a batch sampler's) what `collate` makes of them."""
         if isinstance(number, list | tuple) or (isinstance(number, torch.Tensor | np.ndarray) and number.ndim):
             return self.collate(self.__getitems__([int(one) for one in number]))
@@ -78,12 +78,10 @@ class CachedDataset(Dataset[Any]):
         rows = torch.from_numpy(self._rows[np.asarray(numbers, np.int64)])
         return Gathered(items, self.cache.batch(rows, self._dtype))
 
-    def collate(
-        self, batch: Gathered | list[tuple[Any, torch.Tensor]] | tuple[Any, torch.Tensor]
-    ) -> tuple[Any, torch.Tensor]:
-        """``(base batch, logits [B, T, C])``, be the batch gathered at once, item by item, or ready already."""
+    def collate(self, batch: Gathered | list[tuple[Any, Any]] | tuple[Any, Any]) -> tuple[Any, Any]:
+        """``(base batch, logits [B, T, C] or TopK)``, be the batch gathered at once, item by item, or ready already."""
         if isinstance(batch, tuple):
             return batch
         if isinstance(batch, Gathered):
             return sent_pair(self._collate(batch.items), batch.logits)
-        return sent_pair(self._collate([item for item, _ in batch]), torch.stack([logits for _, logits in batch]))
+        return sent_pair(self._collate([item for item, _ in batch]), default_collate([logits for _, logits in batch]))

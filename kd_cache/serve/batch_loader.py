@@ -7,6 +7,7 @@ for logits, labels in BatchLoader(cache, files, labels, batch_size=256, shuffle=
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ DEVICE_TABLE_BYTES = 1 << 30
 
 class BatchLoader:
     """Yields ``(logits [B, T, C], *tensors [B, …])``, one tuple per batch, in a new order each time with ``shuffle``.
+
+    Of a top-k cache the first is a `TopK`.
 
     Args:
         files: whose rows; all files of the cache (in the order of ``cache.files``) with ``None``.
@@ -65,7 +68,7 @@ class BatchLoader:
         self._rows = rows
         size = len(rows) * len(cache.teachers) * cache.width * cache.dtype.itemsize
         self._table = None
-        if self._device.type != "cpu" and size <= DEVICE_TABLE_BYTES:
+        if self._device.type != "cpu" and size <= DEVICE_TABLE_BYTES and cache.topk is None:
             self._table = cache.batch(rows).to(self._device)
 
     def __len__(self) -> int:
@@ -73,7 +76,7 @@ class BatchLoader:
         whole, left = divmod(len(self._rows), self.batch_size)
         return whole + (left > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         order = torch.randperm(len(self._rows), generator=self.generator) if self.shuffle else None
         rows = self._rows if order is None else self._rows[order]
         there = None if order is None else order.to(self._device)
@@ -85,7 +88,7 @@ class BatchLoader:
             aligned = (tensor[part].clone() if at is None else tensor.index_select(0, at) for tensor in self._tensors)
             yield logits, *aligned
 
-    def _logits(self, rows: torch.Tensor, there: slice | torch.Tensor) -> torch.Tensor:
+    def _logits(self, rows: torch.Tensor, there: slice | torch.Tensor) -> Any:
         """The logits of these rows of the cache, which are ``there`` in the table on the device, if there is one."""
         if self._table is not None:
             return self._table[there].to(self._dtype or self._table.dtype, copy=isinstance(there, slice))
@@ -94,4 +97,5 @@ class BatchLoader:
         logits = self.cache.batch(rows)
         if self._device.type == "cuda":
             logits = logits.pin_memory()
-        return logits.to(self._device, non_blocking=True).to(self._dtype or logits.dtype)
+        logits = logits.to(self._device, non_blocking=True)
+        return logits if self.cache.topk is not None else logits.to(self._dtype or logits.dtype)

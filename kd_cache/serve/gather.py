@@ -11,9 +11,11 @@ import torch
 from kd_cache.errors import UsageError
 from kd_cache.serve.placement import fits
 from kd_cache.serve.rows import TeacherRows
+from kd_cache.serve.topk import TopK
 from kd_cache.serve.views import vectors
 from kd_cache.store.shelf import RowNumbers
 from kd_cache.store.take import WIDE, take_rows
+from kd_cache.store.topk import TopKCodec
 
 _BLOCK = 1 << 20
 """So many bytes of rows are gathered, then put in their place while they are still in the processor's cache."""
@@ -42,7 +44,7 @@ class Gatherer:
         self.shape = (numbers.limit, len(tables), tables[0].width)
         self._width = self.shape[1] * self.shape[2]  # values in a row of all teachers
         self.dtype = tables[0].dtype
-        self.torch_dtype = torch.float16 if self.dtype.itemsize == 2 else torch.float32
+        self.torch_dtype = {1: torch.uint8, 2: torch.float16}.get(self.dtype.itemsize, torch.float32)
         self._is_narrow_table = self._is_table and self._width * self.dtype.itemsize < WIDE
         self._is_near = self.nbytes <= _NEAR
         if not self._is_table and not fits(self.nbytes):
@@ -116,6 +118,29 @@ class Gatherer:
         if self._is_record:
             return out.copy_(self.fresh(rows, None))
         return self._into_tensor(rows, out)
+
+    def with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
+        """`fresh`, or `into` where there is an ``out``; those of a miss, -1, are NaN."""
+        present = np.flatnonzero(rows >= 0)
+        if out is None:
+            out = torch.empty((len(rows), *self.shape[1:]), dtype=dtype or self.torch_dtype)
+        out.fill_(float("nan"))
+        out[torch.from_numpy(present).to(out.device)] = self.fresh(rows[present], out.dtype).to(out.device)
+        return out
+
+    def most_probable(self, rows: np.ndarray, codec: TopKCodec, dtype: torch.dtype | None) -> TopK:
+        """Top-k rows ``[B, T]``; those of a miss, -1, are NaN."""
+        missed = rows < 0
+        if not missed.any():
+            stored = np.empty((len(rows), *self.shape[1:]), np.uint8)
+            self._into(rows, stored)
+            return TopK.of(stored, codec, dtype or torch.float32)
+        stored = np.zeros((len(rows), *self.shape[1:]), np.uint8)
+        stored[~missed] = self.fresh(rows[~missed], None).numpy()
+        found = TopK.of(stored, codec, dtype or torch.float32)
+        for values in (found.log_probs, found.rest):
+            values[torch.from_numpy(missed)] = float("nan")
+        return found
 
     @property
     def _is_record(self) -> bool:

@@ -48,7 +48,8 @@ class JoinedRows(TeacherRows):
         count = len(np.unique(first[other]))
         here, first = here[other][:1], first[other][:1]
         changed = (self._shelf.column("inputs", here) != self._shelf.column("inputs", first)).any()
-        by = np.abs(self._shelf.take(here).astype(np.float64) - self._shelf.take(first)).max()
+        one, another = (self._shelf.take(at) for at in (here, first))
+        by = np.inf if self.topk else np.abs(one.astype(np.float64) - another).max()
         why = "its feature changed between their dumps" if changed else f"they differ by up to {by:.2g}"
         raise StaleError(
             f"{self.name}: {count:,} samples have other rows in one of {', '.join(map(shown, paths))} than in another; "

@@ -27,10 +27,11 @@ from kd_cache.serve.attach import Gathered as Gathered
 from kd_cache.serve.gather import Gatherer
 from kd_cache.serve.generation import look, older_rows, refuse_mixture, refuse_unexpected
 from kd_cache.serve.joined import joined, teachers_of_all
+from kd_cache.serve.mirror import local_copy
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
-from kd_cache.serve.views import View, ViewsRead, checked_view
+from kd_cache.serve.views import InputsRead, View, checked_view
 from kd_cache.store.accuracy import in_words, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
@@ -41,7 +42,7 @@ from kd_cache.store.snapshot import Snapshot
 _INT64 = np.dtype(np.int64)
 
 
-class LogitCache(ViewsRead):
+class LogitCache(InputsRead):
     """An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
 
     Attributes:
@@ -50,6 +51,7 @@ class LogitCache(ViewsRead):
         num_classes: C.
         views: how many views a row has, 1 where no inputs were augmented; view 0 is of the clean input.
         frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
+        topk: how top-k rows are stored, else ``None``. Where they are, a batch is a `TopK` in place of a tensor.
         task: what the data set is that was scored.
         target: the target device of the adaptation, or ``None`` where the folder's name does not say; where there are
             no domains, the one that there is.
@@ -74,10 +76,10 @@ class LogitCache(ViewsRead):
         self.misses = 0
         self._rows_of = tables
         self._index = index
-        self._on_miss = on_miss
+        self._on_miss, self._first = on_miss, -1 if on_miss == "nan" else 0
         self.teachers = tuple(rows.name for rows in tables)
         self.num_classes, self.frames, self.views = tables[0].num_classes, tables[0].frames, tables[0].views
-        self.width, self.dtype = tables[0].width // self.views, tables[0].dtype
+        self.width, self.dtype, self.topk = tables[0].width // self.views, tables[0].dtype, tables[0].topk
         self._resolver = Resolver(path, tables, index)
         self._row_numbers = self._resolver.numbers
         self.preloaded = choose(
@@ -105,12 +107,15 @@ class LogitCache(ViewsRead):
         verify: str = "auto",
         preload: bool | str = "auto",
         strict: bool = False,
+        offline: bool | None = None,
     ) -> LogitCache:
         """Open ``cache/A2b``: what its index names, nothing else. Every byte is checked before it is believed.
 
         Args:
             path: the cache's folder, or the ``cache_index.json`` in it; of several targets a list of caches, which are
-                served as one. Rows of A must agree in them, or it says which teacher differs.
+                served as one. Rows of A must agree in them, or it says which teacher differs. An URL such as
+                ``s3://bucket/A2b`` is pulled into a mirror on this disk (``KD_CACHE_MIRROR``) and opened there; nothing
+                is asked of the store afterwards.
             teachers: which to open, in this order; all by default.
             expect: the fingerprint each teacher must have, as `Fingerprint` or 64 hex digits.
             value_kind: what the student's loss works on. Rows of another kind are refused, never converted.
@@ -122,8 +127,10 @@ class LogitCache(ViewsRead):
                 ``preloaded`` says what it came to.
                 For a table on an accelerator see `tensor`.
             strict: refuse a cache that holds fewer rows than its index promises, instead of a warning.
+            offline: of an URL, use the mirror as it is; by default what ``KD_CACHE_OFFLINE`` says.
 
         Raises:
+            StoreError: the store at an URL cannot be reached in time.
             MissingLogitsError: no cache there, an unfinished one, a teacher it does not hold, or a pack that is gone.
             CorruptError: a damaged index or pack.
             StaleError: a fingerprint other than expected, naming the parts that differ; several caches that have other
@@ -137,8 +144,9 @@ class LogitCache(ViewsRead):
         checked(preload)
         if not isinstance(path, str | Path):
             further = {"value_kind": value_kind, "verify": verify, "strict": strict, "expect": expect}
-            return _opened_together([Path(each) for each in path], teachers, on_miss, preload, further)
-        path = Path(path).expanduser()
+            paths = [local_copy(each, offline=offline) for each in path]
+            return _opened_together(paths, teachers, on_miss, preload, further)
+        path = local_copy(path, offline=offline)
         folder = CacheFolder.at(path)
         snapshot = Snapshot(folder)
         if snapshot.is_older:
@@ -175,7 +183,8 @@ class LogitCache(ViewsRead):
     def __repr__(self) -> str:
         return (
             f"LogitCache({shown(self.path)!r}, teachers={list(self.teachers)}, files={len(self):,}, "
-            f"classes={self.num_classes}, {'' if self.frames is None else f'frames={self.frames}, '}dtype={self.dtype})"
+            f"classes={self.num_classes}, {f'frames={self.frames}, ' if self.frames else ''}"
+            f"dtype={self.topk or self.dtype})"
         )
 
     @property
@@ -269,10 +278,11 @@ class LogitCache(ViewsRead):
         dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
         view: View = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
-        Of teachers that score each frame they are ``[B, T, L, C]``.
+        Of teachers that score each frame they are ``[B, T, L, C]``. Of top-k rows it is a `TopK` ``[B, T]``, its
+        log-probabilities in ``dtype`` or float32.
 
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
@@ -281,10 +291,14 @@ class LogitCache(ViewsRead):
 
         Raises:
             MissingLogitsError, IndexError: a file without logits, a row or a view that is none.
-            UsageError: ``out`` has another shape or dtype.
+            UsageError: ``out`` has another shape or dtype, or rows are top-k.
         """
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
+        if self.topk is not None:
+            if out is not None:
+                raise UsageError("a batch of top-k rows is a TopK, and fills no tensor", hint="Leave out=… away.")
+            return self._gatherer.most_probable(self._numbers(rows, self._first), self.topk, dtype)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
         at = 0 if view is None else checked_view(view, self.views, math.prod(rows.shape))
@@ -305,11 +319,11 @@ class LogitCache(ViewsRead):
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
                 return logits if dtype is None else logits.to(dtype)
-        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        numbers = self._numbers(rows, self._first)
         if self.views > 1:
             numbers = np.where(numbers < 0, -1, numbers * self.views + view)  # those of their vectors
         if self._on_miss == "nan" and (numbers < 0).any():
-            return self._with_nan(numbers, dtype, out)
+            return self._gatherer.with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
 
     def prepare(self) -> None:
@@ -321,7 +335,7 @@ class LogitCache(ViewsRead):
         teachers: Sequence[str] | None = None,
         files: Sequence[str] | None = None,
         device: str | torch.device = "cpu",
-    ) -> torch.Tensor:
+    ) -> Any:
         """The whole table ``[N, T, C]`` on a device: of ``files`` in their order (all by default) and ``teachers``."""
         wanted = self.teachers if teachers is None else tuple(teachers)
         unknown = [name for name in wanted if name not in self.teachers]
@@ -331,18 +345,6 @@ class LogitCache(ViewsRead):
         if wanted != self.teachers:
             logits = logits[:, [self.teachers.index(name) for name in wanted]]
         return logits.to(device)
-
-    def input_digests(self, rows: torch.Tensor) -> np.ndarray | None:
-        """``[B, teachers, 16]`` u1: the digest of the features that each teacher scored, by rows from `rows`.
-
-        `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
-        script, which kept none. Raises IndexError for a row that is none.
-        """
-        numbers = self._numbers(rows)
-        if self._index is None:
-            return None
-        parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
-        return np.stack(parts, axis=1)
 
     def attach(
         self,
@@ -401,15 +403,6 @@ class LogitCache(ViewsRead):
                 f"expected out as {dtype or 'floating-point'} {list(expected)}, found {out.dtype} {list(out.shape)}"
             )
 
-    def _with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
-        present = np.flatnonzero(rows >= 0)
-        if out is None:
-            shape = (len(rows), len(self.teachers), self.width)
-            out = torch.empty(shape, dtype=dtype or self._gatherer.torch_dtype)
-        out.fill_(float("nan"))
-        out[torch.from_numpy(present).to(out.device)] = self._gatherer.fresh(rows[present], out.dtype).to(out.device)
-        return out
-
 
 class JoinedCache(LogitCache):
     """The caches of several targets as one. ``paths`` are theirs; ``target`` names all targets, with commas."""
@@ -457,7 +450,7 @@ def _opened_together(
         raise UsageError("no cache is named")
     if len(paths) == 1:
         return LogitCache.open(paths[0], teachers, on_miss=on_miss, preload=preload, **further)
-    folders = [CacheFolder.at(path.expanduser()) for path in paths]
+    folders = [CacheFolder.at(path) for path in paths]
     origins = [Snapshot(folder).finished().origins for folder in folders]
     held, only_some = teachers_of_all(origins, [folder.path for folder in folders])
     if teachers is None and only_some:

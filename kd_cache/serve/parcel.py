@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from kd_cache.serve.topk import TopK
+
 _SMALL = 1 << 18
 """Bytes up to which a tensor is sent in the message."""
 
@@ -28,7 +30,7 @@ class _Batch(dict[str, Any]):
         return _received_batch, ({name: _packed(value) for name, value in self.items()},)
 
 
-def sent_pair(batch: Any, logits: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def sent_pair(batch: Any, logits: Any) -> tuple[Any, Any]:
     """``(batch, logits)``, ready to be sent if this is a worker."""
     return (batch, logits) if get_worker_info() is None else _Pair((batch, logits))
 
@@ -43,7 +45,9 @@ _PLAIN.add(torch.bool)  # not complex numbers; and what is a negated view of som
 
 
 def _packed(value: Any) -> Any:
-    """The tensor's array where it is small, plain and alone; everything else as it is."""
+    """The tensor's array where it is small, plain and alone, each of a `TopK`; everything else as it is."""
+    if isinstance(value, TopK):
+        return value.map(_packed)
     if type(value) is not torch.Tensor or value.layout is not torch.strided or value.dtype not in _PLAIN:
         return value
     if not value.is_cpu or value.requires_grad or value.is_neg() or value.nbytes > _SMALL:
@@ -59,6 +63,8 @@ class _Array:
 
 
 def _unpacked(value: Any) -> Any:
+    if isinstance(value, TopK):
+        return value.map(_unpacked)
     return torch.from_numpy(value.array) if isinstance(value, _Array) else value
 
 

@@ -83,7 +83,7 @@ class TeacherRows:
         self.name = origin.teacher
         self.num_classes, self.frames, self.width = origin.num_classes, origin.frames, origin.width
         self.views, self.policy = len(origin.views) or 1, origin.policy
-        self.dtype = origin.stored
+        self.dtype, self.topk = origin.stored, origin.topk
         names = "+".join(pack.path.name for pack in packs)
         self.signature = names if len(packs) == 1 else f"{origin.teacher}-{xxhash.xxh3_128_hexdigest(names.encode())}"
 

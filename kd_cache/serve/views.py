@@ -17,6 +17,7 @@ from kd_cache.dataset.views import Policy
 from kd_cache.errors import UsageError, shown
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
+from kd_cache.store.index import Index
 from kd_cache.store.shelf import RowNumbers
 
 _BLOCK = 16_384
@@ -82,14 +83,15 @@ def checked_view(view: View, views: int, rows: int) -> Any:
     return numbers.astype(np.int64) if numbers.ndim else int(numbers)
 
 
-class ViewsRead:
-    """What a `LogitCache` has for views, besides `batch`."""
+class InputsRead:
+    """What a `LogitCache` knows of the inputs that were scored, and of their views."""
 
     path: Path
     views: int
     _rows_of: Sequence[TeacherRows]
     _resolver: Resolver
-    _on_miss: str
+    _first: int
+    _index: Index | None
     rows: Callable[[Any], torch.Tensor]
     batch: Callable[..., torch.Tensor]
     _numbers: Callable[..., np.ndarray]
@@ -100,7 +102,7 @@ class ViewsRead:
         """``[B, V, T, C]``: every view of these rows or files. Raises as `batch`."""
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
             rows = self.rows(rows)
-        numbers = self._numbers(rows, first=-1 if self._on_miss == "nan" else 0)
+        numbers = self._numbers(rows, self._first)
         every = np.tile(np.arange(self.views), len(numbers))
         logits = self.batch(np.repeat(numbers, self.views), dtype, view=every)
         return logits.view(-1, self.views, *logits.shape[1:])
@@ -122,3 +124,15 @@ class ViewsRead:
         """How the inputs of views were augmented; ``None`` where there are none."""
         text = self._rows_of[0].policy
         return None if text is None else Policy.from_text(text)
+
+    def input_digests(self, rows: torch.Tensor) -> np.ndarray | None:
+        """``[B, teachers, 16]`` u1: the digest of the features that each teacher scored, by rows from `rows`.
+
+        `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
+        script, which kept none. Raises IndexError for a row that is none.
+        """
+        numbers = self._numbers(rows)
+        if self._index is None:
+            return None
+        parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
+        return np.stack(parts, axis=1)

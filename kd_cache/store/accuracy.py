@@ -164,8 +164,7 @@ def measure(union: Union | None, permitted: Permitted) -> Accuracy:
     right, digest = np.zeros(len(labels), bool), xxhash.xxh3_128()
     for at in range(0, len(labels), _BLOCK):
         block = positions[at : at + _BLOCK]
-        clips = union.origin.as_clips(union.take(block))
-        right[at : at + _BLOCK] = clips.argmax(axis=1) == labels[at : at + _BLOCK]
+        right[at : at + _BLOCK] = union.origin.decisions(union.take(block)) == labels[at : at + _BLOCK]
         digest.update(np.concatenate([union.keys[block], union.inputs[block]], axis=1).tobytes())
     return Accuracy(int(right.sum()), len(right), digest.hexdigest(), labelled, right)
 

@@ -24,7 +24,7 @@ from kd_cache.files.strict_json import misfit, strict_json
 from kd_cache.options import MAX_VIEWS
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
-from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin
+from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, is_dtype
 from kd_cache.store.permitted import PERMITTED_NAME
 
 _UNSET = "0" * 32
@@ -33,7 +33,7 @@ _UNSET_TAIL = _TAIL.format(_UNSET).encode("ascii")
 _END = b'\n "num_samples": '
 _LINES = 16_384
 _BLOCK = 1 << 22
-_MOST = 1 << 30
+_MOST = MOST_BYTES = 1 << 30
 _MOST_UNSEALED = 1 << 27
 """Larger indexes are refused unread: one of ours takes about 130 bytes per sample and teacher (none with --no-files).
 What does not end with its own digest is at best an older script's, and those are small."""
@@ -48,7 +48,7 @@ _TEACHER = {
     "value_kind": VALUE_KINDS.__contains__,
     "num_classes": lambda value: type(value) is int and value > 0,
     "class_names": (None, [str]),
-    "dtype": STORED.__contains__,
+    "dtype": lambda value: isinstance(value, str) and is_dtype(value),
     "views": lambda value: type(value) is int and 0 < value <= MAX_VIEWS,
     "rows": int,
     "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
@@ -104,6 +104,18 @@ class Index:
     def origins(self) -> dict[str, Origin]:
         """The current origin of each teacher, in the order of the dump."""
         return {name: _origin(name, entry) for name, entry in self.record["teachers"].items()}
+
+    @property
+    def packs(self) -> list[str]:
+        """The file names of the packs that it names."""
+        return [entry["pack"] for entry in self.record["teachers"].values() if entry["pack"] is not None]
+
+    @property
+    def without_view(self) -> bytes:
+        """The file of the same index without a view: what stands in a copy elsewhere, where its paths do not hold."""
+        kept = {key: value for key, value in self.record.items() if key != "digest"}
+        plain = {**kept, "files": False, "digest": _UNSET}
+        return b"".join(_pieces(self.path, self.num_samples, {name: {} for name in self.record["teachers"]}, plain))
 
     @property
     def missing(self) -> dict[str, str]:
@@ -246,6 +258,15 @@ def read_index(path: Path, *, maps: bool = True) -> Index:
         CorruptError: not byte for byte as it was written.
     """
     raw, digest = _read(path, maps)
+    return _index_of(path, raw, digest, maps)
+
+
+def index_of_bytes(path: Path, raw: bytes) -> Index:
+    """`read_index` of a file's content that is not on this disk; ``path`` is what errors call it."""
+    return _index_of(path, raw, _digest(raw), False)
+
+
+def _index_of(path: Path, raw: bytes, digest: str, maps: bool) -> Index:
     content = _parse(path, raw)
     if "kd_cache" not in content:
         _refuse_renamed(path, content)

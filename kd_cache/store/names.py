@@ -10,7 +10,7 @@ from kd_cache.errors import UsageError
 
 INDEX_NAME = "cache_index.json"
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json", "seen.bin")
+RESERVED_NAMES = ("packs", "pending", "num_samples", "kd_cache", INDEX_NAME, "plan.json", "seen.bin", "remote.json")
 MODES: Final = ("ce", "fit", "mean", "probs", "gate", "entropy", "label")
 """Ways to make one teacher of several: a student is told one of them, or a teacher's name."""
 MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean", "attn_fusion": "gate"}
@@ -18,7 +18,8 @@ MODES_BEFORE: Final[Mapping[str, str]] = {"ce_only": "ce", "mean_fusion": "mean"
 PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}-[0-9a-f]{32}\.h5\Z")
 PENDING_NAME = re.compile(r"[0-9a-f]{16}\.json\Z")
 NOTES_NAME = re.compile(r"[0-9a-f]{16}\.seen\Z")
-IN_PENDING = re.compile(f"{PENDING_NAME.pattern}|{NOTES_NAME.pattern}")
+SAMPLES_NAME = re.compile(r"samples-[0-9a-f]{32}\.bin\Z")
+IN_PENDING = re.compile("|".join(name.pattern for name in (PENDING_NAME, NOTES_NAME, SAMPLES_NAME)))
 """What else lies beside packs and records is not ours: a copy ``x (1).h5``, ``._x`` and other systems' leftovers."""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd_cache.errors import TeacherError, UsageError, shown
+from kd_cache.store.topk import TopKCodec, k_of
 
 if TYPE_CHECKING:
     import torch
@@ -118,10 +119,11 @@ def class_order(names: Iterable[str] | None, num_classes: int) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """What made the rows of a pack; ``dtype`` is ``fp32`` or ``fp16``.
+    """What made the rows of a pack; ``dtype`` is ``fp32``, ``fp16`` or ``topk:K``.
 
-    Rows of a teacher that scores each frame are L vectors ``[L, C]``, stored as one of L · C values. ``views`` are the
-    views that a row holds one after the other, neighbours in ascending order; none where the fingerprint has no policy.
+    Rows of a teacher that scores each frame are L vectors ``[L, C]``, stored as one of L · C values. Top-k rows are W
+    bytes, which `topk` reads. ``views`` are the views that a row holds one after the other, neighbours in ascending
+    order; none where the fingerprint has no policy.
     """
 
     teacher: str
@@ -132,9 +134,16 @@ class Origin:
     class_names: tuple[str, ...] | None = None
     views: tuple[int, ...] = ()
 
+    @cached_property
+    def topk(self) -> TopKCodec | None:
+        """How top-k rows are read; ``None`` where a row is the vector itself."""
+        k = k_of(self.dtype)
+        return None if k is None else TopKCodec(k, self.num_classes)
+
     @property
     def stored(self) -> np.dtype[Any]:
-        return np.dtype(STORED[self.dtype])
+        """The dtype of a row's values."""
+        return np.dtype(np.uint8 if self.topk else STORED[self.dtype])
 
     @cached_property
     def frames(self) -> int | None:
@@ -145,7 +154,7 @@ class Origin:
     @property
     def width(self) -> int:
         """How many values a row has."""
-        return self.num_classes * (self.frames or 1) * (len(self.views) or 1)
+        return self.topk.width if self.topk else self.num_classes * (self.frames or 1) * (len(self.views) or 1)
 
     @property
     def policy(self) -> str | None:
@@ -156,11 +165,30 @@ class Origin:
         """The same with these views in a row."""
         return replace(self, views=views)
 
+    def encoded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as they are stored of ``[n, L · C]`` float32, and ``[n]`` bool which of them can be."""
+        if self.topk is None:
+            with np.errstate(over="ignore"):  # what overflows to inf is told apart here
+                stored = logits.astype(self.stored)
+            return stored, np.isfinite(stored).all(axis=1)
+        good = np.isfinite(logits).all(axis=1)
+        rows = self.topk.encode(np.where(good[:, None], logits, 0))
+        return rows, good & np.isfinite(self.topk.split(rows)["log_probs"]).all(axis=1)
+
     def as_vectors(self, rows: np.ndarray) -> np.ndarray:
         """``[n, V · L · C]`` rows as ``[n · V · L, C]``."""
         return rows if rows.shape[-1] == self.num_classes else rows.reshape(-1, self.num_classes)
 
     def as_clips(self, rows: np.ndarray) -> np.ndarray:
-        """``[n, C]``: a row's mean over its frames, of its first view."""
+        """``[n, C]``: a row's mean over its frames, of its first view. Not of top-k rows."""
         rows = rows[:, : self.num_classes * (self.frames or 1)]
         return rows if self.frames is None else rows.reshape(len(rows), self.frames, -1).mean(axis=1)
+
+    def decisions(self, rows: np.ndarray) -> np.ndarray:
+        """``[n]``: the largest class of each row."""
+        return self.topk.split(rows)["ids"][:, 0] if self.topk else self.as_clips(rows).argmax(axis=1)
+
+
+def is_dtype(text: str) -> bool:
+    """Whether rows can be stored so."""
+    return text in STORED or k_of(text) is not None

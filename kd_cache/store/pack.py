@@ -1,8 +1,9 @@
 """Packs: immutable HDF5 files of rows, all of one teacher and one fingerprint.
 
 Layout of ``<teacher>-<digest>.h5``: 512 bytes that `preamble` describes, then HDF5: keys [N,16] u1 (sorted), inputs
-[N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2 (from a multiple of 4,096 on; in format 1, as all others, of 64),
-file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after the other); attributes: what made the rows.
+[N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2 (in their place rows [N,W] u1 where dtype is topk:K; from a
+multiple of 4,096 on; in format 1, as all others, of 64), file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after
+the other); attributes: what made the rows.
 With views: logits [N,V,C], and views [V] <u4 (their numbers), draws [N,V,D] <u4 (what was drawn).
 
 A pack is whole or absent. Its bytes are checked before libhdf5 sees them (and libhdf5 sees nothing else), its structure
@@ -31,13 +32,11 @@ from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
 from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.names import is_teacher_name
-from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json
+from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, canonical_json, is_dtype
 from kd_cache.store.preamble import MAGIC, USER_BLOCK, Preamble, Span
-from kd_cache.store.rows import flat_views
+from kd_cache.store.rows import PAGE, datasets_of, flat_views, values_name
 from kd_cache.store.rows import row_checksums as row_checksums
 
-PAGE = 4096
-"""The rows begin at a multiple of this in the file, so that they can be mapped alone."""
 MAX_ATTRIBUTE = 60_000
 MAPPED = 1 << 20
 """Packs of at least this size are memory-mapped. Smaller ones are read: a process may have only so many maps, and an
@@ -47,21 +46,7 @@ CHECKED_AT_ONCE = 512
 _AT_ONCE = 1 << 16
 """Checksums of so many rows are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
-# Datasets in the order in which they are written: dtype (None: given by the origin) and number of axes.
-_DATASETS: dict[str, tuple[str | None, int]] = {
-    "keys": ("|u1", 2),
-    "inputs": ("|u1", 2),
-    "checksums": ("<u8", 1),
-    "logits": (None, 2),
-    "file_offsets": ("<u8", 1),
-    "files": ("|u1", 1),
-}
-_WITH_VIEWS: dict[str, tuple[str | None, int]] = {
-    **_DATASETS,
-    "logits": (None, 3),
-    "draws": ("<u4", 3),
-    "views": ("<u4", 1),
-}
+
 _ATTRIBUTES = ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype")
 
 
@@ -74,14 +59,13 @@ class Pack:
     keys: np.ndarray  # [N, 16] u1, sorted
     inputs: np.ndarray  # [N, 16] u1
     checksums: np.ndarray  # [N] u8
-    logits: np.ndarray  # [N, C]; of V views [N, V · C]
+    logits: np.ndarray  # [N, C], of V views [N, V · C]; or top-k rows [N, W] u1
     file_offsets: np.ndarray  # [N + 1] u8
     files_blob: np.ndarray  # [M] u1
     draws: np.ndarray | None = None  # [N, V · D] u4, where there are views
     unchecked: np.ndarray | None = None  # [blocks] bool: nobody has looked at these yet; None where all is checked
-    whole: Pack | None = field(
-        default=None, kw_only=True
-    )  # the pack that these views were cut out of; checksums are of its rows
+    whole: Pack | None = field(default=None, kw_only=True)
+    """The pack that these views were cut out of: checksums are of its rows."""
 
     def of_views(self, views: tuple[int, ...]) -> Pack | None:
         """Neighbouring views of all rows as a pack of their own, without a copy; ``None`` where it lacks one."""
@@ -249,7 +233,7 @@ def _write_hdf5(
         pack.create_dataset("inputs", data=inputs, track_times=False)
         pack.create_dataset("checksums", (count,), "<u8", track_times=False)[:1] = 0  # gives it its place
         shape = (count, len(views), origin.width // len(views)) if views else (count, origin.width)
-        pack.create_dataset("logits", shape, origin.stored, track_times=False)
+        pack.create_dataset(values_name(origin.dtype), shape, origin.stored, track_times=False)
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
         blob = np.frombuffer(b"".join(files), np.uint8)
         pack.create_dataset("files", data=blob, track_times=False)
@@ -258,7 +242,7 @@ def _write_hdf5(
             pack.create_dataset("draws", (count, *first.shape[1:]), "<u4", track_times=False)[:1] = first
             pack.create_dataset("views", data=np.array(views, "<u4"), track_times=False)
     with writing_hdf5(outlet, USER_BLOCK, "r+", PAGE) as pack:  # HDF5 has one alignment for all that is placed
-        checksums, logits = pack["checksums"], pack["logits"]
+        checksums, logits = pack["checksums"], pack[values_name(origin.dtype)]
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
@@ -308,10 +292,11 @@ def _seal_user_block(file: io.FileIO, keys: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def open_pack(path: Path, check: str = "full") -> Pack:
+def open_pack(path: Path, check: str = "full", name: str | None = None) -> Pack:
     """Open a pack and check its structure.
 
     Args:
+        name: what it will be called, where it still has a temporary name.
         check: ``full`` compares the digest of every byte at once; ``lazy`` leaves that, and `Pack.touch` compares the
             checksums of rows when they are first read; ``off`` compares none.
 
@@ -321,7 +306,7 @@ def open_pack(path: Path, check: str = "full") -> Pack:
         FileNotFoundError: it is not there (any more).
     """
     try:
-        return _open_checked(path, path.name, check)
+        return _open_checked(path, name or path.name, check)
     except (FileNotFoundError, KDCacheError):
         raise
     except OSError as error:
@@ -339,8 +324,8 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
     try:
         with reading_hdf5(content) as file:
             texts = _read_attributes(path, file, preamble.version)
-            arrays = _view_datasets(path, file, content, np.dtype(STORED[texts["dtype"]]), preamble.version)
-        views = tuple(arrays.pop().tolist()) if len(arrays) > len(_DATASETS) else ()
+            arrays = _view_datasets(path, file, content, texts["dtype"], preamble.version)
+        views = tuple(arrays.pop().tolist()) if len(arrays) == 8 else ()
         pack = Pack(path, _origin(path, texts, arrays[3].shape[1], views), *arrays)
     except KDCacheError:
         raise
@@ -419,7 +404,7 @@ def _read_attributes(path: Path, file: Any, version: int) -> dict[str, str]:
         raise _damaged(path, f"its format version is {shown(texts['format_version'])}, but not in its first bytes")
     if not is_teacher_name(texts["teacher"]):  # it becomes a folder: ".." would be the folder above
         raise _damaged(path, f"{shown(texts['teacher'])!r} is no teacher's name")
-    if texts["dtype"] not in STORED or texts["value_kind"] not in VALUE_KINDS:
+    if not is_dtype(texts["dtype"]) or texts["value_kind"] not in VALUE_KINDS:
         raise _damaged(path, "its dtype or value kind is unknown")
     return texts
 
@@ -433,9 +418,14 @@ def _origin(path: Path, texts: Mapping[str, str], width: int, views: tuple[int, 
         raise _damaged(path, "its fingerprint is not that of its parts")
     kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
     made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept, views)
-    made = replace(made, num_classes=width // (made.frames or 1) // (len(views) or 1))
+    made = replace(
+        made, num_classes=_told_classes(parts) if made.topk else width // (made.frames or 1) // (len(views) or 1)
+    )
+    if made.topk and (made.topk.refusal() or made.frames):
+        raise _damaged(path, "it is none that top-k rows are made of")
     if made.width != width:
-        raise _damaged(path, f"its logits are no {made.frames} frames")
+        what = f"rows of {made.width} bytes" if made.topk else f"{made.frames} frames"
+        raise _damaged(path, f"its logits are no {what}")
     if (made.policy is None) != (not views):
         raise _damaged(path, "it has views without a policy, or a policy without views")
     if kept is not None and len(kept) != made.num_classes:
@@ -443,20 +433,24 @@ def _origin(path: Path, texts: Mapping[str, str], width: int, views: tuple[int, 
     return made
 
 
-def _view_datasets(path: Path, file: Any, content: np.ndarray, stored: np.dtype[Any], version: int) -> list[np.ndarray]:
-    datasets = _WITH_VIEWS if "views" in file else _DATASETS
+def _told_classes(parts: Mapping[str, str]) -> int:
+    """C of a teacher whose rows do not have it."""
+    told = parts.get("num_classes", "")
+    return int(told[:10]) if told.isascii() and told.isdecimal() else 0
+
+
+def _view_datasets(path: Path, file: Any, content: np.ndarray, dtype: str, version: int) -> list[np.ndarray]:
+    datasets = datasets_of(dtype, version, has_views="views" in file)
     if set(file) != set(datasets):
         raise _damaged(path, f"expected the datasets {', '.join(datasets)}, found {shown(', '.join(file))}")
     for name in datasets:  # all links before any is followed
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise _damaged(path, f"{name} is a link to elsewhere")
     arrays = [
-        _view_dataset(
-            path, file[name], content, np.dtype(dtype or stored), axes, PAGE if version > 1 and not dtype else 64
-        )
-        for name, (dtype, axes) in datasets.items()
+        _view_dataset(path, file[name], content, np.dtype(kind), axes, aligned)
+        for name, (kind, axes, aligned) in datasets.items()
     ]
-    if datasets is _WITH_VIEWS:
+    if "views" in datasets:
         try:
             arrays[3], arrays[6] = flat_views(arrays[3], *arrays[6:])
         except ValueError as error:

@@ -19,7 +19,7 @@ from kd_cache.errors import CorruptError, KDCacheError, StaleError
 from kd_cache.files.atomic import make_directory, remove_files, store_errors
 from kd_cache.store.cache import CacheFolder, refuse_link
 from kd_cache.store.index import Index, State, index_state, origin_entry, read_index, write_index
-from kd_cache.store.names import PENDING_NAME
+from kd_cache.store.names import PENDING_NAME, SAMPLES_NAME
 from kd_cache.store.origin import Origin
 
 
@@ -118,13 +118,22 @@ def read_pending(
 
 
 def _paths(folder: CacheFolder) -> list[Path]:
+    return [path for path in _listed(folder) if PENDING_NAME.match(path.name)]
+
+
+def samples_tables(folder: CacheFolder) -> list[Path]:
+    """What parts share of the manifest (`dataset.samples_table`): without a pending record nobody needs it."""
+    return [path for path in _listed(folder) if SAMPLES_NAME.match(path.name)]
+
+
+def _listed(folder: CacheFolder) -> list[Path]:
     with store_errors(folder.pending_path, "list"):
         refuse_link(folder.pending_path)
         try:
             names = sorted(entry.name for entry in os.scandir(folder.pending_path))
         except FileNotFoundError:
             return []
-    return [folder.pending_path / name for name in names if PENDING_NAME.match(name)]
+    return [folder.pending_path / name for name in names]
 
 
 def forget(folder: CacheFolder, records: Iterable[Index], indexes: Collection[Index]) -> None:
@@ -135,6 +144,8 @@ def forget(folder: CacheFolder, records: Iterable[Index], indexes: Collection[In
 
     told = [record.path for record in records if is_told(record)]
     remove_files(folder.pending_path, [*told, *map(notes_beside, told)])
+    if told and not _paths(folder):
+        remove_files(folder.pending_path, samples_tables(folder))
 
 
 def protected(records: Collection[Index]) -> set[tuple[str, str]]:

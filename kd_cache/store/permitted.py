@@ -80,8 +80,8 @@ class Permitted:
         return self.name
 
 
-def read_permitted(path: Path) -> Permitted:
-    """Read and check it.
+def read_permitted(path: Path, name: str | None = None) -> Permitted:
+    """Read and check it; ``name`` is what it will be called, where it still has a temporary one.
 
     Raises:
         FileNotFoundError: it is not there (any more).
@@ -94,7 +94,7 @@ def read_permitted(path: Path) -> Permitted:
         raise
     except OSError as error:
         raise StoreError(f"cannot read {shown(path)}: {error.strerror or error}") from error
-    named = PERMITTED_NAME.match(path.name)
+    named = PERMITTED_NAME.match(name or path.name)
     if named is None or xxhash.xxh3_128_hexdigest(content.data) != named[1]:
         raise _damaged(path, "its bytes do not match its name")
     start = len(_header(0))

@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 _ENTRIES = {"batch_size", "bins", "batches", "digest"}
 
-_MOST_BYTES = 1 << 21
+MOST_BYTES = 1 << 21
 _MOST_SAMPLES = 1 << 16
 """No batch is larger: a damaged plan must not ask for all the memory there is."""
 
@@ -104,10 +104,15 @@ class BatchPlan:
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def save(self, path: Path) -> None:
-        """Write it durably, with its digest: a plan with a flipped bit would silently make other last bits."""
+    @property
+    def content(self) -> bytes:
+        """Its file, with a digest: a plan with a flipped bit would silently make other last bits."""
         content = self.as_json()
-        write_atomic(path, (json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n").encode())
+        return (json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n").encode()
+
+    def save(self, path: Path) -> None:
+        """Write it durably."""
+        write_atomic(path, self.content)
 
 
 class ShapeCodes:
@@ -145,13 +150,18 @@ def load_plan(path: Path) -> BatchPlan | None:
     with store_errors(path, "read the batch plan"):
         try:
             with open_file(path) as file:
-                raw = file.read(_MOST_BYTES)
+                raw = file.read(MOST_BYTES)
         except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno == errno.EINVAL:  # not a plain file: no plan of ours
                 return None
             raise
+    return plan_of_bytes(raw or b"")
+
+
+def plan_of_bytes(raw: bytes) -> BatchPlan | None:
+    """The plan in a file's content; ``None`` where it makes no sense."""
     try:
         content = strict_json(raw, KeyError)
         if not isinstance(content, dict) or content.keys() - _ENTRIES:

@@ -41,7 +41,16 @@ from kd_cache.store.pending import Age, age_with, forget, protected
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.unfinished import Unfinished
 from kd_cache.store.union import Merged, merge_packs
-from kd_cache.store.view import ROW_FILE_NAME, in_the_way, is_row, rows_of, stored_names, view_names, write_view
+from kd_cache.store.view import (
+    ROW_FILE_NAME,
+    in_the_way,
+    is_row,
+    rows_of,
+    stored_names,
+    view_names,
+    without_files,
+    write_view,
+)
 from kd_cache.watch import Watcher
 
 _BLOCK = 8192
@@ -154,13 +163,14 @@ class _Publication:
         if self.snapshot.again().state != self.snapshot.state:
             raise IndexChangedError  # no row of the view may change under an index that names it
         view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
-        maps = view.bring_in_line(packs, change.wanted.listed, wanted=change.files)
+        has_view = change.files and not without_files(origins)
+        maps = view.bring_in_line(packs, change.wanted.listed, wanted=has_view)
         permitted = change.wanted.permitted
         record = {
             **{key: value for key, value in change.record.items() if key not in _RESULTS},
             "plan": None if (plan := self.snapshot.again().saved_plan) is None else plan.as_json(),
             "missing": {file: reason for file, reason in change.missing.items() if file in done.missing},
-            "files": change.files,
+            "files": has_view,
             "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
             "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
             **self.unfinished.described(superfluous),
@@ -436,7 +446,7 @@ class _View:
         for name, pack in packs.items():
             directory = self.snapshot.folder.view_path(name)
             named: dict[str, str] = {}
-            if wanted and pack is not None and not pack.origin.views:
+            if wanted and pack is not None:
                 if name not in self.named:
                     self._refuse_what_is_in_the_way(directory, pack)
                 self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)

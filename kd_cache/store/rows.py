@@ -1,14 +1,34 @@
-"""What rows are made of in a pack: the checksums over them, and rows of several views."""
+"""What rows are made of in a pack: the datasets that hold them, the checksums over them, and rows of several views."""
 
 from __future__ import annotations
 
 import numpy as np
 import xxhash
 
-from kd_cache.store.origin import Fingerprint
+from kd_cache.store.origin import STORED, Fingerprint
 
 _RECORD_BYTES = 1 << 20
 """Records of so many bytes are made together: memory does not grow with a pack."""
+PAGE = 4096
+"""The rows begin at a multiple of this in the file, so that they can be mapped alone."""
+
+
+def values_name(dtype: str) -> str:
+    """The dataset that holds the rows."""
+    return "logits" if dtype in STORED else "rows"
+
+
+def datasets_of(dtype: str, version: int, *, has_views: bool) -> dict[str, tuple[str, int, int]]:
+    """Datasets in the order of `Pack`'s arrays: dtype, number of axes, and what its place is a multiple of."""
+    found = {
+        "keys": ("|u1", 2, 64),
+        "inputs": ("|u1", 2, 64),
+        "checksums": ("<u8", 1, 64),
+        values_name(dtype): (STORED.get(dtype, "|u1"), 3 if has_views else 2, PAGE if version > 1 else 64),
+        "file_offsets": ("<u8", 1, 64),
+        "files": ("|u1", 1, 64),
+    }
+    return found | ({"draws": ("<u4", 3, 64), "views": ("<u4", 1, 64)} if has_views else {})
 
 
 def row_checksums(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StoreError, UsageError, shown
 from kd_cache.files.atomic import (
     TEMPORARY,
     make_directory,
@@ -35,6 +35,7 @@ from kd_cache.files.atomic import (
 from kd_cache.files.npy import parse_header
 
 if TYPE_CHECKING:
+    from kd_cache.store.origin import Origin
     from kd_cache.store.pack import Pack
 
 ROW_FILE_NAME = re.compile(r"[0-9a-f]{32}\.npy\Z")
@@ -71,6 +72,21 @@ def view_names(keys: np.ndarray) -> list[str]:
     """The file name of each of ``[N, 16]`` keys."""
     text = keys.tobytes().hex()
     return [f"{text[at : at + 32]}.npy" for at in range(0, len(text), 32)]
+
+
+def without_files(origins: Mapping[str, Origin], asked: bool | None = None) -> list[str]:
+    """Teachers whose rows are no vectors that a file could hold: a cache of one of them has no view.
+
+    Raises `UsageError` where a view is ``asked`` for all the same.
+    """
+    found = [name for name, origin in origins.items() if origin.topk or origin.views]
+    if found and asked:
+        raise UsageError(
+            f"there are no .npy files of {', '.join(map(shown, found))}: top-k rows, and rows of views, are no vectors "
+            "of all classes",
+            hint="kd_cache.LogitCache reads them; of top-k rows its dense(T) makes vectors.",
+        )
+    return found
 
 
 class _Files:

@@ -22,7 +22,15 @@ class Mixed(NamedTuple):
 
 
 def augmented(x: Tensor, how: Augmentation, chance: torch.Generator) -> Mixed:
-    """A changed copy of ``x`` [B, T, F]. ``chance`` is a generator of the CPU: a seed means one thing everywhere."""
+    """A changed copy of ``x`` [B, T, F]. ``chance`` is a generator of the CPU: a seed means one thing everywhere.
+
+    Of pairs [B, 2, T, F] both clips are changed alike: else what was changed would decide which is the better one.
+    """
+    if x.ndim == 4:
+        same = chance.get_state()
+        first = augmented(x[:, 0], how, chance)
+        chance.set_state(same)
+        return first._replace(features=torch.stack([first.features, augmented(x[:, 1], how, chance).features], dim=1))
     if how.time_roll:
         x = _rolled(x, how.time_roll, chance)
     if how.device_response:

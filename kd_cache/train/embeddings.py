@@ -83,7 +83,8 @@ class Embeddings:
                 f"{shown(files[changed[0]])}",
                 hint="Run kd-cache train extract again.",
             )
-        return self.cache.batch(rows, torch.float32)[:, 0].numpy()
+        found: np.ndarray = self.cache.batch(rows, torch.float32)[:, 0].numpy()
+        return found
 
 
 def side_by_side(sources: Sequence[Embeddings], files: Sequence[str], digests: np.ndarray) -> np.ndarray:

@@ -47,11 +47,13 @@ def evaluated(
     logits = score(net, labelled, job.device, settings.batch_size)
     labels = labelled.labels(settings.label).numpy()
     places, groups = places_of(labelled.samples, data)[0], groups_of(labelled.samples, data.task, data.target)
+    names = class_names(data.task, settings.label, settings.num_classes)
     return {
         **measure(logits, labels).as_json(),
         "intervals": intervals(logits, labels, places, settings.seed),
-        "class_names": class_names(data.task, settings.label, settings.num_classes),
+        "class_names": names,
         "by": measure_groups(logits, labels, groups, places, settings.seed),
+        "device_by_class": crossed(logits, labels, groups["device"], names),
         **(besides(logits, labels, places, groups["device_group"]) if besides else {}),
     }
 
@@ -238,6 +240,42 @@ def measure_groups(
             if places is not None:
                 found[kind][name]["intervals"] = intervals(logits[its], labels[its], places[its], seed)
     return found
+
+
+def crossed(
+    logits: np.ndarray, labels: np.ndarray, devices: Sequence[str], names: Sequence[str]
+) -> dict[str, list[Any]]:
+    """How many rows each device (down) has of each class that occurs (across), and which share of them is right."""
+    classes, column = np.unique(labels, return_inverse=True)
+    known, row = np.unique(devices, return_inverse=True)
+    cell, shape = row * len(classes) + column, (len(known), len(classes))
+    rows = np.bincount(cell, minlength=len(known) * len(classes))
+    right = np.bincount(cell, logits.argmax(axis=1) == labels, len(rows))
+    shares = [float(part / count) if count else None for part, count in zip(right, rows, strict=True)]
+    return {
+        "devices": known.tolist(),
+        "classes": [names[number] for number in classes],
+        "samples": rows.reshape(shape).tolist(),
+        "accuracy": [shares[start : start + len(classes)] for start in range(0, len(shares), len(classes))],
+    }
+
+
+def apart(
+    one: np.ndarray, other: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Figures of logits ``one`` less those of ``other``, ``[N, C]`` of the same rows, each with its interval.
+
+    Both nets are measured on the same draws of locations. Raises as `measure`.
+    """
+    mine, its = measure(one, labels), measure(other, labels)
+    drawn = [Cells.of(logits, labels, places).drawn(seed) for logits in (one, other)]
+    return {
+        figure: {
+            "value": getattr(mine, figure) - getattr(its, figure),
+            "interval": interval_of(drawn[0][figure] - drawn[1][figure]) if drawn[0] and drawn[1] else None,
+        }
+        for figure in ("accuracy", "macro_accuracy", "log_loss", "brier")
+    }
 
 
 def intervals(logits: np.ndarray, labels: np.ndarray, places: np.ndarray, seed: int = 0) -> dict[str, Interval] | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +23,16 @@ from kd_cache.score.value_kind import RowCheck
 from kd_cache.store.classes import misplaced
 from kd_cache.train.clips import Clips, class_names
 from kd_cache.train.division import divide
-from kd_cache.train.evaluation import groups_of, intervals, measure, measure_groups, places_of, scored
+from kd_cache.train.evaluation import (
+    apart,
+    crossed,
+    groups_of,
+    intervals,
+    measure,
+    measure_groups,
+    places_of,
+    scored,
+)
 from kd_cache.watch import Watcher
 
 VAL, TEST = "val", "test"
@@ -42,6 +51,7 @@ class EvaluationJob:
         label: ``scene`` or ``city``.
         seed: of the intervals' draws.
         own_features: reads the features of a student that has its own, in place of the manifest's.
+        rivals: nets that the difference to is told of, on the same rows (with the manifest's features).
     """
 
     name: str
@@ -56,6 +66,7 @@ class EvaluationJob:
     workers: int = 2
     seed: int = 0
     own_features: FeatureSource | None = None
+    rivals: Mapping[str, Teacher] = field(default_factory=dict)
 
 
 def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
@@ -75,10 +86,10 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         )
     compare_front_ends({job.name: job.teacher}, job.data, watcher, job.own_features)
     samples = _labelled(job)
-    counts = _made_with(job, samples, watcher)
+    counts = _made_with(job, job.name, job.teacher, samples, watcher)
     clips = Clips.read(job.own_features or job.data.features, samples, job.workers, watcher)
     logits = logits_of(job.name, job.teacher, clips, job.device, job.batch_size)
-    labels = clips.labels(job.label).numpy()
+    labels, names = clips.labels(job.label).numpy(), class_names(task, job.label, job.teacher.num_classes)
     places, unplaced = places_of(samples, job.data)
     if unplaced:
         watcher.note(
@@ -96,9 +107,31 @@ def evaluate(job: EvaluationJob, watcher: Watcher) -> dict[str, Any]:
         **counts,
         **measure(logits, labels).as_json(),
         "intervals": intervals(logits, labels, places, job.seed),
-        "class_names": class_names(task, job.label, job.teacher.num_classes),
+        "class_names": names,
         "by": measure_groups(logits, labels, groups, places, job.seed),
+        "device_by_class": crossed(logits, labels, groups["device"], names),
+        "against": _against(job, clips, logits, places, watcher),
     }
+
+
+def _against(
+    job: EvaluationJob, clips: Clips, logits: np.ndarray, places: np.ndarray, watcher: Watcher
+) -> dict[str, dict[str, Any]]:
+    """Of each rival its accuracy on these rows, and how much better the net is."""
+    found: dict[str, dict[str, Any]] = {}
+    if job.rivals and job.own_features is not None:
+        clips = Clips.read(job.data.features, clips.samples, job.workers, watcher)
+    labels = clips.labels(job.label).numpy()
+    for name, rival in job.rivals.items():
+        if rival.num_classes != job.teacher.num_classes:
+            raise UsageError(
+                f"{shown(name)} has {rival.num_classes} classes, {shown(job.name)} {job.teacher.num_classes}"
+            )
+        counts = _made_with(job, name, rival, clips.samples, watcher)
+        its = logits_of(name, rival, clips, job.device, job.batch_size)
+        accuracy = measure(its, labels).accuracy
+        found[name] = {**counts, "accuracy": accuracy, "difference": apart(logits, its, labels, places, job.seed)}
+    return found
 
 
 def _labelled(job: EvaluationJob) -> list[Sample]:
@@ -120,11 +153,13 @@ def _labelled(job: EvaluationJob) -> list[Sample]:
     return found
 
 
-def _made_with(job: EvaluationJob, samples: Sequence[Sample], watcher: Watcher) -> dict[str, int | None]:
+def _made_with(
+    job: EvaluationJob, name: str, teacher: Teacher, samples: Sequence[Sample], watcher: Watcher
+) -> dict[str, int | None]:
     """How many of the rows trained the net, and how many chose its epoch; ``None`` where it does not say."""
-    provenance = provenances({job.name: job.teacher}, job.data, watcher)[job.name]
+    provenance = provenances({name: teacher}, job.data, watcher)[name]
     if provenance is None:
-        watcher.note(f"{shown(job.name)} says nothing of what it was trained on: it may have seen these rows")
+        watcher.note(f"{shown(name)} says nothing of what it was trained on: it may have seen these rows")
         return {"trained_on": None, "chose_epoch": None}
     keys = keys_of(sample.file for sample in samples)
     trained = KeyFinder(provenance.trained).find(keys) >= 0
@@ -132,12 +167,12 @@ def _made_with(job: EvaluationJob, samples: Sequence[Sample], watcher: Watcher) 
     if job.split == TEST and (trained | validated).any():
         made = [samples[number].file for number in np.flatnonzero(trained | validated).tolist()]
         raise DataLeakageError(
-            f"{shown(job.name)} was trained or validated on {len(made)} of {len(samples)} test rows\n{listed(made)}",
+            f"{shown(name)} was trained or validated on {len(made)} of {len(samples)} test rows\n{listed(made)}",
             hint="A figure on them says nothing. Train it on this manifest's train rows, or give its own manifest.",
         )
     if trained.any():
         watcher.note(
-            f"{int(trained.sum()):,} of {len(samples):,} rows trained {shown(job.name)}: the figures are better than "
+            f"{int(trained.sum()):,} of {len(samples):,} rows trained {shown(name)}: the figures are better than "
             "they should be (give the --target, --val-ratio and --fold that it was trained with)"
         )
     elif validated.any():

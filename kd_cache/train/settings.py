@@ -321,6 +321,7 @@ OPTIONS: Final = tuple(
     if each.metadata
 )
 """The settings as a command line has them, with their limits: one table for both."""
+AUGMENTATION: Final = tuple(option for option in OPTIONS if option.panel == AUGMENT)
 
 _OF_STAGES: Final = {"epochs", "lr", "preset", "stages", "direct_unfreeze"}
 _GROUPS: Final[Mapping[str, Sequence[str]]] = {

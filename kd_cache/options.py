@@ -45,7 +45,7 @@ ENVIRONMENT = {
     "KD_CACHE_FULL_TESTS": "how much the test suite runs",
 }
 """Variables that are no options, and what each says."""
-SCHEMES = ("s3", "gs", "az", "https", "http", "file", "memory")
+SCHEMES = ("s3", "gs", "az", "hf", "https", "http", "file", "memory")
 _URL = re.compile(rf"({'|'.join(SCHEMES)}):/")
 
 

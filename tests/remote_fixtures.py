@@ -1,17 +1,22 @@
-"""A plain web server of this process over a folder, which answers as badly as it is told to."""
+"""A plain web server of this process over a folder, which answers as badly as it is told to; and a hub in memory."""
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import xxhash
+from httpx2 import Request, Response
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 
 @dataclass
@@ -86,3 +91,64 @@ def served(root: Path) -> Iterator[Web]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class FakeHub:
+    """The calls of ``HfApi`` that are used, over one repository in memory; ``busy`` of them fail before one works."""
+
+    def __init__(self) -> None:
+        self.commits: dict[str, dict[str, bytes]] = {_oid(b""): {}}
+        self.busy = 0
+
+    @property
+    def main(self) -> str:
+        return [*self.commits][-1]
+
+    def repo_info(self, repo_id: str, repo_type: str) -> Any:
+        if self.busy:
+            self.busy -= 1
+            raise _refusal(503)
+        if (repo_id, repo_type) != ("me/rows", "dataset"):
+            raise _refusal(404)
+        return SimpleNamespace(sha=self.main)
+
+    def get_paths_info(self, paths: list[str], revision: str | None = None, **repo: str) -> list[Any]:
+        held = self.commits[revision or self.repo_info(**repo).sha]
+        return [_file(path, held[path]) for path in paths if path in held]
+
+    def list_repo_tree(self, path_in_repo: str, recursive: bool, expand: bool, **repo: str) -> Iterator[Any]:
+        self.repo_info(**repo)
+        below = {path: each for path, each in self.commits[self.main].items() if path.startswith(f"{path_in_repo}/")}
+        if not below:
+            raise EntryNotFoundError("404")
+        yield SimpleNamespace(path=f"{path_in_repo}/packs", tree_id="0")
+        yield from (_file(path, content) for path, content in below.items())
+
+    def create_commit(self, operations: list[Any], commit_message: str, parent_commit: str | None, **repo: str) -> Any:
+        now = dict(self.commits[self.repo_info(**repo).sha])
+        if parent_commit not in (None, self.main):
+            raise _refusal(412)
+        (operation,) = operations
+        if hasattr(operation, "path_or_fileobj"):
+            content = operation.path_or_fileobj
+            now[operation.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
+        else:
+            del now[operation.path_in_repo]
+        self.commits[_oid(f"{self.main} {len(self.commits)}".encode())] = now
+        return SimpleNamespace(oid=self.main)
+
+    def ranged(self, store: Any, name: str, start: int, stop: int) -> bytes:
+        return self.commits[self.main][f"{store._folder}/{name}"][start:stop]
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
+def _file(path: str, content: bytes) -> Any:
+    made = SimpleNamespace(date=datetime.now(UTC))
+    return SimpleNamespace(path=path, size=len(content), blob_id=_oid(content), last_commit=made)
+
+
+def _refusal(status: int) -> HfHubHTTPError:
+    return HfHubHTTPError(str(status), response=Response(status, request=Request("GET", "https://hub/")))

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -262,6 +263,17 @@ def test_without_ray_the_extra_is_named(run: Run, world: World, monkeypatch: pyt
     result = run(*RAY, "auto", "--json-path", world.json_path)
     assert result.exit_code == 2
     assert "pip install 'kd-cache[ray]'" in result.stderr
+
+
+def test_a_head_that_does_not_answer_is_told_at_once(run: Run, world: World) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run(*RAY, address, "--json-path", world.json_path, "--teacher", "tiny=tiny_teachers:linear")
+    assert result.exit_code == 1
+    assert f"no Ray cluster answers at --ray {address}" in result.stderr
+    assert "ray start --head" in result.stderr
 
 
 class Local(Cluster):

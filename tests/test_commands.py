@@ -37,6 +37,8 @@ def two_values(option: Option) -> tuple[str, str]:
     if option.choices:
         first, second = sorted(option.choices, key=lambda choice: choice == option.default)[:2]
         return first, second
+    if option.name == "dtype":
+        return "topk:7", "fp16"
     if "," in option.metavar:
         count = option.metavar.count(",")
         return "17" + ",18" * count, "18" + ",17" * count

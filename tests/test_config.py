@@ -134,7 +134,7 @@ def test_use_fp16_is_another_spelling_of_dtype_fp16(shown: Shown, monkeypatch: p
         ("batch_size: many", "Invalid value for '--batch-size'"),
         ("batch_size: 0", "Invalid value for '--batch-size'"),
         ("target: no", "target must be a text or a number; put it in quotes"),
-        ("dtype: fp8", "'fp8' is not one of"),
+        ("dtype: fp8", "expected fp32, fp16, or topk:K"),
         ("cache_root: 2024-01-01", "cache_root must be a text or a number; put it in quotes"),
         ('cache_root: "a\\0b"', "Invalid value for '--cache-root'"),
         # No settings at all

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import TINY, Run, World
-from remote_fixtures import served
+from remote_fixtures import FakeHub, served
 from store_fixtures import MadeCache, Rows, forks, names, two_teachers
 from torch.utils.data import DataLoader
 
 import kd_cache.exchange.push
+import kd_cache.remote.hub
 import kd_cache.remote.objects
 from kd_cache import LogitCache
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError
@@ -78,7 +80,21 @@ def in_memory(tmp_path: Path) -> RemoteStore:
     return open_store(checked_url(f"memory://{tmp_path}"), writing=True)
 
 
-@pytest.mark.parametrize("opened", [in_folder, in_memory])
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    made = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.setattr(kd_cache.remote.hub.HubStore, "_ranged", lambda *asked: made.ranged(*asked))
+    monkeypatch.setattr(kd_cache.remote.hub, "PATIENCE", Patience(1, 1, 5, 0.001))
+    return made
+
+
+def in_hub(_: Path) -> RemoteStore:
+    return open_store("hf://datasets/me/rows/kd/A2b", writing=True)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("opened", [in_folder, in_memory, in_hub])
 def test_what_every_store_does(opened: Callable[[Path], RemoteStore], tmp_path: Path) -> None:
     store = opened(tmp_path)
     assert store.head("a") is None
@@ -112,7 +128,7 @@ def test_what_every_store_does(opened: Callable[[Path], RemoteStore], tmp_path: 
         store.get("packs/a.h5", 99)
     for _ in range(2):
         store.delete("packs/a.h5")
-    with pytest.raises(ChangedError, match="is gone"):
+    with pytest.raises(ChangedError, match=r"packs/a\.h5 .*gone"):
         store.get_range("packs/a.h5", 0, 9, entry.etag)
 
 
@@ -141,6 +157,37 @@ def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert checked_url("file://store/A2b/") == checked_url(f"file://{tmp_path}/x/../store/A2b")
     assert checked_url("s3://bucket/kd/A2b/") == "s3://bucket/kd/A2b"
+
+
+def test_a_cache_in_a_repository_of_the_hub(hub: FakeHub, made: MadeCache) -> None:
+    url = "hf://datasets/me/rows/kd/A2b"
+    hub.busy = 4
+    assert push_cache(made.path, url).index == "sent"
+    assert right(LogitCache.open(url), made)
+    assert push_cache(made.path, url).index == "same"
+    with pytest.raises(StoreError, match=r"cannot look at hf://datasets/me/other/kd/A2b/cache_index\.json: 404"):
+        push_cache(made.path, "hf://datasets/me/other/kd/A2b")
+    hub.busy = 5
+    with pytest.raises(StoreError, match="503"):
+        LogitCache.open(url)
+    hub.busy = 0
+    with pytest.raises(UsageError, match="names no folder of a repository"):
+        open_store("hf://me/rows")
+    # A commit of something else in between is no lost race; one of the same file is.
+    store, commit = in_hub(Path()), hub.create_commit
+    other = huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=b"x")
+
+    def between(**asked: Any) -> Any:
+        hub.create_commit = commit  # type: ignore[method-assign]
+        commit([other], "", None, repo_id="me/rows", repo_type="dataset")
+        return commit(**asked)
+
+    hub.create_commit = between  # type: ignore[method-assign]
+    assert store.put_if("new", b"1", None) is not None
+    other.path_in_repo = "kd/A2b/newer"
+    hub.create_commit = between  # type: ignore[method-assign]
+    with pytest.raises(ChangedError, match="newer is another by now"):
+        store.put_if("newer", b"1", None)
 
 
 # -- push and pull ----------------------------------------------------------------------------------------------------
@@ -368,6 +415,10 @@ def test_what_is_damaged_here_is_not_pushed_and_is_pulled_again(
     flipped(tmp_path / "other/cache_index.json", 999)
     assert pull_cache(url, tmp_path / "other").files == 1
     assert right(LogitCache.open(tmp_path / "other"), made)
+    flipped(sorted(LogitCache.open(url).path.glob("packs/*"))[1], 5000)  # in the mirror
+    with pytest.raises(CorruptError):
+        LogitCache.open(url, offline=True)
+    assert right(LogitCache.open(url), made)
     pack = sorted((made.path / "packs").iterdir())[0]
     flipped(pack, 5000)
     (store / "packs" / pack.name).unlink()
@@ -457,6 +508,19 @@ def test_a_loader_with_workers_reads_with_the_server_gone(
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_be_written_is_pushed_all_the_same(
+    made: MadeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise StoreError("cannot write remote.json: Read-only file system")
+
+    monkeypatch.setattr(kd_cache.exchange.push, "write_upstream", read_only)
+    watcher, notes = Watcher(), list[str]()
+    watcher.note = notes.append  # type: ignore[method-assign]
+    assert push_cache(made.path, f"memory://{tmp_path}", watcher).index == "sent"
+    assert "needs --replace" in notes[0]
 
 
 def test_a_cache_goes_over_an_url_whole(cached: World, run: Run) -> None:

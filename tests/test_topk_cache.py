@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, World
+from fault_tools import often
 from store_fixtures import flip, forks
 from test_topk import same
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from train_fixtures import town
 
 import kd_cache
-from kd_cache import BatchLoader, LogitCache, TopK
+from kd_cache import BatchLoader, LogitCache, Provenance, TopK
 from kd_cache.care.diff import diff_caches
-from kd_cache.distill import DistillLoss, fuse, kl
+from kd_cache.distill import DistillLoss, fit_weights, fuse, held_out, kl
 from kd_cache.errors import UsageError
 from kd_cache.score.tolerance import topk_deviation
 from kd_cache.store.topk import TopKCodec
@@ -49,6 +51,7 @@ def framed(ckpt): return Wide(frames=2)
 def huge(ckpt): return Wide(scale=1e6)
 """
 K = 20
+__all__ = ["town"]
 
 
 class Inputs:
@@ -285,3 +288,27 @@ def test_teachers_are_made_one_and_a_mean_of_several_spreads_their_rest() -> Non
             objective(student, topk, nobody, source)
     with pytest.raises(UsageError, match="expected top-k rows of 5 samples and 599 classes"):
         DistillLoss("mean")(torch.zeros(5, 599), topk, nobody, source)
+
+
+def test_a_student_is_trained_towards_such_teachers_and_refused_what_they_cannot_give(run: Run, town: World) -> None:
+    """Its labels are of 3 of the 600 classes."""
+    (town.root / "wide.py").write_text(TEACHERS)
+    assert dump(run, town, "--num-scenes", 600, teachers=("wide", "broad")).exit_code == 0
+
+    def student(mode: str, *more: object) -> Any:
+        brief = ("--channels", "8,8,8,8", "--arch", "cp_resnet", "--epochs", 1, "--warmup-epochs", 0)
+        return run("student", "--target", "b", "--teacher-mode", mode, *brief, "--temperature", 1, *OWN, "--teacher",
+                   "broad=wide.py:broad", "--json", *more)  # fmt: skip
+
+    for mode in ("wide", "mean")[: often(1, 2, 2)]:
+        done = student(mode)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["student"]["results"]["agreement"]["rows"] > 0
+    refused = student("wide", "--loss", "rkl")
+    assert refused.exit_code == 2
+    assert "top-k rows are for the loss kl" in refused.stderr
+    # what is fitted is fitted on what they give every class
+    cache, nothing = LogitCache.open(town.cache), Provenance.of([])
+    rows = held_out(cache, town.data().selection, dict.fromkeys(cache.teachers, nothing))
+    assert torch.equal(rows.logits, cache.batch(rows.files).dense())
+    assert fit_weights(rows).of.keys() == {"wide", "broad"}

@@ -8,7 +8,7 @@ from kd_cache.cli import notes
 from kd_cache.commands import Command
 from kd_cache.options import CACHE, OUTPUT, SHOWING, Option
 
-_URL = Option("url", str, "Where it lies in a store: s3://, gs://, az://, file://, and to pull https:// as well.",
+_URL = Option("url", str, "Where it lies in a store: s3://, gs://, az://, hf://, file://, and to pull https://, too.",
               "Arguments", positional=True, metavar="URL")  # fmt: skip
 
 PUSH_TO = Option("push", str | None, "Push what was scored there when it is done: a part's packs, or the finished "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,9 @@ from kd_cache.errors import KDCacheError, UsageError, shown
 _ADDRESS = re.compile(r"auto|local|([^/\s:]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
 _OBJECTS = 80 << 20
 """Bytes of Ray's store of objects: reports are small."""
+
+_PATIENCE = 10.0
+"""Seconds for the head of a cluster to answer."""
 
 
 def require_ray(address: str) -> Any:
@@ -36,8 +40,11 @@ def connected(address: str) -> Iterator[Cluster]:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine unasked
         own = {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    host, _, port = address.rpartition(":")
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if host:  # Ray would ask for minutes
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:
         why = f"no Ray cluster answers at --ray {shown(address)}: {_line(error, 0)}"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, shown
+from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, StoreError, shown
 from kd_cache.files.atomic import open_file, store_errors
 from kd_cache.remote.store import PIECE, ChangedError, Entry, RemoteStore
 from kd_cache.remote.url import checked_url, open_store
@@ -96,7 +96,10 @@ def push_cache(
             push.send(files, again=True)
     else:
         push.done.index = "same"
-    write_upstream(folder, url, Upstream.of(ours, etag))
+    try:
+        write_upstream(folder, url, Upstream.of(ours, etag))
+    except StoreError as error:  # a cache that is mounted read-only was pushed all the same
+        push.watcher.note(f"{error.message}; what is pushed next from here needs --replace")
     if prune_days is not None:
         push.prune(index, etag, prune_days * _DAY)
     return push.done

@@ -65,7 +65,7 @@ class ObjectStore:
     def head(self, name: str) -> Entry | None:
         with self._errors("look at", name):
             try:
-                return _entry(_heard(lambda: self._by.head(self._store, name)))
+                return _entry(heard(lambda: self._by.head(self._store, name)))
             except FileNotFoundError:
                 return None
 
@@ -73,10 +73,10 @@ class ObjectStore:
         with self._errors("read", name):
             try:
                 options: GetOptions = {} if unless is None else {"if_none_match": unless}
-                result = _heard(lambda: self._by.get(self._store, name, options=options))
+                result = heard(lambda: self._by.get(self._store, name, options=options))
                 if (size := result.meta["size"]) > most:
                     raise StoreError(f"{self._named(name)} has {size} bytes, expected at most {most}")
-                return Found(_heard(lambda: bytes(result.bytes())), result.meta["e_tag"])
+                return Found(heard(lambda: bytes(result.bytes())), result.meta["e_tag"])
             except FileNotFoundError:
                 return None
             except self._by.exceptions.NotModifiedError:
@@ -87,7 +87,7 @@ class ObjectStore:
             try:
                 same: GetOptions = {} if etag is None else {"if_match": etag}
                 options: GetOptions = {"range": (start, stop), **same}
-                content = _heard(lambda: bytes(self._by.get(self._store, name, options=options).bytes()))
+                content = heard(lambda: bytes(self._by.get(self._store, name, options=options).bytes()))
             except FileNotFoundError as error:
                 raise ChangedError(f"{self._named(name)} is gone") from error
         if len(content) != stop - start:
@@ -99,7 +99,7 @@ class ObjectStore:
             counted = _Counted(path, watcher)
         with self._errors("write", name), counted as file:
             try:
-                _heard(lambda: self._by.put(self._store, name, file, chunk_size=PIECE, max_concurrency=_AT_ONCE))
+                heard(lambda: self._by.put(self._store, name, file, chunk_size=PIECE, max_concurrency=_AT_ONCE))
             except Exception:
                 if file.failure is not None:  # obstore makes an error of its own of it
                     raise file.failure from None
@@ -110,7 +110,7 @@ class ObjectStore:
             if etag is not None and self.url.startswith("file:"):
                 return self._replaced_in_folder(name, content, etag)
             mode: Any = "create" if etag is None else {"e_tag": etag}
-            result: PutResult = _heard(lambda: self._by.put(self._store, name, content, mode=mode))
+            result: PutResult = heard(lambda: self._by.put(self._store, name, content, mode=mode))
             return result["e_tag"]
 
     def _replaced_in_folder(self, name: str, content: bytes, etag: str) -> str | None:
@@ -123,12 +123,12 @@ class ObjectStore:
 
     def list(self) -> list[Entry]:
         with self._errors("list"):
-            return _heard(lambda: [_entry(meta) for batch in self._by.list(self._store) for meta in batch])
+            return heard(lambda: [_entry(meta) for batch in self._by.list(self._store) for meta in batch])
 
     def delete(self, name: str) -> None:
         with self._errors("remove", name):
             try:
-                _heard(lambda: self._by.delete(self._store, name))
+                heard(lambda: self._by.delete(self._store, name))
             except FileNotFoundError:
                 return
 
@@ -149,7 +149,7 @@ class ObjectStore:
             raise StoreError(f"cannot {doing} {self._named(name)}: {_cause(error)}") from error
 
 
-def _heard(call: Callable[[], T]) -> T:
+def heard(call: Callable[[], T]) -> T:
     """Call it on a thread of its own: obstore hears no signal while it waits, and it may wait for minutes."""
     results: list[T] = []
     errors: list[BaseException] = []

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from kd_cache.errors import UsageError, shown
 from kd_cache.options import SCHEMES, is_url
+from kd_cache.remote.hub import HubStore
+from kd_cache.remote.objects import ObjectStore
 from kd_cache.remote.store import RemoteStore
 
 _READ_ONLY = ("https", "http")
@@ -58,6 +60,4 @@ def open_store(url: str, *, writing: bool = False) -> RemoteStore:
         raise UsageError(
             f"{shown(url)} can only be read: a web server takes no files", hint="Push to the store behind it."
         )
-    from kd_cache.remote.objects import ObjectStore
-
-    return ObjectStore(url, writing=writing)
+    return HubStore(url) if scheme == "hf" else ObjectStore(url, writing=writing)

@@ -249,7 +249,7 @@ def teacher_origin(
 ) -> Origin:
     """What the store keeps with this teacher's rows of so many views. Arguments as for `teacher_fingerprint`."""
     if not is_dtype(dtype):
-        raise UsageError(f"dtype is {shown(dtype)!r}, expected fp32, fp16 or topk:K")
+        raise UsageError(f"dtype is {shown(dtype)!r}, expected one of fp32, fp16, topk:K")
     if (k := k_of(dtype)) is not None:
         refuse(k, teacher.num_classes, teacher.value_kind, getattr(teacher, "num_frames", None), name)
     if k is not None and views:

@@ -36,6 +36,19 @@ class Generation:
             if len(part) < promised[part.name]
         ]
 
+    def doubts(self) -> list[str]:
+        """What nobody has verified of these teachers, in words."""
+        adopted = [name for name in self.origins if "adopted" in self.index.record["teachers"][name]]
+        found = [
+            f"the rows of {name} were adopted from elsewhere and never verified; kd-cache repair --recompute does that"
+            for name in adopted
+        ]
+        nameless = [name for name, origin in self.origins.items() if origin.class_names is None]
+        if 0 < len(nameless) < len(self.origins):
+            what = f"{', '.join(nameless)} name no classes"
+            found.append(f"{what}: whether their columns are those of the other teachers is not known")
+        return found
+
 
 def look(snapshot: Snapshot, teachers: Sequence[str] | None, verify: str, preload: bool | str) -> Generation:
     """One generation of the cache: looks again if the index was written anew before all its rows were opened."""

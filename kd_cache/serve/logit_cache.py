@@ -164,20 +164,8 @@ class LogitCache(InputsRead):
             if strict:
                 raise MissingLogitsError(lacking, hint="Restore its packs, or run kd-cache dump again.")
             warnings.warn(lacking, stacklevel=2)
-        for name in origins:
-            if "adopted" in generation.index.record["teachers"][name]:
-                warnings.warn(
-                    f"the rows of {name} were adopted from elsewhere and never verified; kd-cache repair --recompute "
-                    "does that",
-                    stacklevel=2,
-                )
-        nameless = [name for name, origin in origins.items() if origin.class_names is None]
-        if 0 < len(nameless) < len(origins):
-            warnings.warn(
-                f"{', '.join(nameless)} name no classes: whether their columns are those of the other teachers is not "
-                "known",
-                stacklevel=2,
-            )
+        for doubt in generation.doubts():
+            warnings.warn(doubt, stacklevel=2)
         return cls(folder.path, generation.rows, generation.index, on_miss, verify, preload)
 
     def __repr__(self) -> str:

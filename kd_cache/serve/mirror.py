@@ -45,7 +45,7 @@ def local_copy(path: str | Path, *, offline: bool | None = None) -> Path:
             )
         return folder.path
     try:
-        pull_cache(url, folder.path, check="lazy", parts=False)
+        pull_cache(url, folder.path, check="auto", parts=False)
     except StoreError as error:
         copy = f"The copy in {shown(folder.path)} can be used as it is: offline=True, or {OFFLINE}=1."
         raise StoreError(error.message, hint=copy if is_there else error.hint) from error

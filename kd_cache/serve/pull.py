@@ -19,6 +19,7 @@ from kd_cache.files.turns import in_turn
 from kd_cache.remote.fetch import fetch
 from kd_cache.remote.store import Entry, RemoteStore
 from kd_cache.remote.url import checked_url, open_store
+from kd_cache.serve.placement import check_of
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import INDEX_NAME, MOST_BYTES, Index, index_of_bytes
 from kd_cache.store.names import PACK_NAME, PENDING_NAME
@@ -55,7 +56,8 @@ def pull_cache(
     """Bring the cache at an URL into the folder ``path``, or bring the one there up to date.
 
     Args:
-        check: how packs that are there already are looked at, as for `open_pack`; damaged ones are fetched again.
+        check: how packs that are there already are looked at, ``full`` or ``auto``, as for `LogitCache.open`; damaged
+            ones are fetched again.
         parts: whether parts that nobody sealed are fetched, where there is no index.
 
     Raises:
@@ -209,7 +211,9 @@ class _Pull:
     def _fetch(self, wanted: Mapping[str, Entry | None]) -> None:
         """Fetch the files that are not here, or damaged. Entries are asked for where they are not known."""
         make_directory(self.folder.packs_path)
-        lacking = [name for name in wanted if not self._is_here(name)]
+        sizes = [path.stat().st_size for name in wanted if (path := self.folder.path / name).is_file()]
+        check = check_of(self.check, False, sum(sizes))
+        lacking = [name for name in wanted if not self._is_here(name, check)]
         entries = [wanted[name] or self.store.head(name) for name in lacking]
         if gone := [name for name, entry in zip(lacking, entries, strict=True) if entry is None]:
             raise CorruptError(
@@ -228,10 +232,10 @@ class _Pull:
             fetch(self.store, entry, self.folder.path / entry.name, _checked, self.watcher)
         self.files, self.bytes, self.there_already = len(there), total, len(wanted) - len(there)
 
-    def _is_here(self, name: str) -> bool:
+    def _is_here(self, name: str, check: str) -> bool:
         path = self.folder.path / name
         try:
-            _checked(path, path.name, self.check)
+            _checked(path, path.name, check)
         except (CorruptError, FileNotFoundError):
             return False
         return True

@@ -9,12 +9,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TINY, Run, World
 from test_parts import taken
 from test_views import POLICY
 from tiny_teachers import Linear
 
+from kd_cache import LogitCache
 from kd_cache.dataset.views import Policy
 from kd_cache.store.pack import open_pack
 
@@ -113,3 +115,27 @@ def test_a_shape_that_no_view_can_have_names_the_sample(views: Run, world: World
     result = run("dump", *arguments, "--teacher", "tiny=tiny_teachers:linear", "--only", "tiny")
     assert result.exit_code == 1
     assert "image.npy has the shape [3, 4, 5]" in result.stderr
+
+
+def test_every_command_that_touches_rows_keeps_their_views(views: Run, run: Run, world: World, tmp_path: Path) -> None:
+    assert views(2).exit_code == 0
+    whole = world.packs()
+    path = world.cache / "packs" / next(iter(whole))
+    teachers = [argument for argument in TINY if argument != "--only"]
+
+    damaged = bytearray(whole[path.name])
+    damaged[-20] ^= 1
+    path.write_bytes(damaged)
+    assert run("verify", "--target", "b", "--all", *teachers).exit_code == 4
+    repaired = run("repair", "--target", "b", *teachers)
+    assert repaired.exit_code == 0, repaired.output
+    assert world.packs() == whole
+
+    assert run("merge", world.cache, "--target", "b", "--cache-root", tmp_path / "other").exit_code == 0
+    assert {each.name: each.read_bytes() for each in (tmp_path / "other/A2b/packs").iterdir()} == whole
+    assert run("diff", world.cache, tmp_path / "other" / "A2b").exit_code == 0
+    assert run("export", world.cache, "--to", "pt", "--output", tmp_path / "out").exit_code == 0
+    cache = LogitCache.open(world.cache, ["tiny"])
+    assert (torch.load(tmp_path / "out/tiny.pt") == cache.batch(cache.all_rows())[:, 0]).all()
+    info = json.loads(run("info", world.cache, "--json").stdout)
+    assert "view_policy" in json.dumps(info)

@@ -76,7 +76,7 @@ def _accuracy(net: nn.Module, clips: tuple[torch.Tensor, torch.Tensor]) -> float
 
 def large(target: str, made: Path, how: Sequence[str]) -> None:
     """The sample's teachers, the large sample of a target."""
-    _kd_cache("sample-data", made / "data", "--size", "large", "--target", target)
+    run_kd_cache("sample-data", made / "data", "--size", "large", "--target", target)
     _compare(target, made, made / "data", how)
 
 
@@ -88,9 +88,9 @@ def small(_: str, made: Path, how: Sequence[str]) -> None:
 def harm(_: str, made: Path, how: Sequence[str]) -> None:
     """A City2Scene teacher that learnt shuffled labels, under the older script's recipe."""
     shuffled = made / "shuffled"
-    _kd_cache("train", "city2scene", "--target", "b", "--shuffle-labels", "--output-dir", shuffled)
+    run_kd_cache("train", "city2scene", "--target", "b", "--shuffle-labels", "--output-dir", shuffled)
     teacher = max(shuffled.glob("teacher_city2scene/A2b/runs/*/best.safetensors"))
-    _kd_cache("sample-data", made / "data", "--size", "large", "--target", "b")
+    run_kd_cache("sample-data", made / "data", "--size", "large", "--target", "b")
     _compare("b", made, made / "data", [*how, "--recipe", "city2scene"], city2scene=teacher, modes="city2scene")
 
 
@@ -103,16 +103,16 @@ def _compare(
         "--scene-teacher-ckpt", TEACHERS / "teacher_scene/global/best.safetensors",
     ]  # fmt: skip
     of = ["--target", target, "--json-path", data / "dataset.json", "--data-root", data, "--cache-root", made / "cache"]
-    _kd_cache("dump", *of, *taught)
-    began, used = time.monotonic(), _processor_seconds()
-    told = _kd_cache(
+    run_kd_cache("dump", *of, *taught)
+    began, used = time.monotonic(), processor_seconds()
+    told = run_kd_cache(
         "student", "compare", *of, *taught, "--modes", modes, *NET, *how, "--output-dir", made / "outputs", "--json"
     )
     print((Path(told["folder"]) / "comparison.md").read_text())
-    print(f"{time.monotonic() - began:.0f} s, {_processor_seconds() - used:.0f} s of processor time\n", flush=True)
+    print(f"{time.monotonic() - began:.0f} s, {processor_seconds() - used:.0f} s of processor time\n", flush=True)
 
 
-def _kd_cache(*arguments: Any) -> Any:
+def run_kd_cache(*arguments: Any) -> Any:
     command = [sys.executable, "-m", "kd_cache", *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -120,7 +120,7 @@ def _kd_cache(*arguments: Any) -> Any:
     return json.load(io.StringIO(done.stdout)) if "--json" in arguments else done.stdout
 
 
-def _processor_seconds() -> float:
+def processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.bench_student_worth import EPOCHS, NET, TEACHERS, _kd_cache
+from benchmarks.bench_student_worth import EPOCHS, NET, TEACHERS, run_kd_cache
 
 POLICY = """
 decibel: 0.2  # features have a standard deviation of 1: the curve is as high as the student's own augmentation's
@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kd-cache-views-") as folder:
         made = Path(folder)
         (made / "policy.yaml").write_text(POLICY)
-        _kd_cache("sample-data", made / "data", "--size", "large", "--target", "b")
+        run_kd_cache("sample-data", made / "data", "--size", "large", "--target", "b")
         taught = [
             "--city2scene-teacher-ckpt", TEACHERS / "teacher_city2scene/A2b/best.safetensors",
             "--scene-teacher-ckpt", TEACHERS / "teacher_scene/global/best.safetensors",
@@ -38,13 +38,13 @@ def main() -> None:
         of = ["--target", "b", "--json-path", made / "data/dataset.json", "--data-root", made / "data",
               "--cache-root", made / "cache"]  # fmt: skip
         began = time.monotonic()
-        _kd_cache("dump", *of, *taught, "--views", chosen.views, "--policy", made / "policy.yaml")
+        run_kd_cache("dump", *of, *taught, "--views", chosen.views, "--policy", made / "policy.yaml")
         print(f"dump of {chosen.views} views: {time.monotonic() - began:.0f} s\n")
         print("| student | test | unseen devices | by seed |\n|---|---|---|---|", flush=True)
         for name, more in (("clean targets", []), (f"{chosen.views} views", ["--views"])):
             figures = []
             for seed in range(42, 42 + chosen.seeds):
-                told = _kd_cache(
+                told = run_kd_cache(
                     "student", *of, *taught, "--teacher-mode", "mean", *NET, "--epochs", chosen.epochs, "--seed", seed,
                     "--output-dir", made / f"{name} {seed}", *more, "--json",
                 )["student"]  # fmt: skip

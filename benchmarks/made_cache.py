@@ -53,7 +53,12 @@ def make_cache(path: Path, files: Sequence[str], classes: int, inputs: np.ndarra
 
         made_by = origin(teacher, classes)
         pack = write_pack(folder / "packs", made_by, keys, scored, encoded, take, _BLOCK)
-        entries[teacher] = {**origin_entry(made_by), "rows": len(files), "pack": pack.name, "earlier": []}
+        entries[teacher] = {
+            **origin_entry(made_by),
+            "rows": len(files),
+            "packs": [[pack.name, len(files)]],
+            "earlier": [],
+        }
     permitted = Permitted.of(keys, np.full(len(files), NO_LABEL)).write(folder)
     record = {"adaptation": "A2b", "files": False, "missing": {}, "manifest": {"sha256": ""}, "teachers": entries}
     record |= {"permitted": {"file": permitted, "count": len(files)}}

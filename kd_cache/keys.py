@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -16,6 +16,7 @@ except ImportError:
 
 NO_LABEL = -1
 """Stands beside a key where its sample has no label, or must not show it."""
+_BLOCK = 65_536
 _BLOCK = 4096
 """Keys that are searched, or looked at, together."""
 _CHUNK = 1 << 16
@@ -31,7 +32,11 @@ def sample_key(file: str) -> str:
 
 def keys_of(files: Iterable[str]) -> np.ndarray:
     """``[N, 16]`` u1: the MD5 keys of manifest paths."""
-    return keys_of_bytes([file.encode("utf-8") for file in files])
+    left = iter(files)
+    found = []
+    while names := [file.encode("utf-8") for file in islice(left, _BLOCK)]:
+        found.append(keys_of_bytes(names))
+    return found[0] if len(found) == 1 else np.concatenate([np.empty((0, 16), np.uint8), *found])
 
 
 def keys_of_bytes(names: Iterable[bytes]) -> np.ndarray:

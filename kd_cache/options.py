@@ -202,6 +202,17 @@ def storage_type(text: str) -> str:
     raise UsageError(f"expected fp32, fp16, or topk:K for the K most probable classes, found {text!r}")
 
 
+def byte_size(text: str) -> int:
+    """A number of bytes, with or without a unit: ``32MiB``, ``8GB``."""
+    number, unit = text.rstrip("BKMGTPi"), text.lstrip("0123456789")
+    factors: dict[str, int] = {"": 1, "B": 1}
+    for power, prefix in enumerate("KMGT", 1):
+        factors |= {f"{prefix}B": 1000**power, f"{prefix}iB": 1024**power}
+    if number.isascii() and number.isdigit() and unit in factors and (size := int(number) * factors[unit]):
+        return size
+    raise UsageError(f"expected a number of bytes such as 32MiB or 8GiB, found {shown(text)!r}")
+
+
 def changed(name: str, **differences: Any) -> Option:
     """An option of the table as one command has it: ``changed("precision", default=None)``."""
     return replace(OPTIONS[name], **differences)
@@ -217,8 +228,8 @@ _TABLE = (
     # Data
     Option("target", str | None, "Target device; the cache holds the train samples of A and of this device.", DATA,
            None, "needed, but where the task has no domains", also=("--target-name",), metavar="|".join(TARGETS)),
-    Option("json_path", Path | None, "Dataset JSON (manifest).", DATA, None, "data/sample/dataset.json",
-           recalled=True),
+    Option("json_path", Path | None, "Dataset JSON (manifest), or a .jsonl with a row on every line.", DATA, None,
+           "data/sample/dataset.json", recalled=True),
     Option("data_root", Path | None, "Folder that the manifest's files are relative to.", DATA, None,
            "the manifest's folder", recalled=True),
     Option("features", Path | None, "One HDF5 file that holds the features, instead of files below the data root.",

@@ -163,7 +163,9 @@ INDEXES: dict[str, Store] = {
     "earlier parts that are a number": Store(teacher(earlier=3), "kd_cache.teachers.tiny.earlier"),
     "earlier parts that are lists": Store(teacher(earlier=[["weights"]]), "kd_cache.teachers.tiny.earlier"),
     "an accuracy in text": Store(teacher(accuracy={"correct": "many", "rows": 3}), "kd_cache.teachers.tiny.accuracy"),
-    "a pack outside": Store(teacher(pack="../../outside/x.h5"), "kd_cache.teachers.tiny.pack"),
+    "a pack outside": Store(teacher(packs=[["../../outside/x.h5", 6]]), "kd_cache.teachers.tiny.packs"),
+    "a pack without rows": Store(teacher(packs=[[f"tiny-{'0' * 32}.h5", 0]]), "kd_cache.teachers.tiny.packs"),
+    "a pack and nothing else": Store(teacher(packs=f"tiny-{'0' * 32}.h5"), "kd_cache.teachers.tiny.packs"),
     "no classes": Store(teacher(num_classes=0), "kd_cache.teachers.tiny.num_classes"),
     "class names that are a text": Store(teacher(class_names="0123456789"), "kd_cache.teachers.tiny.class_names"),
     "too few class names": Store(teacher(class_names=["bus"]), ENTRY),
@@ -243,7 +245,7 @@ def forged(build: Build, version: int = 1) -> Callable[[World], object]:
         rows, made_by = rows_of(pack), pack.origin
         path.unlink()
         forged_path = forge(path.parent, lambda file: build(file, rows, made_by), "tiny", version)
-        teacher(pack=forged_path.name)(world)
+        teacher(packs=[[forged_path.name, 6]])(world)
 
     return make
 
@@ -334,13 +336,13 @@ def torn_under_a_digest(world: World) -> None:
     path = pack_path(world)
     body = path.read_bytes()[512:]
     path.unlink()
-    teacher(pack=seal_bytes(path.parent, body[: len(body) // 2], "tiny").name)(world)
+    teacher(packs=[[seal_bytes(path.parent, body[: len(body) // 2], "tiny").name, 6]])(world)
 
 
 def no_hdf5(world: World) -> None:
     path = pack_path(world)
     path.unlink()
-    teacher(pack=seal_bytes(path.parent, pickle.dumps(Touch()) * 100, "tiny").name)(world)
+    teacher(packs=[[seal_bytes(path.parent, pickle.dumps(Touch()) * 100, "tiny").name, 6]])(world)
 
 
 def in_place_of_pack(make: Callable[[Path], object]) -> Callable[[World], object]:

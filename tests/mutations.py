@@ -79,9 +79,9 @@ kd_cache/files/atomic.py: test_faults_calls
 
 merged packs go before the merged one is written
 kd_cache/store/union.py: test_faults_calls
--        path = write_pack(
-+        [pack.path.unlink() for pack in union.packs]
-+        path = write_pack(
+-    return write_pack(
++    [pack.path.unlink() for pack in union.packs]
++    return write_pack(
 
 files resolve to the row after theirs
 kd_cache/serve/resolve.py: test_loader, test_student

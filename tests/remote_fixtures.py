@@ -27,6 +27,7 @@ class Web:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    weak: bool = False
 
     def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         method, name = handler.command, handler.path.removeprefix("/A2b/")
@@ -34,12 +35,12 @@ class Web:
         fault = self.faults.pop(0) if self.faults and method == "GET" else ""
         path = self.root / name
         content = path.read_bytes() if path.is_file() else None
-        etag = "" if content is None else f'"{xxhash.xxh3_64_hexdigest(content)}"'
+        etag = "" if content is None else f'{"W/" * self.weak}"{xxhash.xxh3_64_hexdigest(content)}"'
         if fault == "503" or content is None:
             return _send(handler, 503 if fault else 404, {})
         if handler.headers.get("If-None-Match") == etag:
             return _send(handler, 304, {"ETag": etag})
-        if handler.headers.get("If-Match", etag) != etag:
+        if (self.weak and "If-Match" in handler.headers) or handler.headers.get("If-Match", etag) != etag:
             return _send(handler, 412, {})
         status, headers, body = 200, {"ETag": etag, "Last-Modified": "Mon, 30 Nov 2026 10:00:00 GMT"}, content
         if wanted := handler.headers.get("Range"):

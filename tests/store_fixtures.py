@@ -101,9 +101,10 @@ class MadeCache:
 
     def write_index(self, **record: Any) -> None:
         packs = CacheFolder(self.path).packs(self.origins, "off")
-        named = {name: max(packs.of(made_by), key=len).path.name for name, made_by in self.origins.items()}
+        largest = {name: max(packs.of(made_by), key=len) for name, made_by in self.origins.items()}
+        named = {name: [[pack.path.name, len(pack)]] for name, pack in largest.items()}
         entries = {
-            name: {**origin_entry(made_by), "rows": len(self.rows[name]), "pack": named[name], "earlier": []}
+            name: {**origin_entry(made_by), "rows": len(self.rows[name]), "packs": named[name], "earlier": []}
             for name, made_by in self.origins.items()
         }
         for name, extra in record.pop("entries", {}).items():
@@ -234,12 +235,19 @@ def rewrite(pack: Pack, rows: np.ndarray) -> Path:
     return path
 
 
+def named_packs(index: Path) -> dict[str, str]:
+    """The one pack that an index names for each teacher."""
+    entries = read_index(index, maps=False).record["teachers"]
+    return {name: named for name, entry in entries.items() for ((named, _),) in [entry["packs"]]}
+
+
 def name_in_index(pack: Path) -> None:
     """Have the index of its cache name this pack for its teacher, whatever it named before."""
     index_path = pack.parent.parent / "cache_index.json"
     if index_path.exists():
         index = read_index(index_path)
-        index.record["teachers"][pack.name.rpartition("-")[0]]["pack"] = pack.name
+        entry = index.record["teachers"][pack.name.rpartition("-")[0]]
+        entry["packs"] = [[pack.name, entry["rows"]]]
         record = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
         write_index(index_path, index.num_samples, index.maps, record)
 

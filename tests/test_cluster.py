@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -66,8 +67,9 @@ class Standin:
             raise outcome
         return outcome
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         self.interrupted = True
+        return True
 
 
 class Heard(Watcher):
@@ -163,7 +165,7 @@ class Ordered:
     proof: Path
     act: Callable[[], Any]
 
-    def job(self, part: tuple[int, int]) -> Any:
+    def dump(self, part: tuple[int, int], watcher: Watcher) -> Any:
         return self.act()
 
 
@@ -182,7 +184,7 @@ def _raises(error: BaseException) -> Callable[[], Any]:
     ("act", "kind", "text"),
     [
         (_raises(OursError("no weights", hint="here")), CheckpointError, "no weights\nhere"),
-        (_raises(ZeroDivisionError("by zero")), KDCacheError, "unexpected ZeroDivisionError in part 3 of 8: by zero"),
+        (_raises(ZeroDivisionError("by zero")), KDCacheError, "unexpected ZeroDivisionError: by zero"),
     ],
 )
 def test_an_error_travels(act: Callable[[], Any], kind: type[KDCacheError], text: str, tmp_path: Path) -> None:
@@ -249,6 +251,7 @@ RAY = ("dump", "--target", "b", "--ray")
         (("dump", "--target", "b,c", "--ray", "local"), "a part is of one target's cache"),
         (("dump", "--target", "b", "--parts", "8"), "--parts is for --ray, which is not given"),
         (("dump", "--target", "b", "--ray-gpus", "1"), "--ray-gpus is for --ray"),
+        (("dump", "--target", "b", "--ray-storage", "s3://b/A2b"), "--ray-storage is for --ray"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], text: str, run: Run, world: World) -> None:
@@ -349,6 +352,32 @@ def test_parts_that_run_elsewhere_make_what_one_process_makes(local: Local, run:
     assert "Nothing to score" in again.stdout
 
 
+def test_parts_of_machines_without_a_common_disk_meet_at_an_url(
+    local: Local, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each machine has a home of its own; a rerun on another one scores nothing again."""
+    pytest.importorskip("obstore")
+    (world.root / "mine.py").write_text(MINE)
+    mine = ("--teacher", "mine=mine.py:linear", "--only", "mine", "--json-path", "dataset.json")
+    dump = ("dump", "--target", "b", *mine)
+    assert run(*dump).exit_code == 0
+    expected = {name: content for name, content in snapshot(world.cache).items() if name != "cache_index.json"}
+    world.cache.parent.rename(world.root / "plain")
+    stored = (*dump, "--ray", "auto", "--parts", "3", "--ray-storage", f"file://{world.root}/store/A2b")
+    for home, scored in (("one", 20), ("two", 0)):
+        monkeypatch.setenv("HOME", str(world.root / home))
+        monkeypatch.setattr(kd_cache.cluster.worker, "_KEPT", {})
+        result = run(*stored, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["samples_scored"] == scored
+        assert {
+            name: content for name, content in snapshot(world.cache).items() if name != "cache_index.json"
+        } == expected
+    result = run(*dump, "--ray", "auto", "--ray-storage", "s3://user:secret@bucket/A2b")
+    assert result.exit_code == 2
+    assert "secret" not in result.output
+
+
 def test_an_error_of_a_part_is_the_command_s(local: Local, run: Run, world: World) -> None:
     (world.root / "mine.py").write_text(MINE)
     lost = ("--teacher", "lost=mine.py:unloadable", "--only", "lost", "--json-path", "dataset.json")
@@ -365,7 +394,7 @@ RECIPES = re.findall(r"```(\w+)\n(.*?)```", (REPO / "docs/clusters.md").read_tex
 
 def commands(text: str) -> Iterator[list[str]]:
     """Every kd-cache command in a text, as words."""
-    for found in re.findall(r"kd-cache ((?:dump|seal|push|pull) [^\"'#\n;]*)", text):
+    for found in re.findall(r"kd-cache ((?:dump|seal|push|pull) [^\"'#\n;&|]*)", text):
         yield shlex.split(found.partition(' --shard"')[0])
 
 

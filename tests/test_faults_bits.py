@@ -33,6 +33,7 @@ from store_fixtures import (
     forks,
     md5,
     name_in_index,
+    named_packs,
     names,
     origin,
     seal_bytes,
@@ -46,7 +47,6 @@ from kd_cache.errors import KDCacheError
 from kd_cache.serve.logit_cache import LogitCache
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.index import read_index
 from kd_cache.store.pack import open_pack
 from kd_cache.store.snapshot import Snapshot
 
@@ -461,7 +461,7 @@ def test_damage_to_a_mapped_pack_is_refused(mapped: MadeCache, tmp_path: Path) -
 def test_damage_to_one_of_many_packs_gives_no_wrong_value(tmp_path: Path) -> None:
     """One for each of two teachers is the readers'; of the others, of dumps that were killed, they know nothing."""
     made = two_teachers(tmp_path / "A2b", count=12, packs=3)
-    named = {entry["pack"] for entry in read_index(made.path / "cache_index.json").record["teachers"].values()}
+    named = set(named_packs(made.path / "cache_index.json").values())
     made.rows["scene"].part([1, 5, 6]).write(made.path / "packs", made.origins["scene"])
     expected = made.stacked(names(12)).tobytes()
     checks = {verify: reading(made.path, names(12), expected, verify) for verify in ("full", "lazy")}

@@ -109,10 +109,17 @@ def index_words(path: Path) -> dict[str, Any]:
     kept = ("fingerprint", "value_kind", "num_classes", "dtype", "rows", "pack", "accuracy", "measured", "earlier")
     found |= {word: record.get(word) for word in words} | {"format_version": 1}
     old = {new: name for name, new in NAMES_IN_2.items()}
+
+    def pack(entry: dict[str, Any]) -> str:
+        """The one pack, as its name is in format 1."""
+        ((name, rows),) = entry["packs"] if record["format_version"] == 2 else [[entry["pack"], entry["rows"]]]
+        assert rows == entry["rows"]
+        return old.get(name, name)
+
     found["manifest"] = record["manifest"]["sha256"]
     found["teachers"] = {
         name: {word: entry.get(word) for word in kept}
-        | {"pack": old.get(entry["pack"], entry["pack"]), "class_names": sha256(canonical_json(entry["class_names"]))}
+        | {"pack": pack(entry), "class_names": sha256(canonical_json(entry["class_names"]))}
         for name, entry in record["teachers"].items()
     }
     return found
@@ -238,3 +245,17 @@ def test_the_fingerprint_of_a_cnn14_stays_the_same() -> None:
         teacher_fingerprint(LoadedTeacher(net, source="")).digest
         == "7be01024bc26faece4a961dd18369d5d207fd902da26acd228a8dafb10cd2971"
     )
+
+
+@pytest.mark.parametrize("name", ["finished", "parts", "unfinished", "packed"])
+def test_it_goes_over_an_url_as_it_is(copy: Path, run: Run, name: str) -> None:
+    for arguments in (("push", f"{name}/A2b", "file://store/A2b"), ("pull", "file://store/A2b", "pulled/A2b")):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+    for folder in ("packs", "pending"):
+        held = [{path.name: path.read_bytes() for path in copy.glob(f"{at}/A2b/{folder}/*")} for at in (name, "pulled")]
+        assert held[0] == held[1]
+    if name in ("finished", "packed"):
+        one, other = (LogitCache.open(copy / at / "A2b", ["first"]) for at in (name, "pulled"))
+        assert (one.files, one.fingerprints) == (other.files, other.fingerprints)
+        assert torch.equal(one.batch(one.files), other.batch(one.files))

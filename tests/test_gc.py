@@ -72,7 +72,7 @@ def pending(cache: MadeCache, *made_by: Origin) -> Path:
     """A dump's record, in the format of the index, as it is documented."""
     path = cache.path / "pending" / "0123456789abcdef.json"
     path.parent.mkdir(exist_ok=True)
-    teachers = {made.teacher: {**origin_entry(made), "rows": 0, "pack": None, "earlier": []} for made in made_by}
+    teachers = {made.teacher: {**origin_entry(made), "rows": 0, "packs": [], "earlier": []} for made in made_by}
     write_index(path, 0, {}, {"missing": {}, "teachers": teachers})
     return age(path)
 
@@ -206,8 +206,9 @@ def test_what_others_put_into_a_cache_is_told_of_and_stays(cache: MadeCache) -> 
 
 def test_without_a_view_every_row_file_goes_and_the_folders_of_its_teachers_stay(cache: MadeCache) -> None:
     entries = {
-        name: {**origin_entry(made), "rows": 12, "pack": next(cache.path.glob(f"packs/{name}-*")).name, "earlier": []}
+        name: {**origin_entry(made), "rows": 12, "packs": [[pack.name, 12]], "earlier": []}
         for name, made in cache.origins.items()
+        for pack in cache.path.glob(f"packs/{name}-*")
     }
     record = {"adaptation": "A2b", "files": False, "missing": {}, "teachers": entries}
     write_index(cache.path / "cache_index.json", 12, {name: {} for name in entries}, record)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, Run, World
-from store_fixtures import DeadError, Rows, md5, name_in_index
+from store_fixtures import DeadError, Rows, md5, name_in_index, named_packs
 
 from kd_cache import LogitCache, MissingLogitsError, load_cached_logits_batch
 from kd_cache.files import turns
@@ -120,7 +120,7 @@ def test_rows_scored_twice_with_other_bits_are_told_of_and_the_named_packs_stay(
 ) -> None:
     """A backup of another cache restored into the folder: the same teacher and features, other bits."""
     before = served(world)
-    named = read_index(world.cache / "cache_index.json").record["teachers"]["tiny"]["pack"]
+    named = named_packs(world.cache / "cache_index.json")["tiny"]
     pack = open_pack(world.cache / "packs" / named)
     for seed in range(8):  # some of them come before the named pack by name
         rows = Rows(pack.files, pack.keys, pack.inputs, pack.logits + np.float32(1 + seed)).part(range(seed + 1))
@@ -149,8 +149,7 @@ def test_a_wrong_row_in_a_pack_that_no_index_names_is_found_and_repaired(
 
 
 def named(world: World, teacher: str) -> str:
-    pack: str = read_index(world.cache / "cache_index.json").record["teachers"][teacher]["pack"]
-    return pack
+    return named_packs(world.cache / "cache_index.json")[teacher]
 
 
 def forge_row(path: Path) -> Path:

@@ -27,7 +27,10 @@ MAPS = {"city2scene": {"x/ü 1.npy": "c/1.npy"}, "scene": {"x/ü 1.npy": "s/1.np
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    entries = {"city2scene": {**origin_entry(CITY), "earlier": []}, "scene": {**origin_entry(SCENE), "earlier": []}}
+    entries = {
+        "city2scene": {**origin_entry(CITY), "packs": [], "earlier": []},
+        "scene": {**origin_entry(SCENE), "packs": [], "earlier": []},
+    }
     return {"files": True, "missing": {"x/3.npy": "its feature is gone"}, "teachers": entries} | changes
 
 

@@ -14,14 +14,13 @@ import pytest
 import torch
 import xxhash
 from conftest import Run, World
-from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, names, origin, two_teachers
+from store_fixtures import MadeCache, Rows, byte_rows, forks, md5, named_packs, names, origin, two_teachers
 from torch.utils.data import DataLoader, TensorDataset
 
 import kd_cache.serve.placement as placement_module
 import kd_cache.store.pack as pack_module
 from kd_cache import CorruptError, LogitCache, MissingLogitsError, StoreError
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.index import read_index
 from kd_cache.store.pack import CHECKED_AT_ONCE, Pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.snapshot import Snapshot
@@ -139,8 +138,8 @@ def test_auto_is_full_up_to_a_limit_of_the_opened_teachers_packs_and_lazy_above(
 ) -> None:
     made = two_teachers(tmp_path / "A2b", packs=2)
     chosen = teachers or list(made.rows)
-    named = read_index(made.path / "cache_index.json").record["teachers"]
-    sizes = [(made.path / "packs" / named[name]["pack"]).stat().st_size for name in chosen]
+    named = named_packs(made.path / "cache_index.json")
+    sizes = [(made.path / "packs" / named[name]).stat().st_size for name in chosen]
     assert placement_module.FULLY_CHECKED == 10**9
     for limit, place in ((sum(sizes), "table"), (sum(sizes) - 1, "mapped")):
         hashed.clear()
@@ -317,7 +316,7 @@ def generations(request: pytest.FixtureRequest, dump: Run, world: World, tmp_pat
     return Generations(world, tmp_path / "old" / "A2b", tmp_path / "new" / "A2b")
 
 
-@pytest.mark.parametrize("step", ["index_state", "index", "permitted", "served_pack"])
+@pytest.mark.parametrize("step", ["index_state", "index", "permitted", "served_packs"])
 def test_a_reader_that_opens_while_another_seals_gets_one_generation_whole(
     generations: Generations, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -336,7 +335,7 @@ def test_a_reader_that_opens_while_another_seals_gets_one_generation_whole(
 def _sealing(generations: Generations, patched: pytest.MonkeyPatch, step: str, when: str) -> list[bool]:
     """Have the cache sealed once, before or after a reader takes this step."""
     done: list[bool] = []
-    owner: type = Snapshot if step == "served_pack" else CacheFolder
+    owner: type = Snapshot if step == "served_packs" else CacheFolder
     asked = getattr(owner, step)
 
     def meanwhile() -> None:
@@ -359,14 +358,14 @@ def test_a_reader_that_always_comes_too_late_says_so(generations: Generations, m
     """The other process never rests: an error, and no endless loop."""
     generations.put("old")
     turns: Iterator[str] = iter(["new", "old"] * 1000)
-    served_pack = Snapshot.served_pack
+    served_packs = Snapshot.served_packs
 
-    def restless(self: Snapshot, *args: Any, **kwargs: Any) -> Pack:
+    def restless(self: Snapshot, *args: Any, **kwargs: Any) -> list[Pack]:
         generations.put(next(turns))
         for path in self.folder.pack_paths():
             path.unlink()
-        return served_pack(self, *args, **kwargs)
+        return served_packs(self, *args, **kwargs)
 
-    monkeypatch.setattr(Snapshot, "served_pack", restless)
+    monkeypatch.setattr(Snapshot, "served_packs", restless)
     with pytest.raises(StoreError, match="keeps changing"):
         LogitCache.open(generations.cache)

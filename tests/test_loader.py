@@ -26,6 +26,7 @@ from store_fixtures import (
     make_cache,
     md5,
     name_in_index,
+    named_packs,
     names,
     origin,
     snapshot,
@@ -295,7 +296,7 @@ def test_info_says_where_batches_will_come_from_by_the_packs_of_the_teachers_alo
     assert chosen == {"preload": opened.preloaded, "verify": "full", "table_bytes": opened._gatherer.nbytes}
     index = CacheFolder(world.cache).index()
     assert index is not None
-    packs = {entry["pack"]: 400_000_000 for entry in index.record["teachers"].values()}
+    packs = dict.fromkeys(named_packs(index.path).values(), 400_000_000)
     more = dict.fromkeys(packs, 600_000_000)
     for sizes, verify in ((packs, "full"), (packs | {f"old-{'0' * 32}.h5": 10**10}, "full"), (more, "lazy")):
         assert [each["verify"] for each in _reading(index, sizes).values()] == [verify]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd_cache.dataset.manifest import Sample, load_manifest, parse_manifest, spelling
+from kd_cache.dataset.manifest_file import manifest_digest
 from kd_cache.dataset.task import DCASE
 from kd_cache.errors import ManifestError
 from kd_cache.keys import sample_key
@@ -299,6 +301,66 @@ def test_what_is_no_plain_file_is_refused_and_never_hangs(tmp_path: Path, kind: 
         load_manifest(path)
     assert caught.value.exit_code == 2
     assert "--json-path" in str(caught.value)
+
+
+# -- a row on every line -----------------------------------------------------------------------------------------------
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_bytes(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in rows))
+    return path
+
+
+@pytest.mark.parametrize("head", [(), ({"front_end": {"n_mels": 20}},)])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_lines_are_read_as_a_flat_list_is(tmp_path: Path, head: tuple[Row, ...], end: bytes) -> None:
+    """Whatever the size that other manifests may have; the digest is that of the bytes."""
+    rows = [row("a", identifier="vienna-12"), row("b", split="test", identifier="Vienna 12"), row("é", domain=...)]
+    path = lines(tmp_path / "m.jsonl", *head, *rows[:2], json.dumps(rows[2]).encode() + end)
+    made = load_manifest(path, max_bytes=10)
+    assert made.samples == parse(rows)
+    assert (made.front_end, made.bins) == (({"n_mels": 20}, 20) if head else (None, None))
+    assert made.digest == manifest_digest(path, 10) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (b'{"file": "a", "file": "b"}\n', "line 2, is not valid UTF-8 JSON: key file occurs twice"),
+        (b'{"file": NaN}\n', "line 2, is not valid UTF-8 JSON: NaN"),
+        (b"\n", "line 2, is not valid"),
+        (b"\xff\n", "line 2, is not valid"),
+        (b"[" * 90_000 + b"\n", "line 2, is not a manifest: it is nested too deeply"),
+        (b'{"file": "' + b"x" * (1 << 20) + b'"}\n', "line 2, has more than 1,048,576 bytes"),
+        (row("x/y.npy", scene_label="3"), r"line 2 \(x/y.npy\): scene_label must be an integer"),
+        (row(split=...), r'line 2 \(x/y.npy\): it has no "split"'),
+        ({"front_end": {}}, "line 2: file is missing"),
+        ([row()], "line 2: expected an object"),
+        (row("a"), "the same file is listed more than once"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_line_is_said_with_its_number(tmp_path: Path, wrong: Any, said: str) -> None:
+    path = lines(tmp_path / "m.jsonl", row("a"), wrong, row("c"))
+    with pytest.raises(ManifestError, match=said) as caught:
+        load_manifest(path)
+    assert len(str(caught.value)) < 1000
+    faults: list[str] = []
+    if isinstance(wrong, dict):
+        assert [sample.file for sample in load_manifest(path, faults=faults)][::2][0] == "a"
+        assert len(faults) == 1
+
+
+@pytest.mark.parametrize("rows", [(), ({"front_end": {"n_mels": 20}},)])
+def test_lines_without_a_sample_are_refused(tmp_path: Path, rows: tuple[Row, ...]) -> None:
+    with pytest.raises(ManifestError, match="lists no samples"):
+        load_manifest(lines(tmp_path / "m.jsonl", *rows))
+
+
+def test_a_manifest_that_is_too_large_may_be_written_as_lines(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="expected at most 10") as caught:
+        load_manifest(lines(tmp_path / "m.json", [row()]), max_bytes=10)
+    assert ".jsonl" in str(caught.value.hint)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

@@ -193,13 +193,15 @@ def test_a_cache_in_a_repository_of_the_hub(hub: FakeHub, made: MadeCache) -> No
 # -- push and pull ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weak", [False, True])
 def test_what_was_pushed_is_pulled_to_equal_rows_and_again_is_nothing(
-    pushed: tuple[MadeCache, str, Path], tmp_path: Path
+    pushed: tuple[MadeCache, str, Path], tmp_path: Path, weak: bool
 ) -> None:
     made, url, store = pushed
     again = push_cache(made.path, url)
     assert (again.index, again.sent, again.there_already) == ("same", [], 2)
     with served(store) as web:
+        web.weak = weak
         first = pull_cache(web.url, tmp_path / "other/A2b")
         assert (first.files, first.changed, first.finished) == (2, True, True)
         web.asked.clear()
@@ -563,6 +565,8 @@ def test_nodes_without_a_shared_disk_push_parts_and_another_seals_them(
 def test_a_dump_pushes_what_it_finished(dump: Run, run: Run, world: World) -> None:
     assert "4 files sent" in dump("--push", "file://store/A2b").stdout
     assert "0 files sent" in dump("--push", "file://store/A2b").stdout
+    assert "Not a directory" in dump("--push", f"file://{world.json_path}/x", "--cache-root", "late").stderr
+    assert not (world.root / "late").exists()
     result = run("dump", "--target", "b,c", "--json-path", world.json_path, *TINY, "--push", "file://store/A2b")
     assert result.exit_code == 2
     assert "an URL holds one target's cache" in result.stderr

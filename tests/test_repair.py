@@ -145,7 +145,7 @@ def entry(world: World, teacher: str) -> dict[str, Any]:
 
 
 def pack_of(world: World, teacher: str) -> Pack:
-    name = entry(world, teacher)["pack"]
+    name = entry(world, teacher)["packs"][0][0]
     return next(pack for pack in CacheFolder(world.cache).packs().good if pack.path.name == name)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run, World
-from test_parts import SLOTTED, permanent, several_lengths, taken, told
+from conftest import TINY, Run, World
+from test_parts import SLOTTED, permanent, several_lengths, taken
+from test_parts import told as index_of
 
 import kd_cache.dataset.dataset
 from kd_cache import FeatureSource
@@ -50,6 +51,23 @@ def tables(world: World) -> list[Path]:
     return sorted((world.cache / "pending").glob("samples-*.bin"))
 
 
+def test_a_manifest_of_lines_is_dumped_and_checked_as_the_same_list(
+    dump: Run, run: Run, world: World, parsed: list[Path]
+) -> None:
+    assert dump().exit_code == 0
+    files, _ = taken(world.cache)
+    parsed.clear()
+    lines = world.root / "dataset.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in world.rows))
+    for part in ("0/2", "1/2"):
+        told = ("--json-path", lines, *TINY, "--only", "tiny", "--only", "other", "--shard", part)
+        assert run("dump", "--target", "b", *told).exit_code == 0
+    assert parsed == [lines]
+    assert run("seal", "--target", "b").exit_code == 0
+    assert permanent(world.cache) == files
+    assert run("check", "--json-path", lines).exit_code == run("check", "--json-path", world.json_path).exit_code
+
+
 @pytest.mark.parametrize("first", ["made before", "by itself"])
 def test_parts_read_no_header_of_others_and_no_manifest_and_are_sealed_to_the_bytes_of_one_process(
     dump: Run, run: Run, world: World, headers: list[str], parsed: list[Path], first: str
@@ -72,7 +90,7 @@ def test_parts_read_no_header_of_others_and_no_manifest_and_are_sealed_to_the_by
     assert len(tables(world)) == 1
     assert run("seal", "--target", "b").exit_code == 0
     assert permanent(world.cache) == files  # the table is gone
-    assert told(world.cache) == index
+    assert index_of(world.cache) == index
 
 
 DIFFERENT: dict[str, Callable[[World], object]] = {

@@ -150,7 +150,7 @@ def test_of_the_same_input_with_other_bytes_the_named_packs_row_or_the_first_cou
     by_name = {rows.write(packs, SCENE).name: rows for rows in (mine, theirs)}
     both = sorted(set(names(5)) & set(names(3, 3)))
     counts = max(by_name) if named else min(by_name)
-    union = Union([open_pack(packs / name) for name in sorted(by_name, reverse=True)], counts if named else None)
+    union = Union([open_pack(packs / name) for name in sorted(by_name, reverse=True)], [counts] if named else ())
     assert sorted(union.disagreements()) == both
     first = by_name[counts].by_file()
     for file in both:
@@ -212,9 +212,9 @@ def test_any_partition_in_any_order_seals_to_the_bytes_of_one_pack(data: st.Data
         paths = [rows.part(part).write(Path(folder), made_by) for part in parts]
         paths = data.draw(st.permutations(sorted(set(paths))))
         sealed = seal_all(Path(folder), rows, paths)
-        assert sealed.path is not None
+        (path,) = sealed.paths
         assert (sealed.absent.any(), sealed.left_out, sealed.disagreements) == (False, 0, [])
-        assert snapshot(Path(folder)) == snapshot(Path(other)) == {sealed.path.name: whole.read_bytes()}
+        assert snapshot(Path(folder)) == snapshot(Path(other)) == {path.name: whole.read_bytes()}
 
 
 def test_a_seal_keeps_the_wanted_rows_alone(packs: Path) -> None:
@@ -227,18 +227,18 @@ def test_a_seal_keeps_the_wanted_rows_alone(packs: Path) -> None:
     sealed = seal_all(packs, wanted, paths)
     assert {wanted.files[n] for n in np.flatnonzero(sealed.absent)} == {rows.files[4], "never/scored.npy"}
     assert sealed.left_out == 6
-    assert sealed.path is not None
-    assert open_pack(sealed.path).files == rows.files[:4]
-    assert os.listdir(packs) == [sealed.path.name]
+    (path,) = sealed.paths
+    assert open_pack(path).files == rows.files[:4]
+    assert os.listdir(packs) == [path.name]
 
 
 def test_a_seal_that_keeps_nothing_leaves_nothing(packs: Path) -> None:
     path = Rows.of(names(3)).write(packs, SCENE)
     sealed = seal_all(packs, Rows.of(["other.npy"]), [path])
-    assert (sealed.path, sealed.left_out, sealed.absent.tolist()) == (None, 3, [True])
+    assert (sealed.paths, sealed.left_out, sealed.absent.tolist()) == ([], 3, [True])
     assert os.listdir(packs) == []
     sealed = merge_packs(packs, None, NO_ROWS.keys, NO_ROWS.inputs)
-    assert (sealed.path, len(sealed.absent), sealed.left_out) == (None, 0, 0)
+    assert (sealed.paths, len(sealed.absent), sealed.left_out) == ([], 0, 0)
 
 
 @pytest.mark.parametrize("further", [[], [[0, 5], [3]]])
@@ -250,7 +250,7 @@ def test_a_seal_whose_result_is_one_of_its_packs_keeps_that(
     if not further:
         monkeypatch.setattr("kd_cache.store.union.write_pack", lambda *_: pytest.fail("nothing was to be written"))
     content = paths[0].read_bytes()
-    assert seal_all(packs, rows, paths).path == paths[0]
+    assert seal_all(packs, rows, paths).paths == paths[:1]
     assert snapshot(packs) == {paths[0].name: content}
 
 
@@ -266,9 +266,9 @@ def test_a_seal_removes_exactly_what_it_merged(packs: Path) -> None:
     (packs / ".tmp-1-someone-else.h5").write_bytes(b"half a pack")
     kept = snapshot(packs)
     sealed = seal_and_remove(packs, opened, rows)
-    assert sealed.path is not None
+    (path,) = sealed.paths
     gone = {path.name for path in merged}
-    assert set(snapshot(packs)) == kept.keys() - gone | {sealed.path.name}
+    assert set(snapshot(packs)) == kept.keys() - gone | {path.name}
     assert all(path.read_bytes() == kept[path.name] for path in others)
 
 

@@ -218,10 +218,19 @@ def _take_out(
         {**rows.record, "features_at": job.audit.data.features.place},
         bool(rows.record.get("files", True)),
         missing=rows.record["missing"],
-        standing={teacher_in_name(path): part.name for path, part in superfluous.items() if part and path in named},
+        standing=_standing(superfluous, named),
         keep_damaged=True,
     )
     publish(job.audit.snapshot, change, watcher)
+
+
+def _standing(parts: Mapping[Path, Path | None], named: Sequence[Path]) -> dict[str, list[str]]:
+    """By teacher the packs that the index names, or what is left of them where there is such a part."""
+    found: dict[str, list[str]] = {}
+    for path in named:
+        if (left := parts.get(path, path)) is not None:
+            found.setdefault(teacher_in_name(path), []).append(left.name)
+    return found
 
 
 def _refuse_to_keep(moved: Sequence[Problem], job: RepairJob) -> None:

@@ -42,6 +42,7 @@ class SealJob:
         workers: threads that read features.
         inputs: what the features are now: ``unchanged`` where nobody touched the file since a part read it, and read
             elsewhere; all ``read``; or not looked at, and taken ``as-scored``.
+        pack_bytes: what a pack is not expected to exceed; ``None`` leaves that as the index says.
         record: what the index is to say of the run where no dump has left a record.
         shown_path: the cache's path as the user wrote it, with which the index's paths start; ``None`` leaves that as
             the dump said.
@@ -52,6 +53,7 @@ class SealJob:
     files: bool | None = None
     workers: int = 2
     inputs: InputsAre = "unchanged"
+    pack_bytes: int | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     shown_path: str | None = None
 
@@ -112,6 +114,7 @@ def seal_cache(job: SealJob, watcher: Watcher | None = None) -> SealReport:
         record,
         bool(record.get("files", True)) if job.files is None else job.files,
         entries=current.entries,
+        pack_bytes=job.pack_bytes,
         missing={file: current.missing[file] for file in selection.listed if file in current.missing},
         hint=_how_parts_differ(snapshot.pending) or _what_is_missing(snapshot.pending),
     )

@@ -266,7 +266,7 @@ class _Audit:
         else:
             is_current = self._check_fingerprint(name, origin, result)
         union = self.snapshot.served(name)
-        self._look_at_packs(name, origin, entry["pack"])
+        self._look_at_packs(name, origin)
         rows = Rows.absent(len(self.files)) if union is None else Rows.of(union, self.files, self.keys, present)
         self._tell_of_rows(name, rows, index.missing)
         result.rows = 0 if union is None else len(union)
@@ -280,13 +280,14 @@ class _Audit:
         if index.record["files"] and union is not None:
             result.view = self._audit_view(index, name, union, rows.at)
 
-    def _look_at_packs(self, name: str, origin: Origin, named: str | None) -> None:
-        """The pack that the index names is there, and no other one of the same origin contradicts it."""
-        for path in self.snapshot.served_paths([name]):
+    def _look_at_packs(self, name: str, origin: Origin) -> None:
+        """The packs that the index names are there, and no other one of the same origin contradicts them."""
+        named = self.snapshot.served_paths([name])
+        for path in named:
             if not path.exists():
                 self._problem(MISS, name, str(path), "the index names it, but it is not there; run kd-cache dump", PACK)
         everything = self.snapshot.union(origin)
-        others = [pack for pack in everything.packs if pack.path.name != named] if everything else []
+        others = [pack for pack in everything.packs if pack.path not in named] if everything else []
         for pack in others:
             if wrong := pack.wrong_rows():
                 reason = f"{len(wrong):,} of its rows do not match their checksums; run kd-cache repair"

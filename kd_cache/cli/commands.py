@@ -38,6 +38,7 @@ from kd_cache.options import (
     Target,
     ValueKind,
     batch_size,
+    byte_size,
     changed,
     targets,
 )
@@ -102,6 +103,10 @@ DUMP = Command(
                "several for each slot of the cluster", low=1, kept=False),
         Option("ray_gpus", float | None, "GPUs of a part that --ray starts; without any it runs on the CPU.", RUN,
                None, "1 where the cluster has GPUs and --device permits", low=0, high=1, kept=False),
+        Option("ray_storage", str | None,
+               "Where machines share no disk: each part is dumped into a folder of its machine and pushed there, and "
+               "pulled from there to be sealed (pip install kd-cache[remote]).", RUN, None, "all see the cache root",
+               metavar="URL", kept=False),
         *DATA_LIMITS, "max_checkpoint_bytes", "config",
         changed("dry_run", help="Only say what would be scored, and how many bytes it takes."),
         *SHOWING,
@@ -134,12 +139,16 @@ SEAL = Command(
                "Which features count: unchanged where nobody touched their files since a part read them, and read "
                "elsewhere; read: all of them; as-scored: they are not at hand, each is as its part read it (recorded).",
                CACHE, "unchanged"),
+        Option("pack_bytes", int | None,
+               "Make 2, 4, 8 … packs of a teacher where one would be larger; each has the keys that begin alike.",
+               CACHE, None, "as it was, at first 8GiB", metavar="N|32MiB|8GiB", parse=byte_size),
         "workers", *DATA_LIMITS, "config", *SHOWING,
     ),
     SAVED,
     (
         "kd-cache seal --target b --cache-root cache/parts",
         "kd-cache seal --target b --cache-root cache/parts --inputs as-scored",
+        "kd-cache seal --target b --cache-root cache/parts --pack-bytes 1GiB",
     ),
     exit_codes=_AUDIT,
     notes=notes.SEAL,

@@ -85,7 +85,7 @@ def _refuse_push(url: str | None, targets: int, part: Part) -> None:
     if targets > 1:
         raise UsageError("an URL holds one target's cache", hint="Dump one --target after another.")
     if part is None:
-        open_store(checked_url(url), writing=True)
+        open_store(checked_url(url), writing=True).list()
     else:
         open_for_parts(url)
 

@@ -54,6 +54,7 @@ class DumpOptions:
     push: str | None
     ray: str | None
     ray_gpus: float | None
+    ray_storage: str | None
     parts: int | None
 
 

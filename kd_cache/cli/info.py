@@ -63,7 +63,7 @@ def _reading(index: Index, packs: dict[str, int]) -> dict[str, dict[str, Any]]:
     for names in together.values():
         row = index.origins[names[0]].width * index.origins[names[0]].stored.itemsize
         table = index.num_samples * len(names) * row
-        on_disk = sum(packs.get(index.record["teachers"][name]["pack"], 0) for name in names)
+        on_disk = sum(packs.get(file, 0) for name in names for file, _ in index.record["teachers"][name]["packs"])
         verify = check_of("auto", "auto", on_disk)
         place = choose("auto", table, is_lazy=verify == "lazy")
         found[", ".join(names)] = {"preload": place, "verify": verify, "table_bytes": table}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from kd_cache.care.seal import SealJob, seal_cache
 from kd_cache.cli.console import Screen
@@ -22,28 +24,40 @@ from kd_cache.cluster.ray_tasks import connected, require_ray
 from kd_cache.cluster.worker import PartReport, kept
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.errors import UsageError, shown
+from kd_cache.errors import MissingLogitsError, UsageError, shown
+from kd_cache.exchange.push import open_for_parts, push_parts
 from kd_cache.files.atomic import make_directory, temporary_beside
-from kd_cache.score.dump import DumpJob, DumpReport, part_range
+from kd_cache.options import home_path
+from kd_cache.remote.url import checked_url
+from kd_cache.score.dump import DumpJob, DumpReport, dump_logits, part_range
 from kd_cache.score.factory import absolute_factory
 from kd_cache.score.job import TeacherReport
 from kd_cache.score.teacher import TeacherSpec
+from kd_cache.serve.pull import pull_cache
 from kd_cache.store.snapshot import Snapshot
+from kd_cache.watch import Watcher
+
+_PARTS = "~/.cache/kd-cache/parts"
+"""Where a machine that shares no disk keeps what its parts have scored, by the URL that it is pushed to."""
 
 
 @dataclass(frozen=True)
 class DumpOrder:
-    """What each worker is told of a dump: everything that a person said, its paths absolute."""
+    """What each worker is told of a dump: everything that a person said, its paths absolute.
 
-    proof: Path
+    ``storage`` is an URL that parts are pushed to; then the cache is in a folder of the worker's machine.
+    """
+
+    proof: Path | None
     options: DumpOptions
     values: Mapping[str, Any]
     specs: Sequence[TeacherSpec]
     record: Mapping[str, Any]
     samples: Path
+    storage: str | None
 
-    def job(self, part: tuple[int, int]) -> DumpJob:
-        """The dump of this part. What an earlier part of this process has loaded is taken from it."""
+    def dump(self, part: tuple[int, int], watcher: Watcher) -> DumpReport:
+        """Dump this part. What an earlier part of this process has loaded is taken from it."""
         screen = Screen(quiet=True, as_json=False)
         read = partial(data_of, self.options.target, self.values, tables=self.samples)
         data = kept("data", self.values["json_path"], read)
@@ -51,7 +65,23 @@ class DumpOrder:
         for spec in self.specs:
             load = partial(loaded_with, self.options, [spec], screen)
             teachers[spec] = kept((spec, self.options.device), spec.checkpoint, load)[spec.name]
-        return job_of(self.options, data, teachers, self.record, part)
+        options = self.options
+        if self.storage is not None:
+            here = home_path(_PARTS) / xxhash.xxh3_128_hexdigest(self.storage.encode())
+            options = replace(options, cache_root=here)
+        job = job_of(options, data, teachers, self.record, part)
+        if self.storage is not None:
+            kept("pulled", None, partial(_pull_what_is_there, self.storage, job.folder.path))
+        report = dump_logits(job, watcher)
+        if self.storage is not None:
+            push_parts(job.folder.path, self.storage)
+        return report
+
+
+def _pull_what_is_there(url: str, folder: Path) -> None:
+    """What other machines and earlier runs have scored need not be scored again."""
+    with suppress(MissingLogitsError):
+        pull_cache(url, folder)
 
 
 def refuse_odd(options: DumpOptions) -> None:
@@ -59,7 +89,7 @@ def refuse_odd(options: DumpOptions) -> None:
     if (options.policy is None) != (options.views == 0):
         raise UsageError("--views and --policy belong together: how many views, and how they are augmented")
     if options.ray is None:
-        for name in ("parts", "ray_gpus"):
+        for name in ("parts", "ray_gpus", "ray_storage"):
             if getattr(options, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is for --ray, which is not given")
         return
@@ -72,6 +102,8 @@ def refuse_odd(options: DumpOptions) -> None:
     if (options.device == "cpu" and options.ray_gpus) or (options.device == "cuda" and options.ray_gpus == 0):
         raise UsageError(f"--device {options.device} and --ray-gpus {options.ray_gpus:g} contradict each other")
     require_ray(options.ray)
+    if options.ray_storage is not None:
+        open_for_parts(options.ray_storage)
 
 
 def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -> tuple[DumpJob, DumpReport]:
@@ -96,13 +128,17 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         told = replace(options, device=device, cache_root=options.cache_root.absolute(), policy=policy)
         samples = job.folder.pending_path.absolute()
         data.samples_table(samples, options.workers, screen)
-        order = DumpOrder(proof.absolute(), told, _absolute(run, data), specs, record, samples)
+        storage = options.ray_storage and checked_url(options.ray_storage)
+        seen = None if storage else proof.absolute()
+        order = DumpOrder(seen, told, _absolute(run, data), specs, record, samples, storage)
         cluster.prepare(order, gpus)
         count = min(options.parts or parts_of(size, cluster.slots()), max(size, 1))
         screen.remark(f"{count:,} parts on Ray, {cluster.slots():,} at once, on {device}")
         screen.stage("scoring", size)
         parts = PartsRun(cluster, count, partial(_samples_in_words, job), screen)
         parts.run()
+    if storage:
+        pull_cache(storage, job.folder.path, screen)
     sealing = SealJob(
         Snapshot(job.folder), data, files=options.files, workers=options.workers,
         inputs="read" if options.reread else "unchanged",

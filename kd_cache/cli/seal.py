@@ -26,6 +26,7 @@ def seal(
     cache_root: Path,
     files: bool | None,
     inputs: InputsAre,
+    pack_bytes: int | None,
     workers: int,
 ) -> Report:
     """Merge packs, write view and index."""
@@ -36,6 +37,7 @@ def seal(
         data,
         files=files,
         inputs=inputs,
+        pack_bytes=pack_bytes,
         workers=workers,
         record={**run_record(run, data), "environment": UNKNOWN_ENVIRONMENT},
         shown_path=f"{cache_root}/{snapshot.folder.path.name}",

@@ -101,8 +101,7 @@ class PartsRun:
 
     def _interrupt(self) -> None:
         """Let what runs commit what it has scored."""
-        self.cluster.interrupt()
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + (_PATIENCE if self.cluster.interrupt() else 0)
         while self._running and (left := until - time.monotonic()) > 0:
             for reference in self.cluster.wait(list(self._running), left):
                 del self._running[reference]

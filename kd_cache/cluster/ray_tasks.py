@@ -105,9 +105,11 @@ class Cluster:
             return KDCacheError(f"Ray could not run a part: {_line(error, -1)}", hint=hint)
         return outcome
 
-    def interrupt(self) -> None:
-        """Interrupt all parts, as Ctrl-C would."""
-        self._order.proof.unlink(missing_ok=True)
+    def interrupt(self) -> bool:
+        """Interrupt all parts, as Ctrl-C would; whether they hear of it."""
+        if self._order.proof is not None:
+            self._order.proof.unlink(missing_ok=True)
+        return self._order.proof is not None
 
 
 def _line(error: BaseException, number: int) -> str:

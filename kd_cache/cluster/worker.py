@@ -6,14 +6,13 @@ import _thread
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from kd_cache.errors import KDCacheError, StoreError, shown
-from kd_cache.score.dump import dump_logits
-from kd_cache.score.job import DumpJob
+from kd_cache.score.job import DumpReport
 from kd_cache.watch import Watcher
 
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_")
@@ -26,11 +25,14 @@ class Order(Protocol):
     """What every task is told; it travels by pickle."""
 
     @property
-    def proof(self) -> Path:
-        """A file that the driver made in the cache root for this run, and takes away to interrupt it; absolute."""
+    def proof(self) -> Path | None:
+        """A file that the driver made in the cache root for this run, and takes away to interrupt it; absolute.
 
-    def job(self, part: tuple[int, int]) -> DumpJob:
-        """The dump of this part, with its data read and its teachers loaded (`kept`)."""
+        ``None`` where machines share no disk.
+        """
+
+    def dump(self, part: tuple[int, int], watcher: Watcher) -> DumpReport:
+        """Dump this part; data and teachers are `kept` for the next one."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,17 @@ def score_part(order: Order, part: tuple[int, int]) -> PartReport | KDCacheError
         del os.environ[name]
     watcher = _Notes()
     try:
-        with _interruptible(order.proof):
-            report = dump_logits(order.job(part), watcher)
+        with nullcontext() if order.proof is None else _interruptible(order.proof):
+            report = order.dump(part, watcher)
     except KDCacheError as error:
         # Of a class that the driver has, whatever a user's code made of it.
         kinds = (each for each in type(error).__mro__ if each.__module__ == KDCacheError.__module__)
         kind: type[KDCacheError] = next(kinds)
         return kind(error.message, hint=error.hint)
     except KeyboardInterrupt:
-        return KDCacheError(f"interrupted: {shown(order.proof)} of the driver is gone", hint="Run it again.")
+        return KDCacheError("a part was interrupted: the driver's file in the cache root is gone", hint="Run it again.")
     except Exception as error:  # noqa: BLE001 (what a worker prints is lost: the error must say it)
-        return KDCacheError(f"unexpected {type(error).__name__} in part {part[0]} of {part[1]}: {shown(error)}")
+        return KDCacheError(f"unexpected {type(error).__name__}: {shown(error)}")
     found = report.teachers.items()
     teachers = {name: (each.scored, each.skipped, dict(each.rescored), each.dropped) for name, each in found}
     return PartReport(report.part_size, report.samples_scored, teachers, watcher.notes)
@@ -89,7 +91,7 @@ def _interruptible(proof: Path) -> Iterator[None]:
         raise StoreError(
             f"the machine {os.uname().nodename} does not see the cache root {shown(proof.parent)} of the driver, where "
             "what it scores is to be kept",
-            hint="Name a folder that all machines share with --cache-root.",
+            hint="Name a folder that all machines share with --cache-root, or pass --ray-storage URL.",
         )
     done = threading.Event()
 

@@ -13,7 +13,8 @@ from kd_cache.dataset.features import MAX_BYTES as MAX_FEATURE_BYTES
 from kd_cache.dataset.features import AbsentFeatures, FeatureSource
 from kd_cache.dataset.guard import Selection, chosen_samples, select, selected
 from kd_cache.dataset.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
-from kd_cache.dataset.manifest import LaterSamples, Manifest, Sample, load_manifest, manifest_digest
+from kd_cache.dataset.manifest import LaterSamples, Manifest, Sample, load_manifest
+from kd_cache.dataset.manifest_file import manifest_digest
 from kd_cache.dataset.packed import PackedFeatures
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.renames import Names, Rule, read_rules

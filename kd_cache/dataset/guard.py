@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kd_cache.dataset.manifest import Manifest, Sample, place_name, spelling
+from kd_cache.dataset.manifest import Manifest, Sample, maybe_equal, place_name, spelling
 from kd_cache.dataset.provenance import Provenance
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import DataLeakageError, UsageError, listed, shown
-from kd_cache.keys import NO_LABEL, KeyFinder, keys_of, sample_key, sorted_order
+from kd_cache.keys import NO_LABEL, KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.watch import Watcher
 
 _PATH_MAX = 4096
@@ -231,10 +231,12 @@ def _unseen_devices(train: list[Sample], task: Task) -> list[str]:
 
 def _files_in_two_splits(manifest: Manifest, data_root: Path | None) -> list[str]:
     plain = spelling if data_root is None else Places(data_root).plain
-    train = {plain(sample.file): sample.file for sample in manifest if sample.split == "train"}
+    rows = maybe_equal((plain(sample.file) for sample in manifest), len(manifest))
+    several = [manifest.samples[number] for number in rows]
+    train = {plain(sample.file): sample.file for sample in several if sample.split == "train"}
     return [
         f"{file}: also in {other.split}{'' if other.file == file else f' as {other.file}'}"
-        for other in manifest
+        for other in several
         if other.split != "train" and (file := train.get(plain(other.file))) is not None
     ]
 
@@ -323,7 +325,8 @@ def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -
 
 
 def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
-    if len({sample_key(sample.file) for sample in chosen}) != len(chosen):
+    keys = keys_of(sample.file for sample in chosen)
+    if not are_ascending(keys[sorted_order(keys)]):
         raise UsageError("two different paths have the same MD5 key; rename one of them")
 
 

@@ -1,41 +1,45 @@
 """The dataset JSON: which samples there are, whose they are, and which split each belongs to.
 
 Two shapes are read (DCASE pipelines write both): ``{"train": [...], "val": [...], "test": [...]}``, where a sample
-without ``split`` takes its list's name, and a flat list in which every sample carries ``split``. A sample without any
-split is refused: guessing one is how leakage starts. Nothing is coerced: ``"3"`` and ``true`` are not labels. ``null``,
--1 and -100 say that there is none. Beside the lists, ``front_end`` may say what made the features.
+without ``split`` takes its list's name, and a flat list in which every sample carries ``split``; a ``.jsonl`` is such a
+list, a row on every line. A sample without any split is refused: guessing one is how leakage starts. Nothing is
+coerced: ``"3"`` and ``true`` are not labels. ``null``, -1 and -100 say that there is none. Beside the lists, or alone
+on the first line, ``front_end`` may say what made the features.
 """
 
 from __future__ import annotations
 
-import codecs
-import gc
 import hashlib
-import os
 import posixpath
 import re
-import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+import numpy as np
+
 from kd_cache.dataset.front_end import as_text, checked
+from kd_cache.dataset.manifest_file import MAX_BYTES as MAX_BYTES
+from kd_cache.dataset.manifest_file import (
+    has_lines,
+    json_lines,
+    manifest_errors,
+    parse_json,
+    read_plain,
+    without_collection,
+)
 from kd_cache.dataset.task import DCASE, MOST_CLASSES, Task
 from kd_cache.errors import ManifestError, listed, shown
-from kd_cache.files.strict_json import strict_json
 from kd_cache.keys import NO_LABEL
 
 LISTS = ("train", "val", "test")
 FRONT_END = "front_end"
 IGNORED = -100
 """The label of a sample that has none, as torch's losses have it."""
-MAX_BYTES = 1 << 30
-"""A manifest above this is refused by default: a million samples take about 200 MB."""
 
 
 class Sample(NamedTuple):
@@ -138,53 +142,15 @@ def load_manifest(
             split, a device that contradicts its domain, or two rows for one file.
     """
     path = Path(path).expanduser()
-    with _reading(path):
-        raw = read_plain(path, max_bytes)
     read = _RowReader(shown(path), task, num_scenes, num_cities)
+    if has_lines(path):
+        digest = hashlib.sha256()
+        samples, front_end = _of_lines(json_lines(path, digest), read, faults)
+        return Manifest(samples, digest.hexdigest(), path, task, front_end)
+    with manifest_errors(path):
+        raw = read_plain(path, max_bytes)
     samples, front_end = _parsed(raw, read, faults)
     return Manifest(samples, hashlib.sha256(raw).hexdigest(), path, task, front_end)
-
-
-def manifest_digest(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """`Manifest.digest` of a file, which is not parsed. Raises `ManifestError`: too large, or it cannot be read."""
-    with _reading(path), _plain(path.expanduser(), max_bytes) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ManifestError(
-            f"cannot read the manifest {shown(path)}: {shown(reason)}",
-            hint="Pass the dataset JSON with --json-path.",
-        ) from error
-
-
-def read_plain(path: Path, most: int) -> bytes:
-    """The bytes of a regular file."""
-    with _plain(path, most) as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = file.read(size + 1)  # a read that names no size would go on for as long as the file grows
-        if len(raw) != size:
-            raise ValueError("it changes while it is read")
-        return raw
-
-
-@contextmanager
-def _plain(path: Path, most: int) -> Iterator[BufferedReader]:
-    """A regular file, opened: opening anything else could block, or never end."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is not a regular file")
-        if found.st_size > most:
-            raise ValueError(
-                f"it has {found.st_size} bytes, expected at most {most}; --max-manifest-bytes permits more"
-            )
-        yield file
 
 
 def parse_manifest(
@@ -201,29 +167,48 @@ def parse_manifest(
 
 def _parsed(raw: bytes, read: _RowReader, faults: list[str] | None) -> tuple[tuple[Sample, ...], dict[str, Any] | None]:
     """The samples, and the manifest's front end."""
-    name = read.name
     with without_collection():
-        content = parse_json(raw, name)
-        front_end = _front_end(content, name)
-        rows = list(_rows(content, name))
+        content = parse_json(raw, read.name)
+        front_end = _front_end(content, read.name)
+        rows = list(_rows(content, read.name))
         del content
-        if not rows:
-            raise ManifestError(f"{name} is empty: it lists no samples")
-        samples = []
         rows.reverse()
-        while rows:  # each row goes when its sample is made: a million of both would take twice the memory
-            try:
-                samples.append(read(*rows.pop()))
-            except ManifestError as error:
-                if faults is None:
-                    raise
-                faults.append(error.message.removeprefix(f"{name}, "))
-        twice = _duplicates(samples)
-        if twice and faults is None:
-            raise ManifestError(f"{name}: the same file is listed more than once\n{listed(twice)}")
+        # Each row goes when its sample is made: a million of both would take twice the memory.
+        return _samples(iter(lambda: rows.pop() if rows else None, None), read, faults), front_end
+
+
+def _of_lines(
+    lines: Iterator[tuple[int, Any]], read: _RowReader, faults: list[str] | None
+) -> tuple[tuple[Sample, ...], dict[str, Any] | None]:
+    """As `_parsed`, of a row on every line; the first line may hold what else a manifest says, its front end."""
+    read.place = "line {1}"
+    with without_collection():
+        first = next(lines, None)
+        is_head = first is not None and isinstance(first[1], dict) and first[1].keys() == {FRONT_END}
+        front_end = _front_end(first[1], read.name) if first is not None and is_head else None
+        rows = lines if first is None or is_head else chain([first], lines)
+        return _samples(((row, None, number) for number, row in rows), read, faults), front_end
+
+
+def _samples(
+    rows: Iterator[tuple[Any, str | None, int]], read: _RowReader, faults: list[str] | None
+) -> tuple[Sample, ...]:
+    samples = []
+    for row in rows:
+        try:
+            samples.append(read(*row))
+        except ManifestError as error:
+            if faults is None:
+                raise
+            faults.append(error.message.removeprefix(f"{read.name}, "))
+    if not samples and not faults:
+        raise ManifestError(f"{read.name} is empty: it lists no samples")
+    twice = _duplicates(samples)
+    if twice and faults is None:
+        raise ManifestError(f"{read.name}: the same file is listed more than once\n{listed(twice)}")
     if faults is not None:
         faults += [f"{file} is listed more than once" for file in twice]
-    return tuple(samples), front_end
+    return tuple(samples)
 
 
 def _front_end(content: Any, name: str) -> dict[str, Any] | None:
@@ -234,40 +219,6 @@ def _front_end(content: Any, name: str) -> dict[str, Any] | None:
         return checked(content.pop(FRONT_END))
     except ValueError as error:
         raise ManifestError(f"{name}: {error}") from None
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Making a million objects that all stay, Python would look through all of them for cycles again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def parse_json(raw: bytes, name: str) -> Any:
-    """Strict JSON: UTF-8 without byte-order mark, no duplicate keys, no NaN or Infinity. Raises `ManifestError`."""
-    try:
-        return strict_json(raw)
-    except RecursionError as error:
-        raise ManifestError(f"{name} is not a manifest: it is nested too deeply") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{name} is not valid UTF-8 JSON: {shown(error)}", hint=_what_else(raw)) from error
-
-
-def _what_else(raw: bytes) -> str | None:
-    """What may be done with a file that holds rows, but no JSON."""
-    if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "Save it as UTF-8 without a byte-order mark."
-    first = raw[:4096].partition(b"\n")[0].strip()
-    if not first.startswith((b"{", b"[")) and any(mark in first for mark in (b",", b"\t", b";")):
-        return "It looks like a table: kd-cache prepare csv makes a manifest of one (kd-cache prepare csv --help)."
-    if first.startswith(b"{") and first.endswith(b"}"):
-        return "It looks like JSON lines: put all rows into one list, [row, row, …]."
-    return None
 
 
 def _rows(content: Any, name: str) -> Iterator[tuple[Any, str | None, int]]:
@@ -290,7 +241,8 @@ class _RowReader:
     """Turns one JSON object into a `Sample`, or says which row is wrong and how."""
 
     def __init__(self, name: str, task: Task, num_scenes: int | None, num_cities: int | None) -> None:
-        self.name = name
+        self.name, self.place = name, "{}[{}]"
+        self._same: dict[Any, Any] = {}
         self.task = task
         self.num_scenes = task.num_classes if num_scenes is None else num_scenes
         self.num_cities = (len(task.cities) or MOST_CLASSES) if num_cities is None else num_cities
@@ -299,7 +251,7 @@ class _RowReader:
         try:
             return self._read(row, in_list)
         except ValueError as error:
-            where = f"{in_list or 'sample'}[{number}]"
+            where = self.place.format(in_list or "sample", number)
             file = row.get("file") if isinstance(row, dict) else None
             of = f" ({shown(file)})" if isinstance(file, str) else ""
             raise ManifestError(f"{self.name}, {where}{of}: {error}") from None
@@ -317,18 +269,27 @@ class _RowReader:
             found = next((f"is {row[name]}, which is no label" for name in _SCENE if row.get(name) is not None), "")
             why = found or f"is missing{_meant(row, 'scene_label')}"
             raise ValueError(f"scene_label {why}; samples of the source device {device} need one")
+        location, places = _location(row, self.task)
         return Sample(
             _file(row["file"]),
             scene,
             _label("city_label", row.get("city_label"), self.num_cities),
             domain,
             device,
-            split,
+            self._shared(split),
             in_list,
-            *_location(row, self.task),
+            location,
+            self._shared(places),
         )
 
+    def _shared(self, value: Any) -> Any:
+        """The same object for all rows that say the same."""
+        if len(self._same) > _MOST_SHARED:
+            self._same.clear()
+        return self._same.setdefault(value, value)
 
+
+_MOST_SHARED = 65_536
 _SCENE = ("scene_label", "label")
 _ALSO_CALLED = {
     "file": ("filename", "file_name", "path", "filepath", "file_path", "audio", "wav", "feature"),
@@ -471,7 +432,8 @@ def _duplicates(samples: Sequence[Sample]) -> list[str]:
     """Second rows for one file within one split. (One file in two splits is leakage: the guard reports that.)"""
     seen: dict[tuple[str, str, str | None], str] = {}
     twice = []
-    for sample in samples:
+    places = ((spelling(sample.file), sample.split, sample.listed_in) for sample in samples)
+    for sample in (samples[number] for number in maybe_equal(places, len(samples))):
         place = (spelling(sample.file), sample.split, sample.listed_in)
         if place in seen:
             first = seen[place]
@@ -479,6 +441,15 @@ def _duplicates(samples: Sequence[Sample]) -> list[str]:
         else:
             seen[place] = sample.file
     return twice
+
+
+def maybe_equal(values: Iterable[Hashable], count: int) -> list[int]:
+    """The positions, ascending, of values that have a hash in common: 8 bytes for each value, and not a dictionary."""
+    hashes = np.fromiter(map(hash, values), np.int64, count)
+    order = np.argsort(hashes)
+    same = hashes[order[1:]] == hashes[order[:-1]]
+    found: list[int] = np.union1d(order[1:][same], order[:-1][same]).tolist()
+    return found
 
 
 def _kind(value: Any) -> str:

@@ -225,7 +225,7 @@ def _targets(to: str, output: Path, name: str) -> list[Path]:
 def _refuse_damage(snapshot: Snapshot, origins: dict[str, Origin]) -> None:
     """Damage anywhere in what is asked for is found before the first file is written."""
     for name in origins:
-        snapshot.served_pack(name)
+        snapshot.served_packs(name)
 
 
 def _served(folder: CacheFolder, origin: Origin, watcher: Watcher) -> _Served:

@@ -132,7 +132,7 @@ def push_parts(path: Path, url: str, watcher: Watcher | None = None, *, check: b
 def open_for_parts(url: str) -> RemoteStore:
     """The store that parts go to; asked before anything is scored. Raises as `push_parts`."""
     store = open_store(checked_url(url), writing=True)
-    if store.head(INDEX_NAME) is not None:
+    if INDEX_NAME in [entry.name for entry in store.list()]:
         raise StaleError(
             f"{shown(store.url)} has a finished cache; parts beside it would be pulled by nobody",
             hint="Push the parts under an URL of their own.",

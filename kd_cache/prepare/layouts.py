@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_cache.dataset.manifest import LISTS, MAX_BYTES, without_collection
+from kd_cache.dataset.manifest import LISTS
+from kd_cache.dataset.manifest_file import MAX_BYTES, without_collection
 from kd_cache.dataset.task import DCASE, Task
 from kd_cache.errors import ManifestError, UsageError, listed, shown
 from kd_cache.options import home_path

@@ -11,7 +11,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_cache.dataset.manifest import MAX_BYTES, read_plain
+from kd_cache.dataset.manifest_file import MAX_BYTES, read_plain
 from kd_cache.errors import ManifestError, listed, shown
 
 FIELDS = ("file", "scene", "city", "device", "location", "split")

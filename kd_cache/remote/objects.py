@@ -85,7 +85,8 @@ class ObjectStore:
     def get_range(self, name: str, start: int, stop: int, etag: str | None) -> bytes:
         with self._errors("read", name):
             try:
-                same: GetOptions = {} if etag is None else {"if_match": etag}
+                # A weak ETag is that of a text's meaning: no server finds it equal.
+                same: GetOptions = {} if etag is None or etag.startswith("W/") else {"if_match": etag}
                 options: GetOptions = {"range": (start, stop), **same}
                 content = heard(lambda: bytes(self._by.get(self._store, name, options=options).bytes()))
             except FileNotFoundError as error:

@@ -83,7 +83,7 @@ def cache_page(
         MissingLogitsError, CorruptError, StaleError, StoreError: as reading it.
     """
     index = snapshot.finished()
-    unions = {name: snapshot.union_of(snapshot.served_pack(name)) for name in index.origins}
+    unions = {name: snapshot.union_of(*snapshot.served_packs(name)) for name in index.origins}
     permitted = snapshot.permitted or _without_labels(unions)
     record, labels = index.record, permitted.labels
     name = str(record.get("adaptation", snapshot.folder.path.name))

@@ -266,7 +266,7 @@ class _Dump:
                 continue
             make_directory(self.folder.packs_path)
             made = merge_packs(self.folder.packs_path, known.lent, self.keys[numbers], inputs[numbers])
-            written += [] if made.path is None else [made.path]
+            written += made.paths
             what = f"{len(numbers):,} rows{'' if job.view is None else f' of view {job.view}'}"
             self.watcher.note(f"{name}: {what} were copied that it scored for another target")
         return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,11 +66,12 @@ class Change:
         others: further teachers that the cache held, where no index says so.
         entries: further content of the teachers' entries; ``begun`` where the record's is not a teacher's own.
         missing: files that could not be scored, with the reason.
-        standing: by teacher the pack, by its name, that stands for the one that the index names: what was right in it.
+        standing: by teacher the packs, by name, that stand for those that the index names: what was right in them.
         replaced: packs whose rows must not be used although they look fresh (they were scored again).
         keep_damaged: leave damaged packs where they are.
         trained: by teacher the keys of the samples that trained it, where it says so.
         min_accuracy: the least that each of ``origins`` must reach.
+        pack_bytes: what a pack is not expected to exceed; ``None``: as the index says.
         hint: what to do where rows are missing.
     """
 
@@ -82,11 +83,12 @@ class Change:
     others: Mapping[str, Origin] = field(default_factory=dict)
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
-    standing: Mapping[str, str] = field(default_factory=dict)
+    standing: Mapping[str, Collection[str]] = field(default_factory=dict)
     replaced: Sequence[Path] = ()
     keep_damaged: bool = False
     trained: Mapping[str, np.ndarray] = field(default_factory=dict)
     min_accuracy: float | None = None
+    pack_bytes: int | None = None
     hint: str = ANOTHER_MANIFEST
 
 
@@ -105,6 +107,6 @@ class Published:
     pack_bytes: int = 0
     view_written: int = 0
     view_removed: int = 0
-    packs: dict[str, str] = field(default_factory=dict)
+    packs: dict[str, list[str]] = field(default_factory=dict)
     accuracy: dict[str, dict[str, int]] = field(default_factory=dict)
     held_out: dict[str, dict[str, int]] = field(default_factory=dict)

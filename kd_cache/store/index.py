@@ -41,6 +41,12 @@ _TOO_LARGE = "Leave the view out with --no-files; its paths are what makes an in
 VIEW_BELOW = 1_000_000
 """From so many samples on a view is written only where it is asked for: a million files take minutes, as readers do."""
 
+
+def is_pack_file(value: Any) -> bool:
+    """Whether it may be the name of a pack beside an index."""
+    return isinstance(value, str) and os.sep not in value and value.endswith(".h5")
+
+
 _TEXTS = {...: str}
 _TEACHER = {
     "fingerprint": str,
@@ -51,7 +57,16 @@ _TEACHER = {
     "dtype": lambda value: isinstance(value, str) and is_dtype(value),
     "views": lambda value: type(value) is int and 0 < value <= MAX_VIEWS,
     "rows": int,
-    "pack": lambda value: value is None or (isinstance(value, str) and os.sep not in value and value.endswith(".h5")),
+    "pack": lambda value: value is None or is_pack_file(value),
+    "packs": [
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == 2
+            and is_pack_file(value[0])
+            and type(value[1]) is int
+            and value[1] > 0
+        )
+    ],
     "earlier": [_TEXTS],
     "source": {"checkpoint": str, "checkpoint_sha256": str, "read_from": str, "built_in": bool},
     "accuracy": (None, {"correct": int, "rows": int}),
@@ -82,6 +97,7 @@ _RECORD = {
         "sources": _TEXTS,
         "paths": {"json_path": str, "data_root": str, "features": str, "allow_outside": [str], "rename_map": [str]},
     },
+    "pack_bytes": lambda value: type(value) is int and value > 0,
     "superseded": {...: int},
     "teachers": {...: _TEACHER},
 }
@@ -90,7 +106,7 @@ _RECORD = {
 
 @dataclass(frozen=True)
 class Index:
-    """A checked index: ``maps`` as existing code reads them, ``record`` is the content of ``kd_cache``.
+    """A checked index: ``maps`` as existing code reads them, ``record`` is ``kd_cache``, as format 2 has it.
 
     ``maps`` is empty where the index was read without them.
     """
@@ -108,7 +124,7 @@ class Index:
     @property
     def packs(self) -> list[str]:
         """The file names of the packs that it names."""
-        return [entry["pack"] for entry in self.record["teachers"].values() if entry["pack"] is not None]
+        return [file for entry in self.record["teachers"].values() for file, _ in entry["packs"]]
 
     @property
     def without_view(self) -> bytes:
@@ -350,12 +366,18 @@ def _checked(path: Path, content: dict[str, Any], maps: bool) -> Index:
     place = misfit(record, _RECORD, "kd_cache") or misfit(content, {...: _TEXTS}) or misfit(count, int, "num_samples")
     if place is not None:
         raise _damaged(path, f"an entry is missing or malformed ({place})")
+    if record["format_version"] == 1:
+        for entry in record["teachers"].values():  # it named one pack, or none
+            entry["packs"] = [] if (named := entry["pack"]) is None else [[named, entry["rows"]]]
+            del entry["pack"]
+        record["format_version"] = FILE_VERSION
     try:
         index = Index(path, count, content, record)
         for name, origin in index.origins.items():
             own = origin.fingerprint.digest == record["teachers"][name]["fingerprint"]
             named = origin.class_names is None or len(origin.class_names) == origin.num_classes
-            if not (is_teacher_name(name) and own and named) or (maps and name not in content):
+            there = "packs" in record["teachers"][name]
+            if not (is_teacher_name(name) and own and named and there) or (maps and name not in content):
                 raise ValueError(name)
         index.missing  # noqa: B018 (reading it checks it)
     except CorruptError:

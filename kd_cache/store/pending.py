@@ -46,7 +46,7 @@ class PendingRecord:
         """
         make_directory(self.path.parent)
         teachers = {
-            name: {**origin_entry(origin), **entries.get(name, {}), "rows": 0, "pack": None, "earlier": []}
+            name: {**origin_entry(origin), **entries.get(name, {}), "rows": 0, "packs": [], "earlier": []}
             for name, origin in self._origins.items()
         }
         record = {**self._record, "missing": dict(missing), "teachers": teachers}

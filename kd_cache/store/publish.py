@@ -40,7 +40,7 @@ from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.unfinished import Unfinished
-from kd_cache.store.union import Merged, merge_packs
+from kd_cache.store.union import PACK_BYTES, Merged, Union, merge_packs
 from kd_cache.store.view import (
     ROW_FILE_NAME,
     in_the_way,
@@ -55,7 +55,17 @@ from kd_cache.watch import Watcher
 
 _BLOCK = 8192
 _EARLIER = 20
-_RESULTS = ("teachers", "digest", "format_version", "missing", "permitted", "part", "features_at", "superseded")
+_RESULTS = (
+    "teachers",
+    "digest",
+    "format_version",
+    "missing",
+    "permitted",
+    "part",
+    "features_at",
+    "superseded",
+    "pack_bytes",
+)
 
 
 def publish(snapshot: Snapshot, change: Change, watcher: Watcher) -> Published:
@@ -97,14 +107,16 @@ def publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publi
 
 def _publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Published:
     folder, index = snapshot.folder, snapshot.finished()
-    held = [name for name, entry in index.record["teachers"].items() if entry["pack"] is not None]
-    packs = {name: snapshot.served_pack(name) if name in held else None for name in index.record["teachers"]}
+    rows: dict[str, Union | None] = {
+        name: snapshot.union_of(*snapshot.served_packs(name)) if entry["packs"] else None
+        for name, entry in index.record["teachers"].items()
+    }
     done = Published(num_samples=index.num_samples)
-    done.rows = {name: 0 if pack is None else len(pack) for name, pack in packs.items()}
-    keys = dict(pair for pack in packs.values() if pack for pair in zip(pack.files, view_names(pack.keys), strict=True))
+    done.rows = {name: 0 if union is None else len(union) for name, union in rows.items()}
+    keys = {file: row_file for union in rows.values() for file, row_file in _row_files(union)}
     ordered = sorted(keys, key=keys.__getitem__)  # nothing here knows the manifest's order
-    maps = _View(snapshot, shown_path, done, watcher, {*packs} if index.record.get("files") else ()).bring_in_line(
-        packs, ordered, wanted=True
+    maps = _View(snapshot, shown_path, done, watcher, {*rows} if index.record.get("files") else ()).bring_in_line(
+        rows, ordered, wanted=True
     )
     kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
     try:
@@ -139,6 +151,8 @@ class _Publication:
         self.pending = snapshot.pending  # as they are now: one that is written meanwhile is not overtaken
         self.unfinished = Unfinished(self.pending, change, self.earlier)
         self.done = Published()
+        kept = self.earlier.record.get("pack_bytes", PACK_BYTES) if self.earlier else PACK_BYTES
+        self._pack_bytes = change.pack_bytes or kept
         self._number = {file: number for number, file in enumerate(change.wanted.files)} if change.missing else {}
 
     @property
@@ -152,27 +166,28 @@ class _Publication:
         """Raises `IndexChangedError` where the index is another by now."""
         self._keep_plan()
         change, done, origins = self.change, self.done, self.origins
-        packs: dict[str, Pack | None] = {}
+        rows: dict[str, Union | None] = {}
         superfluous = set(change.replaced)
         for name, origin in origins.items():
-            packs[name], merged = self._merge(origin)
+            rows[name], merged = self._merge(origin)
             superfluous.update(merged)
-        self._refuse_inaccurate(packs)
-        done.num_samples = _held_by_all(packs.values())
-        viewed, withdrawn = self._viewed(), self._withdraw(packs)
+        self._refuse_inaccurate(rows)
+        done.num_samples = _held_by_all(rows.values())
+        viewed, withdrawn = self._viewed(), self._withdraw(rows)
         if self.snapshot.again().state != self.snapshot.state:
             raise IndexChangedError  # no row of the view may change under an index that names it
         view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
         has_view = change.files and not without_files(origins)
-        maps = view.bring_in_line(packs, change.wanted.listed, wanted=has_view)
+        maps = view.bring_in_line(rows, change.wanted.listed, wanted=has_view)
         permitted = change.wanted.permitted
         record = {
             **{key: value for key, value in change.record.items() if key not in _RESULTS},
             "plan": None if (plan := self.snapshot.again().saved_plan) is None else plan.as_json(),
             "missing": {file: reason for file, reason in change.missing.items() if file in done.missing},
             "files": has_view,
+            **({} if self._pack_bytes == PACK_BYTES else {"pack_bytes": self._pack_bytes}),
             "permitted": {"file": permitted.write(self.folder.path), "count": len(permitted)},
-            "teachers": {name: self._entry(origin, packs[name]) for name, origin in origins.items()},
+            "teachers": {name: self._entry(origin, rows[name]) for name, origin in origins.items()},
             **self.unfinished.described(superfluous),
         }
         done.accuracy = {name: entry["accuracy"] for name, entry in record["teachers"].items()}
@@ -185,12 +200,13 @@ class _Publication:
         self.superfluous = superfluous
         return done
 
-    def _refuse_inaccurate(self, packs: Mapping[str, Pack | None]) -> None:
+    def _refuse_inaccurate(self, rows: Mapping[str, Union | None]) -> None:
         if self.change.min_accuracy is None:
             return
-        for pack in filter(None, map(packs.get, self.change.origins)):
-            accuracy = self.snapshot.accuracy(self.snapshot.union_of(pack), self.change.wanted.permitted)
-            refuse_below(pack.origin.teacher, accuracy, self.change.min_accuracy)
+        for name in self.change.origins:
+            if (union := rows.get(name)) is not None:
+                accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
+                refuse_below(name, accuracy, self.change.min_accuracy)
 
     def stands(self) -> bool:
         """Whether the index names our teachers: another process's, put in place a moment after ours, may not."""
@@ -203,7 +219,8 @@ class _Publication:
 
         Another process may have written the index since ours: what that one names stays.
         """
-        current = {*self.done.packs.values(), *(path.name for path in self.now.served_paths(self.now.origins))}
+        current = {name for names in self.done.packs.values() for name in names}
+        current |= {path.name for path in self.now.served_paths(self.now.origins)}
         remove_files(self.folder.packs_path, sorted(path for path in self.superfluous if path.name not in current))
         indexes = [index for index in (self.written, self.earlier) if index is not None]
         forget(self.folder, self.unfinished.overtaken(self.pending), indexes)
@@ -219,7 +236,7 @@ class _Publication:
         if gone := self._remove_forbidden(current):
             self.watcher.note(f"{gone} superseded rows went, because their pack held samples no longer permitted")
 
-    def _withdraw(self, packs: Mapping[str, Pack | None]) -> dict[str, Mapping[str, str]]:
+    def _withdraw(self, rows: Mapping[str, Union | None]) -> dict[str, Mapping[str, str]]:
         """Before a row of the view changes: an index without its teacher's files. Who goes by these fails from then on.
 
         Whoever goes by the packs finds in it what was there before. Returns the maps of before, by teacher.
@@ -227,7 +244,7 @@ class _Publication:
         index = self.snapshot.index
         if index is None or not index.record.get("files"):
             return {}
-        changing = [name for name in index.origins if not self._keeps_rows(index, name, packs.get(name))]
+        changing = [name for name in index.origins if not self._keeps_rows(index, name, rows.get(name))]
         maps = _maps_of(self.snapshot) if changing else {}
         if any(maps.get(name) for name in changing):
             kept = {name: {} if name in changing else files for name, files in maps.items()}
@@ -236,21 +253,21 @@ class _Publication:
             self.snapshot.wrote(*write_index(path, index.num_samples, kept, record, state=state))
         return {name: maps[name] for name in changing if name in maps}
 
-    def _keeps_rows(self, index: Index, name: str, pack: Pack | None) -> bool:
+    def _keeps_rows(self, index: Index, name: str, union: Union | None) -> bool:
         """Whether no row of a teacher becomes another; some may go or come."""
-        named = index.record["teachers"][name]["pack"]
-        if pack is None or named is None or pack.path.name == named:
+        named = [file for file, _ in index.record["teachers"][name]["packs"]]
+        if union is None or {*named} <= {pack.path.name for pack in union.packs}:
             return True
-        before = next((held for held in self.snapshot.packs.good if held.path.name == named), None)
-        if before is None:
+        before = [pack for pack in self.snapshot.packs.good if pack.path.name in named]
+        if len(before) < len(named):
             return False
-        at = KeyFinder(pack.keys).find(before.keys)
-        return bool((pack.checksums[at[at >= 0]] == before.checksums[at >= 0]).all())
+        found = [(union.find(pack.keys), pack.checksums) for pack in before]
+        return all(bool((union.checksums[at[at >= 0]] == checksums[at >= 0]).all()) for at, checksums in found)
 
     # -- one teacher --------------------------------------------------------------------------------------------------
 
-    def _merge(self, origin: Origin) -> tuple[Pack | None, list[Path]]:
-        """One teacher's rows as one pack, and the packs that it stands for; anew where another dump does the same."""
+    def _merge(self, origin: Origin) -> tuple[Union | None, list[Path]]:
+        """One teacher's rows, and the packs that those they lie in stand for; anew where another dump does the same."""
         name, wanted = origin.teacher, self.change.wanted
         asked = name in self.change.origins
         missing = self.change.missing if asked else {}
@@ -260,20 +277,20 @@ class _Publication:
         for _ in range(100):
             views = Views(now, origin, wanted, self.unfinished, self.change.replaced)
             now = views.interleave()
-            union = now.union(origin, self.change.replaced, self.change.standing.get(name))
+            union = now.union(origin, self.change.replaced, self.change.standing.get(name, ()))
             inputs, unread = self.unfinished.inputs(union)
-            result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread)
+            result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread, self._pack_bytes)
             lost = np.flatnonzero(result.absent & required)
             if len(lost):
                 raise self._lost(name, [f"{wanted.files[at]}{views.lacking(at)}" for at in lost.tolist()], now)
             now = now.again()
-            pack = next((pack for pack in now.packs.good if pack.path == result.path), None)
-            if pack is not None or result.path is None:
-                self._count(name, pack, result)
-                merged = None if pack is None else now.union_of(pack)
+            packs = [pack for pack in now.packs.good if pack.path in result.paths]
+            if len(packs) == len(result.paths):
+                merged = now.union_of(*packs) if packs else None
+                self._count(name, merged, result)
                 kept = self.unfinished.packs(union, merged, self.folder.packs_path)
                 superfluous = [path for path in result.merged if path not in kept]
-                return pack, superfluous + views.superfluous(merged)
+                return merged, superfluous + views.superfluous(merged)
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:
@@ -282,7 +299,7 @@ class _Publication:
         message = f"{name}: {len(files)} permitted samples have no row{damaged}\n{listed(files)}"
         return MissingLogitsError(message, hint=self.change.hint)
 
-    def _count(self, name: str, pack: Pack | None, result: Merged) -> None:
+    def _count(self, name: str, union: Union | None, result: Merged) -> None:
         if result.disagreements:
             self.watcher.note(
                 f"{name}: {len(result.disagreements)} samples were scored twice with different bits (other hardware or "
@@ -293,20 +310,20 @@ class _Publication:
         self.done.unread[name] = int((~result.absent & ~self.change.wanted.known).sum())
         lacking = [file for file in self.change.missing if file in self._number and result.absent[self._number[file]]]
         self.done.missing.update((file, self.change.missing[file]) for file in lacking)
-        self.done.rows[name] = 0 if pack is None else len(pack)
-        if pack is not None:
-            self.done.packs[name] = pack.path.name
-            with store_errors(pack.path, "look at"):
-                self.done.pack_bytes += pack.path.stat().st_size
+        self.done.rows[name] = 0 if union is None else len(union)
+        if union is not None:
+            self.done.packs[name] = [pack.path.name for pack in union.packs]
+            for pack in union.packs:
+                with store_errors(pack.path, "look at"):
+                    self.done.pack_bytes += pack.path.stat().st_size
 
-    def _entry(self, origin: Origin, pack: Pack | None) -> dict[str, Any]:
+    def _entry(self, origin: Origin, union: Union | None) -> dict[str, Any]:
         """A teacher's entry in the index; where this change adds nothing, what the earlier one said stays."""
         name = origin.teacher
         before = self.earlier.record["teachers"].get(name, {}) if self.earlier else {}
         same = before.get("fingerprint") == origin.fingerprint.digest
         # Adopted rows say so themselves: the mark outlives an index that was damaged.
         mark = {"adopted": {"source": "unknown"}} if "adopted" in origin.fingerprint.parts else {}
-        union = None if pack is None else self.snapshot.union_of(pack)
         accuracy = self.snapshot.accuracy(union, self.change.wanted.permitted)
         return {
             **origin_entry(origin),
@@ -314,8 +331,8 @@ class _Publication:
             **(carried(before) if same else {}),
             **(self.change.entries.get(name, {}) if name in self.change.origins else {}),
             **self._age(name).beside(self.change.record),
-            "rows": 0 if pack is None else len(pack),
-            "pack": None if pack is None else pack.path.name,
+            "rows": 0 if union is None else len(union),
+            "packs": [] if union is None else [[pack.path.name, len(pack)] for pack in union.packs],
             "accuracy": accuracy.as_json(),
             "measured": accuracy.measured,
             **measured_apart(
@@ -399,14 +416,20 @@ def _maps_of(snapshot: Snapshot) -> Mapping[str, Mapping[str, str]]:
     return now.index.maps
 
 
-def _held_by_all(packs: Iterable[Pack | None]) -> int:
-    """How many samples have a row in every one of these packs."""
+def _held_by_all(rows: Iterable[Union | None]) -> int:
+    """How many samples every one of these has a row of."""
     keys: np.ndarray | None = None
-    for pack in packs:
-        if pack is None:
+    for union in rows:
+        if union is None:
             return 0
-        keys = pack.keys if keys is None else keys[KeyFinder(pack.keys).find(keys) >= 0]
+        keys = union.keys if keys is None else keys[union.find(keys) >= 0]
     return 0 if keys is None else len(keys)
+
+
+def _row_files(union: Union | None) -> Iterator[tuple[str, str]]:
+    """Each row's manifest path, and its file in a view."""
+    for pack in () if union is None else union.packs:
+        yield from zip(pack.files, view_names(pack.keys), strict=True)
 
 
 def _earlier_parts(before: Mapping[str, Any], origin: Origin) -> list[Mapping[str, str]]:
@@ -432,32 +455,34 @@ class _View:
     withdrawn: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def bring_in_line(
-        self, packs: Mapping[str, Pack | None], files: Sequence[str], *, wanted: bool
+        self, rows: Mapping[str, Union | None], files: Sequence[str], *, wanted: bool
     ) -> dict[str, dict[str, str]]:
         """Write what the view lacks, remove what it must not have; returns the index's maps, ordered as ``files``."""
-        for name in packs:
+        for name in rows:
             directory = self.snapshot.folder.view_path(name)
             if directory.is_symlink():
                 raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
         if wanted:
-            refuse_large_index(self.snapshot.folder.index_path, files, self.shown_path, packs)
+            refuse_large_index(self.snapshot.folder.index_path, files, self.shown_path, rows)
             self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
         maps: dict[str, dict[str, str]] = {}
-        for name, pack in packs.items():
+        for name, union in rows.items():
             directory = self.snapshot.folder.view_path(name)
+            packs = [] if union is None else union.packs
             named: dict[str, str] = {}
-            if wanted and pack is not None:
+            if wanted and packs:
                 if name not in self.named:
-                    self._refuse_what_is_in_the_way(directory, pack)
-                self.done.view_written += write_view(directory, partial(_blocks, pack), self.watcher.advance)
-                held = dict(zip(pack.files, view_names(pack.keys), strict=True))
+                    self._refuse_what_is_in_the_way(directory, packs)
+                self.done.view_written += write_view(directory, partial(_blocks, packs), self.watcher.advance)
+                held = dict(_row_files(union))
                 named = {file: held[file] for file in files if file in held}
-            self._prune(directory, set(named.values()), pack)
+            self._prune(directory, set(named.values()), packs)
             maps[name] = {file: f"{self.shown_path}/{name}/{row_file}" for file, row_file in named.items()}
         return maps
 
-    def _refuse_what_is_in_the_way(self, directory: Path, pack: Pack) -> None:
-        foreign = in_the_way(directory, pack, self._known(directory, pack, self.snapshot.again()))
+    def _refuse_what_is_in_the_way(self, directory: Path, packs: Sequence[Pack]) -> None:
+        known = self._known(directory, packs, self.snapshot.again())
+        foreign = [name for pack in packs for name in in_the_way(directory, pack, known)]
         if foreign:
             raise StoreError(
                 f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
@@ -465,10 +490,10 @@ class _View:
                 hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
             )
 
-    def _known(self, directory: Path, pack: Pack | None, snapshot: Snapshot | None = None) -> list[Pack]:
+    def _known(self, directory: Path, packs: Sequence[Pack], snapshot: Snapshot | None = None) -> list[Pack]:
         """The packs whose rows a teacher's folder may hold; with ``snapshot`` those of another moment."""
         held = [each for each in (snapshot or self.snapshot).packs.good if each.origin.teacher == directory.name]
-        return held if pack is None else [pack, *held]
+        return [*packs, *held]
 
     def _named(self, directory: Path) -> set[str]:
         """The row files of a folder that the index still names: their packs may be gone, as damaged ones are."""
@@ -477,12 +502,12 @@ class _View:
         paths = {**paths, **self.withdrawn.get(directory.name, {})}
         return {Path(path).name for path in paths.values()}
 
-    def _prune(self, directory: Path, named: set[str], pack: Pack | None) -> None:
+    def _prune(self, directory: Path, named: set[str], packs: Sequence[Pack]) -> None:
         """Remove row files that the index will not name. What cannot be proved to be ours is left, and said."""
         surplus = {name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)}
         if not surplus:
             return
-        ours = rows_of(directory, surplus, self._known(directory, pack))
+        ours = rows_of(directory, surplus, self._known(directory, packs))
         if surplus != ours:
             ours |= {name for name in (surplus - ours) & self._named(directory) if is_row(directory / name)}
         for name in sorted(ours):
@@ -494,6 +519,7 @@ class _View:
             self.watcher.note(f"{what} (the first: {left[0]})")
 
 
-def _blocks(pack: Pack) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(pack), _BLOCK):
-        yield pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]
+def _blocks(packs: Sequence[Pack]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for pack in packs:
+        for start in range(0, len(pack), _BLOCK):
+            yield pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]

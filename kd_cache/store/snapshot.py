@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, shown
@@ -28,6 +29,7 @@ from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
 
 GO_ON = "Run the same kd-cache dump again; it continues where it stopped."
+_RESTORE = "Restore its packs, or run kd-cache dump again."
 
 
 @dataclass
@@ -39,7 +41,7 @@ class _Memory:
     packs: dict[Path, Pack] = field(default_factory=dict)
     plan: tuple[State, BatchPlan | None] | None = None
     permitted: dict[str, Permitted] = field(default_factory=dict)
-    unions: dict[tuple[str | int | None, ...], Union] = field(default_factory=dict)
+    unions: dict[tuple[object, ...], Union] = field(default_factory=dict)
     accuracies: dict[tuple[tuple[Path, ...], str], Accuracy] = field(default_factory=dict)
 
 
@@ -223,62 +225,74 @@ class Snapshot:
                 self._memory.permitted[entry["file"]] = found
         return self._memory.permitted.get(entry["file"])
 
-    def _named(self, name: str) -> str | None:
-        """The file name of the pack that the index names for a teacher."""
+    def _named(self, name: str) -> list[str]:
+        """The file names of the packs that the index names for a teacher, in key order."""
         entry = {} if self.index is None else self.index.record["teachers"].get(name, {})
-        return entry.get("pack")
+        return [named for named, _ in entry.get("packs", ())]
 
     def served_paths(self, teachers: Iterable[str]) -> list[Path]:
         """The packs that the index names for these teachers."""
-        return [self.folder.packs_path / named for name in teachers if (named := self._named(name)) is not None]
+        return [self.folder.packs_path / named for name in teachers for named in self._named(name)]
 
-    def served_pack(self, name: str, check: str = "full") -> Pack:
-        """The pack that the index names for a teacher: all that readers are given of it. ``check`` as for `open_pack`.
+    def served_packs(self, name: str, check: str = "full") -> list[Pack]:
+        """The packs that the index names for a teacher, in key order: all that readers are given of it.
+
+        At least one. ``check`` as for `open_pack`.
 
         Raises:
-            MissingLogitsError: the index names none, or it is not there.
-            CorruptError: it is damaged, or other rows than those the index tells of.
+            MissingLogitsError: the index names none, or one is not there.
+            CorruptError: one is damaged, or they are others than the index tells of.
         """
-        origin, named = self.finished().origins[name], self._named(name)
-        what = f"{shown(self.folder.path)} holds no rows of {name} as its index describes them"
-        found = None
-        if named is not None:
-            with store_errors(self.folder.packs_path, "look at"):
-                refuse_link(self.folder.packs_path)
-            what = f"{shown(self.folder.path)} lacks the pack {shown(named)} that its index names"
-            path = self.folder.packs_path / named
-            found = self._memory.packs.get(path) or opened(path, check)
+        named = self._served_names(name)
+        with store_errors(self.folder.packs_path, "look at"):
+            refuse_link(self.folder.packs_path)
+        packs = [self._served_pack(name, each, check) for each in named]
+        for before, pack in pairwise(packs):
+            if before.keys[-1].tobytes() >= pack.keys[0].tobytes():
+                raise CorruptError(
+                    f"the packs {shown(before.path)} and {shown(pack.path)} are not in the order of keys"
+                )
+        return packs
+
+    def _served_names(self, name: str) -> list[str]:
+        self.finished()
+        if not (named := self._named(name)):
+            what = f"{shown(self.folder.path)} holds no rows of {name} as its index describes them"
+            raise MissingLogitsError(what, hint=_RESTORE)
+        return named
+
+    def _served_pack(self, name: str, named: str, check: str) -> Pack:
+        path = self.folder.packs_path / named
+        found = self._memory.packs.get(path) or opened(path, check)
         if found is None:
-            raise MissingLogitsError(what, hint="Restore its packs, or run kd-cache dump again.")
+            what = f"{shown(self.folder.path)} lacks the pack {shown(named)} that its index names"
+            raise MissingLogitsError(what, hint=_RESTORE)
         if isinstance(found, CorruptError):
             raise found
-        made = found.origin
+        made, origin = found.origin, self.finished().origins[name]
         if (made.teacher, made.fingerprint.digest, made.views) != (name, origin.fingerprint.digest, origin.views):
             raise CorruptError(f"the pack {shown(found.path)} is not of the teacher that the index names it for")
         return found
 
-    def served_packs(self, name: str, check: str = "full") -> list[Pack]:
-        """All that readers are given of a teacher, in key order. Raises as `served_pack`."""
-        return [self.served_pack(name, check)]
-
     def served(self, name: str) -> Union | None:
-        """The rows that readers are given of a teacher; ``None`` if their pack is gone or damaged."""
-        packs = [pack for pack in self.packs.of(self.finished().origins[name]) if pack.path.name == self._named(name)]
+        """The rows that readers are given of a teacher, as far as their packs are there and whole, or ``None``."""
+        named = self._named(name)
+        packs = [pack for pack in self.packs.of(self.finished().origins[name]) if pack.path.name in named]
         return self.union_of(*packs) if packs else None
 
-    def union(self, origin: Origin, without: Collection[Path] = (), first: str | None = None) -> Union | None:
+    def union(self, origin: Origin, without: Collection[Path] = (), first: Collection[str] = ()) -> Union | None:
         """All rows of one origin that writers know, but those of some packs; ``None`` if there are none.
 
+        Those of the packs called as in ``first``, by default as the index names them, count before others.
         Of rows with more views those of the origin count.
-        Those of the pack called ``first``, by default the one that the index names, count before others.
         """
         cut = [pack.of_views(origin.views) for pack in self.packs.of(origin) if pack.path not in without]
         packs = [pack for pack in cut if pack is not None]
         return self.union_of(*packs, first=first or self._named(origin.teacher)) if packs else None
 
-    def union_of(self, *packs: Pack, first: str | None = None) -> Union:
-        """All rows of packs that share one origin; those of the pack called ``first`` count before others."""
-        key = (first, *map(id, packs))  # a union keeps its packs, so that no other object gets their ids
+    def union_of(self, *packs: Pack, first: Collection[str] = ()) -> Union:
+        """All rows of packs that share one origin; those of the packs called as in ``first`` count before others."""
+        key = (frozenset(first), *map(id, packs))  # a union keeps its packs, so that no other object gets their ids
         if key not in self._memory.unions:
             self._memory.unions[key] = Union(packs, first)
         return self._memory.unions[key]

@@ -51,7 +51,7 @@ class Unfinished:
         inputs, unread = self._wanted.inputs, ~self._wanted.known
         if union is None or _made(union) not in self._made:
             return inputs, unread
-        if (stood := union.first) is not None:
+        for stood in union.stood:
             at = KeyFinder(stood.keys).find(self._wanted.keys)
             inputs = np.where((unread & (at >= 0))[:, None], stood.inputs[at], inputs)
         return inputs, np.zeros_like(unread)
@@ -59,16 +59,17 @@ class Unfinished:
     def packs(self, union: Union | None, merged: Union | None, directory: Path) -> list[Path]:
         """Those of a union's packs that stay beside what was ``merged``: it lacks rows of theirs.
 
-        Not the pack that stood, nor what the index names as superseded: these were finished. Of one with samples that
+        Not the packs that stood, nor what the index names as superseded: these were finished. Of one with samples that
         are not permitted the others are written anew.
         """
         if union is None or _made(union) not in self._made:
             return []
         permitted, found = KeyFinder(self._wanted.keys), list[Path]()
+        stood = {pack.path for pack in union.stood}
         for pack in union.packs:
             kept = permitted.find(pack.keys) >= 0
             lacking = kept if merged is None else kept & (merged.match(pack.keys, pack.inputs) < 0)
-            if lacking.any() and pack is not union.first and not self._is_superseded(pack):
+            if lacking.any() and pack.path not in stood and not self._is_superseded(pack):
                 whole = bool(kept.all())
                 found.append(pack.path if whole else write_part(directory, pack, np.flatnonzero(kept)))
                 self._kept.add(_made(union))

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kd_cache.errors import CorruptError, shown
-from kd_cache.keys import KeyFinder, sorted_order
+from kd_cache.keys import KeyFinder, key_columns, sorted_order
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, row_checksums, write_pack
 from kd_cache.store.take import take_rows
 
+PACK_BYTES = 8 << 30
+"""The size that a merged pack is not expected to exceed."""
+_MOST_BITS = 16
+_BESIDE_A_ROW = 64
+"""Bytes that a row takes besides its values, but for its name: key, input digest, checksum, offset."""
+
 
 class Union:
-    """All rows of packs that share one origin, ordered by key and then by pack name, the pack called ``first`` first.
+    """All rows of packs that share one origin, by key and then by pack name, packs called as in ``first`` first.
 
     The same key may occur more than once: scored twice by two processes (equal input, the first pack wins) or scored
     again after its feature changed (another input). A *position* is an index into this order.
+
+    Attributes:
+        packs: in that order; where they follow each other without a key in common, in key order.
+        stood: those called as in ``first``.
     """
 
-    def __init__(self, packs: Sequence[Pack], first: str | None = None) -> None:
-        self.packs = sorted(packs, key=lambda pack: (pack.path.name != first, pack.path.name))
+    def __init__(self, packs: Sequence[Pack], first: Collection[str] = ()) -> None:
+        self.packs = sorted(packs, key=lambda pack: (pack.path.name not in first, pack.path.name))
         if not self.packs:
             raise ValueError("a union needs at least one pack")
-        self.first = self.packs[0] if self.packs[0].path.name == first else None
+        self.stood = [pack for pack in self.packs if pack.path.name in first]
         self._single = len(self.packs) == 1
         self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}
+        self._order: np.ndarray | None = None
         self.keys = self.packs[0].keys
         if not self._single:
-            keys = np.concatenate([pack.keys for pack in self.packs])
-            self._order: np.ndarray = sorted_order(keys)  # stable, so equal keys stay in the order of their packs
-            self.keys = keys[self._order]
+            in_turn = sorted(self.packs, key=lambda pack: pack.keys[0].tobytes())
+            apart = all(one.keys[-1].tobytes() < next_.keys[0].tobytes() for one, next_ in pairwise(in_turn))
+            self.packs = in_turn if apart else self.packs
+            self.keys = np.concatenate([pack.keys for pack in self.packs])
+            if not apart:
+                self._order = sorted_order(self.keys)  # stable, so equal keys stay in the order of their packs
+                self.keys = self.keys[self._order]
         self.finder = KeyFinder(self.keys)
 
     def __len__(self) -> int:
@@ -69,14 +85,14 @@ class Union:
         """A column of every pack, in the order of the positions."""
         if self._single:
             return columns[0]
-        merged: np.ndarray = np.concatenate(columns)[self._order]
-        return merged
+        merged: np.ndarray = np.concatenate(columns)
+        return merged if self._order is None else merged[self._order]
 
     @cached_property
     def repeats(self) -> np.ndarray:
         """``[M]`` bool: the key is the same as the position's before."""
         same = np.zeros(len(self), bool)
-        if not self._single:
+        if self._order is not None:
             same[1:] = (self.keys[1:] == self.keys[:-1]).all(axis=1)
         return same
 
@@ -189,10 +205,11 @@ class Union:
 class Merged:
     """What `merge_packs` did: wanted rows that no pack holds, how many rows it left out, and repeats that differ.
 
-    ``merged`` are the packs that the result stands for. They are to be removed once the index says so.
+    ``paths`` are the packs of the result in key order, without a key in common, ``merged`` those that they stand for.
+    These are to be removed once the index says so.
     """
 
-    path: Path | None
+    paths: list[Path]
     absent: np.ndarray  # [Q] bool, of the wanted keys
     left_out: int
     disagreements: list[str]
@@ -206,8 +223,9 @@ def merge_packs(
     inputs: np.ndarray,
     required: np.ndarray | None = None,
     unread: np.ndarray | None = None,
+    pack_bytes: int = PACK_BYTES,
 ) -> Merged:
-    """Merge packs into one that holds exactly the wanted rows. Nothing is removed.
+    """Merge packs into one, or a few, that hold exactly the wanted rows. Nothing is removed.
 
     Args:
         directory: where the result is to be.
@@ -215,35 +233,57 @@ def merge_packs(
         keys, inputs: ``[Q, 16]`` u1, the rows to keep, keys ascending. A row with another input digest is stale.
         required: ``[Q]`` bool; if one of these rows is absent, nothing is written.
         unread: ``[Q]`` bool; nobody knows the input of these now: the first row of their key is kept.
+        pack_bytes: where one pack would be larger, there are 2, 4, 8 … of them, each of the keys that begin alike.
 
-    Equal rows give equal bytes, whatever packs they came in; when one pack already holds just them, it stays as it is.
+    Equal rows give equal bytes, whatever packs they came in; a pack that already holds just its rows stays as it is.
     """
     if union is None:
-        return Merged(None, np.ones(len(keys), bool), 0, [], [])
+        return Merged([], np.ones(len(keys), bool), 0, [], [])
     positions = union.match(keys, inputs)
     if unread is not None:
         positions[unread] = union.find(keys[unread])
     absent = positions < 0
     if required is not None and (absent & required).any():
-        return Merged(None, absent, 0, [], [])
+        return Merged([], absent, 0, [], [])
     positions = positions[~absent]
     left_out = int((~union.repeats).sum()) - len(positions)
     disagreements = union.disagreements()
+    paths = [_as_one_pack(directory, union, part) for part in _split(union, positions, pack_bytes)]
+    merged = [pack.path for pack in union.packs if pack.path not in paths]
+    return Merged(paths, absent, left_out, disagreements, merged)
+
+
+def _split(union: Union, positions: np.ndarray, pack_bytes: int) -> Iterator[np.ndarray]:
+    """Positions in key order, by the first k bits of their keys: with the smallest k that leaves no more in a pack.
+
+    Keys are spread evenly, so their number says how many bytes a pack has. Another number of rows may give another k.
+    """
+    row = union.origin.width * union.origin.stored.itemsize + _BESIDE_A_ROW
+    row += 0 if union.packs[0].draws is None else union.packs[0].draws[:1].nbytes
+    bits = min(_MOST_BITS, max(0, -(-len(positions) * row // pack_bytes) - 1).bit_length())
+    prefixes = (
+        key_columns(union.keys[positions])[0] >> np.uint64(64 - bits) if bits else np.zeros(len(positions), np.uint8)
+    )
+    for start, stop in pairwise(
+        [*np.flatnonzero(np.diff(prefixes, prepend=prefixes[:1] + 1)).tolist(), len(positions)]
+    ):
+        yield positions[start:stop]
+
+
+def _as_one_pack(directory: Path, union: Union, positions: np.ndarray) -> Path:
+    """The pack of just these rows: the one that there is already, or a new one."""
     path = _single_pack(union, positions)
-    if path is not None and path.parent != directory:
-        path = None  # it is another cache's
-    if path is None and len(positions):
-        path = write_pack(
-            directory,
-            union.origin,
-            union.keys[positions],
-            union.inputs[positions],
-            union.file_bytes(positions),
-            lambda part: carried_over(union, positions[part]),
-            draws=taken_draws(union, positions),
-        )
-    merged = [pack.path for pack in union.packs if pack.path != path]
-    return Merged(path, absent, left_out, disagreements, merged)
+    if path is not None and path.parent == directory:  # else it is another cache's
+        return path
+    return write_pack(
+        directory,
+        union.origin,
+        union.keys[positions],
+        union.inputs[positions],
+        union.file_bytes(positions),
+        lambda part: carried_over(union, positions[part]),
+        draws=taken_draws(union, positions),
+    )
 
 
 def taken_draws(union: Union, positions: np.ndarray) -> Callable[[slice], Any] | None:
@@ -268,4 +308,5 @@ def _single_pack(union: Union, positions: np.ndarray) -> Path | None:
     """The pack that already is the result."""
     numbers = set(union.pack_no[positions].tolist())
     packs = [union.packs[number] for number in numbers]
-    return packs[0].path if len(packs) == 1 and len(packs[0]) == len(positions) else None
+    is_it = len(packs) == 1 and len(packs[0]) == len(positions) and packs[0].whole is None
+    return packs[0].path if is_it else None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from kd_cache.dataset.manifest import parse_json, read_plain
+from kd_cache.dataset.manifest_file import parse_json, read_plain
 from kd_cache.errors import DataLeakageError, ManifestError, UsageError, listed, shown
 from kd_cache.prepare.tables import read_cells
 from kd_cache.train.division import Ties, chance_of

@@ -1,7 +1,7 @@
 """Ten views against clean targets: students of generated clips, some of which see what their teachers scored.
 
-Both learn from the mean of the sample's two teachers on the large sample of b. One augments its own input, and is told
-what the teachers say of the clean one; the other takes one of ten views each epoch, with what they say of just that.
+All learn from the mean of the sample's two teachers on the large sample of b. Some augment their own input or none, and
+are told what the teachers say of the clean one; others take a view each epoch, with what the teachers say of just that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ def main() -> None:
         run_kd_cache("dump", *of, *taught, "--views", chosen.views, "--policy", made / "policy.yaml")
         print(f"dump of {chosen.views} views: {time.monotonic() - began:.0f} s\n")
         print("| student | test | unseen devices | by seed |\n|---|---|---|---|", flush=True)
-        for name, more in (("clean targets", []), (f"{chosen.views} views", ["--views"])):
+        off = ["--time-roll", "0", "--freq-mixstyle", "0", "--device-response", "0"]
+        arms = {
+            "clean targets, its own augmentation": [],
+            "clean targets, no augmentation": off,
+            f"{chosen.views} views": ["--views"],
+        }
+        for name, more in arms.items():
             figures = []
             for seed in range(42, 42 + chosen.seeds):
                 told = run_kd_cache(

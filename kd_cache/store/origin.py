@@ -177,7 +177,7 @@ class Origin:
 
     def as_vectors(self, rows: np.ndarray) -> np.ndarray:
         """``[n, V · L · C]`` rows as ``[n · V · L, C]``."""
-        return rows if rows.shape[-1] == self.num_classes else rows.reshape(-1, self.num_classes)
+        return rows if self.frames is None and not self.views else rows.reshape(-1, self.num_classes)
 
     def as_clips(self, rows: np.ndarray) -> np.ndarray:
         """``[n, C]``: a row's mean over its frames, of its first view. Not of top-k rows."""

@@ -134,6 +134,8 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         cluster.prepare(order, gpus)
         count = min(options.parts or parts_of(size, cluster.slots()), max(size, 1))
         screen.remark(f"{count:,} parts on Ray, {cluster.slots():,} at once, on {device}")
+        if not cluster.slots():
+            screen.note("no machine of the cluster can run a part now: one is waited for")
         screen.stage("scoring", size)
         parts = PartsRun(cluster, count, partial(_samples_in_words, job), screen)
         parts.run()

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.files.atomic import make_directory
-from kd_cache.keys import are_ascending, keys_of_bytes, sorted_order
+from kd_cache.files.atomic import make_directory, remove_files
+from kd_cache.files.turns import in_turn
+from kd_cache.keys import KeyFinder, are_ascending, keys_of_bytes, sorted_order
 from kd_cache.score.job import DumpJob
 from kd_cache.score.stages import COMMITTING, Busy
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import write_pack
+from kd_cache.store.pack import Pack, write_pack
 from kd_cache.store.pending import PendingRecord
+from kd_cache.store.snapshot import Snapshot
+from kd_cache.store.union import Union, merge_packs
 from kd_cache.watch import Watcher
 
 _Rows = tuple[np.ndarray, np.ndarray, Sequence[bytes], np.ndarray, np.ndarray | None]
@@ -194,3 +197,25 @@ class Commits:
 
     def _empty(self) -> Shard:
         return Shard(self._job.folder.packs_path, self._job.origins, self._job.shard_size, self._job.shard_seconds)
+
+
+def merge_commits(snapshot: Snapshot, origins: Mapping[str, Origin], keys: np.ndarray, inputs: np.ndarray) -> None:
+    """Make one pack per teacher of what a finished part committed, in several runs too, durably before those go.
+
+    Taken are packs of nothing but rows of these ``keys`` ``[n, 16]``, ascending, and ``inputs``, which are the part's:
+    no row goes. What an index names by now stays. Raises `StoreError`; every row stays committed.
+    """
+    finder = KeyFinder(keys)
+
+    def is_own(pack: Pack) -> bool:
+        at = finder.find(pack.keys)
+        return bool((at >= 0).all() and (inputs[at] == pack.inputs).all())
+
+    with in_turn(snapshot.folder.path):
+        snapshot = snapshot.again()
+        named = {*snapshot.served_paths(snapshot.origins)}
+        for origin in origins.values():
+            packs = [pack for pack in snapshot.packs.of(origin) if pack.path not in named and is_own(pack)]
+            if len(packs) > 1:
+                made = merge_packs(snapshot.folder.packs_path, Union(packs), keys, inputs)
+                remove_files(snapshot.folder.packs_path, made.merged)

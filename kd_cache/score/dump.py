@@ -30,6 +30,7 @@ from kd_cache.store.accuracy import near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import VIEW_BELOW, refuse_large_index
 from kd_cache.store.pending import PendingRecord, notes_beside
+from kd_cache.store.preamble import Span
 from kd_cache.store.publish import Change, Published, Wanted, publish
 from kd_cache.store.union import merge_packs
 from kd_cache.store.view import without_files
@@ -104,8 +105,9 @@ class _Dump:
         compare_front_ends(job.teachers, job.data, watcher)
         # In key order, so that ranks (and with them the last bits) do not depend on the manifest's order.
         self.files, self.keys = selection.by_key, selection.keys
-        self.found = find_rows(job, watcher, elsewhere)
         self.part = part_range(job, len(self.files))
+        own = None if job.part is None else Span.of(self.keys[self.part.start : self.part.stop])
+        self.found = find_rows(job, watcher, elsewhere, own)
         self.has_view = self._wants_view()
         self.pending = PendingRecord(job.folder, job.origins, self._record())
         self.report = DumpReport(
@@ -191,7 +193,7 @@ class _Dump:
 
     def run(self) -> DumpReport:
         from kd_cache.score.cached_rows import check_unknown_code
-        from kd_cache.score.commits import Commits
+        from kd_cache.score.commits import Commits, merge_commits
         from kd_cache.score.scoring import Scoring
         from kd_cache.score.stages import Busy
 
@@ -220,6 +222,8 @@ class _Dump:
         if self.job.part is not None:
             self.pending.write(self._entries(), self.report.missing)
             scoring.remember(notes_beside(self.pending.path))  # a seal need not read again what its parts have read
+            own = slice(self.part.start, self.part.stop)
+            merge_commits(self.found.snapshot, self.job.origins, self.keys[own], scoring.inputs[own])
             return self.report
         if self.part and not scoring.readable.any():
             raise nothing_readable(len(self.part))

@@ -17,6 +17,7 @@ from kd_cache.store.index import Index, is_teacher_name
 from kd_cache.store.names import refuse_mode
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, attributes_of
+from kd_cache.store.preamble import Span
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
@@ -150,8 +151,8 @@ class Elsewhere:
 NOWHERE = Elsewhere()
 
 
-def find_rows(job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE) -> Found:
-    """Look at the cache that a job dumps into, and at those that lend rows.
+def find_rows(job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE, needed: Span | None = None) -> Found:
+    """Look at the cache that a job dumps into, and at those that lend rows; of a part's ``needed`` keys alone.
 
     Raises:
         StaleError: an older script's cache, which is not gone on with; a cache of another adaptation.
@@ -169,7 +170,7 @@ def find_rows(job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE) ->
         if why is not None:
             raise TeacherError(f"teacher {name}: {why}", hint="Return its columns in the order of the task's labels.")
     refuse_file_as_root(job.cache_root)
-    snapshot = Snapshot(job.folder)
+    snapshot = Snapshot(job.folder, needed=needed)
     for name in sorted(job.origins.keys() - snapshot.origins.keys()):
         refuse_mode(name, "Give it another name: --teacher NAME=….")
     earlier = _earlier_index(job, snapshot, watcher)

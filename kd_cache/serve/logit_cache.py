@@ -370,17 +370,7 @@ class LogitCache(InputsRead):
             raise IndexError(f"rows must be integers [B], found {numbers.dtype} {list(numbers.shape)}")
         if numbers.dtype is not _INT64:
             numbers = numbers.astype(_INT64)
-        if not len(numbers):
-            return numbers
-        # As unsigned numbers the negative ones are the largest: one look finds both ends.
-        unsigned = (numbers - first if first else numbers).view(np.uint64)
-        limit = self._row_numbers.limit
-        if np.maximum.reduce(unsigned) >= limit - first:
-            raise IndexError(f"rows must lie in [0, {limit}), found {numbers.min()} to {numbers.max()}")
-        if self._row_numbers.has_holes:
-            hole = self._row_numbers.first_hole(numbers if first == 0 else numbers[numbers >= 0])
-            if hole is not None:
-                raise IndexError(f"{hole} is no row: it lies between two packs; all_rows() gives the numbers of rows")
+        self._row_numbers.refuse_others(numbers, first)
         return numbers
 
     def _refuse_misfit(self, out: torch.Tensor, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None) -> None:

@@ -60,7 +60,7 @@ class Views:
             self._origin,
             self._wanted.keys[numbers],
             self._inputs[numbers],
-            first.file_bytes(at[0]),
+            first.names(at[0]),
             lambda part: self._side_by_side(carried_over, at[:, part]),
             block=max(1, 65_536 // len(at)),
             draws=lambda part: self._side_by_side(Union.take_draws, at[:, part]),

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +31,11 @@ from kd_cache.files.atomic import open_file, store_errors, sync_directory, tempo
 from kd_cache.files.hdf5 import Outlet, reading_hdf5, writing_hdf5
 from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
+from kd_cache.store.file_names import FileNames, stretches
 from kd_cache.store.names import is_teacher_name
 from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, canonical_json, is_dtype
 from kd_cache.store.preamble import MAGIC, USER_BLOCK, Preamble, Span
-from kd_cache.store.rows import PAGE, datasets_of, flat_views, values_name
+from kd_cache.store.rows import PAGE, cut_views, datasets_of, flat_views, values_name
 from kd_cache.store.rows import row_checksums as row_checksums
 
 MAX_ATTRIBUTE = 60_000
@@ -64,8 +65,9 @@ class Pack:
     files_blob: np.ndarray  # [M] u1
     draws: np.ndarray | None = None  # [N, V · D] u4, where there are views
     unchecked: np.ndarray | None = None  # [blocks] bool: nobody has looked at these yet; None where all is checked
-    whole: Pack | None = field(default=None, kw_only=True)
-    """The pack that these views were cut out of: checksums are of its rows."""
+    whole: Pack | None = field(
+        default=None, kw_only=True
+    )  # what these views were cut out of: checksums are of its rows
 
     def of_views(self, views: tuple[int, ...]) -> Pack | None:
         """Neighbouring views of all rows as a pack of their own, without a copy; ``None`` where it lacks one."""
@@ -74,14 +76,9 @@ class Pack:
         if self.draws is None or not set(views) <= set(self.origin.views):
             return None
         if views not in self._cuts:
-            first, count = self.origin.views.index(views[0]), len(self.origin.views)
-            logits, draws = (
-                each.reshape(len(self), count, -1)[:, first : first + len(views)].reshape(len(self), -1)
-                for each in (self.logits, self.draws)
-            )
-            self._cuts[views] = replace(
-                self, origin=self.origin.of_views(views), logits=logits, draws=draws, whole=self.whole or self
-            )
+            origin, held = self.origin.of_views(views), self.origin.views
+            logits, draws = (cut_views(each, held, views) for each in (self.logits, self.draws))
+            self._cuts[views] = replace(self, origin=origin, logits=logits, draws=draws, whole=self.whole or self)
         return self._cuts[views]
 
     @cached_property
@@ -109,6 +106,17 @@ class Pack:
     def file_bytes(self, row: int) -> bytes:
         """The manifest path of a row, UTF-8."""
         return self.files_blob[int(self.file_offsets[row]) : int(self.file_offsets[row + 1])].tobytes()
+
+    def name_lengths(self, rows: np.ndarray | slice) -> np.ndarray:
+        """``[n]`` int64: how many bytes the manifest paths of these rows have."""
+        lengths: np.ndarray = np.diff(self.file_offsets.view(np.int64))[rows]
+        return lengths
+
+    def names_blob(self, rows: np.ndarray) -> np.ndarray:
+        """``[M]`` u1: the manifest paths of these rows, UTF-8, one after the other."""
+        starts = self.file_offsets.view(np.int64)[rows]
+        blob: np.ndarray = self.files_blob[stretches(starts, self.file_offsets.view(np.int64)[rows + 1] - starts)]
+        return blob
 
     def file(self, row: int) -> str:
         """The manifest path of a row. Raises `CorruptError` if it is not UTF-8."""
@@ -166,7 +174,7 @@ def write_pack(
     origin: Origin,
     keys: np.ndarray,
     inputs: np.ndarray,
-    files: list[bytes],
+    files: Sequence[bytes] | FileNames,
     take: Callable[[slice], np.ndarray],
     block: int = 65_536,
     draws: Callable[[slice], np.ndarray] | None = None,
@@ -175,7 +183,7 @@ def write_pack(
 
     Args:
         keys, inputs: ``[N, 16]`` u1, keys strictly ascending, N ≥ 1.
-        files: the N manifest paths, UTF-8.
+        files: the N manifest paths, UTF-8, as a sequence of them or, of many rows, as `FileNames`.
         take: gives the rows of a slice as ``[n, C]`` in the stored dtype, so that any N fits in memory.
         draws: gives theirs as ``[n, V · D]`` u4, where the origin has views.
 
@@ -189,7 +197,8 @@ def write_pack(
     target = directory / f"{origin.teacher}-new.h5"
     with store_errors(directory, "write a pack into"), temporary_beside(target) as temporary:
         with temporary.open("x+b", buffering=0) as file:
-            _write_hdf5(file, origin, keys, inputs, files, take, block, draws)
+            names = files if isinstance(files, FileNames) else FileNames.of(files)
+            _write_hdf5(file, origin, keys, inputs, names, take, block, draws)
             digest = _seal_user_block(file, keys)
         final = directory / f"{origin.teacher}-{digest.hex()}.h5"
         try:
@@ -203,11 +212,11 @@ def write_pack(
 
 def write_part(directory: Path, pack: Pack, rows: np.ndarray) -> Path:
     """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
-    files = [pack.file_bytes(row) for row in rows.tolist()]
+    names = FileNames(pack.name_lengths(rows), lambda part: pack.names_blob(rows[part]))
     keys, inputs = pack.keys[rows], pack.inputs[rows]
     drawn = pack.draws
     draws = None if drawn is None else (lambda part: drawn[rows[part]])
-    return write_pack(directory, pack.origin, keys, inputs, files, lambda part: pack.logits[rows[part]], draws=draws)
+    return write_pack(directory, pack.origin, keys, inputs, names, lambda part: pack.logits[rows[part]], draws=draws)
 
 
 def _write_hdf5(
@@ -215,7 +224,7 @@ def _write_hdf5(
     origin: Origin,
     keys: np.ndarray,
     inputs: np.ndarray,
-    files: list[bytes],
+    names: FileNames,
     take: Callable[[slice], np.ndarray],
     block: int,
     draws: Callable[[slice], np.ndarray] | None,
@@ -224,7 +233,7 @@ def _write_hdf5(
     if bool(views) != (draws is not None) or bool(views) != (origin.policy is not None):
         raise ValueError("rows have draws where their origin has views of a policy, and only there")
     offsets = np.zeros(count + 1, "<u8")
-    np.cumsum([len(name) for name in files], out=offsets[1:])
+    np.cumsum(names.lengths, out=offsets[1:])
     outlet = Outlet(file)
     with writing_hdf5(outlet, USER_BLOCK) as pack:
         for name, value in attributes_of(origin).items():
@@ -235,8 +244,11 @@ def _write_hdf5(
         shape = (count, len(views), origin.width // len(views)) if views else (count, origin.width)
         pack.create_dataset(values_name(origin.dtype), shape, origin.stored, track_times=False)
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
-        blob = np.frombuffer(b"".join(files), np.uint8)
-        pack.create_dataset("files", data=blob, track_times=False)
+        files = pack.create_dataset("files", (int(offsets[-1]),), "|u1", track_times=False)
+        for start in range(0, count, block):
+            stop = min(start + block, count)
+            files[int(offsets[start]) : int(offsets[stop])] = names.blob(slice(start, stop))
+            outlet.raise_failure()
         if draws is not None:
             first = draws(slice(0, 1)).reshape(1, len(views), -1)
             pack.create_dataset("draws", (count, *first.shape[1:]), "<u4", track_times=False)[:1] = first
@@ -418,9 +430,8 @@ def _origin(path: Path, texts: Mapping[str, str], width: int, views: tuple[int, 
         raise _damaged(path, "its fingerprint is not that of its parts")
     kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
     made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept, views)
-    made = replace(
-        made, num_classes=_told_classes(parts) if made.topk else width // (made.frames or 1) // (len(views) or 1)
-    )
+    vectors = (made.frames or 1) * (len(views) or 1)
+    made = replace(made, num_classes=_told_classes(parts) if made.topk else width // vectors)
     if made.topk and (made.topk.refusal() or made.frames):
         raise _damaged(path, "it is none that top-k rows are made of")
     if made.width != width:
@@ -451,10 +462,7 @@ def _view_datasets(path: Path, file: Any, content: np.ndarray, dtype: str, versi
         for name, (kind, axes, aligned) in datasets.items()
     ]
     if "views" in datasets:
-        try:
-            arrays[3], arrays[6] = flat_views(arrays[3], *arrays[6:])
-        except ValueError as error:
-            raise _damaged(path, str(error)) from None
+        arrays[3], arrays[6] = flat_views(arrays[3], *arrays[6:])
     count, classes = arrays[3].shape
     expected = [(count, 16), (count, 16), (count,), (count, classes), (count + 1,), arrays[5].shape]
     if [array.shape for array in arrays[: len(expected)]] != expected:

@@ -64,3 +64,10 @@ def flat_views(logits: np.ndarray, draws: np.ndarray, views: np.ndarray) -> tupl
     if not neighbours or logits.shape[:2] != draws.shape[:2] or logits.shape[1] != len(views) or not draws.shape[2]:
         raise ValueError("its views, their rows and their draws do not fit together")
     return logits.reshape(len(logits), -1), draws.reshape(len(draws), -1)
+
+
+def cut_views(rows: np.ndarray, held: tuple[int, ...], views: tuple[int, ...]) -> np.ndarray:
+    """Some neighbours of the views that rows ``[N, V · …]`` hold, without a copy."""
+    first = held.index(views[0])
+    cut = rows.reshape(len(rows), len(held), -1)[:, first : first + len(views)]
+    return cut.reshape(len(rows), -1)

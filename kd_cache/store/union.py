@@ -13,6 +13,7 @@ import numpy as np
 
 from kd_cache.errors import CorruptError, shown
 from kd_cache.keys import KeyFinder, key_columns, sorted_order
+from kd_cache.store.file_names import FileNames, stretches
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, row_checksums, write_pack
 from kd_cache.store.take import take_rows
@@ -20,7 +21,7 @@ from kd_cache.store.take import take_rows
 PACK_BYTES = 8 << 30
 """The size that a merged pack is not expected to exceed."""
 _MOST_BITS = 16
-_BESIDE_A_ROW = 64
+_BESIDE_A_ROW = 48
 """Bytes that a row takes besides its values, but for its name: key, input digest, checksum, offset."""
 
 
@@ -181,10 +182,24 @@ class Union:
 
     def file_bytes(self, positions: np.ndarray) -> list[bytes]:
         """The manifest path of each position, UTF-8."""
-        return [
-            self.packs[pack].file_bytes(row)
-            for pack, row in zip(self.pack_no[positions].tolist(), self.row_no[positions].tolist(), strict=True)
-        ]
+        pairs = zip(self.pack_no[positions].tolist(), self.row_no[positions].tolist(), strict=True)
+        return [self.packs[pack].file_bytes(row) for pack, row in pairs]
+
+    def names(self, positions: np.ndarray) -> FileNames:
+        """The manifest paths of these positions."""
+        lengths = np.empty(len(positions), np.int64)
+        for number, rows, mine in self._by_pack(positions):
+            lengths[mine] = self.packs[number].name_lengths(rows)
+
+        def blob(part: slice) -> np.ndarray:
+            ends = np.cumsum(lengths[part])
+            found = np.empty(ends[-1], np.uint8)
+            for number, rows, mine in self._by_pack(positions[part]):
+                held = lengths[part][mine]
+                found[stretches(ends[mine] - held, held)] = self.packs[number].names_blob(rows)
+            return found
+
+        return FileNames(lengths, blob)
 
     def files(self, positions: np.ndarray) -> list[str]:
         """The manifest path of each position. Raises `CorruptError` if one is not UTF-8."""
@@ -260,7 +275,8 @@ def _split(union: Union, positions: np.ndarray, pack_bytes: int) -> Iterator[np.
     """
     row = union.origin.width * union.origin.stored.itemsize + _BESIDE_A_ROW
     row += 0 if union.packs[0].draws is None else union.packs[0].draws[:1].nbytes
-    bits = min(_MOST_BITS, max(0, -(-len(positions) * row // pack_bytes) - 1).bit_length())
+    size = len(positions) * row + int(union.names(positions).lengths.sum())
+    bits = min(_MOST_BITS, max(0, -(-size // pack_bytes) - 1).bit_length())
     prefixes = (
         key_columns(union.keys[positions])[0] >> np.uint64(64 - bits) if bits else np.zeros(len(positions), np.uint8)
     )
@@ -280,7 +296,7 @@ def _as_one_pack(directory: Path, union: Union, positions: np.ndarray) -> Path:
         union.origin,
         union.keys[positions],
         union.inputs[positions],
-        union.file_bytes(positions),
+        union.names(positions),
         lambda part: carried_over(union, positions[part]),
         draws=taken_draws(union, positions),
     )

@@ -17,6 +17,7 @@ import kd_cache
 import kd_cache.score.unchanged
 from kd_cache import LogitCache, PackedFeatures, Task, student_loader
 from kd_cache.dataset.features import FeatureSource, input_digest
+from kd_cache.dataset.inputs import InputSource
 from kd_cache.dataset.task import DCASE
 from kd_cache.dataset.task_file import as_record, load_task, recorded_task, task_from
 from kd_cache.distill import LOSSES
@@ -61,6 +62,68 @@ def test_an_example_dumps_verifies_attaches_and_distils(path: Path, tmp_path: Pa
     runpy.run_path(str(path), run_name="__main__")
     assert [*tmp_path.glob("cache/*/cache_index.json")]
     assert len(path.read_text().splitlines()) <= 40
+
+
+class Named(torch.nn.Module):
+    """Of tokens ``[T]`` and a weight: the counts of four tokens."""
+
+    architecture = "named/1"
+
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert (x["tokens"].dtype, x["weight"].dtype, list(x)) == (torch.int64, torch.float32, ["tokens", "weight"])
+        return torch.nn.functional.one_hot(x["tokens"], 4).sum(dim=1) * x["weight"][:, None]
+
+
+@quiet
+@pytest.mark.parametrize("lengths", [(5,), (3, 5)])
+def test_dictionaries_of_tensors_reach_teachers_by_name_and_each_part_of_them_is_digested(
+    tmp_path: Path, lengths: tuple[int, ...]
+) -> None:
+    draw = np.random.default_rng(0)
+    made = [
+        {"weight": np.float64(n + 1), "tokens": torch.from_numpy(draw.integers(0, 4, lengths[n % len(lengths)]))}
+        for n in range(12)
+    ]
+    rows = Rows(12, made=made)
+    rows.__class__ = type("Dictionaries", (Rows,), {"__getitem__": lambda self, number: (self.made[number], 0)})
+    place = tmp_path / "cache" / "named"
+    cache = kd_cache.score(rows, {"n": Named()}, cache=place)
+    expected = [np.bincount(each["tokens"], minlength=4) * each["weight"] for each in made]
+    np.testing.assert_array_equal(cache.batch(rows.keys)[:, 0].numpy(), expected)
+    assert not kd_cache.verify(rows, {"n": Named()}, cache=place).problems
+    item, logits = cache.attach(rows, rows.keys)[3]
+    assert (item[0] is made[3], logits[0].tolist()) == (True, expected[3].tolist())
+    source = InputSource(rows, rows.keys)
+    before = source.read("row-0").digest
+    for name, value in (("weight", np.float32(1)), ("tokens", made[0]["tokens"] + 1), ("more", np.zeros(2))):
+        kept, made[0] = made[0], {**made[0], name: value}
+        assert source.read("row-0").digest != before
+        made[0] = kept
+    made[0] = dict(reversed(made[0].items()))
+    assert source.read("row-0").digest == before  # names have one order
+    made[0] = {**made[0], "weight": np.float64(7)}
+    report = kd_cache.score(rows, {"n": Named()}, cache=place)
+    assert report.batch(rows.keys[:1])[0, 0].tolist() == (expected[0] * 7).tolist()
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ({}, "expected tensors by their names"),
+        ({3: np.zeros(2)}, "expected tensors by their names"),
+        ({"a": {"b": np.zeros(2)}}, "a is a dictionary in a dictionary"),
+        ({"a": "text"}, "a: it is a str"),
+        ({"a": np.array([1.0, np.nan])}, "a: its value at"),
+        ({"a": np.zeros((2, 0))}, "a: its shape is"),
+    ],
+)
+def test_a_dictionary_that_is_no_input_is_refused(item: Any, told: str) -> None:
+    rows = Rows(1)
+    rows.__class__ = type("One", (Rows,), {"__getitem__": lambda self, number: item})
+    with pytest.raises(FeatureError, match=told):
+        InputSource(rows, rows.keys).read("row-0")
+    with pytest.raises(FeatureError, match="expected"):
+        InputSource(rows, rows.keys, anything=False).read("row-0")
 
 
 # -- a task ------------------------------------------------------------------------------------------------------------

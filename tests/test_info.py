@@ -16,6 +16,10 @@ def test_info_tells_what_a_cache_holds_made_from_what_and_by_which_settings(run:
     for fact in ("tiny", "other", "linear/1", "10 logits, fp16", str(world.json_path), "12 of A, 8 of b", "seed=7"):
         assert fact in shown
     content = json.loads(run("info", "cache/A2b", "--json").stdout)["caches"][0]
+    assert json.loads(run("info", "--target", "b", "--json").stdout)["caches"] == [content]
+    missing = run("info", "--target", "b,c")
+    assert (missing.exit_code, "A2c" in missing.stderr) == (3, True)
+    assert "is a cache itself" in run("info", "cache/A2b", "--target", "b").stderr
     assert content["num_samples"] == 20
     assert content["settings"]["values"]["seed"] == 7
     assert content["settings"]["sources"]["seed"] == "commandline"

@@ -216,6 +216,7 @@ INFO = Command(
     (
         Option("path", Path, "A cache, a folder of caches, or the output folder of train.", ARGUMENTS, Path("cache"),
                positional=True),
+        _ANY_TARGET,
         "as_json", "debug",
     ),
     "Of a folder that kd-cache train wrote: its teachers, their accuracy, and the city teachers whose weights are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,40 @@ WHEN_CHECKED = {"full": "when opened", "lazy": "when first read"}
 SOURCES = {"commandline": "command line", "default_map": "file"}
 
 
-def info(screen: Screen, path: Path) -> Report:
-    """Tell what is at a path: caches, trained teachers, cached pre-training."""
+def info(screen: Screen, path: Path, target: str | None) -> Report:
+    """Tell what is at a path: caches, trained teachers, cached pre-training; or the caches of some targets alone."""
     if path.is_file():
         raise UsageError(f"{shown(path)} is a file", hint="Give the folder that it is in.")
+    if target is not None:
+        return Report({"caches": _described_all(_of_targets(path, target), screen), "trained": [], "pretrained": []})
     # Without a path, what train writes by default is told of as well.
     outputs = Path("outputs") if path == Path("cache") else path
     trained, pretrained = trained_teachers(outputs), pretrained_entries(outputs)
     folders = [CacheFolder(path)] if CacheFolder(path).is_anything else find_caches(path, DEFAULT.is_adaptation)
     if not folders and not trained and not pretrained:
         raise no_finished_cache(path, DEFAULT.is_adaptation)
+    described = _described_all(folders, screen)
+    lines: list[str | Table] = [teachers_table(trained), ""] if trained else []
+    lines += [line for entry in pretrained for line in entry_lines(entry)]
+    return Report({"caches": described, "trained": trained, "pretrained": pretrained}, lines)
+
+
+def _of_targets(path: Path, target: str) -> list[CacheFolder]:
+    if CacheFolder(path).is_anything:
+        raise UsageError(
+            f"{shown(path)} is a cache itself, so --target cannot choose one in it", hint="Name one of the two."
+        )
+    return [CacheFolder(path / DEFAULT.adaptation(each)) for each in DEFAULT.several(target)]
+
+
+def _described_all(folders: Sequence[CacheFolder], screen: Screen) -> list[dict[str, Any]]:
     described = []
     for folder in folders:
         snapshot = Snapshot(folder, maps=True)
         index, disk = snapshot.finished(), _pack_sizes(folder)
         described.append(_described(folder, index, disk))
         screen.result(_teacher_table(folder, index), *_lines(snapshot, index, disk), "")
-    lines: list[str | Table] = [teachers_table(trained), ""] if trained else []
-    lines += [line for entry in pretrained for line in entry_lines(entry)]
-    return Report({"caches": described, "trained": trained, "pretrained": pretrained}, lines)
+    return described
 
 
 def _described(folder: CacheFolder, index: Index, disk: dict[str, int]) -> dict[str, Any]:

@@ -279,6 +279,9 @@ def checked_shape(shape: tuple[int, ...], *, anything: bool = False) -> tuple[in
 
 def check_array(array: np.ndarray, bins: int | None = None, *, anything: bool = False) -> None:
     """Raise ``ValueError`` for what is not finite, or not ``[T, F]`` with F = ``bins``; for ``anything`` see above."""
+    if array.dtype.names is not None:
+        _check_fields(array, anything=anything)
+        return
     shape = checked_shape(array.shape, anything=anything)
     if bins is not None and shape[1:] != (bins,):
         if len(shape) != 2:
@@ -291,6 +294,22 @@ def check_array(array: np.ndarray, bins: int | None = None, *, anything: bool = 
         place = tuple(map(int, np.unravel_index(int(finite.argmin()), shape)))
         named = f"frame {place[0]}, bin {place[1]}" if len(place) == 2 else str(list(place))
         raise ValueError(f"its value at {named} is {array[place]}, expected finite numbers")
+
+
+def _check_fields(array: np.ndarray, *, anything: bool) -> None:
+    if not anything:
+        raise ValueError("it is a dictionary of tensors, expected features [frames, bins], as the task's inputs are")
+    for name in array.dtype.names or ():
+        try:
+            check_array(array[name], anything=True)
+        except ValueError as error:
+            raise ValueError(f"{shown(name)}: {error}") from None
+
+
+def shape_of(array: np.ndarray) -> tuple[int, ...]:
+    """What inputs are planned into batches by: the shape; of a dictionary those of its tensors, one after the other."""
+    names = array.dtype.names
+    return array.shape if names is None else sum((array.dtype[name].shape for name in names), ()) or (1,)
 
 
 def _is_finite(array: np.ndarray) -> bool:
@@ -326,9 +345,14 @@ def _read_all(descriptor: int, size: int, most: int) -> bytes:
 def input_digest(array: np.ndarray) -> bytes:
     """16 bytes of xxh3-128 over dtype, shape and C-order contents of a feature array.
 
-    The container does not matter: the same array as ``.npy``, in Fortran order or packed elsewhere digests equally.
+    The container does not matter: the same array as ``.npy``, in Fortran order or packed elsewhere digests equally. Of
+    a dictionary (a record ``[1]``) names, dtypes and shapes count, and the contents in the order of the names.
     """
     digest = xxhash.xxh3_128()
+    if array.dtype.names is not None:
+        digest.update(repr(array.dtype.descr).encode("utf-8", "surrogatepass"))
+        digest.update(array.tobytes())
+        return digest.digest()
     digest.update(f"{array.dtype.str}{array.shape}".encode("ascii"))
     digest.update(np.ascontiguousarray(array).data)
     return digest.digest()

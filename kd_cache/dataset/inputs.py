@@ -15,7 +15,16 @@ import numpy as np
 import xxhash
 
 from kd_cache.dataset.dataset import Dataset
-from kd_cache.dataset.features import MAX_BYTES, NAMES_ALONE, UNKNOWN, Feature, FeatureSource, check_array, input_digest
+from kd_cache.dataset.features import (
+    MAX_BYTES,
+    NAMES_ALONE,
+    UNKNOWN,
+    Feature,
+    FeatureSource,
+    check_array,
+    input_digest,
+    shape_of,
+)
 from kd_cache.dataset.guard import selected
 from kd_cache.dataset.manifest import Manifest, Sample, place_name
 from kd_cache.dataset.task import Task
@@ -47,7 +56,9 @@ class Inputs(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> Any:
-        """The input (a tensor, an array, or what numpy makes one of), or a tuple ``(input, label)``."""
+        """The input (a tensor, an array, what numpy makes one of, or a dictionary of these by name, which teachers are
+        then given a dictionary of), or a tuple ``(input, label)``.
+        """
 
 
 class InputSource(FeatureSource):
@@ -88,8 +99,8 @@ class InputSource(FeatureSource):
                 check_array(array, anything=self.anything)
             except (ValueError, TypeError, RuntimeError) as error:
                 raise FeatureError(f"input {shown(file)}: {shown(error)}") from None
-            self._shapes[file] = array.shape
-            self._distinct.add(array.shape)
+            self._shapes[file] = shape_of(array)
+            self._distinct.add(shape_of(array))
         return Feature(array, input_digest(array))
 
     def _item(self, file: str) -> Any:
@@ -119,7 +130,7 @@ class InputSource(FeatureSource):
         known = self._shapes.get(file)
         if known is None and len(self._distinct) == 1 and len(self._shapes) >= min(_ALIKE, len(self._number)):
             return next(iter(self._distinct))
-        return self.read(file).array.shape if known is None else known
+        return shape_of(self.read(file).array) if known is None else known
 
     def refusal(self, file: str, error: FeatureError, files: Sequence[str]) -> FeatureError:
         return error
@@ -169,17 +180,38 @@ def named_data(task: Task, keys: Sequence[str]) -> Dataset:
 
 
 def as_array(item: Any, dtypes: Sequence[str] = NUMBERS) -> np.ndarray:
-    """What a data set gave as an array of numbers. Raises ``ValueError`` and what numpy raises."""
+    """What a data set gave as an array of numbers; a dictionary of tensors as one record, ``[1]``, names in order.
+
+    Raises ``ValueError`` and what numpy raises.
+    """
     if isinstance(item, tuple) and len(item) == 2:
         item = item[0]
     if isinstance(item, Mapping):
-        raise ValueError(f"it is a dictionary ({', '.join(map(str, item))}); give the one tensor that teachers take")
+        return _record(item, dtypes)
     if callable(getattr(item, "detach", None)):
         item = item.detach().cpu().numpy()
     array = np.asarray(item)
     if array.dtype.newbyteorder("<").str not in dtypes:
         raise ValueError(f"it is a {type(item).__name__} of {array.dtype}, expected numbers ({', '.join(dtypes)})")
     found = np.array(array, array.dtype.newbyteorder("<"), order="C")  # a copy: a data set may use its buffer again
+    found.flags.writeable = False
+    return found
+
+
+def _record(item: Mapping[Any, Any], dtypes: Sequence[str]) -> np.ndarray:
+    if not item or not all(isinstance(name, str) and name for name in item):
+        raise ValueError(f"it is a dictionary of {shown(repr(list(item)))}, expected tensors by their names")
+    fields = {}
+    for name in sorted(item):
+        if isinstance(item[name], Mapping):
+            raise ValueError(f"{shown(name)} is a dictionary in a dictionary, expected a tensor")
+        try:
+            fields[name] = as_array(item[name], dtypes)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{shown(name)}: {error}") from None
+    found = np.zeros(1, np.dtype([(name, field.dtype, field.shape) for name, field in fields.items()]))
+    for name, field in fields.items():
+        found[name][0] = field
     found.flags.writeable = False
     return found
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from kd_cache.score.engine import Batch, Engine, Scored, scored_dtype
+from kd_cache.dataset.features import shape_of
+from kd_cache.score.engine import Batch, Engine, Scored
+from kd_cache.score.given import scored_dtype
 from kd_cache.store.plan import Place, Shape
 
 
@@ -29,7 +31,7 @@ class Batcher:
 
     def add(self, number: int, array: np.ndarray, teachers: frozenset[str], place: Place) -> Iterator[Scored]:
         """Take one sample for these teachers; gives what had to be scored to make room, or has become full."""
-        batches = self._open.setdefault((array.shape, scored_dtype(array), teachers), [])
+        batches = self._open.setdefault((shape_of(array), scored_dtype(array), teachers), [])
         batch = next((batch for batch in batches if place.slot not in batch.rows), None)
         if batch is None:
             if len(batches) == self._OPEN:

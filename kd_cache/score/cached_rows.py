@@ -11,7 +11,7 @@ from random import SystemRandom
 
 import numpy as np
 
-from kd_cache.dataset.features import Feature
+from kd_cache.dataset.features import Feature, shape_of
 from kd_cache.errors import StaleError, shown
 from kd_cache.score.existing import Found, Known
 from kd_cache.score.job import DumpJob
@@ -50,7 +50,7 @@ def _check(job: DumpJob, found: Found, name: str, known: Known, files: Sequence[
     for number in held[start : start + _SAMPLES].tolist():
         feature = job.data.features.try_read(files[number])
         if isinstance(feature, Feature) and known.is_first(number, feature.digest):
-            shape = feature.array.shape
+            shape = shape_of(feature.array)
             shapes.add(shape)
             if len(shapes) > 1:
                 break  # one shape, one batch

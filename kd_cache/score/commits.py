@@ -200,7 +200,7 @@ class Commits:
 
 
 def merge_commits(snapshot: Snapshot, origins: Mapping[str, Origin], keys: np.ndarray, inputs: np.ndarray) -> None:
-    """Make one pack per teacher of what a finished part committed, in several runs too, durably before those go.
+    """Make one pack per teacher and view of what a part committed, in several runs too, durably before those go.
 
     Taken are packs of nothing but rows of these ``keys`` ``[n, 16]``, ascending, and ``inputs``, which are the part's:
     no row goes. What an index names by now stays. Raises `StoreError`; every row stays committed.
@@ -215,7 +215,9 @@ def merge_commits(snapshot: Snapshot, origins: Mapping[str, Origin], keys: np.nd
         snapshot = snapshot.again()
         named = {*snapshot.served_paths(snapshot.origins)}
         for origin in origins.values():
-            packs = [pack for pack in snapshot.packs.of(origin) if pack.path not in named and is_own(pack)]
-            if len(packs) > 1:
-                made = merge_packs(snapshot.folder.packs_path, Union(packs), keys, inputs)
-                remove_files(snapshot.folder.packs_path, made.merged)
+            own = [pack for pack in snapshot.packs.of(origin) if pack.path not in named and is_own(pack)]
+            for views in {pack.origin.views for pack in own}:
+                packs = [pack for pack in own if pack.origin.views == views]
+                if len(packs) > 1:
+                    made = merge_packs(snapshot.folder.packs_path, Union(packs), keys, inputs)
+                    remove_files(snapshot.folder.packs_path, made.merged)

@@ -17,6 +17,7 @@ import torch
 from kd_cache.errors import KDCacheError, TeacherError, shown
 from kd_cache.score.device import full_precision
 from kd_cache.score.factory import users_code
+from kd_cache.score.given import Given, each, of_arrays, shape_in_words, size_of, split
 from kd_cache.score.self_test import refuse_unsteady
 from kd_cache.score.stages import COPYING, SCORING, Busy
 from kd_cache.score.teacher import Teacher
@@ -127,9 +128,9 @@ class Engine:
         """
         return self._result(self._start(batch))
 
-    def forward(self, name: str, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, name: str, features: Given) -> torch.Tensor:
         """``[B, C]`` of features ``[B, T, F]`` on the device, all at once. Raises as the teacher does."""
-        return self._calls[name](features)
+        return self._calls[name](features)  # type: ignore[arg-type]  # of a data set of dictionaries it takes those
 
     def _start(self, batch: Batch) -> _Running:
         self._count += 1
@@ -154,7 +155,7 @@ class Engine:
         marks.append(self._mark())
         return running
 
-    def _test(self, name: str, features: torch.Tensor, logits: torch.Tensor) -> None:
+    def _test(self, name: str, features: Given, logits: torch.Tensor) -> None:
         self._untested.discard(name)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -183,16 +184,12 @@ class Engine:
         mark.record(torch.cuda.current_stream(self.device))
         return mark
 
-    def _to_device(self, batch: Batch) -> torch.Tensor:
+    def _to_device(self, batch: Batch) -> Given:
         """``[size, T, F]``, through pinned memory where there is a GPU (torch keeps and reuses it)."""
         filler = next(iter(batch.rows.values()))[1]
-        pinned = self.device.type == "cuda"
-        dtype = torch.from_numpy(np.empty(0, scored_dtype(filler))).dtype
-        padded = torch.empty((batch.size, *filler.shape), dtype=dtype, pin_memory=pinned)
-        into = padded.numpy()
-        for slot in range(batch.size):
-            into[slot] = batch.rows[slot][1] if slot in batch.rows else filler
-        return padded.to(self.device, non_blocking=True)
+        arrays = [batch.rows[slot][1] if slot in batch.rows else filler for slot in range(batch.size)]
+        padded = of_arrays(arrays, pinned=self.device.type == "cuda")
+        return each(padded, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _to_host(self, logits: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":
@@ -201,37 +198,37 @@ class Engine:
         host = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
         return host.copy_(logits, non_blocking=True)
 
-    def _run(self, name: str, features: torch.Tensor) -> torch.Tensor:
+    def _run(self, name: str, features: Given) -> torch.Tensor:
         if self.device.type == "cuda":  # measured on the device: the call only starts the work
             return self._in_parts(name, features)
         with self._busy.doing(SCORING):
             return self._in_parts(name, features)
 
-    def _in_parts(self, name: str, features: torch.Tensor) -> torch.Tensor:
+    def _in_parts(self, name: str, features: Given) -> torch.Tensor:
         """All rows at once; where memory is too small for that, halves of it, of those halves, …"""
         while True:
-            parts = torch.split(features, self.most_rows or len(features))
+            parts = split(features, self.most_rows or size_of(features))
             try:
                 # A teacher may write into what it is given, and give the same buffer each time.
                 if len(parts) == 1:
-                    return self._checked(name, features.clone())
-                return torch.cat([self._checked(name, part.clone()).clone() for part in parts])
+                    return self._checked(name, each(features, torch.clone))
+                return torch.cat([self._checked(name, each(part, torch.clone)).clone() for part in parts])
             except _OutOfMemoryError as error:
-                if len(parts[0]) == 1:
+                if size_of(parts[0]) == 1:
                     why = f" ({text})" if (text := shown(error)) else ""
                     raise TeacherError(
                         f"teacher {name}: there is not enough memory to score one sample of shape "
-                        f"{list(features.shape[1:])}{why}"
+                        f"{shape_in_words(features, 1)}{why}"
                     ) from error
-                self.most_rows = len(parts[0]) // 2
+                self.most_rows = size_of(parts[0]) // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self._note(
-                f"out of memory with {len(parts[0])} samples at once: going on with {self.most_rows}; the last bits of "
-                "these rows may differ from those of other runs (a smaller --batch-size avoids that)"
+                f"out of memory with {size_of(parts[0])} samples at once: going on with {self.most_rows}; the last "
+                "bits of these rows may differ from those of other runs (a smaller --batch-size avoids that)"
             )
 
-    def _checked(self, name: str, features: torch.Tensor) -> torch.Tensor:
+    def _checked(self, name: str, features: Given) -> torch.Tensor:
         try:
             logits = self.forward(name, features)
         except KDCacheError as error:
@@ -242,29 +239,24 @@ class Engine:
             if is_out_of_memory(error):
                 raise _OutOfMemoryError(error) from error
             raise TeacherError(
-                f"teacher {name} failed on features of shape {list(features.shape)}: "
+                f"teacher {name} failed on features of shape {shape_in_words(features)}: "
                 f"{type(error).__name__}: {shown(error)}"
             ) from error
         frames = getattr(self.teachers[name], "num_frames", None)
         row = (self.teachers[name].num_classes,) if frames is None else (frames, self.teachers[name].num_classes)
-        expected = (len(features), *row)
+        expected = (size_of(features), *row)
         found = _misfit(logits, expected)
         if found is not None:
             why = "" if frames is None else "; all rows of a cache have one number of frames: crop or pad the inputs"
             raise _UnscoredError(
                 f"teacher {name} must return floating-point {list(expected)}, it returned {found}{why}"
             )
-        return logits if frames is None else logits.reshape(len(features), -1)
+        return logits if frames is None else logits.reshape(size_of(features), -1)
 
 
 _MOST_COMPILED = 4096
 _NEVER: Any = None
 """The mark of a device on which every call waits for its end."""
-
-
-def scored_dtype(array: np.ndarray) -> np.dtype[Any]:
-    """What a teacher is given of an input: floats as float32, integers and truth values as they are."""
-    return np.dtype(np.float32) if array.dtype.kind == "f" else array.dtype
 
 
 class _OutOfMemoryError(Exception):

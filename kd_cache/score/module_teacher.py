@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from kd_cache.errors import TeacherError, shown
-from kd_cache.score.engine import scored_dtype
 from kd_cache.score.factory import users_code
+from kd_cache.score.given import Given, each, of_arrays, shape_in_words
 from kd_cache.score.teacher import Teacher, check_teacher
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -33,7 +33,7 @@ class ModuleTeacher(nn.Module):
         self.provenance = getattr(net, "provenance", None)
         self.architecture = architecture
 
-    def forward(self, inputs: torch.Tensor) -> Any:
+    def forward(self, inputs: Given) -> Any:
         return self.net(inputs)
 
     def fingerprint_parts(self) -> Mapping[str, str]:
@@ -73,11 +73,11 @@ def kept_modes(nets: Iterable[nn.Module]) -> Iterator[None]:
 def _wrapped(
     name: str, net: nn.Module, example: np.ndarray, value_kind: str, note: Callable[[str], None]
 ) -> ModuleTeacher:
-    batch = torch.from_numpy(example.astype(scored_dtype(example))[None])
+    batch = of_arrays([example])
     where = next((each.device for each in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    failed = f"teacher {name} failed on an input of {list(example.shape)}"
+    failed = f"teacher {name} failed on an input of {shape_in_words(batch, 1)}"
     with kept_modes([net]), users_code(lambda why: TeacherError(f"{failed}: {why}")), torch.inference_mode():
-        out = net.eval()(batch.to(where))
+        out = net.eval()(each(batch, lambda tensor: tensor.to(where)))
     if not isinstance(out, torch.Tensor) or out.ndim not in (2, 3) or len(out) != 1:
         found = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise TeacherError(
@@ -98,10 +98,10 @@ def derived_architecture(net: nn.Module) -> str:
     """The class, and a digest over its printed modules and the source of all classes that are not torch's own."""
     classes = {type(part) for part in net.modules() if not type(part).__module__.startswith("torch.")}
     texts = [_ADDRESS.sub("", repr(net))]
-    for each in sorted(classes, key=lambda each: (each.__module__, each.__qualname__)):
+    for kind in sorted(classes, key=lambda kind: (kind.__module__, kind.__qualname__)):
         try:
-            texts.append(inspect.getsource(each))
+            texts.append(inspect.getsource(kind))
         except (OSError, TypeError):  # typed at a prompt
-            texts.append(f"{each.__module__}.{each.__qualname__}")
+            texts.append(f"{kind.__module__}.{kind.__qualname__}")
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
     return f"{type(net).__qualname__}/{digest[:16]}"

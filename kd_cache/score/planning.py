@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_cache.dataset.features import FeatureSource
+from kd_cache.dataset.features import FeatureSource, shape_of
 from kd_cache.dataset.samples_table import SamplesTable
 from kd_cache.errors import FeatureError
 from kd_cache.files.atomic import make_directory
-from kd_cache.score.engine import Engine, is_out_of_memory, scored_dtype
+from kd_cache.score.engine import Engine, is_out_of_memory
 from kd_cache.score.existing import Found
+from kd_cache.score.given import Given, each, filled, scored_dtype
 from kd_cache.score.job import DEFAULT_BATCH, DumpJob
 from kd_cache.store.plan import BatchPlan, Place, Shape, ShapeCodes
 from kd_cache.watch import Watcher
@@ -125,9 +126,12 @@ def best_batch_size(engine: Engine, shape: Shape, count: int, dtype: Any = np.fl
 def _rate(engine: Engine, shape: Shape, size: int, dtype: np.dtype[Any]) -> float:
     """Samples per second; 0 where memory is too small, or a teacher refuses."""
     try:
-        drawn = np.random.default_rng(0).standard_normal((size, *shape)) if dtype.kind == "f" else np.zeros(1)
-        whole = np.broadcast_to(drawn.astype(dtype), (size, *shape))  # of integers only 0 is sure to mean something
-        features = torch.from_numpy(whole.copy()).to(engine.device)
+        chance = np.random.default_rng(0)
+
+        def draw(into: np.ndarray, _: str | None) -> None:  # of integers only 0 is sure to mean something
+            into[...] = chance.standard_normal(into.shape) if into.dtype.kind == "f" else 0
+
+        features = each(filled(shape, dtype, size, draw), lambda tensor: tensor.to(engine.device))
         _score(engine, features)  # the first call prepares what later ones use again
         rounds, began = 0, time.perf_counter()
         while rounds == 0 or time.perf_counter() - began < _SECONDS:
@@ -140,9 +144,9 @@ def _rate(engine: Engine, shape: Shape, size: int, dtype: np.dtype[Any]) -> floa
         return 0.0
 
 
-def _score(engine: Engine, features: torch.Tensor) -> None:
+def _score(engine: Engine, features: Given) -> None:
     for teacher in engine.teachers.values():  # not compiled, which would take minutes for each size
-        teacher(features)
+        teacher(features)  # type: ignore[arg-type]  # see Engine.forward
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
 
@@ -165,11 +169,11 @@ class Planner:
 
     def plan_for(self, array: np.ndarray) -> BatchPlan:
         """The plan to score this input with; it covers its shape unless its number of bins is another."""
-        self._dtype = scored_dtype(array)
+        self._dtype, shape = scored_dtype(array), shape_of(array)
         if self._plan is None:
-            self._plan = self._saved(array.shape)
+            self._plan = self._saved(shape)
         # A shape with other bins is of a bad sample, for which the plan must not grow.
-        if self._plan is None or (self._plan.takes(array.shape) and array.shape not in self._plan.batches):
+        if self._plan is None or (self._plan.takes(shape) and shape not in self._plan.batches):
             self._plan = self._make(earlier=self._plan)
         return self._plan
 

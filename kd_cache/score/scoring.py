@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_cache.dataset.features import Feature
+from kd_cache.dataset.features import Feature, shape_of
 from kd_cache.errors import FeatureError, KDCacheError, TeacherError, shown
 from kd_cache.score.batcher import Batcher
 from kd_cache.score.commits import Commits
@@ -150,7 +150,7 @@ class Scoring:
         present = [feature for feature in features if isinstance(feature, Feature)]
         digests = np.frombuffer(b"".join([feature.digest for feature in present]), np.uint8).reshape(-1, 16)
         self.inputs[numbers[good]], self.readable[numbers[good]] = digests, True
-        codes = [self._ranks.codes.code(feature.array.shape) for feature in present]
+        codes = [self._ranks.codes.code(shape_of(feature.array)) for feature in present]
         self._ranks.shapes[numbers[good]] = np.array(codes, np.int32).reshape(-1, 2)
         reasons = dict(zip(numbers[good].tolist(), self._reasons(numbers[good], digests), strict=True))
         for number, feature in zip(numbers.tolist(), features, strict=True):
@@ -172,7 +172,7 @@ class Scoring:
         return reasons
 
     def _place(self, number: int, array: np.ndarray, planner: Planner, batcher: Batcher) -> None:
-        shape, plan = array.shape, planner.plan_for(array)
+        shape, plan = shape_of(array), planner.plan_for(array)
         if not plan.takes(shape):
             what = f"has {shape[1]} bins, expected {plan.bins} as the others have"
             self._bad(number, FeatureError(f"feature {shown(self._files[number])} {what}"))

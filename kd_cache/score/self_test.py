@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 from kd_cache.errors import TeacherError
+from kd_cache.score.given import Given, each, size_of
 from kd_cache.score.tolerance import TOLERANCE, deviation, most_allowed
 
-Score = Callable[[torch.Tensor], torch.Tensor]
+Score = Callable[[Any], torch.Tensor]
 _SAMPLES = 4
 
 
-def refuse_unsteady(
-    name: str, teacher: Any, precision: str, batch: torch.Tensor, rows: torch.Tensor, score: Score
-) -> None:
+def refuse_unsteady(name: str, teacher: Any, precision: str, batch: Given, rows: torch.Tensor, score: Score) -> None:
     """Raise `TeacherError` where rows of a batch come out otherwise in other company.
 
     Costs two more batches and one sample. What a teacher refuses to score in other company is not compared.
@@ -42,9 +41,12 @@ def refuse_unsteady(
             f"{allowed:.1e}): {_random_cause(teacher)}",
             hint="Put every part of it into evaluation mode (eval()), and draw no random numbers in its forward.",
         )
-    for company, (ours, place) in (("other samples", _in_other_company(batch)), ("nothing", (batch[:1], 0))):
+    for company, (ours, place) in (
+        ("other samples", _in_other_company(batch)),
+        ("nothing", (each(batch, lambda tensor: tensor[:1]), 0)),
+    ):
         try:
-            again = teacher(ours.clone()).flatten(1)[place:]  # not compiled: each size would take minutes
+            again = teacher(each(ours, torch.clone)).flatten(1)[place:]  # not compiled: each size would take minutes
         except Exception:  # noqa: BLE001, S112 (it may take batches of one size only; what it says of ours is heeded)
             continue
         apart = _apart(rows, again, kind)
@@ -56,17 +58,22 @@ def refuse_unsteady(
             )
 
 
-def _in_other_company(batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _in_other_company(batch: Given) -> tuple[Given, int]:
     """The first samples, and where they are now: between others that none of the batch is.
 
     Before them as well as after: a recurrent layer that runs over the batch hands on what comes before a row. Integers
     only change places: others may be no token.
     """
-    others = batch.roll(1, dims=0).flip(1)
+    size = size_of(batch)
+    return each(batch, _among_others), (size - _SAMPLES if size > _SAMPLES + 1 else 2 * size) // 2
+
+
+def _among_others(batch: torch.Tensor) -> torch.Tensor:
+    others = batch.roll(1, dims=0).flip(min(1, batch.ndim - 1))
     others = others * 1.5 + 1 if others.is_floating_point() else others
     others = others[_SAMPLES:] if len(batch) > _SAMPLES + 1 else torch.cat([others, others])
     place = len(others) // 2
-    return torch.cat([others[:place], batch[:_SAMPLES], others[place:]]), place
+    return torch.cat([others[:place], batch[:_SAMPLES], others[place:]])
 
 
 def _apart(rows: torch.Tensor, again: Any, kind: str) -> float:

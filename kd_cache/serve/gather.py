@@ -120,7 +120,7 @@ class Gatherer:
         return self._into_tensor(rows, out)
 
     def with_nan(self, rows: np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
-        """`fresh`, or `into` where there is an ``out``; those of a miss, -1, are NaN."""
+        """As `fresh` or `into`; rows of a miss, -1, are NaN."""
         present = np.flatnonzero(rows >= 0)
         if out is None:
             out = torch.empty((len(rows), *self.shape[1:]), dtype=dtype or self.torch_dtype)

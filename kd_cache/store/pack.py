@@ -109,8 +109,7 @@ class Pack:
 
     def name_lengths(self, rows: np.ndarray | slice) -> np.ndarray:
         """``[n]`` int64: how many bytes the manifest paths of these rows have."""
-        lengths: np.ndarray = np.diff(self.file_offsets.view(np.int64))[rows]
-        return lengths
+        return np.diff(self.file_offsets.view(np.int64))[rows]
 
     def names_blob(self, rows: np.ndarray) -> np.ndarray:
         """``[M]`` u1: the manifest paths of these rows, UTF-8, one after the other."""

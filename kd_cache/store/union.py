@@ -38,8 +38,8 @@ class Union:
 
     def __init__(self, packs: Sequence[Pack], first: Collection[str] = ()) -> None:
         self.packs = sorted(packs, key=lambda pack: (pack.path.name not in first, pack.path.name))
-        if not self.packs:
-            raise ValueError("a union needs at least one pack")
+        if len({pack.origin.views for pack in self.packs}) != 1:
+            raise ValueError("a union needs at least one pack, and all of the same views")
         self.stood = [pack for pack in self.packs if pack.path.name in first]
         self._single = len(self.packs) == 1
         self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}

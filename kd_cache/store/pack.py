@@ -112,7 +112,8 @@ class Pack:
     def names_blob(self, rows: np.ndarray) -> np.ndarray:
         """``[M]`` u1: the manifest paths of these rows, UTF-8, one after the other."""
         starts = self.file_offsets.view(np.int64)[rows]
-        return self.files_blob[stretches(starts, self.file_offsets.view(np.int64)[rows + 1] - starts)]
+        names: np.ndarray = self.files_blob[stretches(starts, self.file_offsets.view(np.int64)[rows + 1] - starts)]
+        return names
 
     def file(self, row: int) -> str:
         """The manifest path of a row. Raises `CorruptError` if it is not UTF-8."""

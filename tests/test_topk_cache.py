@@ -147,7 +147,7 @@ def test_every_command_that_reads_rows_reads_these(run: Run, wide: World) -> Non
     assert done.exit_code == 0, done.output
     told = "wide: storing as topk:20, over 20 rows: kl mean "
     assert told in done.stdout
-    assert "no .npy files are written: top-k rows (wide) are no vectors" in done.stderr
+    assert "no .npy files are written: rows of wide are no vectors" in done.stderr
     assert told.removeprefix("wide: ") in run("info", wide.cache).stdout
     assert "Nothing to score" in dump(run, wide).stdout
     audit = run("verify", wide.cache, "--all", "--recompute", *OWN, "--json")
@@ -194,7 +194,7 @@ def test_every_command_that_reads_rows_reads_these(run: Run, wide: World) -> Non
         ("wide", "top:5", "expected fp32, fp16, or topk:K"),
         ("probs", "topk:20", "topk:20 is for logits, found probs"),
         ("framed", "topk:20", "topk:20 is for one vector a sample, found 2 frames"),
-        ("wide", "topk:20 --files", "there are no .npy files of wide: top-k rows are no vectors"),
+        ("wide", "topk:20 --files", "there are no .npy files of wide: top-k rows"),
     ],
 )
 def test_what_cannot_be_stored_so_is_refused_before_anything_is_scored(

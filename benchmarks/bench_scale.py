@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import growth
 from benchmarks.harness import Report, Row, in_turns, options, peak_memory
 from benchmarks.made_cache import TEACHERS, block_of_rows, make_cache, names, origin
 from kd_cache.dataset.dataset import Dataset
@@ -113,6 +114,7 @@ def _dump(root: Path, layout: str) -> Callable[[], Any]:
             batch_size=1024,
             shard_size=_BLOCK,
             files=layout == "npy",
+            part=(0, 8) if layout == "part" else None,
         )
         report = dump_logits(job)
         return {
@@ -226,6 +228,8 @@ STEPS: dict[str, Callable[[Path, str], Callable[[], Any]]] = {
     "seal": _seal,
     "open": _open,
     "epoch": _epoch,
+    "resolve": growth.resolve,
+    "merge": growth.merge,
 }
 
 
@@ -349,6 +353,7 @@ def growth_of_dumps(report: Report, root: Path, counts: list[int]) -> None:
                 )
                 if name == "dump":
                     dumped[layout][count] = done["memory"]
+        report.add(_line("dump of part 0/8", count, CLASSES, step("dump", data, "part"), {}))
         shutil.rmtree(data)
     for layout, memory in dumped.items():
         each = (memory[counts[-1]] - memory[counts[0]]) / (counts[-1] - counts[0])
@@ -396,6 +401,7 @@ def main() -> None:
         growth_of_dumps(report, root, [1000, 5000] if chosen.quick else [10_000, 100_000])
         larger = [] if chosen.quick else [(100_000, 10), (1_000_000, 10), (1_000_000, 527)]
         growth_of_caches(report, root, [(10_000, 10), *larger])
+        growth.growth_of_packs(report, root, [200_000] if chosen.quick else [1_000_000, 10_000_000], step)
     report.save(chosen.out)
 
 

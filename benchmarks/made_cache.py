@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from kd_cache.keys import keys_of, sorted_order
+from kd_cache.keys import key_columns, keys_of, sorted_order
 from kd_cache.store.index import origin_entry, write_index
 from kd_cache.store.origin import Fingerprint, Origin
 from kd_cache.store.pack import write_pack
@@ -19,7 +20,11 @@ _BLOCK = 65_536
 
 def names(count: int) -> list[str]:
     """Manifest paths as long as real ones."""
-    return [f"features/train/device-a/clip-{number:07d}-scene.npy" for number in range(count)]
+    return [named(number) for number in range(count)]
+
+
+def named(number: int) -> str:
+    return f"features/train/device-a/clip-{number:07d}-scene.npy"
 
 
 def origin(teacher: str, classes: int) -> Origin:
@@ -33,8 +38,17 @@ def block_of_rows(teacher: int, block: int, count: int, classes: int) -> np.ndar
     return (bits & 0xBBFF).view(np.float16).reshape(count, classes)
 
 
-def make_cache(path: Path, files: Sequence[str], classes: int, inputs: np.ndarray | None = None) -> Path:
-    """A finished cache ``A2b`` below ``path``: two teachers, fp16, no view.
+def rows_between(teacher: int, start: int, stop: int, count: int, classes: int) -> np.ndarray:
+    """``[stop - start, classes]`` float16: rows of ``count`` in the order of the keys."""
+    blocks = range(start // _BLOCK, -(-stop // _BLOCK))
+    made = [block_of_rows(teacher, block, min(_BLOCK, count - block * _BLOCK), classes) for block in blocks]
+    return np.concatenate(made)[start - blocks[0] * _BLOCK :][: stop - start]
+
+
+def make_cache(
+    path: Path, files: Sequence[str], classes: int, inputs: np.ndarray | None = None, packs: int = 1
+) -> Path:
+    """A finished cache ``A2b`` below ``path``: two teachers, fp16, no view; 1, 2, 4, 8 … packs of each.
 
     ``inputs`` ``[N, 16]`` u1 are the digests of the files' features; without it they are made up.
     """
@@ -45,20 +59,20 @@ def make_cache(path: Path, files: Sequence[str], classes: int, inputs: np.ndarra
     keys = keys[order]
     encoded = [files[number].encode() for number in order.tolist()]
     scored = keys if inputs is None else inputs[order]
+    borders = [(number << 64) // packs for number in range(1, packs)]
+    cuts = [0, *np.searchsorted(key_columns(keys)[0], np.array(borders, np.uint64)).tolist(), len(keys)]
     entries = {}
     for number, teacher in enumerate(TEACHERS):
+        made_by, packed = origin(teacher, classes), []
+        for start, stop in pairwise(cuts):
 
-        def take(part: slice, number: int = number) -> np.ndarray:
-            return block_of_rows(number, part.start // _BLOCK, part.stop - part.start, classes)
+            def take(part: slice, number: int = number, start: int = start) -> np.ndarray:
+                return rows_between(number, start + part.start, start + part.stop, len(keys), classes)
 
-        made_by = origin(teacher, classes)
-        pack = write_pack(folder / "packs", made_by, keys, scored, encoded, take, _BLOCK)
-        entries[teacher] = {
-            **origin_entry(made_by),
-            "rows": len(files),
-            "packs": [[pack.name, len(files)]],
-            "earlier": [],
-        }
+            mine = slice(start, stop)
+            pack = write_pack(folder / "packs", made_by, keys[mine], scored[mine], encoded[mine], take, _BLOCK)
+            packed.append([pack.name, stop - start])
+        entries[teacher] = {**origin_entry(made_by), "rows": len(files), "packs": packed, "earlier": []}
     permitted = Permitted.of(keys, np.full(len(files), NO_LABEL)).write(folder)
     record = {"adaptation": "A2b", "files": False, "missing": {}, "manifest": {"sha256": ""}, "teachers": entries}
     record |= {"permitted": {"file": permitted, "count": len(files)}}

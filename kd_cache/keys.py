@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 
@@ -16,12 +16,10 @@ except ImportError:
 
 NO_LABEL = -1
 """Stands beside a key where its sample has no label, or must not show it."""
-_BLOCK = 65_536
-_BLOCK = 4096
-"""Keys that are searched, or looked at, together."""
+_TOP = 1 << 16
+"""So many halves of keys are kept beside an array at most: half a megabyte."""
 _CHUNK = 1 << 16
-_MANY = 128
-"""From so many queries a block on it is cheaper to bring the block into native order than to halve it for each."""
+"""Keys that are made, looked up, or looked at, together."""
 
 
 def sample_key(file: str) -> str:
@@ -34,7 +32,7 @@ def keys_of(files: Iterable[str]) -> np.ndarray:
     """``[N, 16]`` u1: the MD5 keys of manifest paths."""
     left = iter(files)
     found = []
-    while names := [file.encode("utf-8") for file in islice(left, _BLOCK)]:
+    while names := [file.encode("utf-8") for file in islice(left, _CHUNK)]:
         found.append(keys_of_bytes(names))
     return found[0] if len(found) == 1 else np.concatenate([np.empty((0, 16), np.uint8), *found])
 
@@ -69,7 +67,7 @@ def are_ascending(keys: np.ndarray) -> bool:
 
 
 class KeyFinder:
-    """Finds keys, many at once, in sorted ``[N, 16]`` arrays as they lie there: of every 4,096th a half is kept beside.
+    """Finds keys, many at once, in sorted ``[N, 16]`` arrays as they lie there; a few halves of keys are kept beside.
 
     Args:
         parts: each ascending; equal keys may follow each other. Of several each has greater keys than the one before.
@@ -98,16 +96,26 @@ class KeyFinder:
         order = np.argsort(high)  # neighbours in the array are looked up one after the other: several times as fast
         high, words = high[order], words.take(order, 0)
         found = np.full(len(keys), -1, np.int64)  # in that order
+        for start in range(0, len(keys), _CHUNK):  # what is made on the way stays in the processor's cache
+            chunk = slice(start, start + _CHUNK)
+            self._find_sorted(high[chunk], words[chunk], found[chunk])
+        in_turn = np.empty_like(found)
+        in_turn[order] = found
+        return in_turn
+
+    def _find_sorted(self, high: np.ndarray, words: np.ndarray, found: np.ndarray) -> None:
+        """Put the numbers of keys, ascending by their high half, into ``found``, which is all ``-1``."""
+        if len(self._parts) == 1 and not self._parts[0][1]:
+            self._parts[0][0].find(high, words, found)
+            return
         first, last = self._ends
         starts, stops = np.searchsorted(high, first), np.searchsorted(high, last, "right")
         for number in np.flatnonzero(stops > starts).tolist():
             (part, base), mine = self._parts[number], slice(starts[number], stops[number])
-            at = part.find(high[mine], words[mine])
+            at = np.empty(stops[number] - starts[number], np.int64)
+            part.find(high[mine], words[mine], at)
             # Two parts may meet within one high half: what one lacks, the other may have found.
             np.copyto(found[mine], at + base, where=at >= 0)
-        in_turn = np.empty_like(found)
-        in_turn[order] = found
-        return in_turn
 
     def is_same(self, other: KeyFinder) -> bool:
         """Whether another finds the same keys under the same numbers, as it would from equal arrays."""
@@ -123,18 +131,20 @@ class _Sorted:
     def __init__(self, keys: np.ndarray) -> None:
         self.words = keys.view(np.uint64)
         self.halves = keys.view(">u8")  # [N, 2]
+        self._stride = 1 << (max(0, len(keys) - 1) // _TOP).bit_length()
 
     @cached_property
     def _top(self) -> np.ndarray:
-        """The high half of every `_BLOCK`-th key."""
-        return self.halves[::_BLOCK, 0].astype(np.uint64)
+        """The high half of every so many keys, at most `_TOP` of them."""
+        return self.halves[:: self._stride, 0].astype(np.uint64)
 
-    def find(self, high: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """First position of each key, ``-1`` where there is none; ``high`` are the ascending high halves of the keys'
-        ``words`` (``[Q, 2]`` u8 as they lie there).
+    def find(self, high: np.ndarray, words: np.ndarray, found: np.ndarray) -> None:
+        """Put the first position of each key into ``found``, ``-1`` where there is none.
+
+        ``high`` are the ascending high halves of the keys' ``words`` (``[Q, 2]`` u8 as they lie there).
         """
-        position = self._in_blocks(high) if len(high) > _MANY * (len(self._top) - 1) else self._by_halving(high)
-        found = np.full(len(high), -1, np.int64)
+        position = self._lower(high)
+        found[:] = -1
         pending = np.flatnonzero(position < len(self.words))
         # Two keys rarely share their first eight bytes; where they do, step on until the rest matches too.
         while len(pending):
@@ -145,23 +155,15 @@ class _Sorted:
             pending = pending[same[:, 0] & ~hit]
             position[pending] += 1
             pending = pending[position[pending] < len(self.words)]
-        return found
 
-    def _in_blocks(self, high: np.ndarray) -> np.ndarray:
-        """Where the first high half lies that is not below each of these. Each block is brought into native order."""
-        position = np.zeros(len(high), np.int64)
-        bounds = [*np.searchsorted(high, self._top, "right").tolist(), len(high)]
-        for number, (start, stop) in enumerate(pairwise(bounds)):
-            if stop > start:
-                block = self.halves[number * _BLOCK : (number + 1) * _BLOCK, 0].astype(np.uint64)
-                np.add(np.searchsorted(block, high[start:stop]), number * _BLOCK, out=position[start:stop])
-        return position
-
-    def _by_halving(self, high: np.ndarray) -> np.ndarray:
-        """The same for few keys: each looks at thirteen halves."""
+    def _lower(self, high: np.ndarray) -> np.ndarray:
+        """Where the first high half lies that is not below each of these: the top says about where, then halving."""
+        position = np.searchsorted(self._top, high)
+        if self._stride == 1:
+            return position
         whole = self.words.view("V16").reshape(-1)  # one item a key: taking items is a copy each
-        position = np.maximum(np.searchsorted(self._top, high) - 1, 0) * _BLOCK
-        for step in (*(_BLOCK >> each for each in range(1, _BLOCK.bit_length())), 1):
+        position = np.maximum(position - 1, 0) * self._stride
+        for step in (*(self._stride >> each for each in range(1, self._stride.bit_length())), 1):
             looked_at = whole.take(position + (step - 1), mode="clip").view(">u8")[::2]
             position += (looked_at < high) * step
         found: np.ndarray = np.minimum(position, len(whole))

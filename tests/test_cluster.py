@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPO, Run, World
+from fault_tools import TIER
 from store_fixtures import snapshot
 
 import kd_cache.cli.on_ray
@@ -378,13 +379,18 @@ def test_parts_of_machines_without_a_common_disk_meet_at_an_url(
     assert "secret" not in result.output
 
 
-def test_an_error_of_a_part_is_the_command_s(local: Local, run: Run, world: World) -> None:
+@pytest.mark.parametrize(("slots", "started"), [(3, 4), (0, 1)])
+def test_an_error_of_a_part_is_the_command_s(
+    slots: int, started: int, local: Local, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "slots", lambda: slots)
     (world.root / "mine.py").write_text(MINE)
     lost = ("--teacher", "lost=mine.py:unloadable", "--only", "lost", "--json-path", "dataset.json")
     result = run("dump", "--target", "b", *lost, "--ray", "auto", "--parts", "20")
     assert result.exit_code == 1
     assert "my disk is gone" in result.stderr
-    assert len(local.sent) == 4
+    assert len(local.sent) == started
+    assert ("no machine of the cluster can run a part now" in result.stderr) == (slots == 0)
 
 
 # -- the recipes ------------------------------------------------------------------------------------------------------
@@ -410,3 +416,16 @@ def test_recipes_can_be_read_and_their_commands_are_ours(number: int) -> None:
     for name, *arguments in commands(text):
         arguments = [re.sub(r"\$\w+/(\d+|\$\w+)", "0/2", each) for each in arguments]
         built(name).make_context(name, [*arguments, *(["0/2"] if arguments[-1] == "--shard" else [])])
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(TIER == "one", reason="two processes that import torch: make faults starts them")
+def test_the_recipe_for_torchrun_makes_what_one_process_makes(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(REPO / "data")
+    recipe = next(text for _, text in RECIPES if text.startswith("torchrun"))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    for script in (recipe, "kd-cache dump --target b"):
+        subprocess.run(["bash", "-e"], input=script, text=True, cwd=tmp_path, env=environment, check=True)
+    found, plain = (snapshot(tmp_path / folder / "A2b") for folder in ("cache/torchrun", "cache"))
+    assert {name for name, content in plain.items() if found.get(name) != content} <= {"cache_index.json", "seen.bin"}

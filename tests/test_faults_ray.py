@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -101,7 +102,17 @@ class Site:
         return twice
 
     def add_node(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
+        with self.told():
+            self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """What the nodes have in their environment, a launcher's words among it."""
+        names = {"KD_TEST_LOG": str(self.log), "HOME": str(self.log), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**names, "RANK": "7", "SLURM_JOB_ID": "1"}.items():
+                patch.setenv(name, value)
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -115,34 +126,39 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         world.add(number, "A" if number < 80 else "b", "train")
     made = Site(world.write(), root)
     (root / "log").touch()
-    host()  # it has nothing of what the nodes are told
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "KD_TEST_LOG": str(root), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "RANK": "7", "SLURM_JOB_ID": "1",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        assert host().run(*made.arguments, cwd=root, env={"KD_TEST_LOG": str(root), "KD_CACHE_SHARD": "0/1"}).code == 0
-        made.right = {k: v for k, v in snapshot(world.cache).items() if k not in ("cache_index.json", "seen.bin")}
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
+    assert host().run(*made.arguments, cwd=root, env={"KD_TEST_LOG": str(root)}).code == 0
+    made.right = {k: v for k, v in snapshot(world.cache).items() if k not in ("cache_index.json", "seen.bin")}
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
+    with made.told():
         made.cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            for _ in range(2):
-                made.add_node()
-            yield made
-        finally:
-            made.cluster.shutdown()
+    try:
+        for _ in range(2):
+            made.add_node()
+        yield made
+    finally:
+        made.cluster.shutdown()
 
 
 def test_a_dump_on_ray(site: Site) -> None:
     site.begin()
     outcome = site.finish()
     assert outcome.code == 0, outcome
-    print(outcome)
     assert site.check(0) == 0
     assert len({pid for pid, _ in site.batches()}) == 2
     outcome = site.finish()
     assert outcome.code == 0
     assert "Nothing to score" in outcome.stdout, outcome
+
+
+def test_a_dump_on_machines_that_share_no_disk(site: Site) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install -e '.[remote]'")
+    site.begin()
+    storage = ("--ray-storage", f"file://{site.world.root}/store/A2b")
+    assert site.finish(*storage).code == 0
+    site.check(0)
+    outcome = site.finish(*storage)
+    assert "Nothing to score" in outcome.stdout, outcome
+    site.check(0)
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from conftest import TINY, Run, World
-from store_fixtures import Rows, flip, names, origin
+from store_fixtures import Rows, flip, flipping, names, origin
 
 from kd_cache import LogitCache
 from kd_cache.errors import UsageError
 from kd_cache.options import byte_size
+from kd_cache.store import cache as cache_module
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.pack import open_pack
+from kd_cache.store.preamble import Span
 from kd_cache.store.union import Union, merge_packs
 
 SCENE = origin()
@@ -43,7 +48,7 @@ def test_equal_rows_give_equal_packs_by_the_first_bits_of_their_keys(tmp_path: P
         made.append(merge_packs(folder, Union(parts), MANY.keys, MANY.inputs, pack_bytes=4000).paths)
     assert [path.read_bytes() for path in made[0]] == [path.read_bytes() for path in made[1]]
     packs = [open_pack(path) for path in made[0]]
-    assert [len({key[0] >> 4 for key in pack.keys}) for pack in packs] == [1] * 16
+    assert [len({key[0] >> 5 for key in pack.keys}) for pack in packs] == [1] * 8
     for column in ("keys", "inputs", "checksums", "logits", "files_blob"):
         assert np.concatenate([getattr(pack, column) for pack in packs]).tobytes() == getattr(whole, column).tobytes()
     assert Union(packs)._order is None  # they follow each other: nothing was sorted
@@ -93,3 +98,48 @@ def test_a_size_in_bytes_is_read_or_refused(text: str, size: int) -> None:
     else:
         with pytest.raises(UsageError, match="32MiB"):
             byte_size(text)
+
+
+# -- what a part opens ------------------------------------------------------------------------------------------------
+
+
+def test_a_part_opens_what_may_hold_its_keys_and_reads_512_bytes_of_the_rest(
+    dump: Run, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (0, 1, 3):
+        assert dump("--shard", f"{number}/4", "--shard-size", 1).exit_code == 0
+    others, opened = set(world.packs()), list[str]()
+    genuine = cache_module.open_pack
+    monkeypatch.setattr(cache_module, "open_pack", lambda path, *more: opened.append(path.name) or genuine(path, *more))
+    assert dump("--shard", "2/4", "--shard-size", 1).exit_code == 0
+    assert opened
+    assert others.isdisjoint(opened)
+    assert len(world.packs()) == 8  # one per part and teacher
+    opened.clear()
+    assert dump("--shard", "0/2").exit_code == 0  # nothing is left to score, and two packs become one
+    assert len(opened) >= 4
+    assert len(world.packs()) == 6
+
+
+def test_no_bit_of_a_preamble_makes_a_wrong_row_of_it(tmp_path: Path) -> None:
+    """Each flipped: the pack is found damaged, or left alone so that its rows are scored again."""
+    (tmp_path / "packs").mkdir()
+    path = MANY.part(range(100)).write(tmp_path / "packs", SCENE)
+    folder = CacheFolder(tmp_path)
+    inside, outside = Span.of(MANY.keys[50:60]), Span.of(MANY.keys[100:])
+    assert [len(folder.packs(needed=span).good) for span in (inside, outside)] == [1, 0]
+    with flipping(path) as flip_bit:
+        for bit in range(8 * 512):
+            flip_bit(bit)
+            assert not folder.packs(needed=outside).good, bit
+            found = folder.packs(needed=inside)
+            assert (found.good, [*found.damaged]) == ([], [path]), bit
+    content = path.read_bytes()
+    other = struct.pack("<16s16sQ", MANY.keys[100].tobytes(), MANY.keys[200].tobytes(), 100)
+    path.write_bytes(content[:36] + other + struct.pack("<Q", xxhash.xxh3_64_intdigest(other)) + content[84:])
+    assert vars(folder.packs(needed=inside)) == {
+        "good": [],
+        "damaged": {},
+        "apart": [path],
+    }  # its rows are scored again
+    assert [*folder.packs(needed=outside).damaged] == [*folder.packs().damaged] == [path]

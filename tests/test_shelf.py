@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd_cache import BatchLoader, CorruptError, LogitCache
 from kd_cache.files import mapped
 from kd_cache.store import pack as pack_module
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.pack import Pack, open_pack
-from kd_cache.store.shelf import STEP, RowNumbers
+from kd_cache.store.shelf import STEP, RowNumbers, Shelf
 from kd_cache.store.snapshot import Snapshot
 
 FILES = [names(1500)[number] for number in np.random.default_rng(3).permutation(1500)]
@@ -48,32 +50,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeCache:
     return made
 
 
-def cut(made: MadeCache, patch: pytest.MonkeyPatch, **cuts: Sequence[int]) -> dict[str, list[Path]]:
-    """Have readers given several packs of each teacher; by default as `CUTS` has them."""
-    there = {(pack.origin.teacher, pack.keys[0].tobytes(), len(pack)): pack.path for pack in made_packs(made)}
-    served = {
-        name: [there[name, mine.keys[a].tobytes(), b - a] for a, b in pairwise(cuts.get(name, CUTS))]
+def cut(made: MadeCache, folder: Path, **cuts: Sequence[int]) -> MadeCache:
+    """The same packs, of which an index names several of each teacher; by default as `CUTS` has them."""
+    copy = MadeCache(folder / "A2b", made.rows, made.origins)
+    shutil.copytree(made.path / "packs", copy.path / "packs", copy_function=os.link)
+    opened = [open_pack(path, "off") for path in (copy.path / "packs").iterdir()]
+    there = {(pack.origin.teacher, pack.keys[0].tobytes(), len(pack)): pack.path.name for pack in opened}
+    entries = {
+        name: {
+            "packs": [[there[name, mine.keys[a].tobytes(), b - a], b - a] for a, b in pairwise(cuts.get(name, CUTS))]
+        }
         for name, mine in made.rows.items()
     }
-    patch.setattr(
-        Snapshot, "served_packs", lambda _, name, check="full": [open_pack(path, check) for path in served[name]]
-    )
-    return served
-
-
-def made_packs(made: MadeCache) -> list[Pack]:
-    return [open_pack(path, "off") for path in (made.path / "packs").iterdir()]
+    copy.write_index(entries=entries)
+    return copy
 
 
 @pytest.fixture
-def shelved(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> MadeCache:
-    cut(made, monkeypatch)
-    return made
+def shelved(made: MadeCache, tmp_path: Path) -> MadeCache:
+    return cut(made, tmp_path)
 
 
 def expected(made: MadeCache, files: Sequence[str]) -> np.ndarray:
-    by_file = [mine.by_file() for mine in made.rows.values()]
-    return np.stack([[each[file] for each in by_file] for file in files])
+    """``[B, T, C]``."""
+    at = {file: number for number, file in enumerate(made.rows["scene"].files)}
+    return np.stack([mine.logits[[at[file] for file in files]] for mine in made.rows.values()], axis=1)
 
 
 def serves(cache: LogitCache, made: MadeCache) -> None:
@@ -133,26 +134,36 @@ def test_of_one_pack_numbers_count_without_holes(made: MadeCache) -> None:
         assert numbers.all().tolist() == list(range(sum(counts)))
 
 
+def test_readers_open_what_the_index_names_and_sort_nothing(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dumps and parts commit beside it: nothing of that is read, or costs more than its name."""
+    opened: list[str] = []
+    genuine = pack_module.open_file
+    monkeypatch.setattr(pack_module, "open_file", lambda path: (opened.append(path.name), genuine(path))[1])
+    monkeypatch.setattr(np, "lexsort", None)
+    cache = LogitCache.open(made.path, preload=False)
+    cache.batch(FILES)
+    named = Snapshot(CacheFolder(made.path)).served_paths(made.rows)
+    assert sorted(opened) == sorted(path.name for path in named)
+
+
 @pytest.mark.filterwarnings("ignore:.*promises 1,500 rows of scene, found 700:UserWarning")
 @pytest.mark.parametrize("preload", [True, False])
 def test_teachers_whose_packs_are_cut_elsewhere_or_lack_rows_meet_by_key(
-    made: MadeCache, monkeypatch: pytest.MonkeyPatch, preload: bool
+    made: MadeCache, tmp_path: Path, preload: bool
 ) -> None:
-    for cuts in ({"scene": OTHER_CUTS}, {"scene": (0, 1500)}, {"scene": OTHER_CUTS[:2]}):
-        with monkeypatch.context() as patch:
-            cut(made, patch, **cuts)
-            cache = LogitCache.open(made.path, preload=preload)
-            assert torch.equal(cache.all_rows(), torch.arange(len(cache)))
-            both = made.rows["scene"].files[cuts["scene"][0] : cuts["scene"][-1]]
-            assert cache.files == both
-            np.testing.assert_array_equal(cache.tensor().numpy(), expected(made, both))
+    for number, cuts in enumerate((OTHER_CUTS, (0, 1500), OTHER_CUTS[:2])):
+        cache = LogitCache.open(cut(made, tmp_path / str(number), scene=cuts).path, preload=preload)
+        assert torch.equal(cache.all_rows(), torch.arange(len(cache)))
+        both = made.rows["scene"].files[cuts[0] : cuts[-1]]
+        assert cache.files == both
+        np.testing.assert_array_equal(cache.tensor().numpy(), expected(made, both))
 
 
 @forks
-@pytest.mark.parametrize("preload", [True, False])
-def test_workers_gather_by_the_same_numbers(shelved: MadeCache, preload: bool) -> None:
+@pytest.mark.parametrize(("preload", "start"), [(True, "fork"), (False, "fork"), (False, "spawn")])
+def test_workers_gather_by_the_same_numbers(shelved: MadeCache, preload: bool, start: str) -> None:
     data = LogitCache.open(shelved.path, preload=preload).attach(TensorDataset(torch.arange(1500)), FILES)
-    options: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "fork", "shuffle": True}
+    options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": start, "shuffle": True}
     seen = 0
     for (numbers,), logits in DataLoader(data, 400, collate_fn=data.collate, **options):
         np.testing.assert_array_equal(logits.numpy(), expected(shelved, [FILES[one] for one in numbers.tolist()]))
@@ -166,8 +177,11 @@ def test_damage_in_one_of_many_packs_is_found_where_it_is_read(
     made: MadeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, preload: bool
 ) -> None:
     monkeypatch.setattr(pack_module, "MAPPED", 1)
-    made = MadeCache(shutil.copytree(made.path, tmp_path / "A2b"), made.rows, made.origins)
-    path = cut(made, monkeypatch)["scene"][number]
+    made = cut(made, tmp_path)
+    path = list(Snapshot(CacheFolder(made.path)).served_paths(["scene"]))[number]
+    content = path.read_bytes()
+    path.unlink()  # it is another name of a pack that others read
+    path.write_bytes(content)
     damage(path, "logits", 0)
     with pytest.raises(CorruptError, match=path.name):
         LogitCache.open(made.path, verify="full")
@@ -185,6 +199,28 @@ def test_damage_in_one_of_many_packs_is_found_where_it_is_read(
         with pytest.raises(CorruptError, match=f"{path.name}.*row 0 does not match"):
             cache.batch(one)
     np.testing.assert_array_equal(cache.batch(numbers[others]).numpy(), right[others])
+
+
+def test_packs_that_are_checked_already_are_asked_no_more(made: MadeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    touch = Pack.touch
+
+    def counted(self: Pack, wanted: np.ndarray) -> None:
+        asked.append(len(self))
+        touch(self, wanted)
+
+    paths = [path for path in (made.path / "packs").glob("scene-*") if len(open_pack(path, "off")) in (700, 800)]
+    opened = sorted((open_pack(path, "lazy") for path in paths), key=lambda pack: pack.keys[0].tobytes())
+    shelf, right = Shelf(opened), made.rows["scene"].logits
+    monkeypatch.setattr(Pack, "touch", counted)
+    everyone = shelf.numbers.all()
+    for numbers, then in (([3, 4], [700]), ([5], [700]), (everyone[:0], [700]), (everyone, [700, 700, 800])):
+        rows = np.searchsorted(everyone, np.array(numbers, np.int64))
+        np.testing.assert_array_equal(shelf.take(everyone[rows]), right[rows])
+        assert asked == then
+    assert not shelf.is_lazy
+    np.testing.assert_array_equal(shelf.take(everyone), right)
+    assert asked == [700, 700, 800]
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------
@@ -275,6 +311,6 @@ def test_caches_that_are_closed_leave_no_addresses_behind(shelved: MadeCache, mo
     for _ in range(3):
         cache = LogitCache.open(shelved.path, preload=False)
         cache.batch(cache.all_rows())
-        assert maps_of(shelved.path) >= 18
+        assert maps_of(shelved.path) == 36, "nine packs of two teachers, whole and their rows"
         del cache
         assert maps_of(shelved.path) == 0

@@ -62,7 +62,7 @@ def test_the_bytes_of_a_row_stay_the_same() -> None:
     scale=st.floats(0, 30),
     levels=st.integers(2, 50),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_what_is_stored_is_the_distribution_that_was_scored(
     seed: int, classes: int, k: int, scale: float, levels: int
 ) -> None:

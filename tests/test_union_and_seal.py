@@ -55,16 +55,16 @@ ONE_KEY = st.builds(
 )
 
 
-@pytest.mark.parametrize(("block", "many"), [(4096, 128), (2, 0), (2, 1000)])  # one block; each way over several
+@pytest.mark.parametrize(("top", "chunk"), [(65_536, 65_536), (5, 7), (1, 1)])
 @given(st.lists(ONE_KEY, max_size=40), st.lists(ONE_KEY, max_size=20), st.integers(0, 40))
 def test_finding_keys_agrees_with_a_dictionary(
-    block: int, many: int, stored: list[bytes], asked: list[bytes], cut: int
+    top: int, chunk: int, stored: list[bytes], asked: list[bytes], cut: int
 ) -> None:
     ordered, distinct = sorted(stored), sorted(set(stored))
     first = {key: position for position, key in reversed(list(enumerate(ordered)))}
     parts = [byte_rows(part) for part in (distinct[:cut], [], distinct[cut:])]
     asked = asked + stored[:5]
-    with patch.multiple(keys_module, _BLOCK=block, _MANY=many):
+    with patch.multiple(keys_module, _TOP=top, _CHUNK=chunk):
         found = KeyFinder(byte_rows(ordered)).find(byte_rows(asked))
         in_parts, apart = (KeyFinder(*parts, bases=bases) for bases in (None, [0, 0, 4096]))
         assert found.tolist() == [first.get(key, -1) for key in asked]

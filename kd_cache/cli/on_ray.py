@@ -86,6 +86,8 @@ def _pull_what_is_there(url: str, folder: Path) -> None:
 
 def refuse_odd(options: DumpOptions) -> None:
     """Raise `UsageError` for options that contradict each other or ``--ray``; where Ray is not installed, too."""
+    if (options.policy is None) != (options.views == 0):
+        raise UsageError("--views and --policy belong together: how many views, and how they are augmented")
     if options.ray is None:
         for name in ("parts", "ray_gpus", "ray_storage"):
             if getattr(options, name) is not None:
@@ -122,7 +124,8 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         device = "cuda" if gpus else "cpu"
         specs = [replace(spec, factory=absolute_factory(spec.factory)) for spec in specs_of(run, options, data)]
         specs = [replace(spec, checkpoint=spec.checkpoint and spec.checkpoint.absolute()) for spec in specs]
-        told = replace(options, device=device, cache_root=options.cache_root.absolute())
+        policy = options.policy and options.policy.absolute()
+        told = replace(options, device=device, cache_root=options.cache_root.absolute(), policy=policy)
         samples = job.folder.pending_path.absolute()
         data.samples_table(samples, options.workers, screen)
         storage = options.ray_storage and checked_url(options.ray_storage)
@@ -131,6 +134,8 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         cluster.prepare(order, gpus)
         count = min(options.parts or parts_of(size, cluster.slots()), max(size, 1))
         screen.remark(f"{count:,} parts on Ray, {cluster.slots():,} at once, on {device}")
+        if not cluster.slots():
+            screen.note("no machine of the cluster can run a part now: one is waited for")
         screen.stage("scoring", size)
         parts = PartsRun(cluster, count, partial(_samples_in_words, job), screen)
         parts.run()

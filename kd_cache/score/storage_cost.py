@@ -62,19 +62,30 @@ class TopKCost(StorageCost):
         step = max(1, BLOCK // self._codec.classes)
         for start in range(0, len(exact), step):
             rows, values = stored[start : start + step], exact[start : start + step].astype(np.float64)
-            for number, temperature in enumerate(TEMPERATURES):
-                cost, rest = self._measured(log_softmax(values / temperature), rows, temperature)
+            values -= values.max(axis=1, keepdims=True)
+            powers = np.exp(values / TEMPERATURES[-1])
+            for number in reversed(range(len(TEMPERATURES))):
+                cost, rest = self._measured(values, powers, rows, TEMPERATURES[number])
                 self._sums[number] += cost.sum(), rest.sum()
                 self._largest[number] = max(self._largest[number], cost.max())
+                powers *= powers  # the exponentials at half the temperature
 
-    def _measured(self, exact: np.ndarray, rows: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-        """``[n]`` each: the KL of rows from log-probabilities ``[n, C]``, and the probability of the rest."""
+    def _measured(
+        self, values: np.ndarray, powers: np.ndarray, rows: np.ndarray, temperature: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``[n]`` each: Σ p log p − Σ p log q, and the probability of the rest.
+
+        ``values`` are logits ``[n, C]``, the largest 0, and ``powers`` their exponentials at the temperature.
+        """
+        total = powers.sum(axis=1)
+        own = np.einsum("nc,nc->n", powers, values) / (total * temperature) - np.log(total)
         inside, rest = self._codec.softened(rows, temperature)
-        stored = np.repeat(rest[:, None] - np.log(self._codec.classes - self._codec.k), self._codec.classes, axis=1)
-        np.put_along_axis(stored, self._codec.split(rows)["ids"].astype(np.int64), inside, axis=1)
-        probs = np.exp(exact)
-        apart = np.multiply(probs, exact - stored, out=np.zeros_like(probs), where=probs > 0)
-        return np.maximum(apart.sum(axis=1), 0.0), np.exp(rest)
+        ids = self._codec.split(rows)["ids"].astype(np.int64)
+        probs = np.take_along_axis(powers, ids, axis=1) / total[:, None]
+        is_some = np.isfinite(rest)
+        each = np.where(is_some, rest, 0) - np.log(self._codec.classes - self._codec.k)
+        others = np.where(is_some, 1 - probs.sum(axis=1), 0) * each
+        return np.maximum(own - (probs * inside).sum(axis=1) - others, 0.0), np.exp(rest)
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"rows": self.rows}

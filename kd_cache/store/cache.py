@@ -18,14 +18,19 @@ from kd_cache.store.names import PACK_NAME
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.permitted import Permitted, read_permitted
+from kd_cache.store.preamble import Span, is_apart
 
 
 @dataclass
 class PackSet:
-    """The packs found in one look at a cache: the good ones, and the path and error of each damaged one."""
+    """The packs found in one look at a cache: the good ones, and the path and error of each damaged one.
+
+    ``apart`` are those left alone, because they say that they hold no key that is needed.
+    """
 
     good: list[Pack] = field(default_factory=list)
     damaged: dict[Path, CorruptError] = field(default_factory=dict)
+    apart: list[Path] = field(default_factory=list)
 
     def of(self, origin: Origin) -> list[Pack]:
         """The packs with this teacher and fingerprint."""
@@ -121,19 +126,26 @@ class CacheFolder:
         teachers: Collection[str] | None = None,
         check: str = "full",
         known: Mapping[Path, Pack] = MappingProxyType({}),
+        needed: Span | None = None,
     ) -> PackSet:
         """Every pack (of these teachers); ``check`` is that of `open_pack`. Those ``known`` are not opened again.
+
+        Where only some keys are ``needed``, packs that say that they hold none of them are left alone.
 
         Packs may be added and sealed away meanwhile. The look is only over when the folder lists, at its end, what was
         opened: a row that a seal carries from one pack to another is seen in one of them.
         """
         seen: dict[Path, Pack | CorruptError] = {}
+        apart: dict[Path, bool] = {}
         for _ in range(100):
             paths = [path for path in self.pack_paths() if teachers is None or teacher_in_name(path) in teachers]
+            if needed is not None:
+                apart = {path: apart[path] if path in apart else is_apart(path, needed) for path in paths}
+                paths = [path for path in paths if not apart[path]]
             if seen.keys() == set(paths):
                 good = [pack for path in paths if isinstance(pack := seen[path], Pack)]
                 damaged = {path: error for path in paths if isinstance(error := seen[path], CorruptError)}
-                return PackSet(good, damaged)
+                return PackSet(good, damaged, [path for path in apart if apart[path]])
             found = {path: seen.get(path) or known.get(path) or opened(path, check) for path in paths}
             seen = {path: pack for path, pack in found.items() if pack is not None}
         raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")

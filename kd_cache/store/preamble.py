@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import xxhash
 
+from kd_cache.files.atomic import open_file
 from kd_cache.store.origin import FILE_VERSION
 
 MAGIC = b"KDCPACK\n"
@@ -42,11 +44,24 @@ class Span:
 
     @classmethod
     def of(cls, keys: np.ndarray) -> Self:
-        """That of ascending keys ``[N, 16]``, N ≥ 1."""
+        """That of ascending keys ``[N, 16]``; of none one that meets no other."""
+        if not len(keys):
+            return cls(b"\xff" * 16, b"", 0)
         return cls(keys[0].tobytes(), keys[-1].tobytes(), len(keys))
 
     def meets(self, other: Span) -> bool:
         return self.first <= other.last and other.first <= self.last
+
+
+def is_apart(path: Path, needed: Span) -> bool:
+    """Whether a pack holds none of the keys ``needed``, as far as its first bytes can tell: they alone are read."""
+    try:
+        with open_file(path) as file:
+            block = file.read(USER_BLOCK) or b""
+    except OSError:  # what is wrong with it, who opens it will say
+        return False
+    span = Preamble.read(block).span if len(block) == USER_BLOCK else None
+    return span is not None and not span.meets(needed)
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Preamble:
         body = block[_HEAD.size : _HEAD.size + _SPAN.size]
         (stored,) = _SUM.unpack_from(block, _HEAD.size + _SPAN.size)
         magic, version, length, digest = _HEAD.unpack_from(block)
-        known = version >= 2 and stored == xxhash.xxh3_64_intdigest(body)
+        known = (magic, version) == (MAGIC, FILE_VERSION) and stored == xxhash.xxh3_64_intdigest(body)
         return cls(magic, version, length, digest, Span(*_SPAN.unpack(body)) if known else None)
 
     @classmethod

@@ -15,7 +15,8 @@ from kd_cache.store.origin import Origin
 from kd_cache.store.pack import CHECKED_AT_ONCE, Pack
 from kd_cache.store.take import take_rows
 
-STEP = 4096
+_STEP_BITS = 12
+STEP = 1 << _STEP_BITS
 """Each pack's rows count from a multiple of this, so that rows of any size begin at a page's border there."""
 
 
@@ -25,6 +26,7 @@ class RowNumbers:
     Attributes:
         bases: ``[P]`` int64, multiples of `STEP`, beginning with 0.
         limit: one more than the largest number.
+        has_holes: whether numbers below that are nobody's.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -33,15 +35,11 @@ class RowNumbers:
         self.bases = np.cumsum(spans) - spans
         self.limit = int(self.bases[-1] + self._counts[-1])
         self._count = int(self._counts.sum())
+        self.has_holes = self._count < self.limit
 
     def __len__(self) -> int:
         """How many rows there are."""
         return self._count
-
-    @property
-    def has_holes(self) -> bool:
-        """Whether numbers below `limit` are nobody's."""
-        return self._count < self.limit
 
     def all(self) -> np.ndarray:
         """``[N]`` int64, ascending."""
@@ -50,17 +48,30 @@ class RowNumbers:
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """For every `STEP` numbers: up to where they are rows."""
-        ends = np.arange(STEP, self.limit + STEP, STEP)
+        """``[blocks]`` u8, for every `STEP` numbers: up to where they are rows."""
+        ends: np.ndarray = np.arange(STEP, self.limit + STEP, STEP, dtype=np.uint64)
         ends[(self.bases + self._counts - 1) // STEP] = self.bases + self._counts
         return ends
 
-    def first_hole(self, numbers: np.ndarray) -> int | None:
-        """The first of some numbers, each below `limit`, that is nobody's."""
-        if not self.has_holes:
-            return None
-        are_rows = numbers < self._ends.take(numbers // STEP)
-        return None if are_rows.all() else int(numbers[are_rows.argmin()])
+    def refuse_others(self, numbers: np.ndarray, first: int = 0) -> None:
+        """Raise `IndexError` unless all of ``[Q]`` int64 are rows; with ``first`` -1 that may be among them."""
+        if not len(numbers):
+            return
+        if self.has_holes:
+            wrong = not self._are_rows(numbers[numbers != -1] if first else numbers)
+        else:  # as unsigned numbers the negative ones are the largest: one look finds both ends
+            wrong = np.maximum.reduce((numbers - first if first else numbers).view(np.uint64)) >= self.limit - first
+        if not wrong:
+            return
+        if numbers.min() < first or numbers.max() >= self.limit:
+            raise IndexError(f"rows must lie in [0, {self.limit}), found {numbers.min()} to {numbers.max()}")
+        hole = next(number for number in numbers[numbers >= 0] if not self._are_rows(np.array([number])))
+        raise IndexError(f"{hole} is no row: it lies between two packs; all_rows() gives the numbers of rows")
+
+    def _are_rows(self, numbers: np.ndarray) -> bool:
+        # Those beyond either end are compared with the last or the first block's, as unsigned numbers all too large.
+        ends = self._ends.take(numbers >> _STEP_BITS, 0, None, "clip")
+        return bool(np.count_nonzero(numbers.view(np.uint64) < ends) == len(numbers))
 
 
 class Shelf:
@@ -111,11 +122,12 @@ class Shelf:
 
     def touch(self, numbers: np.ndarray) -> None:
         """Check these rows where packs are checked as they are read, each the first time."""
-        if self._unchecked is None or not self._unchecked[numbers // CHECKED_AT_ONCE].any():
+        unchecked = self._unchecked  # another thread may be done with the last one meanwhile
+        if unchecked is None or not unchecked[numbers // CHECKED_AT_ONCE].any():
             return
         for pack, rows, _ in self.by_pack(numbers):
             pack.touch(rows)
-        if not self._unchecked.any():
+        if not unchecked.any():
             self._unchecked = None  # every block was looked at: nothing is left to ask
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
@@ -157,11 +169,13 @@ class Shelf:
     def files(self, numbers: np.ndarray) -> list[str]:
         """The manifest path of each row."""
         self.touch(numbers)
-        files = [""] * len(numbers)
+        if len(self.packs) == 1:
+            return list(map(self.packs[0].file, numbers.tolist()))
+        files = np.empty(len(numbers), object)
         for pack, rows, mine in self.by_pack(numbers):
-            for row, at in zip(rows.tolist(), np.arange(len(numbers))[mine].tolist(), strict=True):
-                files[at] = pack.file(row)
-        return files
+            files[mine] = list(map(pack.file, rows.tolist()))
+        found: list[str] = files.tolist()
+        return found
 
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""

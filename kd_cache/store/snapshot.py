@@ -25,6 +25,7 @@ from kd_cache.store.pack import Pack
 from kd_cache.store.pending import age_with, read_pending
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.plan import BatchPlan, load_plan
+from kd_cache.store.preamble import Span
 from kd_cache.store.union import Union
 from kd_cache.watch import Watcher
 
@@ -48,6 +49,8 @@ class _Memory:
 class Snapshot:
     """A cache at one moment. Nothing is read before it is asked for, but the index, and nothing twice.
 
+    Where only some keys are ``needed``, its packs are those that may hold them.
+
     Attributes:
         folder: the cache's paths.
         state: which version of the index was read, so that nobody else's is overwritten.
@@ -56,9 +59,11 @@ class Snapshot:
             damaged one, `StoreError` for a newer format or a file that cannot be read.
     """
 
-    def __init__(self, folder: CacheFolder, *, maps: bool = False, memory: _Memory | None = None) -> None:
+    def __init__(
+        self, folder: CacheFolder, *, maps: bool = False, needed: Span | None = None, memory: _Memory | None = None
+    ) -> None:
         self.folder = folder
-        self._maps = maps
+        self._maps, self._needed = maps, needed
         self._memory = memory or _Memory()
         self.state = folder.index_state()
         content = self._read_index()
@@ -67,7 +72,8 @@ class Snapshot:
 
     def again(self, *, maps: bool | None = None) -> Snapshot:
         """The cache as it is now; what has not changed is not read again. ``maps`` asks for the index's maps."""
-        return Snapshot(self.folder, maps=self._maps if maps is None else maps, memory=self._memory)
+        maps = self._maps if maps is None else maps
+        return Snapshot(self.folder, maps=maps, needed=self._needed, memory=self._memory)
 
     def _read_index(self) -> Index | KDCacheError | None:
         kept = self._memory.index
@@ -189,8 +195,8 @@ class Snapshot:
 
     @cached_property
     def packs(self) -> PackSet:
-        """All packs, checked to their last byte."""
-        found = self.folder.packs(known=self._memory.packs)
+        """All packs, or those that may hold keys that are needed, checked to their last byte."""
+        found = self.folder.packs(known=self._memory.packs, needed=self._needed)
         self._memory.packs = {pack.path: pack for pack in found.good}
         return found
 
@@ -270,7 +276,7 @@ class Snapshot:
         if isinstance(found, CorruptError):
             raise found
         made, origin = found.origin, self.finished().origins[name]
-        if (made.teacher, made.fingerprint.digest) != (name, origin.fingerprint.digest):
+        if (made.teacher, made.fingerprint.digest, made.views) != (name, origin.fingerprint.digest, origin.views):
             raise CorruptError(f"the pack {shown(found.path)} is not of the teacher that the index names it for")
         return found
 
@@ -284,8 +290,10 @@ class Snapshot:
         """All rows of one origin that writers know, but those of some packs; ``None`` if there are none.
 
         Those of the packs called as in ``first``, by default as the index names them, count before others.
+        Of rows with more views those of the origin count.
         """
-        packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
+        cut = [pack.of_views(origin.views) for pack in self.packs.of(origin) if pack.path not in without]
+        packs = [pack for pack in cut if pack is not None]
         return self.union_of(*packs, first=first or self._named(origin.teacher)) if packs else None
 
     def union_of(self, *packs: Pack, first: Collection[str] = ()) -> Union:

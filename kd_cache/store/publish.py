@@ -31,6 +31,7 @@ from kd_cache.store.index import (
     read_older_maps,
     write_index,
 )
+from kd_cache.store.interleave import Views
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
@@ -263,19 +264,22 @@ class _Publication:
         required[[self._number[file] for file in missing if file in self._number]] = False
         now = self.snapshot
         for _ in range(100):
+            views = Views(now, origin, wanted, self.unfinished, self.change.replaced)
+            now = views.interleave()
             union = now.union(origin, self.change.replaced, self.change.standing.get(name, ()))
             inputs, unread = self.unfinished.inputs(union)
             result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread, self._pack_bytes)
             lost = np.flatnonzero(result.absent & required)
             if len(lost):
-                raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
+                raise self._lost(name, [f"{wanted.files[at]}{views.lacking(at)}" for at in lost.tolist()], now)
             now = now.again()
             packs = [pack for pack in now.packs.good if pack.path in result.paths]
             if len(packs) == len(result.paths):
                 merged = now.union_of(*packs) if packs else None
                 self._count(name, merged, result)
                 kept = self.unfinished.packs(union, merged, self.folder.packs_path)
-                return merged, [path for path in result.merged if path not in kept]
+                superfluous = [path for path in result.merged if path not in kept]
+                return merged, superfluous + views.superfluous(merged)
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kd_cache.dataset.packed import PackedFeatures
     from kd_cache.dataset.provenance import Provenance
     from kd_cache.dataset.task import Task
+    from kd_cache.dataset.views import Policy, replay_views
     from kd_cache.errors import (
         CheckpointError,
         CorruptError,
@@ -100,6 +101,7 @@ _HOME = {
     "kd_cache.dataset.features": ("FeatureSource",),
     "kd_cache.dataset.inputs": ("Inputs",),
     "kd_cache.dataset.task": ("Task",),
+    "kd_cache.dataset.views": ("Policy", "replay_views"),
     "kd_cache.own_data": ("score", "verify"),
     "kd_cache.store.origin": ("Fingerprint", "weights_digest"),
     "kd_cache.care.gc": ("GcReport", "find_garbage", "remove_garbage"),
@@ -145,6 +147,7 @@ __all__ = [
     "MergeReport",
     "MissingLogitsError",
     "PackedFeatures",
+    "Policy",
     "Problem",
     "Provenance",
     "Sample",
@@ -170,6 +173,7 @@ __all__ = [
     "merge_caches",
     "plan_dump",
     "remove_garbage",
+    "replay_views",
     "sample_key",
     "score",
     "select",

@@ -32,6 +32,7 @@ DATA, TEACHERS, CACHE, RUN, LIMITS, OUTPUT = "Data", "Teachers", "Cache", "Run",
 # As dataset.manifest, dataset.features, train.checkpoint_file, exchange.imported and store.plan have them.
 MAX_MANIFEST, MAX_FEATURE, MAX_CHECKPOINT, MAX_SOURCE, MAX_BATCH = 1 << 30, 1 << 24, 4 << 30, 1 << 35, 1 << 16
 MAX_SEED = 2**63 - 1
+MAX_VIEWS = 1024
 PREFIX = "KD_CACHE_"
 SETTINGS_FILE = Path("kd-cache.yaml")
 """Read where it is in the working folder and no other is named."""

@@ -24,6 +24,7 @@ from kd_cache.errors import TrainingError, UsageError, shown, worst_exit_code
 from kd_cache.score.device import resolve_device
 from kd_cache.score.dump import DumpJob
 from kd_cache.score.teacher import TeacherSpec, parse_teacher
+from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import is_teacher_name
 from kd_cache.train.checkpoint_file import checkpoint_limit
 from kd_cache.train.embeddings import FOLDER, VALUE_KIND
@@ -81,13 +82,17 @@ def train_all(run: Run, screen: Screen, target: str, max_checkpoint_bytes: int) 
     with checkpoint_limit(max_checkpoint_bytes):
         _check_settings(run, (SCENE, CITY, CITY2SCENE))
         scene = _trained(run.section(SCENE), SCENE, DCASE.source, screen)
-        reports = [scene]
-        for each in _each(target):
+        reports, folders = [scene], list[CacheFolder]()
+        datas = {each: data_of(each, run.values) for each in _each(target)}
+        # As a dump of several targets: what the scene teacher scored for one of them is copied into the others.
+        planned = sorted({file for data in datas.values() for file in data.selection.listed}) if len(datas) > 1 else ()
+        for each, data in datas.items():
             pair = _pair(run, each, screen)
             reports += pair
             if scene.published and pair[-1].published:
                 checkpoints = {CITY2SCENE: pair[-1].checkpoint, SCENE: scene.checkpoint}
-                code, content = _dumped(run, each, checkpoints, screen)
+                code, content = _dumped(run, data, checkpoints, screen, planned, folders)
+                folders.append(CacheFolder(run.values["cache_root"] / data.adaptation))
                 codes.append(code)
                 dumps.append(content)
     report = _reported(run, reports, screen)
@@ -192,16 +197,29 @@ def settings_of(role: str, run: Run) -> Settings:
 # -- the dump that ends the chain --------------------------------------------------------------------------------------
 
 
-def _dumped(run: Run, target: str, checkpoints: dict[str, Path], screen: Screen) -> tuple[int, dict[str, Any]]:
+def _dumped(
+    run: Run,
+    data: Dataset,
+    checkpoints: dict[str, Path],
+    screen: Screen,
+    planned: Sequence[str],
+    lent_by: Sequence[CacheFolder],
+) -> tuple[int, dict[str, Any]]:
     specs = [TeacherSpec(name, _factory(run, name), path) for name, path in checkpoints.items()]
-    data = data_of(target, run.values)
-    return _scored(run, data, specs, _loaded(run, specs, screen), screen, cache_root=run.values["cache_root"])
+    more = {"cache_root": run.values["cache_root"], "planned": planned}
+    return _scored(run, data, specs, _loaded(run, specs, screen), screen, lent_by, **more)
 
 
 def _scored(
-    run: Run, data: Dataset, specs: Sequence[TeacherSpec], teachers: dict[str, Any], screen: Screen, **more: Any
+    run: Run,
+    data: Dataset,
+    specs: Sequence[TeacherSpec],
+    teachers: dict[str, Any],
+    screen: Screen,
+    lent_by: Sequence[CacheFolder] = (),
+    **more: Any,
 ) -> tuple[int, dict[str, Any]]:
-    """Dump with these teachers, and verify ten samples; ``more`` are further fields of the job."""
+    """Dump with these teachers, and verify ten samples. ``lent_by``: see `dump_logits`; ``more``: fields of the job."""
     job = DumpJob(
         data=data,
         teachers=teachers,
@@ -211,7 +229,7 @@ def _scored(
         record=run_record(run, data),
         **more,
     )
-    return dump_and_report(job, 10, screen)
+    return dump_and_report(job, 10, screen, lent_by)
 
 
 def _factory(run: Run, role: str) -> str:

@@ -172,6 +172,7 @@ _SCENARIOS: dict[str, tuple[Sequence[Arguments | Callable[[Place], None]], Seque
     "dump": ((), (dumping(),)),
     "part": ((_PARTS[1],), (_PARTS[0], SEALING)),
     "seal": (_PARTS, (SEALING,)),
+    "seal of several packs": (_PARTS, ((*SEALING, "--pack-bytes", "500"),)),
     "rescoring": ((dumping(),), (RESCORING,)),
     "export pt": ((dumping(),), (exporting("pt"),)),
     "export tsv": ((dumping(),), (exporting("tsv"),)),

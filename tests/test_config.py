@@ -206,7 +206,7 @@ def test_a_path_that_no_json_can_keep_is_a_usage_error(shown: Shown) -> None:
 
 def test_what_is_recalled_and_what_is_never_written_down() -> None:
     unkept = {option.name for option in commands.all_options() if not option.kept}
-    assert unkept == {"teacher", "shard", "dataset", "report", "push", "ray", "ray_gpus", "parts"}
+    assert unkept == {"teacher", "shard", "dataset", "report", "push", "ray", "ray_gpus", "ray_storage", "parts"}
     run = Run(commands.SEAL, {"num_scenes": 3, "json_path": None, "features": Path("x")}, {"features": "commandline"})
     saved = run.recall({"num_scenes": 10, "json_path": "relative"}, {"json_path": "/a", "features": "/b"})
     assert saved == {"json_path": "/a", "features": Path("x"), "num_scenes": 10}

@@ -137,5 +137,9 @@ def test_no_bit_of_a_preamble_makes_a_wrong_row_of_it(tmp_path: Path) -> None:
     content = path.read_bytes()
     other = struct.pack("<16s16sQ", MANY.keys[100].tobytes(), MANY.keys[200].tobytes(), 100)
     path.write_bytes(content[:36] + other + struct.pack("<Q", xxhash.xxh3_64_intdigest(other)) + content[84:])
-    assert vars(folder.packs(needed=inside)) == {"good": [], "damaged": {}}  # its rows are scored again
+    assert vars(folder.packs(needed=inside)) == {
+        "good": [],
+        "damaged": {},
+        "apart": [path],
+    }  # its rows are scored again
     assert [*folder.packs(needed=outside).damaged] == [*folder.packs().damaged] == [path]

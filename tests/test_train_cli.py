@@ -20,6 +20,7 @@ from train_fixtures import OWN, add_clip, own_net, town
 
 from kd_cache import LogitCache
 from kd_cache.dataset.provenance import Provenance
+from kd_cache.dataset.task import DCASE
 from kd_cache.keys import keys_of
 from kd_cache.train.checkpoint import read_weights
 from kd_cache.train.cp_resnet import CPResNet
@@ -124,6 +125,24 @@ def runs(home: Path) -> list[Path]:
 
 def tensors(path: Path) -> dict[str, bytes]:
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def test_for_several_targets_the_scene_teacher_scores_each_sample_once(
+    quick: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in quick.rows[1::2]:
+        if (row["device_id"], row["split"]) == ("b", "train"):
+            row |= {"device_id": "c", "domain": DCASE.domain_of["c"]}
+    quick.write()
+    monkeypatch.setattr("teachers.training_runs._each", lambda target: ["b", "c"])
+    result = run("train", "all", "--target", "all", "--json")
+    assert result.exit_code == 0, result.output
+    of_b, of_c = (dump["teachers"] for dump in json.loads(result.stdout)["dumps"])
+    of_a = len([row for row in quick.rows if (row["device_id"], row["split"]) == ("A", "train")])
+    assert of_b["scene"]["scored"] == len(quick.permitted())
+    assert of_c["scene"]["scored"] == len(quick.permitted("c")) - of_a > 0
+    assert of_c["city2scene"]["scored"] == len(quick.permitted("c"))
+    assert run("verify", "--target", "c", "--all", "--recompute").exit_code == 0
 
 
 def load_teacher_keys(path: Path) -> set[bytes]:

@@ -31,6 +31,7 @@ from kd_cache.care.problems import (
 )
 from kd_cache.care.seal import SealJob, seal_cache
 from kd_cache.care.verify import VerifyJob, state_problem, verify_cache
+from kd_cache.dataset.views import Policy
 from kd_cache.errors import CorruptError, FeatureError, MissingLogitsError, StoreError
 from kd_cache.files.atomic import remove_files
 from kd_cache.keys import keys_of
@@ -288,12 +289,16 @@ def _asks_for(problem: Problem, name: str) -> bool:
 def _score(job: RepairJob, report: RepairReport, rows: _Rows, names: Sequence[str], watcher: Watcher) -> None:
     """Score what is not fresh, those teachers together that compute and store alike, in the order of the index."""
 
-    def alike(name: str) -> tuple[str, str]:
-        precision = "fp32" if name in rows.adopted else rows.origins[name].fingerprint.parts["precision"]
-        return rows.origins[name].dtype, precision
+    def alike(name: str) -> tuple[str, str, str, int]:
+        origin = rows.origins[name]
+        precision = "fp32" if name in rows.adopted else origin.fingerprint.parts["precision"]
+        return origin.dtype, precision, origin.policy or "", len(origin.views)
 
-    for (dtype, precision), group in groupby(sorted(names, key=alike), alike):
-        done = dump_logits(_dump_job(job, rows, together := list(group), dtype, precision), watcher)
+    for (dtype, precision, policy, views), group in groupby(sorted(names, key=alike), alike):
+        scoring = _dump_job(job, rows, together := list(group), dtype, precision)
+        if views:
+            scoring = replace(scoring, policy=Policy.from_text(policy), views=views)
+        done = dump_logits(scoring, watcher)
         for name in together:
             count = done.teachers[name].scored + done.teachers[name].rescored.total()
             report.scored[name] = report.scored.get(name, 0) + count

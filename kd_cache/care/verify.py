@@ -7,10 +7,10 @@ the exit status: leak 6, corrupt 4, stale 5, miss 3, unchecked 1.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from kd_cache.care.row_checks import Features, Rows
 from kd_cache.dataset.dataset import Dataset, provenances
 from kd_cache.dataset.guard import leaked, tell_of_untold
 from kd_cache.dataset.manifest import FRONT_END
+from kd_cache.dataset.views import Augmented, Policy
 from kd_cache.errors import CorruptError, FeatureError, shown
 from kd_cache.keys import keys_of
 from kd_cache.score.planning import places_of
@@ -55,6 +56,8 @@ from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:
     import torch
+
+    from kd_cache.score.recompute import Rechecked
 
 _BLOCK = 65_536
 
@@ -327,6 +330,7 @@ class _Audit:
             precision=self.job.precision or origin.fingerprint.parts.get("precision", "fp32"),
             dtype=self.job.dtype or origin.dtype,
             front_end=front_end,
+            policy=origin.policy,
         )
         if now.digest == origin.fingerprint.digest:
             return True
@@ -431,9 +435,25 @@ class _Audit:
                 if not is_problem:  # else it is one already
                     self._problem(UNCHECKED, name, ALL_ROWS, f"it cannot be recomputed: {why}", TEACHER)
                 continue
-            recheck = Recheck(self.job.teachers[name], union, places, self.job.device)
-            checked = recheck.run(self.files, self.job.data.features, self.watcher)
-            result = self.report.teachers[name]
-            result.recomputed, result.bit_exact, result.deviation = checked.rows, checked.bit_exact, checked.deviation
-            for file, reason in checked.wrong:
-                self._wrong_row(name, file, reason)
+            for view, part in _each_view(union):
+                features: Any = self.job.data.features
+                if view is not None:
+                    features = Augmented(features, Policy.from_text(str(union.origin.policy)), view)
+                recheck = Recheck(self.job.teachers[name], part, places, self.job.device)
+                self._tell_of_recomputed(name, view, recheck.run(self.files, features, self.watcher))
+
+    def _tell_of_recomputed(self, name: str, view: int | None, checked: Rechecked) -> None:
+        result = self.report.teachers[name]
+        result.recomputed = (result.recomputed or 0) + checked.rows
+        result.bit_exact = (result.bit_exact or 0) + checked.bit_exact
+        result.deviation = max(result.deviation or 0.0, checked.deviation)
+        for file, reason in checked.wrong:
+            self._wrong_row(name, file, reason if view is None else f"view {view}: {reason}")
+
+
+def _each_view(union: Union) -> Iterator[tuple[int | None, Union]]:
+    """The rows of each view by themselves; all, where there are none."""
+    if not union.origin.views:
+        yield None, union
+    for view in union.origin.views:
+        yield view, Union([pack for pack in (each.of_views((view,)) for each in union.packs) if pack is not None])

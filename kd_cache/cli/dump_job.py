@@ -11,6 +11,7 @@ from kd_cache.cli.console import Screen
 from kd_cache.cli.teachers import described, load_teachers, teacher_specs
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.views import Policy
 from kd_cache.options import BadSample, Precision
 from kd_cache.score.device import resolve_device
 from kd_cache.score.job import DumpJob
@@ -37,6 +38,8 @@ class DumpOptions:
     skip_existing: bool
     files: bool | None
     num_verify: int
+    views: int
+    policy: Path | None
     min_accuracy: float | None
     reread: bool
     device: str
@@ -97,6 +100,8 @@ def job_of(
         seed=options.seed,
         shard_size=options.shard_size,
         shard_seconds=options.shard_seconds,
+        policy=None if options.policy is None else Policy.load(options.policy),
+        views=options.views,
         part=part,
         min_accuracy=options.min_accuracy,
         notes={spec.name: {"source": described(spec, teacher)} for spec, teacher in teachers.items()},

@@ -86,6 +86,8 @@ def _pull_what_is_there(url: str, folder: Path) -> None:
 
 def refuse_odd(options: DumpOptions) -> None:
     """Raise `UsageError` for options that contradict each other or ``--ray``; where Ray is not installed, too."""
+    if (options.policy is None) != (options.views == 0):
+        raise UsageError("--views and --policy belong together: how many views, and how they are augmented")
     if options.ray is None:
         for name in ("parts", "ray_gpus", "ray_storage"):
             if getattr(options, name) is not None:
@@ -122,7 +124,8 @@ def dump_on_ray(run: Run, options: DumpOptions, data: Dataset, screen: Screen) -
         device = "cuda" if gpus else "cpu"
         specs = [replace(spec, factory=absolute_factory(spec.factory)) for spec in specs_of(run, options, data)]
         specs = [replace(spec, checkpoint=spec.checkpoint and spec.checkpoint.absolute()) for spec in specs]
-        told = replace(options, device=device, cache_root=options.cache_root.absolute())
+        policy = options.policy and options.policy.absolute()
+        told = replace(options, device=device, cache_root=options.cache_root.absolute(), policy=policy)
         samples = job.folder.pending_path.absolute()
         data.samples_table(samples, options.workers, screen)
         storage = options.ray_storage and checked_url(options.ray_storage)

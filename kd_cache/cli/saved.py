@@ -159,7 +159,11 @@ def teachers_of(run: Run, index: Index, target: str, screen: Screen, without: st
             continue
         parts, teacher = origin.fingerprint.parts, loaded.teachers[name]
         now = teacher_fingerprint(
-            teacher, precision=parts["precision"], dtype=parts["dtype"], front_end=parts.get("front_end")
+            teacher,
+            precision=parts["precision"],
+            dtype=parts["dtype"],
+            front_end=parts.get("front_end"),
+            policy=origin.policy,
         )
         if now.digest != origin.fingerprint.digest:
             screen.note(f"{shown(name)}: its checkpoint is not the one whose rows are cached: {without}")

@@ -37,7 +37,7 @@ _GIVEN = {
     "kd_warmup_epochs": "warmup_epochs", "kd_ramp_epochs": "ramp_epochs",
 }  # fmt: skip
 """Options, and the fields of a recipe that they are."""
-_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard", "balance")
+_TAKEN = ("output_dir", "init", "resume", "workers", "pth", "half", "tensorboard", "balance", "on_views", "check_views")
 
 
 def student(run: Run, screen: Screen, target: str | None, teacher_mode: str) -> Report:

@@ -53,6 +53,11 @@ _TAUGHT: tuple[str | Option, ...] = (
     # Not "subset": in a settings file that is the one that prepare reads.
     Option("subset_table", Path | None, "Use only the train samples that this table lists (split25.csv), in validation "
            "and fusion too; joined by file name.", DATA, None, "all that are permitted", flag="--subset"),
+    # Not "views": in a settings file that is how many a dump makes.
+    Option("on_views", bool, "Each epoch takes one view of every clip (kd-cache dump --views), exactly as the teachers "
+           "scored it; nothing else is done to it.", DATA, False, flag="--views"),
+    Option("check_views", int, "So many of an epoch's views are compared by digest with what was scored.", DATA, 64,
+           low=0),
     Option("output_dir", Path, "The student goes to its folder student/A2<target>/<mode>.", OUTPUT,
            Path("outputs")),
     Option("init", Path | None, "Start from this checkpoint.", RUN, None),

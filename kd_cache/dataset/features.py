@@ -33,11 +33,13 @@ _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 class Feature(NamedTuple):
     """One sample's input as stored, ``array`` (C order, read-only), and its digest.
 
-    Features are ``[T, F]`` of float32 or float16.
+    Features are ``[T, F]`` of float32 or float16. Of an augmented input ``array`` is what came of it, ``digest`` still
+    the clean one's, and ``draws`` ``[D]`` u4 say what was done (`kd_cache.dataset.views`).
     """
 
     array: np.ndarray
     digest: bytes
+    draws: np.ndarray | None = None
 
 
 StatRow = tuple[int, int, int, int, int]

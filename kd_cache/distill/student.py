@@ -6,6 +6,7 @@ teachers were validated on, with the same ratio and fold. Labels of the target a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from kd_cache.distill.fusion import Fusion, Weights, fuse
 from kd_cache.distill.losses import NEED_LABELS
 from kd_cache.distill.objective import CE, DistillLoss
 from kd_cache.distill.recipe import Recipe
+from kd_cache.distill.views import EpochViews
 from kd_cache.errors import FeatureError, StaleError, UnfitError, UsageError, listed, shown
 from kd_cache.score.reading import read_digests
 from kd_cache.score.teacher import OWN_FEATURES
@@ -44,6 +46,7 @@ from kd_cache.train.nets import WarmStart
 from kd_cache.train.progress import MACRO
 from kd_cache.train.resampling import Cells
 from kd_cache.train.run_folder import RunFolder
+from kd_cache.train.settings import AUGMENTATIONS, Stage
 from kd_cache.train.training import Training
 from kd_cache.watch import Watcher
 
@@ -69,6 +72,8 @@ class StudentJob(TrainJob):
         balance: half of each batch is of A, half of the target: of the one with fewer rows they are drawn again.
         subset: the files that it may use, where they are not all that are permitted.
         own_features: reads the student's own features of the same samples, in place of those that its teachers scored.
+        on_views: each epoch takes one view of every clip, as the teachers scored it (`EpochViews`).
+        check_views: so many of an epoch's clips are compared by digest with what was scored.
         own_home: the folder of its runs, in place of ``<output_dir>/student/A2<target>/<mode>``.
         scored: what trainings share that have features of their own: digests of those that teachers score.
     """
@@ -81,6 +86,8 @@ class StudentJob(TrainJob):
     balance: bool = False
     subset: frozenset[str] | None = None
     own_features: FeatureSource | None = None
+    on_views: bool = False
+    check_views: int = 64
     own_home: Path | None = None
     scored: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -90,6 +97,12 @@ class StudentJob(TrainJob):
                 f"the loss dist compares the rows of a whole batch, and --accumulate {self.settings.accumulate} would "
                 "cut it",
                 hint="Give a larger --batch-size in its place, or another loss.",
+            )
+        if self.on_views and self.own_features is not None:
+            raise UsageError("the student's own features are not those that were augmented: --views goes without them")
+        if self.on_views and (given := [name for name in AUGMENTATIONS if getattr(self.settings, name)]):
+            raise UsageError(
+                f"with --views a student sees exactly what its teachers scored: leave out {', '.join(given)}"
             )
         if self.balance and self.settings.batch_size % 2:
             raise UsageError(
@@ -195,9 +208,11 @@ class StudentTraining(Training):
             self._tell_of_balance()
         fusion: str | Fusion = CE
         names: tuple[str, ...] = ()
+        self.views: EpochViews | None = None
         if job.mode != CE:
             cache = self._opened()
             self.teachers, names = self._rows(cache, self.train), cache.teachers
+            self._take_views(cache)
             self.unseen = self._unseen()
             self.told_unseen = self._rows(cache, self.unseen)
             fusion = self._fusion(cache)
@@ -208,12 +223,24 @@ class StudentTraining(Training):
                 self.watcher.note(
                     f"{job.recipe.loss} needs a label: for rows of the target the teachers' decision stands for it"
                 )
+        elif job.on_views:
+            self._take_views(opened(job, Watcher()))  # the same inputs as with teachers
         self.objective = DistillLoss(fusion, teachers=names, recipe=job.recipe)
         if isinstance(self.teachers, TopK):
             self.objective.refuse_beyond_topk()
         if self.teachers is not None and self.job.recipe.weighting != "none":
             self.said["mean_weight"] = self.objective.scale_weights(self.teachers, self.is_source, self.train.scenes)
         return net, start
+
+    def _take_views(self, cache: LogitCache) -> None:
+        if self.job.on_views:
+            self._rows(cache, self.train)  # what is augmented is what was scored
+            self.views = EpochViews(cache, self.train, self.settings.seed, self.job.check_views)
+            self.said["views"] = self.views.described
+
+    def _stages(self) -> tuple[Stage, ...]:
+        stages = super()._stages()
+        return tuple(replace(each, augment="off") for each in stages) if self.job.on_views else stages
 
     def _tell_of_balance(self) -> None:
         is_source, size, drop_last = self.is_source.numpy(), self.settings.batch_size, self.settings.drop_last
@@ -363,7 +390,9 @@ class StudentTraining(Training):
     def learner(self, folder: RunFolder) -> Learner:
         is_source = self.is_source.numpy() if self.job.balance else None
         more: dict[str, Any] = {"is_source": is_source, "select": self.job.select}
-        return Learner(self.net, self.train, self.validation, objective=_Taught(self), **more)
+        train = copy.copy(self.train)
+        train.changed = None if self.views is None else self.views.replay
+        return Learner(self.net, train, self.validation, objective=_Taught(self), **more)
 
     def measured(self, best: nn.Module, clips: Clips, which: str) -> dict[str, Any]:
         return evaluated(best, clips, self.job, self._by_location)
@@ -407,9 +436,12 @@ class _Taught:
         self._objective = training.objective.to(device)
         self._teachers = None if training.teachers is None else training.teachers.to(device)
         self._labels, self._is_source = training.train.scenes.to(device), training.is_source.to(device)
-        self._watcher, self._ratio = training.watcher, 0.0
+        self._watcher, self._ratio, self._views = training.watcher, 0.0, training.views
 
     def start_epoch(self, epoch: int, epochs: int, /) -> None:
+        if self._views is not None:
+            rows = self._views.begin(epoch)
+            self._teachers = None if self._teachers is None else rows.to(self._labels.device)
         ratio = self._objective.seen.ratio
         if ratio and not self._ratio:
             self._ratio = ratio

@@ -187,6 +187,8 @@ def _chosen(job: ExportJob, index: Index) -> dict[str, Origin]:
             f"(it holds {', '.join(index.origins) or 'none'})"
         )
     chosen = {name: origin for name, origin in index.origins.items() if not job.only or name in job.only}
+    if job.output is not None:
+        chosen = {name: origin.of_views(()) for name, origin in chosen.items()}  # of views the clean one
     without_files(chosen, asked=True)
     if job.to == "tsv":
         for name, origin in chosen.items():

@@ -22,7 +22,8 @@ from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.union import Union, merge_packs
 from kd_cache.watch import Watcher
 
-_Rows = tuple[np.ndarray, np.ndarray, Sequence[bytes], np.ndarray]  # keys, inputs, names, logits
+_Rows = tuple[np.ndarray, np.ndarray, Sequence[bytes], np.ndarray, np.ndarray | None]
+"""Keys, inputs, names, logits, and draws where there are views."""
 
 
 class Shard:
@@ -50,7 +51,13 @@ class Shard:
         self.add_rows(teacher, keys_of_bytes(names), np.frombuffer(digest, np.uint8)[None], names, row[None])
 
     def add_rows(
-        self, teacher: str, keys: np.ndarray, inputs: np.ndarray, names: Sequence[bytes], logits: np.ndarray
+        self,
+        teacher: str,
+        keys: np.ndarray,
+        inputs: np.ndarray,
+        names: Sequence[bytes],
+        logits: np.ndarray,
+        draws: np.ndarray | None = None,
     ) -> None:
         """A batch of rows.
 
@@ -58,6 +65,7 @@ class Shard:
             keys, inputs: ``[n, 16]`` u1: the samples' keys and the digests of their features.
             names: their n manifest paths, UTF-8.
             logits: ``[n, C]`` in the stored dtype. Kept as they are: do not write into them afterwards.
+            draws: ``[n, D]`` u4 where they are of a view.
         """
         if not len(keys) == len(inputs) == len(names) == len(logits):
             raise ValueError(f"{len(keys)} keys, {len(inputs)} inputs, {len(names)} names, {len(logits)} rows")
@@ -65,7 +73,7 @@ class Shard:
             return
         if self.is_empty:
             self._since = time.monotonic()
-        self._rows.setdefault(teacher, []).append((keys, inputs, names, logits))
+        self._rows.setdefault(teacher, []).append((keys, inputs, names, logits, draws))
         self._counts[teacher] = self._counts.get(teacher, 0) + len(keys)
 
     @property
@@ -84,15 +92,19 @@ class Shard:
             make_directory(self._directory)
         while self._rows:
             teacher, batches = next(iter(self._rows.items()))
-            keys = np.concatenate([keys for keys, _, _, _ in batches])
-            inputs = np.concatenate([inputs for _, inputs, _, _ in batches])
-            names = [name for _, _, names, _ in batches for name in names]
-            logits = np.concatenate([logits for _, _, _, logits in batches])
+            keys, inputs, logits = (np.concatenate([rows[column] for rows in batches]) for column in (0, 1, 3))
+            names = [name for _, _, names, _, _ in batches for name in names]
+            drawn = [draws for *_, draws in batches if draws is not None]
+            draws = np.concatenate(drawn) if drawn else None
             if not are_ascending(keys):
                 order = sorted_order(keys)
                 keys, inputs, logits = keys[order], inputs[order], logits[order]
+                draws = None if draws is None else draws[order]
                 names = [names[number] for number in order.tolist()]
-            path = write_pack(self._directory, self._origins[teacher], keys, inputs, names, logits.__getitem__)
+            taken = None if draws is None else draws.__getitem__
+            path = write_pack(
+                self._directory, self._origins[teacher], keys, inputs, names, logits.__getitem__, draws=taken
+            )
             self.written.append(path)
             del self._rows[teacher], self._counts[teacher]
 
@@ -116,9 +128,17 @@ class Commits:
         self._is_lost = False  # a shard could not be committed: what comes after it is kept, but not told to be saved
         self.written: list[Path] = []
 
-    def add(self, teacher: str, keys: np.ndarray, inputs: np.ndarray, files: list[str], rows: np.ndarray) -> None:
+    def add(
+        self,
+        teacher: str,
+        keys: np.ndarray,
+        inputs: np.ndarray,
+        files: list[str],
+        rows: np.ndarray,
+        draws: np.ndarray | None = None,
+    ) -> None:
         """Rows ``[n, C]`` of a teacher in the stored dtype, the samples' keys and digests ``[n, 16]`` u1, and paths."""
-        self._shard.add_rows(teacher, keys, inputs, [file.encode() for file in files], rows)
+        self._shard.add_rows(teacher, keys, inputs, [file.encode() for file in files], rows, draws)
 
     def advance(self, done: int) -> None:
         """So many samples have their rows now: commit those if there are enough of them, or it is time."""
@@ -180,7 +200,7 @@ class Commits:
 
 
 def merge_commits(snapshot: Snapshot, origins: Mapping[str, Origin], keys: np.ndarray, inputs: np.ndarray) -> None:
-    """Make one pack per teacher of what a finished part committed, in several runs too, durably before those go.
+    """Make one pack per teacher and view of what a part committed, in several runs too, durably before those go.
 
     Taken are packs of nothing but rows of these ``keys`` ``[n, 16]``, ascending, and ``inputs``, which are the part's:
     no row goes. What an index names by now stays. Raises `StoreError`; every row stays committed.
@@ -195,7 +215,9 @@ def merge_commits(snapshot: Snapshot, origins: Mapping[str, Origin], keys: np.nd
         snapshot = snapshot.again()
         named = {*snapshot.served_paths(snapshot.origins)}
         for origin in origins.values():
-            packs = [pack for pack in snapshot.packs.of(origin) if pack.path not in named and is_own(pack)]
-            if len(packs) > 1:
-                made = merge_packs(snapshot.folder.packs_path, Union(packs), keys, inputs)
-                remove_files(snapshot.folder.packs_path, made.merged)
+            own = [pack for pack in snapshot.packs.of(origin) if pack.path not in named and is_own(pack)]
+            for views in {pack.origin.views for pack in own}:
+                packs = [pack for pack in own if pack.origin.views == views]
+                if len(packs) > 1:
+                    made = merge_packs(snapshot.folder.packs_path, Union(packs), keys, inputs)
+                    remove_files(snapshot.folder.packs_path, made.merged)

@@ -8,7 +8,8 @@ them fresh.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kd_cache.dataset.provenance import Provenance
 from kd_cache.errors import FeatureError, UsageError
 from kd_cache.files.atomic import make_directory
 from kd_cache.keys import KeyFinder
-from kd_cache.score.existing import NOWHERE, Elsewhere, find_rows
+from kd_cache.score.existing import NOWHERE, Elsewhere, Found, find_rows, known_rows
 from kd_cache.score.job import DumpJob, DumpReport, TeacherReport
 from kd_cache.score.storage_cost import StorageCost, cost_of
 from kd_cache.score.teacher import compare_front_ends
@@ -73,7 +74,7 @@ def refuse_unfit(jobs: Sequence[DumpJob]) -> None:
 
     for job in jobs:
         dump = _Dump(job, Watcher())
-        check_unknown_code(job, dump.found, dump.files, Watcher())
+        check_unknown_code(dump.jobs[0], dump.found, dump.files, Watcher())
 
 
 def plan_dumps(jobs: Sequence[DumpJob]) -> list[DumpReport]:
@@ -91,7 +92,7 @@ def plan_dumps(jobs: Sequence[DumpJob]) -> list[DumpReport]:
 
 class _Dump:
     def __init__(self, job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE) -> None:
-        self.job = job
+        self.job, self.jobs, self.elsewhere = job, job.by_view, elsewhere
         self.watcher = watcher
         self.folder = job.folder
         self.begun = time.time_ns()
@@ -125,7 +126,7 @@ class _Dump:
         earlier = self.found.earlier
         if topk := without_files({**self.found.others, **self.job.origins}, self.job.files):
             if self.job.files is None:
-                self.watcher.note(f"no .npy files are written: top-k rows ({', '.join(topk)}) are no vectors")
+                self.watcher.note(f"no .npy files are written: rows of {', '.join(topk)} are no vectors")
             return False
         if self.job.files is None and len(self.files) >= VIEW_BELOW and not (earlier and earlier.record.get("files")):
             self.watcher.note(f"no .npy files are written: from {VIEW_BELOW:,} samples on only with --files")
@@ -149,15 +150,27 @@ class _Dump:
 
     def survey(self) -> DumpReport:
         """Count without scoring. Where no stored row could be fresh, only a feature's header is read."""
+        for job, found in self._by_view():
+            self._survey(job, found)
+        self._count_dropped()
+        return self.report
+
+    def _by_view(self) -> Iterator[tuple[DumpJob, Found]]:
+        """What is done for each view in turn, and what there is of it; for all at once, where there are no views."""
+        yield self.jobs[0], self.found
+        for job in self.jobs[1:]:
+            yield job, replace(self.found, known=known_rows(job, self.found.snapshot, self.elsewhere))
+
+    def _survey(self, job: DumpJob, found: Found) -> None:
         from kd_cache.score.scoring import due_reasons, refuse_bad
 
-        unchanged = Unchanged(self.job, self.found, self.files, self.keys, self.part, self.watcher)
+        unchanged = Unchanged(job, found, self.files, self.keys, self.part, self.watcher)
         digests, good = unchanged.digests, unchanged.fresh.copy()
         for number in self.part:
             if good[number]:
                 continue
             file = self.files[number]
-            held = self.job.skip_existing and any(known.holds(number) for known in self.found.known.values())
+            held = job.skip_existing and any(known.holds(number) for known in found.known.values())
             try:
                 if held:
                     digests[number] = np.frombuffer(self.job.data.features.read(file).digest, np.uint8)
@@ -168,17 +181,15 @@ class _Dump:
                 refuse_bad(self.job, self.report, file, error)
         self.good = good
         numbers = np.flatnonzero(good)
-        for reasons in due_reasons(self.job, self.found, numbers, digests[numbers]):
+        for reasons in due_reasons(job, found, numbers, digests[numbers]):
             self.report.samples_scored += bool(reasons)
             for name, result in self.report.teachers.items():
                 if name in reasons:
                     result.count(reasons[name])
-                    origin = self.job.origins[name]
+                    origin = job.origins[name]
                     self.report.bytes_planned += origin.width * origin.stored.itemsize
                 else:
                     result.skipped += 1
-        self._count_dropped()
-        return self.report
 
     def run(self) -> DumpReport:
         from kd_cache.score.cached_rows import check_unknown_code
@@ -186,18 +197,24 @@ class _Dump:
         from kd_cache.score.scoring import Scoring
         from kd_cache.score.stages import Busy
 
-        check_unknown_code(self.job, self.found, self.files, self.watcher)
+        check_unknown_code(self.jobs[0], self.found, self.files, self.watcher)
         began = time.monotonic()
         # Packs are content-named: a row scored again may bring back a name that was here before.
         before = [pack.path for origin in self.job.origins.values() for pack in self.found.snapshot.packs.of(origin)]
         busy = Busy()
-        commits = Commits(self.job, self.pending, self._entries, self.watcher, busy)
-        scoring = Scoring(
-            self.job, self.found, self.files, self.keys, self.part, self.report, commits, self.watcher, busy
-        )
         if self._is_news() and any(known.union is not None for known in self.found.known.values()):
             self.pending.write(self._entries(), {})  # rows of before count: from now on they are nobody's garbage
-        scoring.run()
+        first: Scoring | None = None
+        written: list[Path] = []
+        for job, found in self._by_view():
+            commits = Commits(job, self.pending, self._entries, self.watcher, busy)
+            each = Scoring(job, found, self.files, self.keys, self.part, self.report, commits, self.watcher, busy)
+            each.run()
+            scoring = first = first or each  # it reads every feature; the others say what else cannot be scored
+            scoring.readable &= each.readable
+            written += commits.written
+            if job.part is None:
+                written += self._copied(job, found, each.inputs, each.readable)
         self._refuse_moved(scoring.inputs, scoring.readable)
         for remark in scoring.input_remarks():
             self.watcher.note(remark)
@@ -213,7 +230,6 @@ class _Dump:
         self._count_dropped()
         if not self.pending.is_written and self._is_news():
             self.pending.write(self._entries(), self.report.missing)
-        written = [*commits.written, *self._copied(scoring.inputs, scoring.readable)]
         replaced = [] if self.job.skip_existing else [path for path in before if path not in written]
         self.report.published = self._publish(scoring.inputs, scoring.readable, replaced)
         scoring.remember()
@@ -237,24 +253,26 @@ class _Dump:
         """Whether rows become current of which no index tells: until then a pending record keeps `gc` from them."""
         told = self.found.earlier.origins if self.found.earlier else {}
         return any(
-            name not in told or told[name].fingerprint.digest != origin.fingerprint.digest
+            name not in told
+            or (told[name].fingerprint.digest, told[name].views) != (origin.fingerprint.digest, origin.views)
             for name, origin in self.job.origins.items()
         )
 
-    def _copied(self, inputs: np.ndarray, readable: np.ndarray) -> list[Path]:
+    def _copied(self, job: DumpJob, found: Found, inputs: np.ndarray, readable: np.ndarray) -> list[Path]:
         """Copy the rows that other caches lend; returns the packs of them. Raises `CorruptError` for a damaged row."""
         written = []
-        for name, known in self.found.known.items():
+        for name, known in found.known.items():
             numbers = np.flatnonzero(readable)
             numbers = numbers[known.are_lent(numbers, inputs[numbers])]
-            if self.job.skip_existing:
+            if job.skip_existing:
                 numbers = numbers[~known.are_held(numbers, inputs[numbers])]
             if not len(numbers):
                 continue
             make_directory(self.folder.packs_path)
             made = merge_packs(self.folder.packs_path, known.lent, self.keys[numbers], inputs[numbers])
             written += made.paths
-            self.watcher.note(f"{name}: {len(numbers):,} rows were copied that it scored for another target")
+            what = f"{len(numbers):,} rows{'' if job.view is None else f' of view {job.view}'}"
+            self.watcher.note(f"{name}: {what} were copied that it scored for another target")
         return written
 
     # -- the end ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from kd_cache.errors import CorruptError, StaleError, TeacherError, shown
+from kd_cache.errors import CorruptError, StaleError, TeacherError, UsageError, shown
 from kd_cache.keys import KeyFinder
 from kd_cache.score.job import NEW, DumpJob
 from kd_cache.store.cache import CacheFolder, refuse_file_as_root
@@ -112,7 +112,10 @@ class Known:
 
 @dataclass(frozen=True)
 class Found:
-    """The cache, its index where that can be gone on from, other teachers than the job's, and the job's rows."""
+    """The cache, its index where that can be gone on from, other teachers than the job's, and the job's rows.
+
+    Where there are views, these are those of the clean one (`known_rows` finds the others).
+    """
 
     snapshot: Snapshot
     earlier: Index | None
@@ -135,8 +138,9 @@ class Elsewhere:
         return [pack for folder in self.lenders for pack in Snapshot(folder).packs.good]
 
     def lent(self, origin: Origin) -> list[Pack]:
-        """Packs of rows made by just this."""
-        return [pack for pack in self._packs if pack.origin == origin]
+        """Packs of rows made by just this; of rows with more views those that are wanted."""
+        cut = [pack.of_views(origin.views) for pack in self._packs if pack.origin.teacher == origin.teacher]
+        return [pack for pack in cut if pack is not None and pack.origin == origin]
 
     def promised(self, origin: Origin, keys: np.ndarray) -> np.ndarray | None:
         """``[N]`` bool, of which of these keys rows will be there."""
@@ -172,18 +176,36 @@ def find_rows(job: DumpJob, watcher: Watcher, elsewhere: Elsewhere = NOWHERE, ne
     earlier = _earlier_index(job, snapshot, watcher)
     others = {name: origin for name, origin in snapshot.origins.items() if name not in job.origins}
     packs = snapshot.packs
+    for name, origin in job.origins.items():
+        _refuse_fewer_views(origin, snapshot.origins.get(name))
     if earlier is None and (job.folder.index_path.exists() or not snapshot.pending):
         others = packs.sole_origins(job.origins)  # the index is lost: what packs leave no choice about stays
     for error in packs.damaged.values():
         watcher.note(error.message)
     snapshot.refuse_wrong_joins(others | (job.origins if job.skip_existing else {}))
     refuse_other_order(others | job.origins)
+    return Found(snapshot, earlier, others, known_rows(job.by_view[0], snapshot, elsewhere))
+
+
+def known_rows(job: DumpJob, snapshot: Snapshot, elsewhere: Elsewhere) -> dict[str, Known]:
+    """What the cache, and those that lend, hold of each teacher."""
     keys = job.data.selection.keys
-    known = {
+    return {
         name: Known(origin, snapshot, keys, elsewhere.lent(origin), elsewhere.promised(origin, keys))
         for name, origin in job.origins.items()
     }
-    return Found(snapshot, earlier, others, known)
+
+
+def _refuse_fewer_views(origin: Origin, before: Origin | None) -> None:
+    if (
+        before is not None
+        and before.fingerprint.digest == origin.fingerprint.digest
+        and len(before.views) > len(origin.views)
+    ):
+        raise UsageError(
+            f"{origin.teacher} has rows of {len(before.views)} views here, {len(origin.views)} were asked for",
+            hint=f"Pass --views {len(before.views)}, or dump into another --cache-root.",
+        )
 
 
 def _earlier_index(job: DumpJob, snapshot: Snapshot, watcher: Watcher) -> Index | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.views import Augmented, Policy
 from kd_cache.score.storage_cost import StorageCost
 from kd_cache.score.teacher import Teacher, teacher_origin
 from kd_cache.store.cache import CacheFolder
@@ -42,6 +43,8 @@ class DumpJob:
         workers: threads that read features ahead; 0 reads in place.
         files: whether the cache has a view; ``None`` writes one below `VIEW_BELOW` samples, and where there is one.
         on_bad_sample: ``stop`` at a sample that cannot be scored, or ``skip`` it and list it as missing.
+        policy, views: how inputs are augmented, and into how many views, the clean one included; ``None`` and 0: not.
+        view: score this one alone (`of_view`).
         part: ``(i, n)`` scores part i of n (0 ≤ i < n), commits it, and leaves view and index to a seal.
         planned: the files of all samples that batches are planned for, where those are more than this cache's.
         min_accuracy: with a lower share of labelled source rows that a teacher names rightly nothing becomes current.
@@ -65,6 +68,9 @@ class DumpJob:
     seed: int = 42
     shard_size: int = 4096
     shard_seconds: float = 5.0
+    policy: Policy | None = None
+    views: int = 0
+    view: int | None = None
     part: tuple[int, int] | None = None
     planned: Sequence[str] = ()
     min_accuracy: float | None = None
@@ -85,9 +91,22 @@ class DumpJob:
                 precision=self.precision,
                 dtype=self.dtype,
                 front_end=self.data.manifest.front_end_text,
+                policy=None if self.policy is None else self.policy.text,
+                views=self.views,
             )
             for name, teacher in self.teachers.items()
         }
+
+    @property
+    def by_view(self) -> list[DumpJob]:
+        """A job for each view: of augmented features, and rows that hold that view. Itself, where there are none."""
+        return [self] if self.policy is None else [self._of_view(self.policy, view) for view in range(self.views)]
+
+    def _of_view(self, policy: Policy, view: int) -> DumpJob:
+        source: Any = Augmented(self.data.features, policy, view)
+        job = replace(self, view=view, data=replace(self.data, features=source))
+        job.__dict__["origins"] = {name: origin.of_views((view,)) for name, origin in self.origins.items()}
+        return job
 
 
 @dataclass

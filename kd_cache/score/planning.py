@@ -19,6 +19,7 @@ from kd_cache.score.engine import Engine, is_out_of_memory
 from kd_cache.score.existing import Found
 from kd_cache.score.given import Given, each, filled, scored_dtype
 from kd_cache.score.job import DEFAULT_BATCH, DumpJob
+from kd_cache.store.cache import teacher_in_name
 from kd_cache.store.plan import BatchPlan, Place, Shape, ShapeCodes
 from kd_cache.watch import Watcher
 
@@ -180,9 +181,11 @@ class Planner:
     def _saved(self, shape: Shape) -> BatchPlan | None:
         """The plan of the rows that are kept, or that other processes are making; none where there are no such rows."""
         job, found = self._job, self._found
-        begun = found.snapshot.packs.good or job.folder.pending_path.exists()
+        packs = found.snapshot.packs
+        begun = packs.good or packs.apart or job.folder.pending_path.exists()
         saved = found.snapshot.again().plan if begun and job.skip_existing else None
         asked = any(known.union is not None for known in found.known.values())
+        asked = asked or any(teacher_in_name(path) in job.origins for path in packs.apart)  # of other parts
         if saved is None or (not saved.takes(shape) and not asked):
             return None
         if job.batch_size in (None, "auto", saved.batch_size):

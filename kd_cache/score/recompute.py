@@ -71,10 +71,14 @@ class Recheck:
                 if positions[number] < 0:
                     continue
                 try:
-                    array = source.read(file).array
+                    feature = source.read(file)
                 except FeatureError:
                     continue  # verify has reported it: nothing could be compared
-                self._arrays[number] = array
+                drawn = self._union.take_draws(positions[number : number + 1])
+                if drawn is not None and (feature.draws is None or (drawn[0] != feature.draws).any()):
+                    self._result.wrong.append((file, "its view is augmented otherwise now than when it was scored"))
+                    continue
+                self._arrays[number] = array = feature.array
                 self._compare(batcher.add(number, array, only_me, self._place(file)), files, positions)
             self._compare(batcher.finish(), files, positions)
         return self._result

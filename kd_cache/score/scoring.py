@@ -63,6 +63,7 @@ class Scoring:
         self._others = Others(job)
         self._ranks = Ranks(job.data.features, files, part.start, self._others)
         self._due: dict[int, dict[str, str]] = {}  # by sample and teacher: why it must be scored
+        self._draws: dict[int, np.ndarray] = {}  # of samples that are due, where they are scored in a view
         self._checks = {name: RowCheck(origin.value_kind) for name, origin in job.origins.items()}
         self._done = 0
         self.inputs = np.zeros((len(files), 16), np.uint8)
@@ -75,7 +76,8 @@ class Scoring:
             FeatureError, TeacherError: a bad sample with ``on_bad_sample="stop"``.
             StoreError: a commit failed.
         """
-        self._watcher.stage("scoring", len(self._part))
+        view = f", view {self._job.view} of {self._job.views}" if self._job.view is not None else ""
+        self._watcher.stage(f"scoring{view}", len(self._part))
         self._pass_over_unchanged()  # at once: what comes after it takes the time that a rate is of
         try:
             with numerics(self._job.device, self._job.precision, self._job.seed):
@@ -156,6 +158,8 @@ class Scoring:
                 self._bad(number, feature)
             elif reasons[number]:
                 self._due[number] = reasons[number]
+                if feature.draws is not None:
+                    self._draws[number] = feature.draws
                 self._place(number, feature.array, planner, batcher)
             else:
                 self._advance(1)
@@ -202,6 +206,7 @@ class Scoring:
                     self._bad(number, TeacherError(f"{error.message} (sample {shown(self._files[number])})"))
             for number in scored.numbers:
                 del self._due[number]
+                self._draws.pop(number, None)
             self._report.samples_scored += len(scored.numbers)
             self._advance(len(scored.numbers))
             self._watcher.busy(self._busy.shares)
@@ -226,7 +231,8 @@ class Scoring:
             )
         kept = [number for row, number in enumerate(numbers) if fits[row]]
         files = [self._files[number] for number in kept]
-        self._commits.add(name, self._keys[kept], self.inputs[kept], files, stored[fits])
+        draws = np.stack([self._draws[number] for number in kept]) if self._draws and kept else None
+        self._commits.add(name, self._keys[kept], self.inputs[kept], files, stored[fits], draws)
         for number in kept:
             report.count(self._due[number][name])
         for row in np.flatnonzero(~fits).tolist():

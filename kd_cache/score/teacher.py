@@ -27,6 +27,7 @@ from kd_cache.store.origin import (
     FORMAT_VERSION,
     FRAMES,
     VALUE_KINDS,
+    VIEWS,
     Fingerprint,
     Origin,
     class_order,
@@ -151,11 +152,17 @@ def check_teacher(name: str, teacher: Any) -> None:
 
 
 def teacher_fingerprint(
-    teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32", front_end: str | None = None
+    teacher: Teacher,
+    *,
+    precision: str = "fp32",
+    dtype: str = "fp32",
+    front_end: str | None = None,
+    policy: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of the rows this teacher makes when computing in ``precision`` and stored as ``dtype``.
 
-    ``front_end`` is the manifest's `Manifest.front_end_text`; where a manifest says nothing there is no such part.
+    ``front_end`` is the manifest's `Manifest.front_end_text`; where a manifest says nothing there is no such part,
+    nor one of the ``policy`` of views (`kd_cache.dataset.views.Policy.text`) where there are none.
     """
     parts = _own_parts(teacher)
     if front_end is not None:
@@ -163,6 +170,8 @@ def teacher_fingerprint(
         parts[FRONT_END] = front_end
     if (frames := getattr(teacher, "num_frames", None)) is not None:
         parts[FRAMES] = str(int(frames))
+    if policy is not None:
+        parts[VIEWS] = policy
     names = getattr(teacher, "class_names", None)
     ours = (
         teacher.value_kind,
@@ -193,7 +202,7 @@ def _own_parts(teacher: Teacher) -> dict[str, str]:
     if not all(_is_text(text) for item in parts.items() for text in item):
         raise TeacherError(f"{who} must map names to texts")
     # A name that kd-cache fills in itself is kept beside its own: whatever a teacher names must count.
-    return {f"own_{part}" if part in (*_OURS, FRAMES) else part: text for part, text in parts.items()}
+    return {f"own_{part}" if part in (*_OURS, FRAMES, VIEWS) else part: text for part, text in parts.items()}
 
 
 def _is_text(value: Any) -> bool:
@@ -229,23 +238,33 @@ def unknown_state(teacher: Any) -> list[str]:
 
 
 def teacher_origin(
-    name: str, teacher: Teacher, *, precision: str = "fp32", dtype: str = "fp32", front_end: str | None = None
+    name: str,
+    teacher: Teacher,
+    *,
+    precision: str = "fp32",
+    dtype: str = "fp32",
+    front_end: str | None = None,
+    policy: str | None = None,
+    views: int = 0,
 ) -> Origin:
-    """What the store keeps with this teacher's rows. Arguments as for `teacher_fingerprint`."""
+    """What the store keeps with this teacher's rows of so many views. Arguments as for `teacher_fingerprint`."""
     if not is_dtype(dtype):
         raise UsageError(f"dtype is {shown(dtype)!r}, expected one of fp32, fp16, topk:K")
     if (k := k_of(dtype)) is not None:
         refuse(k, teacher.num_classes, teacher.value_kind, getattr(teacher, "num_frames", None), name)
+    if k is not None and views:
+        raise UsageError("top-k rows have no views yet", hint="Store views as --dtype fp32 or fp16.")
     if precision not in PRECISIONS:
         raise UsageError(f"precision is {shown(precision)!r}, expected one of {', '.join(PRECISIONS)}")
     names = getattr(teacher, "class_names", None)
     return Origin(
         name,
-        teacher_fingerprint(teacher, precision=precision, dtype=dtype, front_end=front_end),
+        teacher_fingerprint(teacher, precision=precision, dtype=dtype, front_end=front_end, policy=policy),
         teacher.value_kind,
         teacher.num_classes,
         dtype,
         None if names is None else tuple(names),
+        tuple(range(views)),
     )
 
 

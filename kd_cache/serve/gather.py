@@ -12,6 +12,7 @@ from kd_cache.errors import UsageError
 from kd_cache.serve.placement import fits
 from kd_cache.serve.rows import TeacherRows
 from kd_cache.serve.topk import TopK
+from kd_cache.serve.views import vectors
 from kd_cache.store.shelf import RowNumbers
 from kd_cache.store.take import WIDE, take_rows
 from kd_cache.store.topk import TopKCodec
@@ -29,11 +30,13 @@ class Gatherer:
 
     Row ``numbers`` are those of the teachers' common rows and are not checked here. What they leave out has its place
     in the table, too, which nobody ever writes or reads: so numbers mean the same in every place.
+    Of rows of V views each view is a vector of its own, with the number r · V + v.
     """
 
     def __init__(
         self, tables: Sequence[TeacherRows], positions: Sequence[np.ndarray | None], numbers: RowNumbers, place: str
     ):
+        tables, positions, numbers = vectors(tables, positions, numbers)
         self._teachers = tables
         self._positions = positions  # each teacher's own numbers of the common rows; None where they are the same
         self._is_table = place == "table"

@@ -123,6 +123,12 @@ def refuse_mixture(origins: Mapping[str, Origin], value_kind: str) -> None:
                 f"{name} stores {origin.value_kind}, not {value_kind}",
                 hint=f'Pass value_kind="{origin.value_kind}" if your loss works on that, or choose other teachers.',
             )
+    augmented = {origin.policy and (origin.policy, origin.views) for origin in origins.values()}
+    if len(augmented) > 1:
+        told = ", ".join(f"{name}: {len(origin.views) or 'no'} views" for name, origin in origins.items())
+        raise UsageError(
+            f"these teachers did not score the same views ({told})", hint="Open them separately: teachers=[…]."
+        )
     shapes = {name: (origin.num_classes, origin.frames, origin.dtype) for name, origin in origins.items()}
     if len(set(shapes.values())) > 1:
         framed = {name: "" if frames is None else f"{frames} frames of " for name, (_, frames, _) in shapes.items()}

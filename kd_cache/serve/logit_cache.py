@@ -31,6 +31,7 @@ from kd_cache.serve.mirror import local_copy
 from kd_cache.serve.placement import checked, choose
 from kd_cache.serve.resolve import Resolver
 from kd_cache.serve.rows import TeacherRows
+from kd_cache.serve.views import InputsRead, View, checked_view
 from kd_cache.store.accuracy import in_words, near_chance, stored_accuracy, stored_apart
 from kd_cache.store.cache import CacheFolder
 from kd_cache.store.index import Index
@@ -41,13 +42,14 @@ from kd_cache.store.snapshot import Snapshot
 _INT64 = np.dtype(np.int64)
 
 
-class LogitCache:
+class LogitCache(InputsRead):
     """An opened cache: rows that exist for every opened teacher, checked, read-only, safe to send to workers.
 
     Attributes:
         teachers: their names; the second axis of every batch.
         files: the files that all opened teachers hold.
         num_classes: C.
+        views: how many views a row has, 1 where no inputs were augmented; view 0 is of the clean input.
         frames: L where the teachers score each frame and a row is ``[L, C]``, else ``None``.
         topk: how top-k rows are stored, else ``None``. Where they are, a batch is a `TopK` in place of a tensor.
         task: what the data set is that was scored.
@@ -76,13 +78,13 @@ class LogitCache:
         self._index = index
         self._on_miss, self._first = on_miss, -1 if on_miss == "nan" else 0
         self.teachers = tuple(rows.name for rows in tables)
-        self.num_classes, self.frames, self.width = tables[0].num_classes, tables[0].frames, tables[0].width
-        self.dtype, self.topk = tables[0].dtype, tables[0].topk
+        self.num_classes, self.frames, self.views = tables[0].num_classes, tables[0].frames, tables[0].views
+        self.width, self.dtype, self.topk = tables[0].width // self.views, tables[0].dtype, tables[0].topk
         self._resolver = Resolver(path, tables, index)
         self._row_numbers = self._resolver.numbers
         self.preloaded = choose(
             preload,
-            len(self) * len(tables) * self.width * self.dtype.itemsize,
+            len(self) * self.views * len(tables) * self.width * self.dtype.itemsize,
             is_lazy=any(rows.is_lazy for rows in tables),
             in_worker=in_worker,
         )
@@ -263,6 +265,7 @@ class LogitCache:
         rows: torch.Tensor | np.ndarray | Sequence[str],
         dtype: torch.dtype | None = None,
         out: torch.Tensor | None = None,
+        view: View = None,
     ) -> Any:
         """Logits ``[B, T, C]`` of rows (from `rows`) or of files, in the stored dtype or in ``dtype``.
 
@@ -272,9 +275,10 @@ class LogitCache:
         Args:
             out: a tensor ``[B, T, C]`` to fill (pinned, for example, or on another device) and return; its own dtype
                 counts.
+            view: of which view, one for all or ``[B]`` integers; by default the clean one, 0. `all_views` gives all.
 
         Raises:
-            MissingLogitsError, IndexError: a file without logits, a row that is none.
+            MissingLogitsError, IndexError: a file without logits, a row or a view that is none.
             UsageError: ``out`` has another shape or dtype, or rows are top-k.
         """
         if not isinstance(rows, (torch.Tensor, np.ndarray)):
@@ -285,24 +289,27 @@ class LogitCache:
             return self._gatherer.most_probable(self._numbers(rows, self._first), self.topk, dtype)
         if out is not None:
             self._refuse_misfit(out, rows, dtype)
+        at = 0 if view is None else checked_view(view, self.views, math.prod(rows.shape))
         if self.frames is None:
-            return self._gathered(rows, dtype, out)
+            return self._gathered(rows, dtype, out, at)
         whole = (math.prod(rows.shape), len(self.teachers), self.width)
-        logits = self._gathered(rows, dtype, None).view(*whole[:2], self.frames, self.num_classes)
+        logits = self._gathered(rows, dtype, None, at).view(*whole[:2], self.frames, self.num_classes)
         return logits if out is None else out.copy_(logits)
 
     def _gathered(
-        self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None
+        self, rows: torch.Tensor | np.ndarray, dtype: torch.dtype | None, out: torch.Tensor | None, view: Any
     ) -> torch.Tensor:
         """`batch` of rows that are vectors of `width` values."""
         if isinstance(rows, torch.Tensor):
             try:
-                logits = self._gatherer.few(rows, out)
+                logits = self._gatherer.few(rows if self.views == 1 else rows * self.views + torch.as_tensor(view), out)
             except (IndexError, RuntimeError):
                 logits = None  # what is wrong with these rows is said below
             if logits is not None:
                 return logits if dtype is None else logits.to(dtype)
         numbers = self._numbers(rows, self._first)
+        if self.views > 1:
+            numbers = np.where(numbers < 0, -1, numbers * self.views + view)  # those of their vectors
         if self._on_miss == "nan" and (numbers < 0).any():
             return self._gatherer.with_nan(numbers, dtype, out)
         return self._gatherer.fresh(numbers, dtype) if out is None else self._gatherer.into(numbers, out)
@@ -326,18 +333,6 @@ class LogitCache:
         if wanted != self.teachers:
             logits = logits[:, [self.teachers.index(name) for name in wanted]]
         return logits.to(device)
-
-    def input_digests(self, rows: torch.Tensor) -> np.ndarray | None:
-        """``[B, teachers, 16]`` u1: the digest of the features that each teacher scored, by rows from `rows`.
-
-        `kd_cache.FeatureSource.read` gives the digest of a feature as it is now. ``None`` for a cache of an older
-        script, which kept none. Raises IndexError for a row that is none.
-        """
-        numbers = self._numbers(rows)
-        if self._index is None:
-            return None
-        parts = [part.inputs(self._resolver.position(number, numbers)) for number, part in enumerate(self._rows_of)]
-        return np.stack(parts, axis=1)
 
     def attach(
         self,

@@ -12,6 +12,7 @@ from kd_cache.keys import KeyFinder
 from kd_cache.store.pack import Pack
 from kd_cache.store.permitted import Permitted
 from kd_cache.store.shelf import RowNumbers, Shelf
+from kd_cache.store.take import take_rows
 
 _BLOCK = 16_384
 
@@ -81,6 +82,7 @@ class TeacherRows:
         origin = packs[0].origin
         self.name = origin.teacher
         self.num_classes, self.frames, self.width = origin.num_classes, origin.frames, origin.width
+        self.views, self.policy = len(origin.views) or 1, origin.policy
         self.dtype, self.topk = origin.stored, origin.topk
         names = "+".join(pack.path.name for pack in packs)
         self.signature = names if len(packs) == 1 else f"{origin.teacher}-{xxhash.xxh3_128_hexdigest(names.encode())}"
@@ -109,6 +111,25 @@ class TeacherRows:
     def take_into(self, numbers: np.ndarray, out: np.ndarray) -> None:
         """The same into contiguous ``[Q, C]``. Numbers are not checked: they must be rows."""
         self._shelf.take_into(self.own(numbers), out)
+
+    def draws(self, numbers: np.ndarray) -> np.ndarray | None:
+        """``[Q, V, D]`` u4: what was drawn for the views; ``None`` where there are none."""
+        if self.policy is None:
+            return None
+        return self._shelf.column("draws", self.own(numbers)).reshape(len(numbers), self.views, -1)
+
+    def take_views_into(self, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Into contiguous ``[Q, C]``, with V numbers for each row: r · V + v is view v of row r."""
+        if self._kept is not None or self.is_lazy or self._shelf.logits is None:
+            rows, views = np.divmod(numbers, self.views)
+            rows = self.own(rows)
+            self._shelf.touch(rows)
+            numbers = rows * self.views + views
+        if self._shelf.logits is not None:
+            take_rows(self._shelf.logits.reshape(-1, out.shape[1]), numbers, out)
+            return
+        for pack, mine, at in self._shelf.by_pack(rows):
+            out[at] = pack.logits.reshape(-1, out.shape[1])[mine * self.views + views[at]]
 
     def expect_random(self) -> None:
         """Have no more of mapped files read than is asked for."""

@@ -23,10 +23,14 @@ from kd_cache.store.preamble import Span, is_apart
 
 @dataclass
 class PackSet:
-    """The packs found in one look at a cache: the good ones, and the path and error of each damaged one."""
+    """The packs found in one look at a cache: the good ones, and the path and error of each damaged one.
+
+    ``apart`` are those left alone, because they say that they hold no key that is needed.
+    """
 
     good: list[Pack] = field(default_factory=list)
     damaged: dict[Path, CorruptError] = field(default_factory=dict)
+    apart: list[Path] = field(default_factory=list)
 
     def of(self, origin: Origin) -> list[Pack]:
         """The packs with this teacher and fingerprint."""
@@ -141,7 +145,7 @@ class CacheFolder:
             if seen.keys() == set(paths):
                 good = [pack for path in paths if isinstance(pack := seen[path], Pack)]
                 damaged = {path: error for path in paths if isinstance(error := seen[path], CorruptError)}
-                return PackSet(good, damaged)
+                return PackSet(good, damaged, [path for path in apart if apart[path]])
             found = {path: seen.get(path) or known.get(path) or opened(path, check) for path in paths}
             seen = {path: pack for path, pack in found.items() if pack is not None}
         raise StoreError(f"the packs in {shown(self.packs_path)} keep changing; try again when the dumps are done")

@@ -21,6 +21,7 @@ import xxhash
 from kd_cache.errors import CorruptError, StaleError, StoreError, shown
 from kd_cache.files.atomic import open_file, store_errors, write_atomic
 from kd_cache.files.strict_json import misfit, strict_json
+from kd_cache.options import MAX_VIEWS
 from kd_cache.store.names import INDEX_NAME as INDEX_NAME
 from kd_cache.store.names import is_teacher_name as is_teacher_name
 from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, is_dtype
@@ -54,6 +55,7 @@ _TEACHER = {
     "num_classes": lambda value: type(value) is int and value > 0,
     "class_names": (None, [str]),
     "dtype": lambda value: isinstance(value, str) and is_dtype(value),
+    "views": lambda value: type(value) is int and 0 < value <= MAX_VIEWS,
     "rows": int,
     "pack": lambda value: value is None or is_pack_file(value),
     "packs": [
@@ -154,6 +156,7 @@ def _origin(name: str, entry: Mapping[str, Any]) -> Origin:
         entry["num_classes"],
         entry["dtype"],
         None if names is None else tuple(names),
+        tuple(range(entry.get("views", 0))),
     )
 
 
@@ -166,6 +169,7 @@ def origin_entry(origin: Origin) -> dict[str, Any]:
         "num_classes": origin.num_classes,
         "class_names": origin.class_names,
         "dtype": origin.dtype,
+        **({"views": len(origin.views)} if origin.views else {}),
     }
 
 

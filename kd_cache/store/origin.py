@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ STORED = {"fp32": "<f4", "fp16": "<f2"}
 VALUE_KINDS = ("logits", "log_probs", "probs", "sigmoid", "embedding")
 FRAMES = "frames_per_row"
 """The part of a fingerprint that says how many vectors a row holds, where it is more than a single one."""
+VIEWS = "view_policy"
+"""The part that says how the inputs of views were augmented (`kd_cache.dataset.views`); absent where there are none."""
 FORMAT_VERSION = 1
 """Version of what a number means. It is a part of every fingerprint: with another, every row is scored again."""
 FILE_VERSION = 2
@@ -120,7 +122,8 @@ class Origin:
     """What made the rows of a pack; ``dtype`` is ``fp32``, ``fp16`` or ``topk:K``.
 
     Rows of a teacher that scores each frame are L vectors ``[L, C]``, stored as one of L · C values. Top-k rows are W
-    bytes, which `topk` reads.
+    bytes, which `topk` reads. ``views`` are the views that a row holds one after the other, neighbours in ascending
+    order; none where the fingerprint has no policy.
     """
 
     teacher: str
@@ -129,6 +132,7 @@ class Origin:
     num_classes: int
     dtype: str
     class_names: tuple[str, ...] | None = None
+    views: tuple[int, ...] = ()
 
     @cached_property
     def topk(self) -> TopKCodec | None:
@@ -150,7 +154,16 @@ class Origin:
     @property
     def width(self) -> int:
         """How many values a row has."""
-        return self.topk.width if self.topk else self.num_classes * (self.frames or 1)
+        return self.topk.width if self.topk else self.num_classes * (self.frames or 1) * (len(self.views) or 1)
+
+    @property
+    def policy(self) -> str | None:
+        """The policy of its views, as `Policy.from_text` takes it."""
+        return self.fingerprint.parts.get(VIEWS)
+
+    def of_views(self, views: tuple[int, ...]) -> Origin:
+        """The same with these views in a row."""
+        return replace(self, views=views)
 
     def encoded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows as they are stored of ``[n, L · C]`` float32, and ``[n]`` bool which of them can be."""
@@ -163,11 +176,12 @@ class Origin:
         return rows, good & np.isfinite(self.topk.split(rows)["log_probs"]).all(axis=1)
 
     def as_vectors(self, rows: np.ndarray) -> np.ndarray:
-        """``[n, L · C]`` rows as ``[n · L, C]``."""
-        return rows if self.frames is None else rows.reshape(-1, self.num_classes)
+        """``[n, V · L · C]`` rows as ``[n · V · L, C]``."""
+        return rows if self.frames is None and not self.views else rows.reshape(-1, self.num_classes)
 
     def as_clips(self, rows: np.ndarray) -> np.ndarray:
-        """``[n, C]``: a row's mean over its frames. Not of top-k rows."""
+        """``[n, C]``: a row's mean over its frames, of its first view. Not of top-k rows."""
+        rows = rows[:, : self.num_classes * (self.frames or 1)]
         return rows if self.frames is None else rows.reshape(len(rows), self.frames, -1).mean(axis=1)
 
     def decisions(self, rows: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ Layout of ``<teacher>-<digest>.h5``: 512 bytes that `preamble` describes, then H
 [N,16] u1, checksums [N] <u8, logits [N,C] <f4 or <f2 (in their place rows [N,W] u1 where dtype is topk:K; from a
 multiple of 4,096 on; in format 1, as all others, of 64), file_offsets [N+1] <u8, files [M] u1 (UTF-8 paths, one after
 the other); attributes: what made the rows.
+With views: logits [N,V,C], and views [V] <u4 (their numbers), draws [N,V,D] <u4 (what was drawn).
 
 A pack is whole or absent. Its bytes are checked before libhdf5 sees them (and libhdf5 sees nothing else), its structure
 is checked before a byte is believed, and then its datasets are views of those bytes: no HDF5 handle stays open.
@@ -16,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from kd_cache.files.mapped import file_content
 from kd_cache.keys import are_ascending, keys_of_bytes
 from kd_cache.store.file_names import FileNames, stretches
 from kd_cache.store.names import is_teacher_name
-from kd_cache.store.origin import FILE_VERSION, STORED, VALUE_KINDS, Fingerprint, Origin, canonical_json, is_dtype
+from kd_cache.store.origin import FILE_VERSION, VALUE_KINDS, Fingerprint, Origin, canonical_json, is_dtype
 from kd_cache.store.preamble import MAGIC, USER_BLOCK, Preamble, Span
+from kd_cache.store.rows import PAGE, cut_views, datasets_of, flat_views, values_name
+from kd_cache.store.rows import row_checksums as row_checksums
 
-PAGE = 4096
-"""The rows begin at a multiple of this in the file, so that they can be mapped alone."""
 MAX_ATTRIBUTE = 60_000
 MAPPED = 1 << 20
 """Packs of at least this size are memory-mapped. Smaller ones are read: a process may have only so many maps, and an
@@ -44,28 +45,10 @@ interrupted dump can leave thousands of small packs."""
 CHECKED_AT_ONCE = 512
 """Rows whose checksums are compared together where a pack is checked as it is read."""
 _AT_ONCE = 1 << 16
-_RECORD_BYTES = 1 << 20
-"""Checksums of so many rows, and of records of so many bytes, are made together: memory does not grow with a pack."""
+"""Checksums of so many rows are made together: memory does not grow with a pack."""
 CHECKS = ("full", "lazy", "off")
 
 _ATTRIBUTES = ("format_version", "teacher", "fingerprint", "parts", "value_kind", "class_names", "dtype")
-
-
-def _values(dtype: str) -> str:
-    """The dataset that holds the rows."""
-    return "logits" if dtype in STORED else "rows"
-
-
-def _datasets(dtype: str, version: int) -> dict[str, tuple[str, int, int]]:
-    """Datasets in the order of `Pack`'s arrays: dtype, number of axes, and what its place is a multiple of."""
-    return {
-        "keys": ("|u1", 2, 64),
-        "inputs": ("|u1", 2, 64),
-        "checksums": ("<u8", 1, 64),
-        _values(dtype): (STORED.get(dtype, "|u1"), 2, PAGE if version > 1 else 64),
-        "file_offsets": ("<u8", 1, 64),
-        "files": ("|u1", 1, 64),
-    }
 
 
 @dataclass(frozen=True)
@@ -77,10 +60,30 @@ class Pack:
     keys: np.ndarray  # [N, 16] u1, sorted
     inputs: np.ndarray  # [N, 16] u1
     checksums: np.ndarray  # [N] u8
-    logits: np.ndarray  # [N, C], or top-k rows [N, W] u1
+    logits: np.ndarray  # [N, C], of V views [N, V · C]; or top-k rows [N, W] u1
     file_offsets: np.ndarray  # [N + 1] u8
     files_blob: np.ndarray  # [M] u1
+    draws: np.ndarray | None = None  # [N, V · D] u4, where there are views
     unchecked: np.ndarray | None = None  # [blocks] bool: nobody has looked at these yet; None where all is checked
+    whole: Pack | None = field(
+        default=None, kw_only=True
+    )  # what these views were cut out of: checksums are of its rows
+
+    def of_views(self, views: tuple[int, ...]) -> Pack | None:
+        """Neighbouring views of all rows as a pack of their own, without a copy; ``None`` where it lacks one."""
+        if views == self.origin.views:
+            return self
+        if self.draws is None or not set(views) <= set(self.origin.views):
+            return None
+        if views not in self._cuts:
+            origin, held = self.origin.of_views(views), self.origin.views
+            logits, draws = (cut_views(each, held, views) for each in (self.logits, self.draws))
+            self._cuts[views] = replace(self, origin=origin, logits=logits, draws=draws, whole=self.whole or self)
+        return self._cuts[views]
+
+    @cached_property
+    def _cuts(self) -> dict[tuple[int, ...], Pack]:
+        return {}
 
     def touch(self, rows: np.ndarray) -> None:
         """Check the blocks in which ``rows`` lie, each the first time. Raises `CorruptError`."""
@@ -139,6 +142,8 @@ class Pack:
 
     def wrong_rows(self, rows: np.ndarray | None = None) -> list[int]:
         """Those of ``rows`` (all by default) whose checksum, or whose key, is not that of what is stored beside it."""
+        if self.whole is not None:
+            return self.whole.wrong_rows(rows)
         rows = np.arange(len(self)) if rows is None else rows
         wrong = []
         for start in range(0, len(rows), _AT_ONCE):
@@ -154,25 +159,13 @@ class Pack:
 
     def _is_wrong(self, rows: slice | np.ndarray, names: list[bytes]) -> np.ndarray:
         keys = self.keys[rows]
-        expected = row_checksums(self.origin.fingerprint, keys, self.inputs[rows], self.logits[rows])
+        draws = None if self.draws is None else self.draws[rows]
+        expected = row_checksums(self.origin.fingerprint, keys, self.inputs[rows], self.logits[rows], draws)
         wrong: np.ndarray = (expected != self.checksums[rows]) | (keys_of_bytes(names) != keys).any(axis=1)
+        if draws is not None:  # each begins with the number of its view
+            views = self.origin.views
+            wrong |= (draws.reshape(len(draws), len(views), -1)[:, :, 0] != views).any(axis=1)
         return wrong
-
-
-def row_checksums(fingerprint: Fingerprint, keys: np.ndarray, inputs: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """``[N]`` u8: xxh3-64 of key, input digest, fingerprint (32 bytes) and the row's bytes, in this order."""
-    count, width = len(keys), logits.shape[1] * logits.itemsize
-    block = max(1, min(count, _RECORD_BYTES // (64 + width)))
-    records = np.empty((block, 64 + width), np.uint8)
-    records[:, 32:64] = np.frombuffer(bytes.fromhex(fingerprint.digest), np.uint8)
-    sums = np.empty(count, np.uint64)
-    for start in range(0, count, block):
-        part = slice(start, min(start + block, count))
-        filled = records[: part.stop - start]
-        filled[:, :16], filled[:, 16:32] = keys[part], inputs[part]
-        filled[:, 64:] = np.ascontiguousarray(logits[part]).view(np.uint8).reshape(len(filled), width)
-        sums[part] = np.fromiter(map(xxhash.xxh3_64_intdigest, filled), np.uint64, len(filled))
-    return sums
 
 
 def write_pack(
@@ -183,6 +176,7 @@ def write_pack(
     files: Sequence[bytes] | FileNames,
     take: Callable[[slice], np.ndarray],
     block: int = 65_536,
+    draws: Callable[[slice], np.ndarray] | None = None,
 ) -> Path:
     """Write one durable pack into ``directory`` and return its path.
 
@@ -190,6 +184,7 @@ def write_pack(
         keys, inputs: ``[N, 16]`` u1, keys strictly ascending, N ≥ 1.
         files: the N manifest paths, UTF-8, as a sequence of them or, of many rows, as `FileNames`.
         take: gives the rows of a slice as ``[n, C]`` in the stored dtype, so that any N fits in memory.
+        draws: gives theirs as ``[n, V · D]`` u4, where the origin has views.
 
     Equal arguments give equal bytes and so the same name: writing a pack twice is harmless.
 
@@ -202,7 +197,7 @@ def write_pack(
     with store_errors(directory, "write a pack into"), temporary_beside(target) as temporary:
         with temporary.open("x+b", buffering=0) as file:
             names = files if isinstance(files, FileNames) else FileNames.of(files)
-            _write_hdf5(file, origin, keys, inputs, names, take, block)
+            _write_hdf5(file, origin, keys, inputs, names, take, block, draws)
             digest = _seal_user_block(file, keys)
         final = directory / f"{origin.teacher}-{digest.hex()}.h5"
         try:
@@ -218,7 +213,9 @@ def write_part(directory: Path, pack: Pack, rows: np.ndarray) -> Path:
     """A pack of some of another's rows (numbers, ascending), durable when this returns. Raises as `write_pack`."""
     names = FileNames(pack.name_lengths(rows), lambda part: pack.names_blob(rows[part]))
     keys, inputs = pack.keys[rows], pack.inputs[rows]
-    return write_pack(directory, pack.origin, keys, inputs, names, lambda part: pack.logits[rows[part]])
+    drawn = pack.draws
+    draws = None if drawn is None else (lambda part: drawn[rows[part]])
+    return write_pack(directory, pack.origin, keys, inputs, names, lambda part: pack.logits[rows[part]], draws=draws)
 
 
 def _write_hdf5(
@@ -229,8 +226,11 @@ def _write_hdf5(
     names: FileNames,
     take: Callable[[slice], np.ndarray],
     block: int,
+    draws: Callable[[slice], np.ndarray] | None,
 ) -> None:
-    count = len(keys)
+    count, views = len(keys), origin.views
+    if bool(views) != (draws is not None) or bool(views) != (origin.policy is not None):
+        raise ValueError("rows have draws where their origin has views of a policy, and only there")
     offsets = np.zeros(count + 1, "<u8")
     np.cumsum(names.lengths, out=offsets[1:])
     outlet = Outlet(file)
@@ -240,15 +240,20 @@ def _write_hdf5(
         pack.create_dataset("keys", data=keys, track_times=False)
         pack.create_dataset("inputs", data=inputs, track_times=False)
         pack.create_dataset("checksums", (count,), "<u8", track_times=False)[:1] = 0  # gives it its place
-        pack.create_dataset(_values(origin.dtype), (count, origin.width), origin.stored, track_times=False)
+        shape = (count, len(views), origin.width // len(views)) if views else (count, origin.width)
+        pack.create_dataset(values_name(origin.dtype), shape, origin.stored, track_times=False)
         pack.create_dataset("file_offsets", data=offsets, track_times=False)
         files = pack.create_dataset("files", (int(offsets[-1]),), "|u1", track_times=False)
         for start in range(0, count, block):
             stop = min(start + block, count)
             files[int(offsets[start]) : int(offsets[stop])] = names.blob(slice(start, stop))
             outlet.raise_failure()
+        if draws is not None:
+            first = draws(slice(0, 1)).reshape(1, len(views), -1)
+            pack.create_dataset("draws", (count, *first.shape[1:]), "<u4", track_times=False)[:1] = first
+            pack.create_dataset("views", data=np.array(views, "<u4"), track_times=False)
     with writing_hdf5(outlet, USER_BLOCK, "r+", PAGE) as pack:  # HDF5 has one alignment for all that is placed
-        checksums, logits = pack["checksums"], pack[_values(origin.dtype)]
+        checksums, logits = pack["checksums"], pack[values_name(origin.dtype)]
         for start in range(0, count, block):
             part = slice(start, min(start + block, count))
             rows = take(part)
@@ -256,8 +261,11 @@ def _write_hdf5(
                 raise ValueError(
                     f"expected {origin.width} values (classes) of {origin.dtype}, found {rows.dtype} {rows.shape}"
                 )
-            logits[part] = rows
-            checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows)
+            logits[part] = rows.reshape(len(rows), *shape[1:])
+            mine = None if draws is None else draws(part)
+            checksums[part] = row_checksums(origin.fingerprint, keys[part], inputs[part], rows, mine)
+            if mine is not None:
+                pack["draws"][part] = mine.reshape(len(rows), len(views), -1)
             outlet.raise_failure()
 
 
@@ -328,7 +336,8 @@ def _open_checked(path: Path, name: str, check: str = "full") -> Pack:
         with reading_hdf5(content) as file:
             texts = _read_attributes(path, file, preamble.version)
             arrays = _view_datasets(path, file, content, texts["dtype"], preamble.version)
-        pack = Pack(path, _origin(path, texts, arrays[3].shape[1]), *arrays)
+        views = tuple(arrays.pop().tolist()) if len(arrays) == 8 else ()
+        pack = Pack(path, _origin(path, texts, arrays[3].shape[1], views), *arrays)
     except KDCacheError:
         raise
     except Exception as error:  # what h5py makes of a malformed file is anybody's guess
@@ -411,7 +420,7 @@ def _read_attributes(path: Path, file: Any, version: int) -> dict[str, str]:
     return texts
 
 
-def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
+def _origin(path: Path, texts: Mapping[str, str], width: int, views: tuple[int, ...]) -> Origin:
     parts, names = json.loads(texts["parts"]), json.loads(texts["class_names"])
     if not isinstance(parts, dict) or not all(isinstance(value, str) for value in parts.values()):
         raise _damaged(path, "its fingerprint's parts are not texts")
@@ -419,13 +428,16 @@ def _origin(path: Path, texts: Mapping[str, str], width: int) -> Origin:
     if fingerprint.digest != texts["fingerprint"]:
         raise _damaged(path, "its fingerprint is not that of its parts")
     kept = None if names is None else tuple(map(str, names if isinstance(names, list) else ()))
-    made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept)
-    made = replace(made, num_classes=_told_classes(parts) if made.topk else width // (made.frames or 1))
+    made = Origin(texts["teacher"], fingerprint, texts["value_kind"], width, texts["dtype"], kept, views)
+    vectors = (made.frames or 1) * (len(views) or 1)
+    made = replace(made, num_classes=_told_classes(parts) if made.topk else width // vectors)
     if made.topk and (made.topk.refusal() or made.frames):
         raise _damaged(path, "it is none that top-k rows are made of")
     if made.width != width:
         what = f"rows of {made.width} bytes" if made.topk else f"{made.frames} frames"
         raise _damaged(path, f"its logits are no {what}")
+    if (made.policy is None) != (not views):
+        raise _damaged(path, "it has views without a policy, or a policy without views")
     if kept is not None and len(kept) != made.num_classes:
         raise _damaged(path, "its class names do not fit its logits")
     return made
@@ -438,7 +450,7 @@ def _told_classes(parts: Mapping[str, str]) -> int:
 
 
 def _view_datasets(path: Path, file: Any, content: np.ndarray, dtype: str, version: int) -> list[np.ndarray]:
-    datasets = _datasets(dtype, version)
+    datasets = datasets_of(dtype, version, has_views="views" in file)
     if set(file) != set(datasets):
         raise _damaged(path, f"expected the datasets {', '.join(datasets)}, found {shown(', '.join(file))}")
     for name in datasets:  # all links before any is followed
@@ -448,9 +460,11 @@ def _view_datasets(path: Path, file: Any, content: np.ndarray, dtype: str, versi
         _view_dataset(path, file[name], content, np.dtype(kind), axes, aligned)
         for name, (kind, axes, aligned) in datasets.items()
     ]
+    if "views" in datasets:
+        arrays[3], arrays[6] = flat_views(arrays[3], *arrays[6:])
     count, classes = arrays[3].shape
     expected = [(count, 16), (count, 16), (count,), (count, classes), (count + 1,), arrays[5].shape]
-    if [array.shape for array in arrays] != expected:
+    if [array.shape for array in arrays[: len(expected)]] != expected:
         raise _damaged(path, "its datasets disagree about the number of rows")
     return arrays
 

@@ -6,10 +6,8 @@ whenever a machine stops, the index on disk finds its rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +29,21 @@ from kd_cache.store.index import (
     keep_older_index,
     origin_entry,
     read_older_maps,
-    refuse_large_index,
     write_index,
 )
+from kd_cache.store.interleave import Views
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import Pack, write_part
+from kd_cache.store.pack import write_part
 from kd_cache.store.pending import Age, age_with, forget, protected
+from kd_cache.store.published_view import PublishedView, row_files
 from kd_cache.store.snapshot import Snapshot
 from kd_cache.store.unfinished import Unfinished
 from kd_cache.store.union import PACK_BYTES, Merged, Union, merge_packs
 from kd_cache.store.view import (
-    ROW_FILE_NAME,
-    in_the_way,
-    is_row,
-    rows_of,
-    stored_names,
-    view_names,
     without_files,
-    write_view,
 )
 from kd_cache.watch import Watcher
 
-_BLOCK = 8192
 _EARLIER = 20
 _RESULTS = (
     "teachers",
@@ -112,11 +103,10 @@ def _publish_view(snapshot: Snapshot, shown_path: str, watcher: Watcher) -> Publ
     }
     done = Published(num_samples=index.num_samples)
     done.rows = {name: 0 if union is None else len(union) for name, union in rows.items()}
-    keys = {file: row_file for union in rows.values() for file, row_file in _row_files(union)}
+    keys = {file: row_file for union in rows.values() for file, row_file in row_files(union)}
     ordered = sorted(keys, key=keys.__getitem__)  # nothing here knows the manifest's order
-    maps = _View(snapshot, shown_path, done, watcher, {*rows} if index.record.get("files") else ()).bring_in_line(
-        rows, ordered, wanted=True
-    )
+    view = PublishedView(snapshot, shown_path, done, watcher, {*rows} if index.record.get("files") else ())
+    maps = view.bring_in_line(rows, ordered, wanted=True)
     kept = {key: value for key, value in index.record.items() if key not in ("format_version", "digest")}
     try:
         write_index(folder.index_path, index.num_samples, maps, {**kept, "files": True}, state=snapshot.state)
@@ -175,7 +165,7 @@ class _Publication:
         viewed, withdrawn = self._viewed(), self._withdraw(rows)
         if self.snapshot.again().state != self.snapshot.state:
             raise IndexChangedError  # no row of the view may change under an index that names it
-        view = _View(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
+        view = PublishedView(self.snapshot, change.shown_path, done, self.watcher, viewed, withdrawn)
         has_view = change.files and not without_files(origins)
         maps = view.bring_in_line(rows, change.wanted.listed, wanted=has_view)
         permitted = change.wanted.permitted
@@ -274,19 +264,22 @@ class _Publication:
         required[[self._number[file] for file in missing if file in self._number]] = False
         now = self.snapshot
         for _ in range(100):
+            views = Views(now, origin, wanted, self.unfinished, self.change.replaced)
+            now = views.interleave()
             union = now.union(origin, self.change.replaced, self.change.standing.get(name, ()))
             inputs, unread = self.unfinished.inputs(union)
             result = merge_packs(self.folder.packs_path, union, wanted.keys, inputs, required, unread, self._pack_bytes)
             lost = np.flatnonzero(result.absent & required)
             if len(lost):
-                raise self._lost(name, [wanted.files[number] for number in lost.tolist()], now)
+                raise self._lost(name, [f"{wanted.files[at]}{views.lacking(at)}" for at in lost.tolist()], now)
             now = now.again()
             packs = [pack for pack in now.packs.good if pack.path in result.paths]
             if len(packs) == len(result.paths):
                 merged = now.union_of(*packs) if packs else None
                 self._count(name, merged, result)
                 kept = self.unfinished.packs(union, merged, self.folder.packs_path)
-                return merged, [path for path in result.merged if path not in kept]
+                superfluous = [path for path in result.merged if path not in kept]
+                return merged, superfluous + views.superfluous(merged)
         raise StoreError(f"the packs of {name} keep changing; run the same command again when the other dumps are done")
 
     def _lost(self, name: str, files: list[str], snapshot: Snapshot) -> MissingLogitsError:
@@ -422,100 +415,7 @@ def _held_by_all(rows: Iterable[Union | None]) -> int:
     return 0 if keys is None else len(keys)
 
 
-def _row_files(union: Union | None) -> Iterator[tuple[str, str]]:
-    """Each row's manifest path, and its file in a view."""
-    for pack in () if union is None else union.packs:
-        yield from zip(pack.files, view_names(pack.keys), strict=True)
-
-
 def _earlier_parts(before: Mapping[str, Any], origin: Origin) -> list[Mapping[str, str]]:
     """Parts of the fingerprints this teacher had before, newest first."""
     known = [before["parts"], *before["earlier"]] if before else []
     return [parts for parts in known if parts != dict(origin.fingerprint.parts)][:_EARLIER]
-
-
-@dataclass(frozen=True)
-class _View:
-    """The view of a cache: one folder of row files per teacher. ``named`` are the teachers whose view is ours already,
-    ``withdrawn`` the files that the index named of some of them until now.
-
-    Only what kd-cache wrote is removed or replaced: the file of a row of some pack, under its key. A cache may well
-    hold folders and files of its user's, the features themselves among them.
-    """
-
-    snapshot: Snapshot
-    shown_path: str
-    done: Published
-    watcher: Watcher
-    named: Collection[str]
-    withdrawn: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-    def bring_in_line(
-        self, rows: Mapping[str, Union | None], files: Sequence[str], *, wanted: bool
-    ) -> dict[str, dict[str, str]]:
-        """Write what the view lacks, remove what it must not have; returns the index's maps, ordered as ``files``."""
-        for name in rows:
-            directory = self.snapshot.folder.view_path(name)
-            if directory.is_symlink():
-                raise StoreError(f"{shown(directory)} is a link; a view must be a folder of its own", hint="Remove it.")
-        if wanted:
-            refuse_large_index(self.snapshot.folder.index_path, files, self.shown_path, rows)
-            self.watcher.stage("writing .npy files", sum(self.done.rows.values()))
-        maps: dict[str, dict[str, str]] = {}
-        for name, union in rows.items():
-            directory = self.snapshot.folder.view_path(name)
-            packs = [] if union is None else union.packs
-            named: dict[str, str] = {}
-            if wanted and packs:
-                if name not in self.named:
-                    self._refuse_what_is_in_the_way(directory, packs)
-                self.done.view_written += write_view(directory, partial(_blocks, packs), self.watcher.advance)
-                held = dict(_row_files(union))
-                named = {file: held[file] for file in files if file in held}
-            self._prune(directory, set(named.values()), packs)
-            maps[name] = {file: f"{self.shown_path}/{name}/{row_file}" for file, row_file in named.items()}
-        return maps
-
-    def _refuse_what_is_in_the_way(self, directory: Path, packs: Sequence[Pack]) -> None:
-        known = self._known(directory, packs, self.snapshot.again())
-        foreign = [name for pack in packs for name in in_the_way(directory, pack, known)]
-        if foreign:
-            raise StoreError(
-                f"{len(foreign)} files of the view cannot be written: another file, which kd-cache did not write, has "
-                f"the name of each\n{listed([directory / name for name in foreign])}",
-                hint="The rows are saved. Move those files away, or pass --no-files, and run the same command again.",
-            )
-
-    def _known(self, directory: Path, packs: Sequence[Pack], snapshot: Snapshot | None = None) -> list[Pack]:
-        """The packs whose rows a teacher's folder may hold; with ``snapshot`` those of another moment."""
-        held = [each for each in (snapshot or self.snapshot).packs.good if each.origin.teacher == directory.name]
-        return [*packs, *held]
-
-    def _named(self, directory: Path) -> set[str]:
-        """The row files of a folder that the index still names: their packs may be gone, as damaged ones are."""
-        index = self.snapshot.again(maps=True).index
-        paths = {} if index is None else index.maps.get(directory.name, {})
-        paths = {**paths, **self.withdrawn.get(directory.name, {})}
-        return {Path(path).name for path in paths.values()}
-
-    def _prune(self, directory: Path, named: set[str], packs: Sequence[Pack]) -> None:
-        """Remove row files that the index will not name. What cannot be proved to be ours is left, and said."""
-        surplus = {name for name in stored_names(directory) - named if ROW_FILE_NAME.match(name)}
-        if not surplus:
-            return
-        ours = rows_of(directory, surplus, self._known(directory, packs))
-        if surplus != ours:
-            ours |= {name for name in (surplus - ours) & self._named(directory) if is_row(directory / name)}
-        for name in sorted(ours):
-            with store_errors(directory / name, "remove"):
-                (directory / name).unlink(missing_ok=True)
-        self.done.view_removed += len(ours)
-        if left := sorted(surplus - ours):
-            what = f"{len(left)} files in {shown(directory)} stay, which kd-cache did not write"
-            self.watcher.note(f"{what} (the first: {left[0]})")
-
-
-def _blocks(packs: Sequence[Pack]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for pack in packs:
-        for start in range(0, len(pack), _BLOCK):
-            yield pack.keys[start : start + _BLOCK], pack.logits[start : start + _BLOCK]

@@ -276,7 +276,7 @@ class Snapshot:
         if isinstance(found, CorruptError):
             raise found
         made, origin = found.origin, self.finished().origins[name]
-        if (made.teacher, made.fingerprint.digest) != (name, origin.fingerprint.digest):
+        if (made.teacher, made.fingerprint.digest, made.views) != (name, origin.fingerprint.digest, origin.views):
             raise CorruptError(f"the pack {shown(found.path)} is not of the teacher that the index names it for")
         return found
 
@@ -290,8 +290,10 @@ class Snapshot:
         """All rows of one origin that writers know, but those of some packs; ``None`` if there are none.
 
         Those of the packs called as in ``first``, by default as the index names them, count before others.
+        Of rows with more views those of the origin count.
         """
-        packs = [pack for pack in self.packs.of(origin) if pack.path not in without]
+        cut = [pack.of_views(origin.views) for pack in self.packs.of(origin) if pack.path not in without]
+        packs = [pack for pack in cut if pack is not None]
         return self.union_of(*packs, first=first or self._named(origin.teacher)) if packs else None
 
     def union_of(self, *packs: Pack, first: Collection[str] = ()) -> Union:

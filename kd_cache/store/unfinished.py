@@ -16,6 +16,7 @@ from kd_cache.files.atomic import store_errors
 from kd_cache.keys import KeyFinder
 from kd_cache.store.change import Change, Wanted
 from kd_cache.store.index import Index
+from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, write_part
 from kd_cache.store.pending import protected
 from kd_cache.store.union import Union
@@ -37,6 +38,10 @@ class Unfinished:
         self._superseded = {} if index is None else index.record.get("superseded", {})
         self._made = protected(self.records)
         self._kept: set[tuple[str, str]] = set()
+
+    def makes(self, origin: Origin) -> bool:
+        """Whether one of them makes rows of this origin."""
+        return (origin.teacher, origin.fingerprint.digest) in self._made
 
     def inputs(self, union: Union | None) -> tuple[np.ndarray, np.ndarray]:
         """The inputs ``[N, 16]`` of the wanted rows, and ``[N]`` of which the first row of their key is to be kept.

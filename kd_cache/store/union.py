@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,8 @@ class Union:
 
     def __init__(self, packs: Sequence[Pack], first: Collection[str] = ()) -> None:
         self.packs = sorted(packs, key=lambda pack: (pack.path.name not in first, pack.path.name))
-        if not self.packs:
-            raise ValueError("a union needs at least one pack")
+        if len({pack.origin.views for pack in self.packs}) != 1:
+            raise ValueError("a union needs at least one pack, and all of the same views")
         self.stood = [pack for pack in self.packs if pack.path.name in first]
         self._single = len(self.packs) == 1
         self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}
@@ -142,6 +143,25 @@ class Union:
             if number in self._unchecked:
                 self._touch(number, rows)
             out[mine] = self.packs[number].logits[rows]
+
+    def take_draws(self, positions: np.ndarray) -> np.ndarray | None:
+        """``[Q, V · D]`` u4: what was drawn for the views of rows; ``None`` where there are none."""
+        if self.packs[0].draws is None:
+            return None
+        out = np.empty((len(positions), self.packs[0].draws.shape[1]), np.uint32)
+        for number, rows, mine in self._by_pack(positions):
+            out[mine] = self.packs[number].draws[rows]  # type: ignore[index]  # packs of one origin all have some
+        return out
+
+    def unlike(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """``[Q]`` bool: which of these rows, as `take` gave them, their checksum is not of."""
+        if all(pack.whole is None for pack in self.packs):
+            keys, inputs, draws = self.keys[positions], self.inputs[positions], self.take_draws(positions)
+            return row_checksums(self.origin.fingerprint, keys, inputs, rows, draws) != self.checksums[positions]  # type: ignore[no-any-return]
+        wrong = np.zeros(len(positions), bool)
+        for number, mine, at in self._by_pack(positions):
+            wrong[at] = np.isin(mine, self.packs[number].wrong_rows(mine))
+        return wrong
 
     def _by_pack(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Each pack that holds some of these: its number, its rows, and where those stand among the positions."""
@@ -254,6 +274,7 @@ def _split(union: Union, positions: np.ndarray, pack_bytes: int) -> Iterator[np.
     Keys are spread evenly, so their number says how many bytes a pack has. Another number of rows may give another k.
     """
     row = union.origin.width * union.origin.stored.itemsize + _BESIDE_A_ROW
+    row += 0 if union.packs[0].draws is None else union.packs[0].draws[:1].nbytes
     size = len(positions) * row + int(union.names(positions).lengths.sum())
     bits = min(_MOST_BITS, max(0, -(-size // pack_bytes) - 1).bit_length())
     prefixes = (
@@ -276,15 +297,20 @@ def _as_one_pack(directory: Path, union: Union, positions: np.ndarray) -> Path:
         union.keys[positions],
         union.inputs[positions],
         union.names(positions),
-        lambda part: _carried_over(union, positions[part]),
+        lambda part: carried_over(union, positions[part]),
+        draws=taken_draws(union, positions),
     )
 
 
-def _carried_over(union: Union, positions: np.ndarray) -> np.ndarray:
+def taken_draws(union: Union, positions: np.ndarray) -> Callable[[slice], Any] | None:
+    """What `write_pack` takes the draws of these rows by; ``None`` where there are none."""
+    return (lambda part: union.take_draws(positions[part])) if union.origin.views else None
+
+
+def carried_over(union: Union, positions: np.ndarray) -> np.ndarray:
     """Rows as they are stored. Raises `CorruptError` for one that its checksum is not of: it must not get a new one."""
     rows = union.take(positions)
-    made = row_checksums(union.origin.fingerprint, union.keys[positions], union.inputs[positions], rows)
-    wrong = positions[made != union.checksums[positions]]
+    wrong = positions[union.unlike(positions, rows)]
     if len(wrong):
         path, file = union.packs[int(union.pack_no[wrong[0]])].path, union.files(wrong[:1])[0]
         raise CorruptError(
@@ -298,4 +324,5 @@ def _single_pack(union: Union, positions: np.ndarray) -> Path | None:
     """The pack that already is the result."""
     numbers = set(union.pack_no[positions].tolist())
     packs = [union.packs[number] for number in numbers]
-    return packs[0].path if len(packs) == 1 and len(packs[0]) == len(positions) else None
+    is_it = len(packs) == 1 and len(packs[0]) == len(positions) and packs[0].whole is None
+    return packs[0].path if is_it else None

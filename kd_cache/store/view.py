@@ -79,11 +79,12 @@ def without_files(origins: Mapping[str, Origin], asked: bool | None = None) -> l
 
     Raises `UsageError` where a view is ``asked`` for all the same.
     """
-    found = [name for name, origin in origins.items() if origin.topk]
+    found = [name for name, origin in origins.items() if origin.topk or origin.views]
     if found and asked:
         raise UsageError(
-            f"there are no .npy files of {', '.join(map(shown, found))}: top-k rows are no vectors of all classes",
-            hint="kd_cache.LogitCache reads them, and its dense(T) makes vectors.",
+            f"there are no .npy files of {', '.join(map(shown, found))}: top-k rows, and rows of views, are no vectors "
+            "of all classes",
+            hint="kd_cache.LogitCache reads them; of top-k rows its dense(T) makes vectors.",
         )
     return found
 

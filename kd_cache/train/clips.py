@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
@@ -34,6 +34,7 @@ class Clips:
         shapes: ``[N]`` tuples, the shape of each feature.
         digests: ``[N, 16]`` u1, the digest of each feature.
         scenes, cities: ``[N]`` int64, -100 where the manifest has none.
+        changed: makes of rows and their features ``[B, T, F]`` what is handed out in place of these.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Clips:
         self.scenes = _labels([sample.scene_label for sample in samples])
         self.cities = _labels([sample.city_label for sample in samples])
         self._arrays, self._source, self._workers = arrays, source, workers
+        self.changed: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     @classmethod
     def read(cls, source: FeatureSource, samples: Sequence[Sample], workers: int, watcher: Watcher) -> Clips:
@@ -204,7 +206,7 @@ class Clips:
         batch = np.empty((len(arrays), *arrays[0].shape), np.float32)
         for number, array in enumerate(arrays):
             batch[number] = array
-        return torch.from_numpy(batch)
+        return torch.from_numpy(batch if self.changed is None else self.changed(rows, batch))
 
     def _array(self, row: int) -> np.ndarray:
         if self._arrays is not None:

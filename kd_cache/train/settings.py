@@ -43,6 +43,10 @@ _STAGE_KEYS: Final = ("level", "epochs", "lr", "augment", "schedule")
 _SCHEDULES: Final = ("cosine", "constant")
 
 
+AUGMENTATIONS: Final = ("mixup", "time_mask", "freq_mask", "time_roll", "freq_mixstyle", "device_response")
+"""Settings that augment; ``None`` leaves each to the stage."""
+
+
 def label_of(role: str) -> str:
     """Which label a role learns: a city teacher cities, a ranker winners, all others scenes."""
     return {CITY: "city", RANK: "winner"}.get(role, "scene")
@@ -325,7 +329,7 @@ _GROUPS: Final[Mapping[str, Sequence[str]]] = {
     "fold": ("val_ratio", "fold", "quick_experiment"),
     "front_end": ("feature_spec",),
     "architecture": ("arch", *SIZES, "feature_dim", "mlp_hidden_dims", "dropout"),
-    "augmentation": ("mixup", "time_mask", "freq_mask", "time_roll", "freq_mixstyle", "device_response"),
+    "augmentation": AUGMENTATIONS,
     "seed": ("seed", "deterministic"),
 }
 

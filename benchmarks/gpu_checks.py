@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -100,6 +102,7 @@ class Checks:
         for precision in ("tf32", "bf16", "fp16"):
             yield f"training, {precision}", partial(self.training, precision)
         yield "dump --compile", self.compiled
+        yield "dump --ray local", self.on_ray
         yield "bench_dump --quick", self.bench
 
     # -- dumps --------------------------------------------------------------------------------------------------------
@@ -141,6 +144,33 @@ class Checks:
             found, report = self.dumped("cp_resnet", self.sizes.samples, compiled=True)
         figures = agreement(found, reference, 1e-3)
         return f"{figures}; {plain.seconds:.1f} s → {report.seconds:.1f} s, compilation included"
+
+    def on_ray(self) -> str:
+        """Two parts on Ray give the rows of one process."""
+        if self.dry:
+            raise SkippedError("the tests do this on the CPU")
+        if importlib.util.find_spec("ray") is None:
+            raise SkippedError("Ray is not installed")
+        return self.ray_against_one_process()
+
+    def ray_against_one_process(self) -> str:
+        """The sample, dumped by the command line on this device: once plainly, once on Ray."""
+        plain, _ = self.commanded()
+        found, seconds = self.commanded("--ray", "local", "--parts", "2")
+        return f"{agreement(found, plain, TOLERANCE['fp32'])}; {seconds:.1f} s, the start of Ray included"
+
+    def commanded(self, *options: str) -> tuple[np.ndarray, float]:
+        """Logits ``[N, 2, C]`` of `kd-cache dump --target b`, and the seconds that it took."""
+        self._count += 1
+        root, began = self.root / f"cache-{self._count}", time.monotonic()
+        command = [sys.executable, "-m", "kd_cache", "dump", "--target", "b", "--device", self.device.type, *options]
+        done = subprocess.run(
+            [*command, "--cache-root", str(root)], cwd=SAMPLE.parent.parent, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise AssertionError(done.stderr[-500:])
+        cache = LogitCache.open(root / "A2b")
+        return cache.batch(sorted(cache.files)).float().numpy(), time.monotonic() - began
 
     def bench(self) -> str:
         """The dump against batch 1, and against forward passes alone (`bench_dump`)."""

@@ -14,7 +14,7 @@ from conftest import REPO
 
 from benchmarks.gpu_checks import CPU, FAILED, PASSED, SKIPPED, Checks, agreement, run_all
 
-NEEDS_CUDA = {"dump, cp_resnet, tf32", "training, tf32", "training, fp16"}
+NEEDS_CUDA = {"dump, cp_resnet, tf32", "training, tf32", "training, fp16", "dump --ray local"}
 
 
 def test_the_dry_run_passes_and_skips_only_what_needs_a_gpu(tmp_path: Path) -> None:

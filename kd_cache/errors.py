@@ -13,6 +13,7 @@
     ├── TrainingError (RuntimeError)   exit 1   a teacher's training diverged, or changed what was frozen
     ├── FeatureError (ValueError)      exit 1   a feature file is missing, malformed or not finite
     └── StoreError (OSError)           exit 1   the cache could not be written or read
+        └── ChangedError               exit 1   a file at an URL is not the one that was counted on
 
 Each also inherits the builtin that a caller would catch. The command line turns ``exit_code`` into the
 process's exit status; when several kinds of problem occur at once, 6 > 4 > 5 > 3 (``worst_exit_code``).
@@ -96,6 +97,10 @@ class StoreError(KDCacheError, OSError):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.errno, self.strerror = None, message  # OSError takes its two arguments for an errno and a reason
+
+
+class ChangedError(StoreError):
+    pass
 
 
 def worst_exit_code(codes: Iterable[int]) -> int:

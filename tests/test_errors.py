@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kd_cache import errors
 from kd_cache.errors import (
+    ChangedError,
     CheckpointError,
     CorruptError,
     DataLeakageError,
@@ -47,6 +48,7 @@ TREE: dict[type[KDCacheError], tuple[type[Exception], int]] = {
     TrainingError: (RuntimeError, 1),
     FeatureError: (ValueError, 1),
     StoreError: (OSError, 1),
+    ChangedError: (StoreError, 1),
 }
 ALL = list(TREE)
 

@@ -104,7 +104,7 @@ def seal_parts(world: World, run: Run) -> None:
 
 def merge_parts(world: World, run: Run) -> None:
     """Each part in a root of its own."""
-    for number, record in enumerate(sorted((world.cache / "pending").iterdir())):
+    for number, record in enumerate(sorted((world.cache / "pending").glob("*.json"))):
         shutil.copytree(world.cache, world.root / f"part{number}" / "A2b")
         for other in (world.root / f"part{number}" / "A2b" / "pending").iterdir():
             if other.name != record.name:
@@ -119,7 +119,7 @@ def test_what_two_processes_say_of_one_teacher_is_brought_together(
 ) -> None:
     for part in ("0/2", "1/2"):
         dump("--shard", part)
-    for record in (world.cache / "pending").iterdir():
+    for record in (world.cache / "pending").glob("*.json"):
         say(record)
     by(world, run)
     together = {"rows": 20, "kl_mean": 0.25, "kl_max": 0.5, "argmax_flips": 2}

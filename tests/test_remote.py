@@ -25,10 +25,18 @@ import kd_cache.exchange.push
 import kd_cache.remote.hub
 import kd_cache.remote.objects
 from kd_cache import LogitCache
-from kd_cache.errors import CorruptError, KDCacheError, MissingLogitsError, StaleError, StoreError, UsageError
+from kd_cache.errors import (
+    ChangedError,
+    CorruptError,
+    KDCacheError,
+    MissingLogitsError,
+    StaleError,
+    StoreError,
+    UsageError,
+)
 from kd_cache.exchange.push import push_cache
 from kd_cache.remote.objects import Patience
-from kd_cache.remote.store import ChangedError, RemoteStore
+from kd_cache.remote.store import RemoteStore
 from kd_cache.remote.url import checked_url, open_store
 from kd_cache.serve.pull import pull_cache
 from kd_cache.store.index import read_index

@@ -431,10 +431,10 @@ def test_a_record_stands_before_the_first_pack_and_goes_with_the_index(
 ) -> None:
     write, seen = kd_cache.score.commits.write_pack, []
 
-    def looking(directory: Path, origin: Any, *rest: Any) -> Path:
+    def looking(directory: Path, origin: Any, *rest: Any, **options: Any) -> Path:
         (index,) = read_pending(CacheFolder(world.cache))[0]
         seen.append(index.origins[origin.teacher] == origin)
-        return write(directory, origin, *rest)
+        return write(directory, origin, *rest, **options)
 
     monkeypatch.setattr(kd_cache.score.commits, "write_pack", looking)
     assert dump("--shard-size", 4).exit_code == 0
@@ -540,11 +540,11 @@ def test_the_record_of_a_newer_dump_outlives_an_older_ones_end(
     command = weighing(world, 1)
     write, done = kd_cache.score.commits.write_pack, []
 
-    def scoring(*args: Any) -> Path:
+    def scoring(*args: Any, **options: Any) -> Path:
         if not done:
             done.append(True)
             assert run(*weighing(world, 2), "--shard", "0/2").exit_code == 0
-        return write(*args)
+        return write(*args, **options)
 
     if when == "while it scores":
         with monkeypatch.context() as patched:

@@ -106,6 +106,8 @@ def needed(command: Command, hostile: Option, value: str) -> Iterator[object]:
             given: object = value
         elif each.name == "only" and hostile.name.endswith("_teacher_ckpt"):
             given = hostile.name.removesuffix("_teacher_ckpt")
+        elif (each.name, hostile.name) == ("views", "policy"):
+            given = 2
         elif each.default is ... or each.name in named or (command.name, each.name) == ("prepare", "table"):
             given = REQUIRED.get(each.name, "cache/A2b")
         else:

@@ -55,7 +55,7 @@ def newer(world: World, dump: Run) -> None:
 
 def newer_record(world: World, dump: Run) -> None:
     dump("--dtype", "fp16", "--shard", "0/2")
-    rewritten(next((world.cache / "pending").iterdir()), format_version=99)
+    rewritten(next((world.cache / "pending").glob("*.json")), format_version=99)
 
 
 def newer_pack(world: World, dump: Run) -> None:
@@ -69,7 +69,7 @@ def renamed(world: World, dump: Run) -> None:
 def renamed_parts(world: World, dump: Run) -> None:
     """No index yet, but the record says which adaptation it is of."""
     unfinished(world, dump)
-    rewritten(next((world.cache / "pending").iterdir()), adaptation="A2c")
+    rewritten(next((world.cache / "pending").glob("*.json")), adaptation="A2c")
 
 
 def damaged_index(world: World, dump: Run) -> None:

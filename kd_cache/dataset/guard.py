@@ -144,8 +144,9 @@ def _guarded(manifest: Manifest, target: str, allow_shared_locations: bool, data
         raise look.violations[0]
     chosen = chosen_samples(manifest, target)
     _refuse_empty(chosen, manifest, target)
-    _refuse_collisions(chosen)
-    return Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
+    selection = Selection(target, chosen, look.located, look.locatable, look.shared_locations, task)
+    _refuse_collisions(selection)
+    return selection
 
 
 class Look(NamedTuple):
@@ -324,9 +325,8 @@ def _refuse_empty(chosen: tuple[Sample, ...], manifest: Manifest, target: str) -
             )
 
 
-def _refuse_collisions(chosen: tuple[Sample, ...]) -> None:
-    keys = keys_of(sample.file for sample in chosen)
-    if not are_ascending(keys[sorted_order(keys)]):
+def _refuse_collisions(selection: Selection) -> None:
+    if not are_ascending(selection.keys):
         raise UsageError("two different paths have the same MD5 key; rename one of them")
 
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_cache.errors import CorruptError, MissingLogitsError, StaleError, StoreError, shown
+from kd_cache.errors import ChangedError, CorruptError, MissingLogitsError, StaleError, StoreError, shown
 from kd_cache.files.atomic import open_file, store_errors
-from kd_cache.remote.store import PIECE, ChangedError, Entry, RemoteStore
+from kd_cache.remote.store import PIECE, Entry, RemoteStore
 from kd_cache.remote.url import checked_url, open_store
 from kd_cache.serve.pull import index_at
 from kd_cache.store.cache import CacheFolder, opened

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from kd_cache.errors import CorruptError, KDCacheError, shown
+from kd_cache.errors import ChangedError, CorruptError, KDCacheError, shown
 from kd_cache.files.atomic import store_errors, sync_directory, temporary_beside
-from kd_cache.remote.store import PIECE, ChangedError, Entry, RemoteStore
+from kd_cache.remote.store import PIECE, Entry, RemoteStore
 from kd_cache.watch import Watcher
 
 Check = Callable[[Path, str], object]

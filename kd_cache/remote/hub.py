@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kd_cache.errors import StoreError, UsageError, shown
+from kd_cache.errors import ChangedError, StoreError, UsageError, shown
 from kd_cache.remote.objects import PATIENCE, heard
-from kd_cache.remote.store import ChangedError, Entry, Found
+from kd_cache.remote.store import Entry, Found
 from kd_cache.watch import Watcher
 
 T = TypeVar("T")

@@ -18,10 +18,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kd_cache.errors import StoreError, UsageError, shown
+from kd_cache.errors import ChangedError, StoreError, UsageError, shown
 from kd_cache.files.atomic import store_errors
 from kd_cache.files.turns import in_turn
-from kd_cache.remote.store import PIECE, ChangedError, Entry, Found
+from kd_cache.remote.store import PIECE, Entry, Found
 from kd_cache.watch import Watcher
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from kd_cache.errors import StoreError
 from kd_cache.watch import Watcher
 
 PIECE = 16 << 20
@@ -32,10 +31,6 @@ class Found(NamedTuple):
 
     content: bytes | None
     etag: str | None
-
-
-class ChangedError(StoreError):
-    """A file is not, or no longer, the one that the caller counted on. Callers turn it into what it means."""
 
 
 class RemoteStore(Protocol):

@@ -137,15 +137,20 @@ def _listed(folder: CacheFolder) -> list[Path]:
 
 
 def forget(folder: CacheFolder, records: Iterable[Index], indexes: Collection[Index]) -> None:
-    """Remove the records of which these indexes know all. One of other weights stays: a dump can go on from it."""
+    """Remove the records of which these indexes know all. One of other weights stays: a dump can go on from it.
+
+    What lies beside a record goes first: without the record nobody would look for it again after a power cut.
+    """
 
     def is_told(record: Index) -> bool:
         return all(any(is_known(index, name, record) for index in indexes) for name in record.record["teachers"])
 
     told = [record.path for record in records if is_told(record)]
-    remove_files(folder.pending_path, [*told, *map(notes_beside, told)])
-    if told and not _paths(folder):
-        remove_files(folder.pending_path, samples_tables(folder))
+    if not told:
+        return
+    tables = [] if {*_paths(folder)} - {*told} else samples_tables(folder)
+    remove_files(folder.pending_path, [*map(notes_beside, told), *tables])
+    remove_files(folder.pending_path, told)
 
 
 def protected(records: Collection[Index]) -> set[tuple[str, str]]:

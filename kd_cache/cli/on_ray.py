@@ -24,6 +24,7 @@ from kd_cache.cluster.ray_tasks import connected, require_ray
 from kd_cache.cluster.worker import PartReport, kept
 from kd_cache.commands import Run
 from kd_cache.dataset.dataset import Dataset
+from kd_cache.dataset.views import Policy
 from kd_cache.errors import MissingLogitsError, UsageError, shown
 from kd_cache.exchange.push import open_for_parts, push_parts
 from kd_cache.files.atomic import make_directory, temporary_beside
@@ -88,6 +89,8 @@ def refuse_odd(options: DumpOptions) -> None:
     """Raise `UsageError` for options that contradict each other or ``--ray``; where Ray is not installed, too."""
     if (options.policy is None) != (options.views == 0):
         raise UsageError("--views and --policy belong together: how many views, and how they are augmented")
+    if options.policy is not None:
+        Policy.load(options.policy)  # what is wrong with it is said before teachers are loaded
     if options.ray is None:
         for name in ("parts", "ray_gpus", "ray_storage"):
             if getattr(options, name) is not None:

@@ -783,8 +783,11 @@ def test_the_mark_of_adopted_rows_survives_a_lost_index(run: Run, verify: Run, r
 
 @pytest.mark.parametrize("command", ["dump", "seal", "another's dump"])
 def test_rewriting_a_pack_does_not_give_a_wrong_row_a_right_checksum(
-    run: Run, cached: World, dump: Run, verify: Run, repair: Repair, world: World, command: str
-) -> None:
+    run: Run, cached: World, dump: Run, verify: Run, repair: Repair, world: World, command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # A dump scores some rows again before it begins, drawn by chance: the wrong one among them is refused there (5).
+    monkeypatch.setattr("kd_cache.score.cached_rows._SAMPLES", 0)
     wrong = some_file(world)
     forged_row(world)
     del world.rows[0]  # so that the pack has to be written anew
@@ -794,7 +797,7 @@ def test_rewriting_a_pack_does_not_give_a_wrong_row_a_right_checksum(
         "seal": lambda: run("seal", "--target", "b"),
         "another's dump": lambda: dump("--no-skip-existing", teachers=(*TWO, "--only", "two")),
     }[command]()
-    assert done.exit_code == 4
+    assert done.exit_code == 4, done.output
     assert wrong in done.stderr
     assert "kd-cache repair" in done.stderr
     healed = repair()

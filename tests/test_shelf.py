@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_cache import BatchLoader, CorruptError, LogitCache
 from kd_cache.files import mapped
+from kd_cache.keys import KeyFinder
 from kd_cache.store import pack as pack_module
 from kd_cache.store.cache import CacheFolder
-from kd_cache.store.pack import Pack, open_pack
+from kd_cache.store.pack import CHECKED_AT_ONCE, Pack, open_pack
 from kd_cache.store.shelf import STEP, RowNumbers, Shelf
 from kd_cache.store.snapshot import Snapshot
 
@@ -314,3 +315,29 @@ def test_caches_that_are_closed_leave_no_addresses_behind(shelved: MadeCache, mo
         assert maps_of(shelved.path) == 36, "nine packs of two teachers, whole and their rows"
         del cache
         assert maps_of(shelved.path) == 0
+
+
+def test_a_pack_whose_rows_are_all_checked_is_not_asked_beside_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows.of(names(2 * CHECKED_AT_ONCE), 3)
+    for part in range(2):
+        rows.part(range(part, len(rows), 2)).write(tmp_path, origin())
+    shelf = Shelf([open_pack(path, "lazy") for path in tmp_path.iterdir()])
+    asked: list[str] = []
+    touch = Pack.touch
+
+    def counted(self: Pack, wanted: np.ndarray) -> None:
+        asked.append(self.path.name)
+        touch(self, wanted)
+
+    monkeypatch.setattr(Pack, "touch", counted)
+    everything = shelf.numbers.all()
+    first, expected = everything[:5], rows.logits[KeyFinder(rows.keys).find(shelf.keys)]
+    np.testing.assert_array_equal(shelf.take(first), expected[:5])
+    assert asked == [shelf.packs[0].path.name]  # the other holds none of these
+    for _ in range(2):
+        np.testing.assert_array_equal(shelf.take(everything), expected)
+        shelf.touch(everything)
+        assert asked == [pack.path.name for pack in shelf.packs]  # the first was a single block
+    assert shelf.take(everything[:0]).shape == (0, 3)

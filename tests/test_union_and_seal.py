@@ -21,7 +21,7 @@ from kd_cache.keys import KeyFinder, are_ascending, keys_of, sorted_order
 from kd_cache.store import cache as folder_module
 from kd_cache.store.cache import CacheFolder, find_caches
 from kd_cache.store.origin import Origin
-from kd_cache.store.pack import CHECKED_AT_ONCE, Pack, open_pack
+from kd_cache.store.pack import Pack, open_pack
 from kd_cache.store.union import Merged, Union, merge_packs
 
 SCENE = origin()
@@ -170,29 +170,6 @@ def test_a_disagreement_is_reported_once_and_also_beside_another_input(packs: Pa
     versions = [Rows.of(["a"], seed=seed, inputs=seed == 3) for seed in range(4)]
     union = Union([open_pack(rows.write(packs, SCENE)) for rows in versions])
     assert union.disagreements() == ["a"]
-
-
-def test_packs_that_are_checked_already_are_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows.of(names(2 * CHECKED_AT_ONCE), 3)
-    for part in range(2):
-        rows.part(range(part, len(rows), 2)).write(tmp_path, SCENE)
-    union = Union([open_pack(path, "lazy") for path in tmp_path.iterdir()])
-    asked: list[str] = []
-    touch = Pack.touch
-
-    def counted(self: Pack, wanted: np.ndarray) -> None:
-        asked.append(self.path.name)
-        touch(self, wanted)
-
-    monkeypatch.setattr(Pack, "touch", counted)
-    first, everything = np.flatnonzero(union.pack_no == 0)[:5], np.arange(len(union))
-    np.testing.assert_array_equal(union.take(first), rows.logits[first])
-    assert asked == [union.packs[0].path.name]  # the other holds none of these
-    for _ in range(2):
-        np.testing.assert_array_equal(union.take(everything), rows.logits)
-        union.touch(everything)
-        assert asked == [pack.path.name for pack in union.packs]  # the first was a single block
-    assert union.take(everything[:0]).shape == (0, 3)
 
 
 # -- seal -------------------------------------------------------------------------------------------------------------

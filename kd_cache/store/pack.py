@@ -405,12 +405,12 @@ def _is_of_this_version(path: Path, content: np.ndarray, digest: bytes) -> bool:
 
 
 def _read_attributes(path: Path, file: Any, version: int) -> dict[str, str]:
-    texts = {}
+    texts, attributes = {}, file.attrs
     for name in _ATTRIBUTES:
-        attribute = file.attrs.get_id(name) if name in file.attrs else None
+        attribute = attributes.get_id(name) if name in attributes else None
         if attribute is None or attribute.shape != () or attribute.dtype.kind != "S":
             raise _damaged(path, f"its attribute {name} is missing or not a fixed-length string")
-        texts[name] = file.attrs[name].decode("utf-8")
+        texts[name] = attributes[name].decode("utf-8")
     if texts["format_version"] != str(version):
         raise _damaged(path, f"its format version is {shown(texts['format_version'])}, but not in its first bytes")
     if not is_teacher_name(texts["teacher"]):  # it becomes a folder: ".." would be the folder above

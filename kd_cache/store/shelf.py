@@ -123,9 +123,9 @@ class Shelf:
     def touch(self, numbers: np.ndarray) -> None:
         """Check these rows where packs are checked as they are read, each the first time."""
         unchecked = self._unchecked  # another thread may be done with the last one meanwhile
-        if unchecked is None or not unchecked[numbers // CHECKED_AT_ONCE].any():
+        if unchecked is None or not (pending := unchecked[numbers // CHECKED_AT_ONCE]).any():
             return
-        for pack, rows, _ in self.by_pack(numbers):
+        for pack, rows, _ in self.by_pack(numbers[pending]):
             pack.touch(rows)
         if not unchecked.any():
             self._unchecked = None  # every block was looked at: nothing is left to ask

@@ -16,7 +16,6 @@ from kd_cache.keys import KeyFinder, key_columns, sorted_order
 from kd_cache.store.file_names import FileNames, stretches
 from kd_cache.store.origin import Origin
 from kd_cache.store.pack import Pack, row_checksums, write_pack
-from kd_cache.store.take import take_rows
 
 PACK_BYTES = 8 << 30
 """The size that a merged pack is not expected to exceed."""
@@ -42,7 +41,6 @@ class Union:
             raise ValueError("a union needs at least one pack, and all of the same views")
         self.stood = [pack for pack in self.packs if pack.path.name in first]
         self._single = len(self.packs) == 1
-        self._unchecked = {number for number, pack in enumerate(self.packs) if pack.unchecked is not None}
         self._order: np.ndarray | None = None
         self.keys = self.packs[0].keys
         if not self._single:
@@ -115,34 +113,14 @@ class Union:
             pending = pending[self.repeats[position[pending]]]
         return found
 
-    def touch(self, positions: np.ndarray) -> None:
-        """Check these rows where packs are checked as they are read. Raises `CorruptError`."""
-        if not self._unchecked:
-            return
-        for number, rows, _ in self._by_pack(positions):
-            if number in self._unchecked:
-                self._touch(number, rows)
-
     def take(self, positions: np.ndarray) -> np.ndarray:
-        """``[Q, C]`` rows as stored. Raises `CorruptError` where a pack is checked as it is read."""
+        """``[Q, C]`` rows as stored."""
         if self._single:
-            self.touch(positions)
             return self.packs[0].logits.take(positions, axis=0)
         out = np.empty((len(positions), self.origin.width), self.origin.stored)
-        self.take_into(positions, out)
-        return out
-
-    def take_into(self, positions: np.ndarray, out: np.ndarray) -> None:
-        """Copy rows into contiguous ``[Q, C]``; positions must be some. Raises `CorruptError` as `take`."""
-        if self._single:
-            if self._unchecked:
-                self._touch(0, positions)
-            take_rows(self.packs[0].logits, positions, out)
-            return
         for number, rows, mine in self._by_pack(positions):
-            if number in self._unchecked:
-                self._touch(number, rows)
             out[mine] = self.packs[number].logits[rows]
+        return out
 
     def take_draws(self, positions: np.ndarray) -> np.ndarray | None:
         """``[Q, V · D]`` u4: what was drawn for the views of rows; ``None`` where there are none."""
@@ -173,12 +151,6 @@ class Union:
         starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
         for mine in np.split(order, starts[1:]) if len(order) else []:
             yield int(numbers[mine[0]]), rows[mine], mine
-
-    def _touch(self, number: int, rows: np.ndarray) -> None:
-        pack = self.packs[number]
-        pack.touch(rows)
-        if pack.unchecked is None or not pack.unchecked.any():
-            self._unchecked.discard(number)  # every block was looked at: nothing is left to ask
 
     def file_bytes(self, positions: np.ndarray) -> list[bytes]:
         """The manifest path of each position, UTF-8."""
